@@ -1,0 +1,1 @@
+"""Conversion of checkpoints: `python -m convert --help`."""

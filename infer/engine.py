@@ -1,0 +1,553 @@
+"""The engine: questions about pictures in, answers out, with every shape from a short ladder.
+
+A batch of questions goes through four compiled functions, each with static shapes that depend only on
+(B rows, S positions, T tiles, N new tokens), all rounded up to a ladder (`Buckets`):
+
+    encode   (B, T)      uint8 tiles -> feature table
+    splice   (B, S, T)   token ids, feature table -> input embeddings: one gather
+    prefill  (B, S, N)   input embeddings -> cache, first token
+    decode   (B, S, N)   a `while_loop` that ends when all rows have ended, cache updated in place
+
+Once a shape has been compiled, no picture and no prompt compiles anything again.
+"""
+
+import bisect
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from infer.sampling import Sampling, choose, row_keys
+from llava_jax import decoder, llava
+from llava_jax.checkpoint import default_dtype, open_checkpoint
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError
+from llava_jax.images import image_size, layout, open_image, tiles
+from llava_jax.prompts import (
+    choose_template,
+    encode_prompt,
+    get_template,
+    prepare_tokenizer,
+    with_images,
+)
+from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
+from llava_jax.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
+from llava_jax.tokenizer import Tokenizer
+
+STEPS = 64  # tokens between looks at the answers for a stop string
+STREAM_STEPS = 8  # the same while a person is watching
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The ladders that shapes are rounded up to."""
+
+    lengths: tuple[int, ...] = (
+        *(128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
+        *(12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072),
+    )  # fmt: skip
+    tiles: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+    new_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+    def up(self, ladder: str, n: int) -> int:
+        """`n` rounded up to a rung.
+
+        Raises:
+          InputError: the ladder is not that high.
+        """
+        rungs = getattr(self, ladder)
+        i = bisect.bisect_left(rungs, n)
+        if i == len(rungs):
+            raise InputError(f"{n} {ladder.replace('_', ' ')} are more than the engine is set up for ({rungs[-1]})")
+        return rungs[i]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A question. `turns` is question, answer, ..., question; `images` are paths, URLs, bytes or Pillow images."""
+
+    turns: tuple[str, ...]
+    images: tuple = ()
+    system: str | None = None
+    name: str = ""  # for errors
+    number: int = 0  # takes part in the randomness
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    text: str
+    token_ids: list[int]  # as generated, the end token included
+    prompt_tokens: int  # positions of the prompt, image features included
+    image_tokens: int  # those of them that are image features
+    bucket: int  # positions that the prompt was padded to
+    compilations: int  # functions compiled for the batch that this answer came from
+    prefill_seconds: float  # of that batch, from tiles and token ids to the first token
+    decode_tokens_per_second: float  # of that batch, all rows together, after the first token
+    stopped_by: str  # "end" token, "stop" string, or "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A request measured: its row has everything but pixels."""
+
+    request: Request
+    row: Row
+    length: int
+
+    @property
+    def image_tokens(self) -> int:
+        return self.length - int((self.row.ids != IMAGE).sum())
+
+
+# ---------------------------------------------------------------- compiled functions
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "lengths", "limits", "step", "done", "out", "keys", "cache"],
+    meta_fields=["prompt_slots"],
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Decoding under way. The first `prompt_slots` cache slots are the padded prompt, then one for each step."""
+
+    tokens: jax.Array  # [B] chosen, not yet in the cache
+    lengths: jax.Array  # [B] of the prompts
+    limits: jax.Array  # [B] tokens that each row may have
+    step: jax.Array  # tokens chosen so far, less one
+    done: jax.Array  # [B]
+    out: jax.Array  # [B, N] tokens chosen
+    keys: jax.Array  # [B]
+    cache: decoder.Cache
+    prompt_slots: int
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _encode(params, tiles_BTHW3, *, config: LlavaConfig, mesh: Mesh):
+    return llava.encode_tiles(params, config, tiles_BTHW3, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _splice(params, features_BRD, ids_BS, feature_rows_BS, *, config: LlavaConfig, mesh: Mesh):
+    return llava.splice_embeddings(params, config, features_BRD, ids_BS, feature_rows_BS, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "eos_ids", "new_tokens"))
+def _prefill(params, x_BSD, lengths, limits, keys, knobs, *, config, mesh, eos_ids, new_tokens) -> State:
+    B, S, _ = x_BSD.shape
+    x_BD, cache = decoder.prefill(params["decoder"], config, x_BSD, lengths, S + new_tokens, mesh=mesh)
+    tokens = choose(decoder.logits(params["decoder"], config, x_BD, mesh), _fold(keys, 0), knobs)
+    out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
+    done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
+    return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
+
+
+def _decode(params, state: State, stopped, steps, knobs, *, config, mesh, eos_ids) -> State:
+    """Up to `steps` more tokens for the rows that are neither done nor `stopped` [B]."""
+    last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
+    slots_M = jnp.arange(state.cache[0][0].shape[3])
+    S = state.prompt_slots
+
+    def body(state: State) -> State:
+        slot = S + state.step
+        positions = state.lengths + state.step
+        slot_positions = jnp.where(slots_M < S, slots_M, state.lengths[:, None] + slots_M - S)
+        visible_BM = (slots_M < state.lengths[:, None]) | ((slots_M >= S) & (slots_M < slot))
+        if config.text.sliding_window:
+            visible_BM &= positions[:, None] - slot_positions < config.text.sliding_window
+        x_BD = decoder.embed(params["decoder"], config, state.tokens, mesh)
+        x_BD, cache = decoder.decode_one(
+            params["decoder"], config, x_BD, positions, visible_BM, slot, state.cache, mesh
+        )
+        step = state.step + 1
+        logits_BV = decoder.logits(params["decoder"], config, x_BD, mesh)
+        tokens = choose(logits_BV, _fold(state.keys, step), knobs)
+        tokens = jnp.where(state.done, state.tokens, tokens)
+        out = jnp.where(
+            state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))
+        )
+        done = state.done | _is_end(tokens, eos_ids) | (step + 1 >= state.limits)
+        return dataclasses.replace(state, tokens=tokens, step=step, done=done, out=out, cache=cache)
+
+    state = dataclasses.replace(state, done=state.done | stopped)
+    return jax.lax.while_loop(lambda s: (s.step < last_step) & ~jnp.all(s.done), body, state)
+
+
+@functools.cache
+def _compiled_decode(platform: str):
+    """`_decode`, jitted. On CPUs XLA copies the whole cache twice a layer and step, unless it is told to look closer."""
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except Exception:  # not an option of this release
+        options = {}
+    return jax.jit(
+        _decode, static_argnames=("config", "mesh", "eos_ids"), donate_argnames="state", compiler_options=options
+    )
+
+
+def _is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(tokens, bool)
+
+
+def _fold(keys: jax.Array, step) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _logits(params, x_BSD, lengths, *, config: LlavaConfig, mesh: Mesh):
+    B, S, _ = x_BSD.shape
+    positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
+    segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)
+    x_BSD = decoder.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, mesh=mesh)
+    return decoder.logits(params["decoder"], config, x_BSD, mesh)
+
+
+class _CompileCount:
+    """How many functions JAX has compiled in this process."""
+
+    def __init__(self):
+        self.n = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration: float, **_) -> None:
+        self.n += event == "/jax/core/compile/backend_compile_duration"
+
+
+_compiled = _CompileCount()
+
+
+def compilations() -> int:
+    """Functions compiled in this process so far, by JAX's own events."""
+    return _compiled.n
+
+
+# ---------------------------------------------------------------- the engine
+
+
+class Engine:
+    """A model ready to answer.
+
+    >>> engine = Engine.load("llava-v1.5-7b")
+    >>> engine.ask("What is in this picture?", ["photo.jpg"]).text
+    """
+
+    def __init__(
+        self,
+        params: llava.Params,
+        config: LlavaConfig,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        template: str | None = None,
+        buckets: Buckets | None = None,
+    ):
+        self.params, self.config, self.tokenizer, self.mesh = params, config, tokenizer, mesh
+        self.template_name = template or choose_template(config)
+        self.template = get_template(self.template_name)
+        self.buckets = buckets or Buckets()
+        prepare_tokenizer(tokenizer, config)
+        ends = {*config.text.eos_ids, tokenizer.eos_id, self.template.stop and tokenizer.token_id(self.template.stop)}
+        self.eos_ids = tuple(sorted(ends - {None}))
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | os.PathLike,
+        *,
+        mesh: str | None = None,
+        dtype=None,
+        template: str | None = None,
+        vision_tower: str | os.PathLike | None = None,
+        image_rules: str | None = None,
+        buckets: Buckets | None = None,
+    ) -> "Engine":
+        """Load a checkpoint onto the devices.
+
+        Args:
+          checkpoint: an Orbax directory, a directory of safetensors, or a hub name.
+          mesh: `"data=1,fsdp=1,tensor=4"`; None for as much `tensor` as whole key/value heads allow.
+          dtype: of weights and activations; None for bfloat16 on accelerators and float32 on CPUs.
+          template: a conversation template by name; None for the checkpoint's own.
+          vision_tower: a CLIP directory, for originals that come without their tower.
+          image_rules: "original" or "transformers", where the two differ in how a picture is cut.
+
+        Raises:
+          InputError: whatever is wrong with any of these.
+        """
+        found = open_checkpoint(checkpoint, vision_tower=vision_tower)
+        config = found.config.replace(image_rules=image_rules) if image_rules else found.config
+        get_template(template or choose_template(config))
+        placed = make_mesh(parse_mesh(mesh)) if mesh else inference_mesh(config)
+        params = found.load(placed, dtype or default_dtype(placed))
+        return cls(params, config, found.tokenizer, placed, template=template, buckets=buckets)
+
+    @property
+    def context(self) -> int:
+        """Positions that the decoder knows."""
+        return self.config.text.max_positions
+
+    # ------------------------------------------------------------ asking
+
+    def ask(self, prompt: str | Sequence[str], images: Sequence = (), *, system: str | None = None, **sampling) -> Answer:
+        """Answer one question.
+
+        Args:
+          prompt: the question, or a conversation: question, answer, ..., question. Images stand where it has
+            `<image>` marks; without any they come first.
+          images: paths, http(s) URLs, bytes of files, or Pillow images.
+          system: a system message instead of the template's.
+          **sampling: fields of `Sampling`.
+
+        Raises:
+          InputError: an image cannot be read, marks and images do not agree, the prompt is too long.
+        """
+        request = _request(prompt, images, system)
+        [(_, answer)] = self.generate([request], Sampling(**sampling), rows=1)
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
+
+    def stream(self, prompt, images: Sequence = (), *, system: str | None = None, **sampling) -> Iterator[str | Answer]:
+        """As `ask`, but yields the text in pieces as it comes, and the whole `Answer` at the end."""
+        settings = Sampling(**sampling)
+        prepared = self._prepare(_request(prompt, images, system))
+        shown = ""
+        for answers in self._run([prepared], [self._pixels(prepared)], settings, steps=STREAM_STEPS):
+            text = self._settled(answers[0])
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+        answer = answers[0]
+        if len(answer.text) > len(shown):
+            yield answer.text[len(shown) :]
+        yield answer
+
+    def _settled(self, answer: Answer) -> str:
+        """The part of an unfinished answer's text that more tokens cannot change."""
+        text = answer.text.rstrip("\ufffd").rstrip()
+        stop = self.template.stop
+        if stop and answer.stopped_by == "":
+            held = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            text = text[: len(text) - held]
+        return text
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, rows: int = 8
+    ) -> Iterator[tuple[int, Answer | InputError]]:
+        """Answer many questions, batched by size, in the order in which they finish.
+
+        While the device works on a batch, threads read the pictures of the next.
+
+        Args:
+          rows: of a batch, at most.
+
+        Yields:
+          The question's index and its answer, or what is wrong with the question; the others go on.
+        """
+        prepared: list[tuple[int, _Prepared]] = []
+        for i, request in enumerate(requests):
+            try:
+                prepared.append((i, self._prepare(request)))
+            except InputError as error:
+                yield i, error
+        prepared.sort(key=lambda item: (self.buckets.up("tiles", item[1].row.tile_count), item[1].length))
+        batches = [prepared[i : i + rows] for i in range(0, len(prepared), rows)]
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            read = lambda batch: [pool.submit(self._pixels, item) for _, item in batch]  # noqa: E731
+            ahead = read(batches[0]) if batches else []
+            for n, batch in enumerate(batches):
+                futures, ahead = ahead, read(batches[n + 1]) if n + 1 < len(batches) else []
+                good, pixels = [], []
+                for (i, item), future in zip(batch, futures, strict=True):
+                    try:
+                        pixels.append(future.result())
+                        good.append((i, item))
+                    except InputError as error:
+                        yield i, error
+                if not good:
+                    continue
+                for answers in self._run([item for _, item in good], pixels, sampling, steps=STEPS):
+                    pass
+                yield from ((i, answer) for (i, _), answer in zip(good, answers, strict=True))
+
+    def logits(
+        self, turns: str | Sequence[str | None], images: Sequence = (), *, system: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits for every position of a conversation.
+
+        Args:
+          turns: question, answer, ...; end with None for a prompt that the model is to continue.
+
+        Returns:
+          logits float32 [n, V], and int32 [n] what stands at each position: a token id, or `splice.IMAGE`.
+        """
+        turns = (turns, None) if isinstance(turns, str) else tuple(turns)
+        item = self._prepare(Request(turns, tuple(images), system), reply=False)
+        batch = self._batch([item], [self._pixels(item)])
+        logits = _logits(
+            self.params, self._embed(batch), self._put(batch.lengths), config=self.config, mesh=self.mesh
+        )
+        ids = np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE)
+        return np.asarray(logits)[0, : item.length], ids[: item.length]
+
+    def warm_up(self, shapes: Iterable[tuple[int, int]], sampling: Sampling | None = None, *, rows: int = 1) -> int:
+        """Compile for prompts of the given (positions, tiles), each rounded up to its bucket.
+
+        Returns:
+          How many functions were compiled.
+        """
+        before = compilations()
+        sampling = sampling or Sampling()
+        for length, tile_count in shapes:
+            batch = splice(
+                [],
+                self.config,
+                length=self.buckets.up("lengths", length),
+                tiles=self.buckets.up("tiles", tile_count),
+                batch=self._rows(rows),
+            )
+            state = self._start(batch, np.ones(len(batch.ids), np.int32), [0] * len(batch.ids), sampling)
+            self._continue(state, np.zeros(len(batch.ids), bool), 1, sampling).done.block_until_ready()
+        return compilations() - before
+
+    # ------------------------------------------------------------ the steps of a batch
+
+    def _prepare(self, request: Request, *, reply: bool = True) -> _Prepared:
+        """Tokenize a request and lay its images out, from their sizes alone."""
+        images = len(request.images)
+        try:
+            turns = list(request.turns)
+            marked = sum(turn.count("<image>") for turn in turns if turn)
+            if marked == 0:
+                turns[0] = with_images(turns[0], images, self.config)
+            elif marked != images:
+                raise InputError(
+                    f"the prompt has {marked} <image> marks for {images} images; there must be one for each, "
+                    "or none at all"
+                )
+            else:
+                turns = [turn and with_images(turn, turn.count("<image>"), self.config) for turn in turns]
+            ids = encode_prompt(
+                self.template, [*turns, None] if reply else turns, self.tokenizer, system=request.system
+            )
+            layouts = tuple(layout(image_size(image), self.config) for image in request.images)
+            row = Row(ids, layouts, name=request.name)
+            length = spliced_length(row, self.config)
+            room = self.context - (1 if reply else 0)
+            if length > room:
+                raise InputError(
+                    f"the prompt is {length} positions long ({length - int((ids != IMAGE).sum())} of them image), "
+                    f"{length - room} more than fit the model's context of {self.context}"
+                )
+            return _Prepared(request, row, length)
+        except InputError as error:
+            raise InputError(f"{request.name}: {error}" if request.name else str(error)) from None
+
+    def _pixels(self, item: _Prepared) -> tuple[np.ndarray, ...]:
+        try:
+            return tuple(
+                tiles(open_image(image), place, self.config)
+                for image, place in zip(item.request.images, item.row.layouts, strict=True)
+            )
+        except InputError as error:
+            raise InputError(f"{item.request.name}: {error}" if item.request.name else str(error)) from None
+
+    def _rows(self, n: int) -> int:
+        """B for a batch of `n`: a rung of the ladder that the mesh can cut."""
+        multiple = row_multiple(self.mesh)
+        return self.buckets.up("rows", -(-n // multiple)) * multiple
+
+    def _batch(self, items: list[_Prepared], pixels: list[tuple[np.ndarray, ...]]) -> Batch:
+        return splice(
+            [dataclasses.replace(item.row, tiles=p) for item, p in zip(items, pixels, strict=True)],
+            self.config,
+            length=self.buckets.up("lengths", max(item.length for item in items)),
+            tiles=self.buckets.up("tiles", max(item.row.tile_count for item in items)),
+            batch=self._rows(len(items)),
+        )
+
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        return put_rows(np.asarray(rows), self.mesh)
+
+    def _embed(self, batch: Batch) -> jax.Array:
+        """Input embeddings [B, S, D]."""
+        static = dict(config=self.config, mesh=self.mesh)
+        features = _encode(self.params, self._put(batch.tiles), **static) if batch.tiles.shape[1] else None
+        return _splice(self.params, features, self._put(batch.ids), self._put(batch.feature_rows), **static)
+
+    def _start(self, batch: Batch, limits: np.ndarray, numbers: Sequence[int], sampling: Sampling) -> State:
+        return _prefill(
+            self.params, self._embed(batch), self._put(batch.lengths), self._put(limits),
+            row_keys(sampling.seed, numbers), sampling.knobs(), config=self.config, mesh=self.mesh,
+            eos_ids=self.eos_ids, new_tokens=self.buckets.up("new_tokens", sampling.max_new_tokens),
+        )  # fmt: skip
+
+    def _continue(self, state: State, stopped: np.ndarray, steps: int, sampling: Sampling) -> State:
+        return _compiled_decode(self.mesh.devices.flat[0].platform)(
+            self.params, state, self._put(stopped), jnp.int32(steps), sampling.knobs(),
+            config=self.config, mesh=self.mesh, eos_ids=self.eos_ids,
+        )  # fmt: skip
+
+    def _run(
+        self, items: list[_Prepared], pixels: list, sampling: Sampling, *, steps: int
+    ) -> Iterator[list[Answer]]:
+        """Answer a batch, yielding the answers so far after every few steps; the last ones are whole."""
+        compiled, start = compilations(), time.perf_counter()
+        batch = self._batch(items, pixels)
+        B, S = batch.ids.shape
+        limits = np.minimum(sampling.max_new_tokens, self.context - batch.lengths)
+        numbers = [item.request.number for item in items] + [0] * (B - len(items))
+        state = self._start(batch, limits, numbers, sampling)
+        state.tokens.block_until_ready()
+        prefilled = time.perf_counter()
+        stopped = np.zeros(B, bool)
+        while True:
+            out, done, step = jax.device_get((state.out, state.done, state.step))
+            seconds = time.perf_counter() - prefilled
+            read = [self._read(out[b, : min(step + 1, limits[b])], limits[b]) for b in range(len(items))]
+            generated = sum(len(ids) - 1 for _, ids, _ in read)
+            yield [
+                Answer(
+                    text=text,
+                    token_ids=ids,
+                    prompt_tokens=item.length,
+                    image_tokens=item.image_tokens,
+                    bucket=S,
+                    compilations=compilations() - compiled,
+                    prefill_seconds=prefilled - start,
+                    decode_tokens_per_second=generated / seconds if generated else 0.0,
+                    stopped_by=by,
+                )
+                for item, (text, ids, by) in zip(items, read, strict=True)
+            ]
+            stopped[: len(items)] |= [by == "stop" for _, _, by in read]
+            if np.all(done | stopped):
+                return
+            state = self._continue(state, stopped, steps, sampling)
+
+    def _read(self, out: np.ndarray, limit: int) -> tuple[str, list[int], str]:
+        """Text and ids of the tokens of a row so far, and what ended it ("" if nothing yet)."""
+        ids, by = out.tolist(), "length" if len(out) == limit else ""
+        if ends := [i for i, token in enumerate(ids) if token in self.eos_ids]:
+            ids, by = ids[: ends[0] + 1], "end"
+        text, stop = self.tokenizer.decode(ids), self.template.stop
+        if stop and stop in text:
+            has_stop = lambda n: stop in self.tokenizer.decode(ids[:n])  # noqa: E731
+            ids = ids[: bisect.bisect_left(range(len(ids)), True, key=has_stop)]
+            text, by = text[: text.index(stop)], "stop"
+        return text.strip(), ids, by
+
+
+def _request(prompt: str | Sequence[str], images: Sequence, system: str | None) -> Request:
+    turns = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    images = (images,) if isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert") else tuple(images)
+    return Request(turns, images, system)

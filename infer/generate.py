@@ -1,0 +1,140 @@
+"""Answer questions about pictures.
+
+    python -m infer.generate --checkpoint DIR --image photo.jpg --prompt "What is in this picture?"
+    python -m infer.generate --checkpoint DIR --questions q.jsonl --image-folder pictures --answers a.jsonl
+
+The answer goes to standard output, everything else to standard error.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from llava_jax.config import IMAGE_RULES
+from llava_jax.console import InputError, note, run_main
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m infer.generate", description="Answer questions about pictures.")
+    model = p.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint", required=True, metavar="DIR",
+        help="an Orbax directory of `python -m convert`, a directory of safetensors (original or transformers), "
+        "or a hub name",
+    )  # fmt: skip
+    model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
+    model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
+    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPUs, else bfloat16")
+    model.add_argument("--mesh", metavar="AXES", help="e.g. data=1,fsdp=1,tensor=4; default: tensor over all devices")
+    model.add_argument(
+        "--image-rules", choices=IMAGE_RULES, help="how pictures are cut where the two differ; default: original"
+    )
+    one = p.add_argument_group("one question")
+    one.add_argument("--image", action="append", default=[], metavar="FILE", help="a path or an http(s) URL; repeatable")
+    one.add_argument(
+        "--prompt", metavar="TEXT", help="the question; <image> marks say where the images go, default: in front"
+    )
+    one.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, help="print the answer as it comes; default: without --json"
+    )
+    many = p.add_argument_group("many questions")
+    many.add_argument(
+        "--questions", metavar="FILE", help="JSON lines with question_id, text and, unless text-only, image"
+    )
+    many.add_argument("--image-folder", metavar="DIR", help="where their images are; default: the current directory")
+    many.add_argument("--answers", metavar="FILE", help="JSON lines, appended; questions answered there are skipped")
+    many.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default 8)")
+    how = p.add_argument_group("answers")
+    how.add_argument("--system", metavar="TEXT", help="a system message instead of the template's")
+    how.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(default 512)")
+    how.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(default 1, off)")
+    how.add_argument("--top-k", type=int, default=0, metavar="K", help="(default 0, off)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    how.add_argument("--json", action="store_true", help="print one JSON object per answer")
+    return p
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if bool(args.questions) == (args.prompt is not None):
+        raise InputError("give either --prompt or --questions")
+    if args.questions and not args.answers:
+        raise InputError("--questions wants --answers, the file to write to")
+    if args.questions and args.image:
+        raise InputError("--image belongs to --prompt; the images of --questions are named in its file")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size} must be 1 or more")
+
+    # Sooner than the packages below, which take their time to load.
+    from llava_jax.prompts import get_template
+
+    if args.template:
+        get_template(args.template)
+    questions = None
+    if args.questions:
+        from infer.questions import read_questions
+
+        questions = read_questions(args)
+
+    enable_compilation_cache()
+    from infer.engine import Engine
+    from infer.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
+    if questions is None:
+        check_images(args.image)
+    engine = Engine.load(
+        args.checkpoint,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        template=args.template,
+        vision_tower=args.vision_tower,
+        image_rules=args.image_rules,
+    )
+    mesh = ",".join(f"{axis}={n}" for axis, n in engine.mesh.shape.items())
+    chosen = "" if args.template else " (chosen from the checkpoint; --template names another)"
+    note(f"template {engine.template_name}{chosen}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")
+    if questions is not None:
+        from infer.questions import answer_questions
+
+        return answer_questions(engine, questions, sampling, args)
+    if args.stream or (args.stream is None and not args.json):
+        for piece in engine.stream(args.prompt, args.image, system=args.system, **dataclasses.asdict(sampling)):
+            if isinstance(piece, str) and not args.json:
+                print(piece, end="", flush=True)
+            answer = piece
+        if not args.json:
+            print()
+    else:
+        answer = engine.ask(args.prompt, args.image, system=args.system, **dataclasses.asdict(sampling))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+    elif args.stream is False:
+        print(answer.text)
+    return 0
+
+
+def check_images(images: list[str]) -> None:
+    """Complain about a picture before the weights are loaded."""
+    from llava_jax.images import image_size
+
+    for image in images:
+        if not image.startswith(("http://", "https://")):
+            image_size(image)
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "llava-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    run_main(main)

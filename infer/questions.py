@@ -1,0 +1,150 @@
+"""Many questions from a file, answers to a file, in the format of the reference (llava/eval/model_vqa_loader.py).
+
+    {"question_id": 1, "image": "a.jpg", "text": "What is this?"}            one of the questions
+    {"question_id": 1, "prompt": "What is this?", "text": "A cat.", "answer_id": ..., "model_id": ..., "metadata": {}}
+
+`image` may be a list, or missing. Answers are written as they come; a second run skips what is answered.
+"""
+
+import argparse
+import dataclasses
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from llava_jax.console import InputError, Progress, note
+
+TOLD = 10  # broken questions that are named; the rest are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What a questions file holds, and what was wrong with it."""
+
+    rows: list[dict[str, Any]]
+    line_numbers: list[int]
+    errors: list[str]
+    answered: int
+
+
+def read_questions(args: argparse.Namespace) -> Questions:
+    """Read the questions that `args.answers` does not answer yet.
+
+    Raises:
+      InputError: a file cannot be read, or there is no question in it.
+    """
+    path, folder = Path(args.questions), Path(args.image_folder or ".")
+    if not folder.is_dir():
+        raise InputError(f"--image-folder {folder}: no such directory")
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    done = _answered(Path(args.answers))
+    rows, numbers, errors, skipped, seen = [], [], [], 0, set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = _question(line)
+            key = _key(row["question_id"])
+            if key in seen:
+                raise InputError(f"question_id {row['question_id']!r} occurs twice")
+            seen.add(key)
+        except InputError as error:
+            errors.append(f"{path} line {number}: {error}")
+            continue
+        if key in done:
+            skipped += 1
+            continue
+        rows.append(row)
+        numbers.append(number)
+    if not (rows or errors or skipped):
+        raise InputError(f"{path}: no questions in it")
+    return Questions(rows, numbers, errors, skipped)
+
+
+def _question(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "question_id" not in row:
+        raise InputError("a question needs question_id and text")
+    images = row.get("image")
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    if not all(isinstance(image, str) for image in images):
+        raise InputError("image must be a file name or a list of them")
+    return row | {"image": images}
+
+
+def _key(question_id) -> str:
+    return json.dumps(question_id, sort_keys=True)
+
+
+def _answered(path: Path) -> set[str]:
+    """Ids in an answers file. A last line that was cut off while being written is taken away."""
+    if not path.exists():
+        return set()
+    try:
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            path.write_bytes(whole)
+        return {_key(json.loads(line)["question_id"]) for line in whole.splitlines() if line.strip()}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is there already, and is no answers file") from None
+
+
+def answer_questions(engine, questions: Questions, sampling, args: argparse.Namespace) -> int:
+    """Answer, write, and report. Returns the exit status: 1 if any question could not be answered."""
+    from infer.engine import Request
+
+    folder = Path(args.image_folder or ".")
+    for error in questions.errors[:TOLD]:
+        note(f"error: {error}")
+    if questions.answered:
+        note(f"{questions.answered} of {questions.answered + len(questions.rows)} are answered already")
+    requests = [
+        Request(
+            (row["text"],),
+            tuple(str(folder / image) for image in row["image"]),
+            args.system,
+            f"{args.questions} line {number}",
+            number,
+        )
+        for row, number in zip(questions.rows, questions.line_numbers, strict=True)
+    ]
+    failed = len(questions.errors)
+    model = str(args.checkpoint).rstrip("/").rsplit("/", 1)[-1]
+    try:
+        out = open(args.answers, "a")
+    except OSError as error:
+        raise InputError(f"--answers {args.answers}: cannot be written ({error.strerror})") from None
+    with out, Progress("answering", len(requests), "questions") as bar:
+        for i, answer in engine.generate(requests, sampling, rows=args.batch_size):
+            bar.advance()
+            if isinstance(answer, InputError):
+                failed += 1
+                if failed <= TOLD:
+                    note(f"error: {answer}")
+                continue
+            row = questions.rows[i]
+            line = {
+                "question_id": row["question_id"],
+                "prompt": row["text"],
+                "text": answer.text,
+                "answer_id": uuid.uuid4().hex,
+                "model_id": model,
+                "metadata": {},
+            }
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            if args.json:
+                print(json.dumps({"question_id": row["question_id"]} | dataclasses.asdict(answer), ensure_ascii=False))
+    if failed:
+        note(f"error: {failed} questions were not answered" + (f"; the first {TOLD} are named above" * (failed > TOLD)))
+    return 1 if failed else 0

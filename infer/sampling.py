@@ -1,0 +1,79 @@
+"""Choosing the next token: greedy, or drawn at a temperature from the likeliest (top-k, top-p)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llava_jax.console import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    temperature     0 takes the likeliest token; else logits are divided by it
+    top_k           draw from this many likeliest tokens only; 0 for all
+    top_p           draw from the fewest tokens that have this much probability together (Holtzman et al. 2020)
+    seed            of the randomness; an answer depends on it and on the question, not on its place in a batch
+    max_new_tokens  an answer is cut after this many
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 512
+
+    def __post_init__(self):
+        for ok, what in (
+            (0 <= self.temperature < float("inf"), f"temperature {self.temperature} must be 0 or more"),
+            (self.top_k >= 0, f"top-k {self.top_k} must be 0 (off) or more"),
+            (0 < self.top_p <= 1, f"top-p {self.top_p} must be above 0 and at most 1"),
+            (0 <= self.seed < 2**31, f"seed {self.seed} must be from 0 to {2**31 - 1}"),
+            (self.max_new_tokens > 0, f"max-new-tokens {self.max_new_tokens} must be 1 or more"),
+        ):
+            if not ok:
+                raise InputError(what)
+
+    def knobs(self) -> dict[str, jax.Array]:
+        """What `choose` takes: numbers on the device, so that no setting compiles anything."""
+        return {
+            "temperature": jnp.float32(self.temperature),
+            "top_k": jnp.int32(self.top_k),
+            "top_p": jnp.float32(self.top_p),
+        }
+
+
+def choose(logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array]) -> jax.Array:
+    """The next token of each row, int32 [B].
+
+    Args:
+      logits_BV: float32.
+      keys_B: a random key for each row.
+      knobs: `Sampling.knobs()`.
+    """
+    greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(
+        knobs["temperature"] > 0,
+        lambda: jax.vmap(_draw, in_axes=(0, 0, None))(logits_BV, keys_B, knobs),
+        lambda: greedy,
+    )
+
+
+def _draw(logits_V: jax.Array, key: jax.Array, knobs: dict[str, jax.Array]) -> jax.Array:
+    """Temperature, then top-k, then top-p, as transformers' logits processors do."""
+    sorted_V, order_V = jax.lax.top_k(logits_V / knobs["temperature"], logits_V.shape[-1])
+    rank_V = jnp.arange(logits_V.shape[-1])
+    top_k = jnp.where(knobs["top_k"] > 0, knobs["top_k"], logits_V.shape[-1])
+    sorted_V = jnp.where(rank_V < top_k, sorted_V, -jnp.inf)
+    probabilities_V = jax.nn.softmax(sorted_V)
+    before_V = jnp.cumsum(probabilities_V) - probabilities_V
+    keep_V = (before_V < knobs["top_p"]) | (rank_V == 0)
+    place = jax.random.categorical(key, jnp.where(keep_V, sorted_V, -jnp.inf))
+    return order_V[place].astype(jnp.int32)
+
+
+def row_keys(seed: int, rows) -> jax.Array:
+    """A key for each row, from the seed and the row's own number."""
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows, jnp.uint32))

@@ -1,0 +1,528 @@
+"""What a LLaVA checkpoint is: frozen dataclasses, read from every dialect of `config.json`.
+
+Three dialects are understood:
+
+- ours (`"format": "llava-jax"`), written beside our Orbax checkpoints;
+- Hugging Face `LlavaConfig` and `LlavaNextConfig` (a `text_config` inside). Hub files are sparse: what they
+  leave out has the default of the transformers class they name, and so it has here (`tests/test_config.py`
+  holds the tables against the classes);
+- the original's (`mm_vision_tower` and friends beside the fields of the language model).
+
+`model_type` does not tell the last two apart (both write `llava`), the fields do.
+"""
+
+import ast
+import dataclasses
+import json
+from typing import Any
+
+from llava_jax.console import InputError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+ASPECT_RATIOS = ("square", "pad", "anyres")
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+IMAGE_RULES = ("original", "transformers")
+ACTIVATIONS = ("silu", "gelu", "quick_gelu", "gelu_pytorch_tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: `linear` (all alike) or `llama3` (low ones only)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The decoder: LLaMA, Mistral, Vicuna, Yi, Qwen2 and their kin."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    ffn_width: int = 11008
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_width: int = 128
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_positions: int = 4096
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    tied_head: bool = False
+    family: str = "llama"  # llama | mistral | qwen2: the class that holds it in transformers
+    bos_id: int | None = 1
+    eos_ids: tuple[int, ...] = (2,)
+    pad_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The CLIP vision tower. `feature_layers` index the hidden states: 0 is the embedding, -2 the last but one."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    ffn_width: int = 4096
+    layers: int = 24
+    heads: int = 16
+    norm_eps: float = 1e-5
+    activation: str = "quick_gelu"
+    feature_layers: tuple[int, ...] = (-2,)
+    keep_class_token: bool = False  # `cls_patch` (original), `full` (Hugging Face)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def features_per_tile(self) -> int:
+        """P: feature rows that one tile contributes."""
+        return self.patches_per_side**2 + self.keep_class_token
+
+    @property
+    def hidden_states(self) -> tuple[int, ...]:
+        """`feature_layers` counted from 0."""
+        return tuple(i if i >= 0 else self.layers + 1 + i for i in self.feature_layers)
+
+    @property
+    def layers_used(self) -> int:
+        """Layers that the features depend on; the ones after them are neither kept nor computed."""
+        return max(self.hidden_states)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
+    projector: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity
+    projector_bias: bool = True
+    aspect_ratio: str = "pad"
+    merge: str = "flat"
+    grid_pinpoints: tuple[
+        tuple[int, int], ...
+    ] = ()  # as the file has them; who reads them decides what is width
+    image_rules: str = "original"
+    use_im_start_end: bool = False
+    use_im_patch: bool = False
+    max_length: int | None = None  # positions after splicing that the model was trained with
+    padding_side: str = "right"
+    template: str | None = None  # conversation template; None: chosen from the rest (prompts.choose_template)
+    name: str = ""  # what the checkpoint calls itself, a hint for the template
+    vision_tower: str | None = None  # where the original's config says the tower is
+    image_token_id: int | None = (
+        None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded
+    )
+
+    def __post_init__(self):
+        for field, value, known in (
+            ("image_aspect_ratio", self.aspect_ratio, ASPECT_RATIOS),
+            ("mm_patch_merge_type", self.merge, MERGE_TYPES),
+            ("image_rules", self.image_rules, IMAGE_RULES),
+            ("padding_side", self.padding_side, ("left", "right")),
+            ("hidden_act of the decoder", self.text.activation, ACTIVATIONS),
+            ("hidden_act of the vision tower", self.vision.activation, ACTIVATIONS),
+        ):
+            if value not in known:
+                raise InputError(f"config: {field} {value!r} is not supported, only {', '.join(known)}")
+        projector_depth(self.projector)
+        if self.aspect_ratio == "anyres" and not self.grid_pinpoints:
+            raise InputError("config: image_aspect_ratio anyres needs image_grid_pinpoints")
+        if self.text.heads % self.text.kv_heads:
+            raise InputError(
+                f"config: {self.text.heads} attention heads are no multiple of {self.text.kv_heads} key/value heads"
+            )
+        if self.vision.width % self.vision.heads:
+            raise InputError(
+                f"config: the vision tower's width {self.vision.width} is no multiple of its {self.vision.heads} heads"
+            )
+        if any(not 0 <= i <= self.vision.layers for i in self.vision.hidden_states):
+            raise InputError(
+                f"config: vision feature layer {self.vision.feature_layers} is not among the "
+                f"{self.vision.layers + 1} hidden states of the tower"
+            )
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether an image's rows end in a learned newline (`image_newline`)."""
+        return self.merge == "spatial_unpad"
+
+    @property
+    def projector_in(self) -> int:
+        return self.vision.width * len(self.vision.feature_layers)
+
+    def replace(self, **changes) -> "LlavaConfig":
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "llava-jax", "version": 1} | dataclasses.asdict(self)
+
+
+def projector_depth(projector: str) -> int:
+    """Linear layers of a projector by the original's name for it (llava/model/multimodal_projector/builder.py).
+
+    Raises:
+      InputError: the name is none of `linear`, `mlpNx_gelu`, `identity`.
+    """
+    if projector == "identity":
+        return 0
+    if projector == "linear":
+        return 1
+    digits = projector.removeprefix("mlp").removesuffix("x_gelu")
+    if projector == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
+        return int(digits)
+    raise InputError(
+        f"config: projector {projector!r} is not supported, only linear, mlpNx_gelu and identity"
+    )
+
+
+# ---------------------------------------------------------------- presets
+
+_L7B = TextConfig()
+_L13B = TextConfig(width=5120, ffn_width=13824, layers=40, heads=40, kv_heads=40)
+_MISTRAL = TextConfig(
+    ffn_width=14336, kv_heads=8, rope_theta=1e6, max_positions=32768, norm_eps=1e-5, family="mistral"
+)
+_YI34B = TextConfig(
+    vocab_size=64000,
+    width=7168,
+    ffn_width=20480,
+    layers=60,
+    heads=56,
+    kv_heads=8,
+    rope_theta=5e6,
+    eos_ids=(7,),
+)
+_LLAMA3 = TextConfig(
+    vocab_size=128256, ffn_width=14336, kv_heads=8, rope_theta=5e5, max_positions=8192, bos_id=128000,
+    eos_ids=(128001, 128009),
+)  # fmt: skip
+_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+def _v15(text: TextConfig, **kw) -> LlavaConfig:
+    return LlavaConfig(text=text, max_length=2048, template="llava_v1", **kw)
+
+
+def _v16(text: TextConfig, template: str) -> LlavaConfig:
+    return LlavaConfig(
+        text=text, aspect_ratio="anyres", merge="spatial_unpad", grid_pinpoints=_PINPOINTS, max_length=4096,
+        template=template,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, LlavaConfig] = {
+    "v1.5-7b": _v15(_L7B),
+    "v1.5-13b": _v15(_L13B),
+    "v1.6-vicuna-7b": _v16(_L7B, "llava_v1"),
+    "v1.6-vicuna-13b": _v16(_L13B, "llava_v1"),
+    "v1.6-mistral-7b": _v16(_MISTRAL, "mistral_instruct"),
+    "v1.6-34b": _v16(_YI34B, "chatml_direct"),
+    "llama3-8b-next": _v16(_LLAMA3, "llava_llama_3"),
+}
+
+
+def preset(name: str) -> LlavaConfig:
+    """A released model's configuration by name, with or without the `llava-` in front."""
+    key = name.removeprefix("llava-")
+    if key not in PRESETS:
+        raise InputError(f"unknown model {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[key]
+
+
+def tiny(**changes) -> LlavaConfig:
+    """A v1.6 model of about 60,000 parameters, for tests and dry runs."""
+    text = TextConfig(
+        vocab_size=512,
+        width=32,
+        ffn_width=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_width=8,
+        max_positions=1024,
+    )
+    vision = VisionConfig(image_size=28, patch_size=7, width=16, ffn_width=32, layers=3, heads=2)
+    base = LlavaConfig(
+        text=text, vision=vision, aspect_ratio="anyres", merge="spatial_unpad",
+        grid_pinpoints=((28, 56), (56, 28), (56, 56), (84, 28), (28, 84)), template="llava_v1",
+    )  # fmt: skip
+    return base.replace(**changes)
+
+
+# ---------------------------------------------------------------- reading config.json
+
+# Defaults of the transformers classes (v4 and v5 agree) for fields that sparse files leave out.
+_TEXT_DEFAULTS = {
+    "llama": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=None,
+    ),
+    "mistral": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=10000.0,
+        sliding_window=4096,
+    ),
+    "qwen2": dict(
+        vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=10000.0,
+        sliding_window=None,
+    ),
+}  # fmt: skip
+_CLIP_L_336 = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
+    image_size=336,
+)  # fmt: skip
+_CLIP_DEFAULTS = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32,
+    image_size=224, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+)  # fmt: skip
+# Vision towers that configs name: what their own config.json says.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": _CLIP_L_336,
+    "openai/clip-vit-large-patch14": _CLIP_L_336 | dict(image_size=224),
+    "openai/clip-vit-base-patch16": dict(patch_size=16),
+    "openai/clip-vit-base-patch32": dict(),
+}
+
+
+def read_config(
+    config: dict[str, Any],
+    *,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    name: str = "",
+) -> LlavaConfig:
+    """A `LlavaConfig` from the contents of a `config.json` in any dialect.
+
+    Args:
+      config: the parsed `config.json`.
+      vision: the vision tower's own `config.json`, for original checkpoints, which only name their tower.
+      preprocessor: `preprocessor_config.json`, where there is one.
+      generation: `generation_config.json`, where there is one; its `eos_token_id` is the one that counts.
+      name: what to call the checkpoint (its directory or hub name); a hint for the conversation template.
+
+    Raises:
+      InputError: the file is no LLaVA configuration, or asks for something that does not exist here.
+    """
+    if config.get("format") == "llava-jax":
+        return _from_ours(config)
+    if isinstance(config.get("text_config"), dict):
+        read = _from_hugging_face(config, preprocessor or {})
+    elif any(k in config for k in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
+        read = _from_original(config, vision, preprocessor or {})
+    else:
+        raise InputError(
+            f"config.json is not LLaVA's (model_type {config.get('model_type')!r}): it has neither a text_config "
+            "nor mm_vision_tower"
+        )
+    eos = (generation or {}).get("eos_token_id")
+    if eos is not None:
+        ids = tuple(eos) if isinstance(eos, list) else (eos,)
+        read = read.replace(text=dataclasses.replace(read.text, eos_ids=ids))
+    hint = " ".join(filter(None, (config.get("_name_or_path"), name)))
+    return read.replace(name=hint)
+
+
+def _from_ours(config: dict[str, Any]) -> LlavaConfig:
+    if config.get("version", 0) > 1:
+        raise InputError(
+            f"config.json has version {config['version']}; this release reads version 1: upgrade llava-jax"
+        )
+
+    def build(cls, values):
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(values) - known:
+            raise InputError(f"config.json: unknown fields {', '.join(sorted(unknown))}")
+        return cls(**{k: _tuples(v) for k, v in values.items()})
+
+    top = {k: v for k, v in config.items() if k not in ("format", "version")}
+    text = dict(top["text"])
+    if text.get("rope_scaling"):
+        text["rope_scaling"] = build(RopeScaling, text["rope_scaling"])
+    return build(
+        LlavaConfig, top | {"text": build(TextConfig, text), "vision": build(VisionConfig, top["vision"])}
+    )
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> LlavaConfig:
+    text, vision = config["text_config"], config.get("vision_config")
+    following = config.get("model_type") == "llava_next"
+    layers = config.get("vision_feature_layer", -2)
+    strategy = config.get("vision_feature_select_strategy", "default")
+    vision = _vision(
+        _CLIP_L_336 if vision is None else vision,
+        preprocessor,
+        feature_layers=tuple(layers) if isinstance(layers, list) else (layers,),
+        keep_class_token=strategy == "full",
+    )
+    if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
+        raise InputError(f"config.json: projector_hidden_act {act!r} is not supported, only gelu")
+    return LlavaConfig(
+        text=_text(text.get("model_type", "llama"), text, {"tie_word_embeddings": _tied(config, text)}),
+        vision=vision,
+        projector="mlp2x_gelu",
+        projector_bias=config.get("multimodal_projector_bias", True),
+        aspect_ratio="anyres" if following else "pad" if preprocessor.get("do_pad", True) else "square",
+        merge="spatial_unpad" if following else "flat",
+        grid_pinpoints=_pinpoints(config.get("image_grid_pinpoints") or _PINPOINTS) if following else (),
+        max_length=None,
+        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+    )
+
+
+def _tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
+    """Hugging Face models tie what the outer configuration says; old files say it inside only."""
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+
+def _from_original(
+    config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: dict[str, Any]
+) -> LlavaConfig:
+    kind = " ".join([config.get("model_type", ""), *(config.get("architectures") or [])]).lower()
+    if "mpt" in kind:
+        raise InputError("config.json: MPT decoders are not supported, only LLaMA, Mistral, Yi and Qwen2")
+    family = "mistral" if "mistral" in kind else "qwen2" if "qwen" in kind else "llama"
+    tower = config.get("mm_vision_tower")
+    if vision is None:
+        if tower not in KNOWN_TOWERS:
+            raise InputError(
+                f"config.json names the vision tower {tower!r}, which is not here: "
+                "give its directory with --vision-tower"
+            )
+        vision = KNOWN_TOWERS[tower]
+    aspect = config.get("image_aspect_ratio") or "square"
+    pinpoints = config.get("image_grid_pinpoints")
+    return LlavaConfig(
+        text=_text(family, config, {}),
+        vision=_vision(
+            vision,
+            preprocessor,
+            feature_layers=(config.get("mm_vision_select_layer", -2),),
+            keep_class_token=config.get("mm_vision_select_feature", "patch") == "cls_patch",
+        ),
+        projector=config.get("mm_projector_type", "linear"),
+        aspect_ratio=aspect,
+        merge=config.get("mm_patch_merge_type", "flat"),
+        grid_pinpoints=_pinpoints(pinpoints) if aspect == "anyres" and pinpoints else (),
+        use_im_start_end=config.get("mm_use_im_start_end", False),
+        use_im_patch=config.get("mm_use_im_patch_token", True),
+        max_length=config.get("tokenizer_model_max_length"),
+        padding_side=config.get("tokenizer_padding_side", "right"),
+        vision_tower=tower,
+    )
+
+
+def _pinpoints(value) -> tuple[tuple[int, int], ...]:
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise InputError(f"config.json: image_grid_pinpoints {value!r} is not a list of sizes") from None
+    return tuple((int(a), int(b)) for a, b in value)
+
+
+def _text(family: str, fields: dict[str, Any], more: dict[str, Any]) -> TextConfig:
+    if family not in _TEXT_DEFAULTS:
+        raise InputError(
+            f"config.json: decoder {family!r} is not supported, only {', '.join(_TEXT_DEFAULTS)} (Vicuna and Yi are llama)"
+        )
+    get = (_TEXT_DEFAULTS[family] | fields | more).get
+    width, heads = get("hidden_size"), get("num_attention_heads")
+    window = get("sliding_window")
+    if family == "llama" or (family == "qwen2" and not get("use_sliding_window", False)):
+        window = None
+    eos = get("eos_token_id", 2)
+    rope = dict(get("rope_parameters") or get("rope_scaling") or {})
+    return TextConfig(
+        vocab_size=get("vocab_size"),
+        width=width,
+        ffn_width=get("intermediate_size"),
+        layers=get("num_hidden_layers"),
+        heads=heads,
+        kv_heads=get("num_key_value_heads") or heads,
+        head_width=get("head_dim") or width // heads,
+        norm_eps=get("rms_norm_eps"),
+        activation=get("hidden_act", "silu"),
+        rope_theta=float(rope.get("rope_theta", get("rope_theta"))),
+        rope_scaling=_rope_scaling(rope),
+        max_positions=get("max_position_embeddings"),
+        sliding_window=window,
+        qkv_bias=get("attention_bias", False) or family == "qwen2",
+        o_bias=get("attention_bias", False),
+        mlp_bias=get("mlp_bias", False),
+        tied_head=bool(get("tie_word_embeddings", False)),
+        family=family,
+        bos_id=get("bos_token_id", 1),
+        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        pad_id=get("pad_token_id"),
+    )
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise InputError(f"config.json: rope scaling {kind!r} is not supported, only linear and llama3")
+
+
+def _vision(vision: dict[str, Any], preprocessor: dict[str, Any], **more) -> VisionConfig:
+    vision = vision.get("vision_config", vision) if vision.get("model_type") == "clip" else vision
+    if (kind := vision.get("model_type", "clip_vision_model")) != "clip_vision_model":
+        raise InputError(
+            f"config.json: vision tower {kind!r} is not supported, only CLIP (clip_vision_model)"
+        )
+    get = (_CLIP_DEFAULTS | vision).get
+    return VisionConfig(
+        image_size=get("image_size"),
+        patch_size=get("patch_size"),
+        width=get("hidden_size"),
+        ffn_width=get("intermediate_size"),
+        layers=get("num_hidden_layers"),
+        heads=get("num_attention_heads"),
+        norm_eps=get("layer_norm_eps"),
+        activation=get("hidden_act"),
+        image_mean=tuple(preprocessor.get("image_mean") or CLIP_MEAN),
+        image_std=tuple(preprocessor.get("image_std") or CLIP_STD),
+        **more,
+    )
+
+
+def read_json(path) -> dict[str, Any] | None:
+    """The contents of a JSON file, None where there is no such file.
+
+    Raises:
+      InputError: the file is not JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None

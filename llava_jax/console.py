@@ -1,0 +1,103 @@
+"""What a person at the terminal sees: one-line errors, notes on standard error, progress."""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong. The message is one line: what, where, and what to do about it."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command and exit with its status; an `InputError` is one line on standard error and status 1."""
+    warnings.filterwarnings("ignore", module="PIL")  # what matters about a picture is an error or a note of ours
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except InputError as error:
+        status = 1
+        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130
+        print("interrupted", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        status = 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def note(message: str) -> None:
+    """A line for the user that is not the result."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A progress bar on a terminal, a plain line every few seconds elsewhere; nothing if all is done in `quiet` s.
+
+    >>> with Progress("reading", total=10**9, unit="B") as bar:
+    ...     bar.advance(2**20)
+    """
+
+    def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0):
+        self.what, self.total, self.unit = what, total, unit
+        self.terminal = sys.stderr.isatty()
+        self.every = 0.1 if self.terminal else every
+        self.done = 0
+        self.start = time.monotonic()
+        self.next = self.start + (quiet if self.terminal else every)
+        self.shown = False
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.shown:
+            self._show(last=True)
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now >= self.next:
+            self.next = now + self.every
+            self._show()
+
+    def _amount(self, n: float) -> str:
+        if self.unit != "B":
+            return f"{n:.0f}"
+        for unit in ("B", "kB", "MB", "GB", "TB"):
+            if n < 1000 or unit == "TB":
+                return f"{n:.1f} {unit}" if unit != "B" else f"{n:.0f} B"
+            n /= 1000
+
+    def _show(self, last: bool = False) -> None:
+        self.shown = True
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = self.done / seconds
+        share = self.done / max(self.total, 1)
+        left = (self.total - self.done) / rate if rate else 0.0
+        tail = f"{_clock(seconds)}" if last else f"{_clock(left)} left"
+        unit = "" if self.unit == "B" else f" {self.unit}"
+        text = (
+            f"{self.what} {share:4.0%}  {self._amount(self.done)} of {self._amount(self.total)}{unit}"
+            f"  {self._amount(rate) if self.unit == 'B' else f'{rate:.2f}'}/s  {tail}"
+        )
+        if self.terminal:
+            width = 24
+            full = min(width, int(share * width))
+            print(
+                f"\r\x1b[K{'█' * full}{'░' * (width - full)} {text}",
+                end="\n" if last else "",
+                file=sys.stderr,
+            )
+            sys.stderr.flush()
+        else:
+            note(text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,239 @@
+"""From a picture to uint8 tiles, exactly as the reference makes them (host only: Pillow and NumPy).
+
+The reference (llava/mm_utils.py `process_images`, and the CLIP image processor behind it) knows three ways:
+
+    square   the shortest side to the tower's size, bicubic; centre crop
+    pad      pad to a square with the mean colour, then as `square`
+    anyres   the best of a few grids of tiles: fit, pad with black, cut; before them the whole picture squashed
+             into one tile
+
+All arithmetic on pixels happens in Pillow on uint8, so tiles are uint8 here and the subtraction of the mean
+waits for the device (`vision.normalise`): a quarter of the bytes to send.
+
+Which pixels a file holds is decided in `open_image`:
+
+- EXIF rotation is applied. The reference ignores it, and so sees phone pictures lying on their side; what a
+  person sees is what the question is about. Its training data holds hardly any such picture.
+- Alpha is dropped, palettes, grey and CMYK are converted by Pillow's `convert("RGB")`: as the reference does.
+- 16-bit grey is scaled to 8 bits. Pillow's own conversion clips at 255, which turns such a picture white.
+- Of an animation the first frame is taken.
+"""
+
+import dataclasses
+import io
+import math
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError
+
+MAX_PIXELS = 178_956_970  # twice Pillow's own warning threshold, where it too speaks of a decompression bomb
+MAX_ASPECT = 200
+MAX_DOWNLOAD = 256 * 2**20
+TIMEOUT = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TileLayout:
+    """How a picture lies in its tiles: all that splicing needs to know of it."""
+
+    size: tuple[int, int]  # width, height in pixels
+    grid: tuple[int, int] | None = None  # columns, rows of tiles after the first; None: one tile, no grid
+
+    @property
+    def tiles(self) -> int:
+        return 1 + self.grid[0] * self.grid[1] if self.grid else 1
+
+
+# ---------------------------------------------------------------- files
+
+
+def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
+    """A picture as RGB, as a person sees it.
+
+    Args:
+      source: a path, an http(s) URL, the bytes of a file, or a Pillow image.
+
+    Raises:
+      InputError: no such file, not an image, truncated, or of a size that no LLaVA can look at.
+    """
+    what, image = _open(source)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return _to_rgb(image, what)
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{what}: not enough memory for {image.width}x{image.height} pixels") from None
+    except Exception as error:  # Pillow's decoders raise whatever they like on a broken file
+        raise InputError(f"{what}: broken image ({_reason(error)})") from None
+
+
+def image_size(source: str | os.PathLike | bytes | Image.Image) -> tuple[int, int]:
+    """Width and height that `open_image` will give, from the file's header alone.
+
+    Raises:
+      InputError: as `open_image`, but for damage behind the header.
+    """
+    what, image = _open(source)
+    try:
+        turned = image.getexif().get(0x0112, 1) >= 5
+    except Exception as error:
+        raise InputError(f"{what}: broken image ({_reason(error)})") from None
+    return (image.height, image.width) if turned else image.size
+
+
+def _open(source) -> tuple[str, Image.Image]:
+    if isinstance(source, Image.Image):
+        what, image = "image", source
+    else:
+        if isinstance(source, bytes):
+            what, file = "image", io.BytesIO(source)
+        elif str(source).startswith(("http://", "https://")):
+            what, file = str(source), io.BytesIO(_download(str(source)))
+        else:
+            what = file = os.fspath(source)
+        try:
+            image = Image.open(file)
+        except FileNotFoundError:
+            raise InputError(f"{what}: no such image") from None
+        except IsADirectoryError:
+            raise InputError(f"{what}: a directory, not an image") from None
+        except UnidentifiedImageError:
+            raise InputError(f"{what}: not an image, or of a format that Pillow does not read") from None
+        except Image.DecompressionBombError:
+            raise InputError(f"{what}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
+        except Exception as error:
+            raise InputError(f"{what}: cannot be read ({_reason(error)})") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{what}: {width}x{height} is more than {MAX_PIXELS:,} pixels; scale it down first")
+    if min(width, height) < 2 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(
+            f"{what}: {width}x{height} pixels cannot be looked at: each side needs at least 2 pixels, "
+            f"and the longer one at most {MAX_ASPECT} times the shorter"
+        )
+    return what, image
+
+
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            data = answer.read(MAX_DOWNLOAD + 1)
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{url}: the server answers {error.code} {error.reason}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{url}: cannot be fetched ({getattr(error, 'reason', error)})") from None
+    if len(data) > MAX_DOWNLOAD:
+        raise InputError(f"{url}: larger than {MAX_DOWNLOAD >> 20} MiB")
+    return data
+
+
+def _to_rgb(image: Image.Image, what: str) -> Image.Image:
+    if image.mode.startswith("I"):  # I;16 and its byte orders; I where a format has no narrower mode
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise InputError(f"{what}: 32-bit pixels; save it with 8 or 16 bits a channel")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise InputError(f"{what}: floating-point pixels; save it with 8 or 16 bits a channel")
+    return image.convert("RGB")
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+# ---------------------------------------------------------------- layout
+
+
+def layout(size: tuple[int, int], config: LlavaConfig) -> TileLayout:
+    """How a picture of `size` (width, height) is cut into tiles.
+
+    Raises:
+      InputError: no grid holds even one pixel of it.
+    """
+    if config.aspect_ratio != "anyres":
+        return TileLayout(size)
+    width, height = best_resolution(size, config)
+    tile = config.vision.image_size
+    return TileLayout(size, (width // tile, height // tile))
+
+
+def best_resolution(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
+    """Of the configured resolutions the (width, height) that keeps most pixels, then wastes fewest.
+
+    The first of equals wins (llava/mm_utils.py `select_best_resolution`). The original reads the list as
+    (width, height), transformers as (height, width): it matters where two are equally good.
+    """
+    swap = config.image_rules == "transformers"
+    best, most, least_waste = None, 0, math.inf
+    for pinpoint in config.grid_pinpoints:
+        w, h = reversed(pinpoint) if swap else pinpoint
+        scale = min(w / size[0], h / size[1])
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        waste = w * h - kept
+        if kept > most or (kept == most and waste < least_waste):
+            best, most, least_waste = (w, h), kept, waste
+    if best is None:
+        raise InputError(f"an image of {size[0]}x{size[1]} pixels is too narrow for every grid of the model")
+    return best
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def tiles(image: Image.Image, place: TileLayout, config: LlavaConfig) -> np.ndarray:
+    """Cut an RGB picture into uint8 tiles [T, H, W, 3], H = W = the tower's image size.
+
+    `place` is `layout(image.size, config)`. Tile 0 is the whole picture; the grid follows row by row.
+    """
+    tile = config.vision.image_size
+    if place.grid is None:
+        if config.aspect_ratio == "pad":
+            image = _pad_to_square(image, tuple(int(x * 255) for x in config.vision.image_mean))
+        return _resize_and_crop(image, tile)[None]
+    columns, rows = place.grid
+    whole = np.asarray(image.resize((tile, tile)))
+    grid = np.asarray(_fit(image, (columns * tile, rows * tile)))
+    grid = grid.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+    return np.concatenate([whole[None], grid])
+
+
+def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """llava/mm_utils.py `expand2square`."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The CLIP image processor on uint8: the shortest side to `size`, then the middle."""
+    short, long = sorted(image.size)
+    long = int(size * long / short)
+    width, height = (size, long) if image.width <= image.height else (long, size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """llava/mm_utils.py `resize_and_pad_image`: scale to touch `size`, in the middle, black around."""
+    width, height = size
+    by_width, by_height = width / image.width, height / image.height
+    if by_width < by_height:
+        new = (width, min(math.ceil(image.height * by_width), height))
+    else:
+        new = (min(math.ceil(image.width * by_height), width), height)
+    canvas = Image.new("RGB", size, (0, 0, 0))
+    canvas.paste(image.resize(new, Image.Resampling.BICUBIC), ((width - new[0]) // 2, (height - new[1]) // 2))
+    return canvas

@@ -1,0 +1,394 @@
+"""Conversations to token ids with image marks, and to the labels of training (host only).
+
+`render` writes a conversation out in a template and says which characters the model is trained on; `encode`
+tokenizes text around its image marks; `encode_conversation` does both and labels the tokens. Prompts equal
+llava/conversation.py's, ids llava/mm_utils.py's `tokenizer_image_token`, labels llava/train/train.py's.
+
+Labels come from character offsets. The reference instead adds up the lengths of separately tokenized pieces,
+which goes wrong with many tokenizers ("tokenization mismatch"), whereupon it drops the whole sample. Where it
+does not go wrong, the labels here are the same.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError
+from llava_jax.splice import IGNORE, IMAGE
+from llava_jax.tokenizer import Tokenizer
+
+MARK = "<image>"
+IMAGE_START, IMAGE_END, IMAGE_PATCH = "<im_start>", "<im_end>", "<im_patch>"
+
+# ---------------------------------------------------------------- templates
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a conversation is written out (llava/conversation.py `Conversation`).
+
+    style    single    `{system}{sep}{role}: {turn}{sep}...`
+             two       `{system}{sep}{role}: {question}{sep}{role}: {answer}{sep2}...`
+             chatml    `{system}{sep}{role}{turn}{sep}...`
+             llama_2   `{sep}[INST] <<SYS>>...{question} [/INST] {answer} {sep2}...`
+             plain     `{turn}{sep}{turn}{sep}...`
+    stop     text that ends an answer
+    shots    turns that come before the first one
+    """
+
+    style: str
+    system: str = ""
+    roles: tuple[str, str] = ("", "")
+    sep: str = ""
+    sep2: str = ""
+    stop: str | None = None
+    shots: tuple[str, ...] = ()
+    image_tag: bool = False  # `<Image>` and `</Image>` around the mark, in training
+
+    def with_system(self, system: str) -> str:
+        """The template's system text with another message in it."""
+        if self.style == "chatml" and "\n" in self.system:
+            return self.system[: self.system.index("\n") + 1] + system
+        return system
+
+
+_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+_USER = _HUMAN.replace("human", "user")
+_SEEING = (
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_TAGGED = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+    "content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_ENERGY = (
+    "What are the key differences between renewable and non-renewable energy sources?",
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+    "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
+    "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences "
+    "between renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
+    "are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+    "than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations "
+    "and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+    "sources are not, and their depletion can lead to economic and social instability.\n",
+)
+
+
+def _v0(system: str, **kw) -> Template:
+    return Template("single", system, ("Human", "Assistant"), "###", stop="###", **kw)
+
+
+def _v1(system: str, **kw) -> Template:
+    return Template("two", system, ("USER", "ASSISTANT"), " ", "</s>", stop="</s>", **kw)
+
+
+def _inst(system: str, sep: str = "<s>") -> Template:
+    return Template("llama_2", system, sep=sep, sep2="</s>", stop="</s>")
+
+
+def _chatml(system: str, end: str = "<|im_end|>") -> Template:
+    roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    return Template("chatml", f"<|im_start|>system\n{system}", roles, end, stop="<|im_end|>")
+
+
+def _llama_3(system: str) -> Template:
+    head, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
+    roles = (head.format("user"), head.format("assistant"))
+    return Template("llama_3", head.format("system") + system, roles, end, stop=end)
+
+
+TEMPLATES: dict[str, Template] = {
+    "v0": _v0(_HUMAN, shots=_ENERGY),
+    "llava_v0": _v0(_HUMAN),
+    "v0_mmtag": _v0(_TAGGED, image_tag=True),
+    "v1": _v1(_USER),
+    "llava_v1": _v1(_HUMAN),
+    "v1_mmtag": _v1(_TAGGED, image_tag=True),
+    "llama_2": _inst(_LLAMA_2),
+    "llava_llama_2": _inst("You are a helpful language and vision assistant. " + _SEEING),
+    "mistral_instruct": _inst("", sep=""),
+    "mpt": _chatml(
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+    ),
+    "chatml_direct": _chatml("Answer the questions."),
+    "plain": Template("plain", sep="\n"),
+    "llava_llama_3": _llama_3("You are a helpful language and vision assistant. " + _SEEING),
+    "qwen_1_5": _chatml("You are a helpful assistant.", end="<|im_end|>\n"),
+}
+TEMPLATES |= {
+    "default": TEMPLATES["v0"],
+    "vicuna_v1": TEMPLATES["v1"],
+    "mistral_direct": TEMPLATES["chatml_direct"],
+    "v0_plain": TEMPLATES["plain"],
+}
+
+
+def get_template(name: str) -> Template:
+    """A template by its name.
+
+    Raises:
+      InputError: there is none of that name.
+    """
+    if name not in TEMPLATES:
+        raise InputError(f"unknown template {name!r}; known: {', '.join(sorted(TEMPLATES))}")
+    return TEMPLATES[name]
+
+
+def choose_template(config: LlavaConfig) -> str:
+    """The template that a checkpoint was most likely trained for, from its configuration.
+
+    The reference goes by the checkpoint's name (llava/eval/run_llava.py); this goes by what the decoder is and
+    uses the name only where LLaMA decoders differ.
+    """
+    if config.template:
+        return config.template
+    text, name = config.text, config.name.lower()
+    if text.family == "qwen2":
+        return "qwen_1_5"
+    if 128_000 <= text.vocab_size < 150_000:  # Llama 3
+        return "llava_llama_3"
+    if 64_000 <= text.vocab_size < 65_000:  # Yi
+        return "chatml_direct"
+    if text.family == "mistral":
+        return "mistral_instruct"
+    if "llama-2" in name or "llama2" in name:
+        return "llava_llama_2"
+    if re.search(r"[-_]v0\b", name):
+        return "llava_v0"
+    return "llava_v1"
+
+
+# ---------------------------------------------------------------- writing a conversation out
+
+Span = tuple[int, int]
+
+
+def render(
+    template: Template, turns: Sequence[str | None], *, system: str | None = None
+) -> tuple[str, list[Span]]:
+    """Write a conversation out.
+
+    Args:
+      template: how.
+      turns: question, answer, question, ...; None where the model is to go on.
+      system: a system message instead of the template's.
+
+    Returns:
+      The text, and the spans of characters that the model is trained on: the answers, each with what separates
+      it from the role before it and with the marker that ends it.
+    """
+    text = template.system if system is None else template.with_system(system)
+    spans: list[Span] = []
+
+    def answer(begin: str, turn: str, end: str) -> None:
+        nonlocal text
+        spans.append((len(text), len(text) + len(begin + turn + end)))
+        text += begin + turn + end
+
+    turns = [*template.shots, *turns]
+    if template.style == "llama_2":
+        system, text = text, ""
+        wrapped = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+        for i, turn in enumerate(turns):
+            if i % 2 == 0:
+                text += f"{template.sep if i else ''}[INST] {wrapped if i == 0 else ''}{turn} [/INST]"
+            elif turn:
+                answer(" ", turn, f" {template.sep2}")
+        return text, spans
+
+    if template.style == "llama_3":
+        turns = [turn and turn.strip() for turn in turns]
+    if template.style != "plain":
+        text += template.sep
+    space = " " if template.style in ("single", "two") else ""
+    colon = ":" if space else ""
+    for i, turn in enumerate(turns):
+        text += template.roles[i % 2] + colon
+        end = template.sep2 if template.style == "two" and i % 2 else template.sep
+        if i % 2 == 0:
+            text += f"{space}{turn}{end}" if turn else ""
+        elif turn:
+            answer(space, turn, end)
+            if (
+                end.endswith("\n") and template.style != "plain"
+            ):  # the newline after `<|im_end|>` begins the next turn
+                spans[-1] = (spans[-1][0], spans[-1][1] - 1)
+        elif turn is not None and template.style == "chatml":
+            # An answer of nothing is written as an open turn. Here the reference trains the header's newline.
+            spans.append((len(text) - 1, len(text)))
+    return text, spans
+
+
+def with_images(question: str, images: int, config: LlavaConfig) -> str:
+    """A question with its image marks: as written, or one in front for each image if it has none.
+
+    Raises:
+      InputError: it has marks, but not one for each image.
+    """
+    marks = question.count(MARK)
+    if marks not in (0, images):
+        raise InputError(
+            f"the prompt has {marks} {MARK} marks for {images} images; there must be one for each, or none at all"
+        )
+    if marks == 0:
+        question = f"{MARK}\n" * images + question
+    return question.replace(MARK, mark(config))
+
+
+def mark(config: LlavaConfig) -> str:
+    """What stands for an image in text: the mark, between its start and end tokens where the model has them."""
+    return f"{IMAGE_START}{MARK}{IMAGE_END}" if config.use_im_start_end else MARK
+
+
+# ---------------------------------------------------------------- token ids
+
+
+def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenize text around its image marks: each piece on its own, one BOS in front.
+
+    Returns:
+      ids int32 [n], `IMAGE` for each mark; offsets int32 [n, 2], where in `text` each token comes from.
+    """
+    ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    offsets: list[Span] = [(0, 0)] * len(ids)
+    at = 0
+    for i, piece in enumerate(text.split(MARK)):
+        if i:
+            ids.append(IMAGE)
+            offsets.append((at, at + len(MARK)))
+            at += len(MARK)
+        piece_ids, piece_offsets = tokenizer.encode(piece)
+        ids += piece_ids
+        offsets += [(at + a, at + b) for a, b in piece_offsets]
+        at += len(piece)
+    return np.array(ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2)
+
+
+def encode_prompt(
+    template: Template, turns: Sequence[str | None], tokenizer: Tokenizer, *, system: str | None = None
+) -> np.ndarray:
+    """Token ids [n] of a conversation that the model is to continue."""
+    return encode(render(template, turns, system=system)[0], tokenizer)[0]
+
+
+def prepare_tokenizer(tokenizer: Tokenizer, config: LlavaConfig) -> None:
+    """Add the image tokens that a configuration asks for (llava/model/builder.py), where they are missing."""
+    if config.use_im_patch and config.use_im_start_end:
+        tokenizer.add_special([IMAGE_PATCH])
+    if config.use_im_start_end:
+        tokenizer.add_special([IMAGE_START, IMAGE_END])
+
+
+# ---------------------------------------------------------------- training
+
+
+def encode_conversation(
+    conversation: Sequence[dict[str, str]],
+    template: Template,
+    tokenizer: Tokenizer,
+    config: LlavaConfig | None = None,
+    *,
+    images: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and labels of a training conversation, as llava/train/train.py `preprocess` makes them.
+
+    Args:
+      conversation: `[{"from": "human" | "gpt", "value": text}, ...]`.
+      config: for `mm_use_im_start_end`.
+      images: how many the conversation has. With one, the marks of a turn become a single one in front of it,
+        as the reference does (`preprocess_multimodal`); with several they stay where they are.
+
+    Returns:
+      ids int32 [n] with `IMAGE`, labels int32 [n] with `IGNORE` where nothing is trained.
+
+    Raises:
+      InputError: a speaker is unknown or speaks out of turn.
+    """
+    values = [_place_marks(turn["value"], template, config, images) for turn in conversation]
+    speakers = [turn["from"] for turn in conversation]
+    if template.style == "single":
+        return _encode_v0(speakers, values, template, tokenizer)
+    turns = _turns(speakers, values)
+    if template.style == "plain":
+        if len(turns) != 2 or MARK not in turns[0]:
+            raise InputError(f"the plain template wants one question with an {MARK} mark and one answer")
+        text = MARK + turns[1] + template.sep
+        spans = [(len(MARK), len(text))]
+    else:
+        text, spans = render(template, turns)
+    ids, offsets = encode(text, tokenizer)
+    return ids, np.where(_inside(offsets, spans) & (ids != IMAGE), ids, IGNORE)
+
+
+def _place_marks(value: str, template: Template, config: LlavaConfig | None, images: int) -> str:
+    if MARK in value and images == 1:
+        value = f"{MARK}\n{value.replace(MARK, '').strip()}".strip()
+    if template.image_tag:
+        value = value.replace(MARK, f"<Image>{MARK}</Image>")
+    return value.replace(MARK, mark(config)) if config else value
+
+
+def _turns(speakers: list[str], values: list[str]) -> list[str]:
+    first = 1 if speakers[:1] == ["gpt"] else 0  # the reference drops an answer that nobody asked for
+    expected = ["human", "gpt"] * len(speakers)
+    if speakers[first:] != expected[: len(speakers) - first]:
+        raise InputError(f"speakers must take turns, human first; here they are {', '.join(speakers)}")
+    return values[first:]
+
+
+def _inside(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """[n] whether a token begins in one of the spans."""
+    inside = np.zeros(len(offsets), bool)
+    for start, end in spans:
+        inside |= (offsets[:, 0] >= start) & (offsets[:, 0] < end)
+    return inside
+
+
+def _encode_v0(speakers: list[str], values: list[str], template: Template, tokenizer: Tokenizer):
+    """v0's own layout and mask, drift included.
+
+    Its training text is not its prompt: `{system}\\n\\n### Human: ...\\n### Assistant: ...\\n### `. Of a human
+    turn all but the first two tokens are masked, and the place of a turn is the sum of the lengths of those
+    before it, each counted with a BOS that the whole text has only once (train.py `_mask_targets`).
+    """
+    names = {"human": template.roles[0], "gpt": template.roles[1]}
+    header = f"{template.system}\n\n"
+    pieces = [
+        f"### {names.get(speaker.lower(), 'unknown')}: {value}\n"
+        for speaker, value in zip(speakers, values, strict=True)
+    ]
+    ids, _ = encode(header + "".join(pieces) + "### ", tokenizer)
+    labels = ids.copy()
+    at = len(encode(header, tokenizer)[0])
+    labels[:at] = IGNORE
+    for speaker, piece in zip(speakers, pieces, strict=True):
+        n = len(encode(piece, tokenizer)[0])
+        if speaker == "human":
+            labels[at + 2 : at + n] = IGNORE
+        at += n
+    labels[ids == IMAGE] = IGNORE
+    return ids, labels

@@ -1,0 +1,193 @@
+"""Where arrays lie: the mesh, one table from parameter paths to partition specs, batches to devices.
+
+Three mesh axes:
+
+    data    rows of the batch; every replica holds all parameters
+    fsdp    rows of the batch too; parameters are cut along it and gathered, layer by layer, where they are used
+    tensor  heads, feed-forward width and vocabulary of each layer
+
+An axis that does not divide a dimension is left out of its spec (heads count as whole ones), so that every mesh
+runs every model; `tensor` beyond the number of key/value heads keeps copies of those.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+BATCH = (DATA, FSDP)  # a dimension of rows is cut along both
+
+# ---------------------------------------------------------------- mesh
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=1,fsdp=8,tensor=-1"` as a dictionary; -1, once, takes the devices that are left.
+
+    Raises:
+      InputError: an axis is unknown, named twice, or no positive number.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.strip().partition("=")
+        if (
+            axis not in AXES
+            or axis in sizes
+            or not size.lstrip("-").isdigit()
+            or int(size) in (0, *range(-99, -1))
+        ):
+            raise InputError(
+                f"mesh {text!r}: write it as data=1,fsdp=8,tensor=1 with positive sizes (one may be -1)"
+            )
+        sizes[axis] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise InputError(f"mesh {text!r}: only one axis may be -1")
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
+    """A mesh of the axes `data`, `fsdp`, `tensor` over all devices; axes not named have size 1.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    named = math.prod(n for n in sizes.values() if n > 0)
+    sizes = {axis: n if n > 0 else max(len(devices) // named, 1) for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        text = ",".join(f"{axis}={n}" for axis, n in sizes.items())
+        raise InputError(
+            f"mesh {text} needs {math.prod(sizes.values())} devices, here are {len(devices)} "
+            f"({devices[0].platform}); the sizes must multiply to that"
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)  # the default differs between JAX releases
+    return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
+
+
+def inference_mesh(config: LlavaConfig, devices: list | None = None) -> Mesh:
+    """The mesh for generation when none is named: as much `tensor` as whole key/value heads allow, rest `fsdp`."""
+    devices = jax.devices() if devices is None else devices
+    tensor = math.gcd(len(devices), config.text.kv_heads)
+    return make_mesh({TENSOR: tensor, FSDP: len(devices) // tensor}, devices)
+
+
+# ---------------------------------------------------------------- parameters
+
+# (last parts of a path, spec). q, k, v and o are cut by heads: see `_divides`.
+_RULES: tuple[tuple[str, P], ...] = (
+    ("embed/embedding", P(None, FSDP)),
+    ("head/kernel", P(FSDP, TENSOR)),
+    ("q/kernel", P(FSDP, TENSOR)),
+    ("k/kernel", P(FSDP, TENSOR)),
+    ("v/kernel", P(FSDP, TENSOR)),
+    ("o/kernel", P(TENSOR, FSDP)),
+    ("gate/kernel", P(FSDP, TENSOR)),
+    ("up/kernel", P(FSDP, TENSOR)),
+    ("down/kernel", P(TENSOR, FSDP)),
+    ("q/bias", P(TENSOR)),
+    ("k/bias", P(TENSOR)),
+    ("v/bias", P(TENSOR)),
+    ("gate/bias", P(TENSOR)),
+    ("up/bias", P(TENSOR)),
+    ("linear_0/kernel", P(FSDP, TENSOR)),
+    ("linear_0/bias", P(TENSOR)),
+    ("linear_1/kernel", P(TENSOR, FSDP)),
+    ("embed/patch", P(None, None, None, FSDP)),
+    ("embed/position", P(None, FSDP)),
+)
+
+
+def param_spec(path: str, shape: tuple[int, ...], config: LlavaConfig, mesh: Mesh) -> P:
+    """How the parameter at `path` (`decoder/layers/0/attention/q/kernel`) is cut. All others are whole everywhere."""
+    for tail, spec in _RULES:
+        if path.endswith("/" + tail):
+            break
+    else:
+        return P()
+    if path.startswith("projector/") and config.projector == "linear":
+        spec = P(FSDP, None) if len(shape) == 2 else P(None)  # one layer: its result is wanted whole
+    return P(
+        *(
+            axis if axis and _divides(path, n, axis, config, mesh) else None
+            for axis, n in zip(spec, shape, strict=True)
+        )
+    )
+
+
+def _divides(path: str, n: int, axis: str, config: LlavaConfig, mesh: Mesh) -> bool:
+    parts = path.split("/")
+    if axis == TENSOR and parts[-2] in ("q", "k", "v", "o") and parts[-1] in ("kernel", "bias"):
+        if parts[0] == "vision":
+            n = config.vision.heads
+        else:
+            n = config.text.kv_heads if parts[-2] in ("k", "v") else config.text.heads
+    return n % mesh.shape[axis] == 0
+
+
+def param_shardings(params: Any, config: LlavaConfig, mesh: Mesh) -> Any:
+    """A tree like `params` (arrays or shapes) of `NamedSharding`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, param_spec(path_of(path), x.shape, config, mesh)), params
+    )
+
+
+def gather(params: Any, path: str, config: LlavaConfig, mesh: Mesh | None) -> Any:
+    """The parameters below `path`, gathered along `fsdp` for use.
+
+    Without this constraint the compiler may move activations, which grow with the sequence, instead.
+    """
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return params
+
+    def whole(tail, x):
+        spec = param_spec("/".join(filter(None, (path, path_of(tail)))), x.shape, config, mesh)
+        spec = P(*(None if axis == FSDP else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def path_of(keys) -> str:
+    """`decoder/layers/0/...` for a key path of `jax.tree_util`."""
+    return "/".join(str(getattr(k, "key", k)) for k in keys)
+
+
+# ---------------------------------------------------------------- activations
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes) -> jax.Array:
+    """Keep an activation cut as named, one entry for each dimension (`BATCH`, `TENSOR` or None).
+
+    Axes that do not divide their dimension are left out; without a mesh nothing happens.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+
+    def fits(axis, n):
+        size = math.prod(mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+        return n % size == 0
+
+    spec = P(*(axis if axis and fits(axis, n) else None for axis, n in zip(axes, x.shape, strict=True)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays whose first dimension is rows."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """Rows of a batch must be a multiple of this."""
+    return mesh.shape[DATA] * mesh.shape[FSDP]
+
+
+def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A host array [B, ...], alike on all processes, cut by rows over the mesh."""
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])

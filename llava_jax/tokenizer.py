@@ -1,0 +1,199 @@
+"""The tokenizer of a checkpoint: text to ids with character offsets, and back.
+
+One engine (`tokenizers`) for both kinds of file. A SentencePiece `tokenizer.model` is turned into the same BPE
+with byte fallback, and is preferred where a directory has both, since the reference trains and runs with it.
+
+`legacy` is where LLaMA tokenizers differ. SentencePiece puts a space in front of a text. A legacy tokenizer
+does so for each piece of text between special tokens (`</s>USER` gives `▁USER`), the corrected one at the
+beginning of the text only (`USER`). Weights want the setting they were trained with, which is the `legacy` key
+of `tokenizer_config.json`, absent meaning true (transformers 4.37 `LlamaTokenizer`). We honour it for either
+kind of file: newer transformers ignore what `tokenizer.json` says there, older ones ignore the key.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers
+
+from llava_jax.config import read_json
+from llava_jax.console import InputError
+
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+SPACE = "▁"
+
+
+class Tokenizer:
+    """Text to ids, and back.
+
+    Attributes:
+      bos_id: begins a prompt; None where the tokenizer adds none.
+      eos_id, unk_id, pad_id: None where there is none.
+    """
+
+    def __init__(
+        self,
+        engine: tokenizers.Tokenizer,
+        settings: dict[str, Any],
+        *,
+        prepend: bool,
+        files: dict[str, bytes] | None = None,
+    ):
+        """`prepend`: put a space before the text here, since `engine` puts none anywhere."""
+        self._engine = engine
+        self._prepend = prepend
+        self.files = files or {}  # the files it was read from, to go along with a checkpoint
+        token = {k: _content(settings.get(f"{k}_token")) for k in ("bos", "eos", "unk", "pad")}
+        ids = {k: engine.token_to_id(t) if t else None for k, t in token.items()}
+        self.bos_id = ids["bos"] if settings["add_bos_token"] else None
+        self.eos_id, self.unk_id = ids["eos"], ids["unk"]
+        self.pad_id = ids["pad"] if ids["pad"] is not None else ids["unk"]
+
+    def __len__(self) -> int:
+        return self._engine.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, special tokens in it recognised but none added, and each one's (start, end) in it."""
+        shift = 0
+        if self._prepend and text:
+            text, shift = " " + text.replace(SPACE, " "), 1
+        encoding = self._engine.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        offsets = [(max(a - shift, 0), max(b - shift, 0)) for a, b in encoding.offsets]
+        if shift and len(ids) > 1 and encoding.tokens[0] == SPACE and encoding.special_tokens_mask[1]:
+            ids, offsets = ids[1:], offsets[1:]  # no space before a text that begins with a special token
+        return ids, offsets
+
+    def decode(self, ids) -> str:
+        """The text of ids, special tokens left out."""
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        return self._engine.token_to_id(token)
+
+    def add_special(self, tokens: list[str]) -> None:
+        """Add special tokens that the vocabulary lacks, at its end."""
+        self._engine.add_special_tokens(
+            [
+                tokenizers.AddedToken(t, normalized=False, special=True)
+                for t in tokens
+                if self.token_id(t) is None
+            ]
+        )
+
+
+def _content(token) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
+    """Read the tokenizer of a checkpoint directory.
+
+    Raises:
+      InputError: there is none, or its files cannot be read.
+    """
+    directory = Path(directory)
+    files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
+    settings = (read_json(directory / "special_tokens_map.json") or {}) | {
+        k: v for k, v in (read_json(directory / "tokenizer_config.json") or {}).items() if v is not None
+    }
+    if "tokenizer.model" in files:
+        engine = _from_sentencepiece(files["tokenizer.model"], directory / "tokenizer.model")
+        legacy = settings.get("legacy", True)
+        plain = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+        settings = plain | settings
+    elif "tokenizer.json" in files:
+        try:
+            engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:
+            raise InputError(f"{directory / 'tokenizer.json'}: cannot be read ({error})") from None
+        legacy = settings.get("legacy") if _is_llama(engine) else None
+        first = engine.encode("a", add_special_tokens=True).tokens[:1]
+        settings.setdefault("add_bos_token", first == [_content(settings.get("bos_token"))])
+    else:
+        raise InputError(f"{directory}: no tokenizer (neither tokenizer.model nor tokenizer.json)")
+    if legacy is not None:
+        _set_spaces(engine, legacy)
+    _add_tokens(engine, settings, read_json(directory / "added_tokens.json") or {}, directory)
+    return Tokenizer(engine, settings, prepend=legacy is False, files=files)
+
+
+def _is_llama(engine: tokenizers.Tokenizer) -> bool:
+    """Whether it is a SentencePiece BPE in the `tokenizers` format, with its choice of where spaces go."""
+    model = json.loads(engine.to_str())["model"]
+    return model["type"] == "BPE" and bool(model.get("byte_fallback"))
+
+
+def _set_spaces(engine: tokenizers.Tokenizer, legacy: bool) -> None:
+    """Spaces become `▁`; in legacy style one more goes before each piece of text between special tokens."""
+    replace = normalizers.Replace(" ", SPACE)
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if legacy else replace
+    engine.pre_tokenizer = None
+
+
+def _add_tokens(
+    engine: tokenizers.Tokenizer, settings: dict[str, Any], added: dict[str, int], directory: Path
+) -> None:
+    """Tokens beyond the model's own pieces: `added_tokens_decoder` (new) and `added_tokens.json` (old)."""
+    tokens = {
+        int(i): token if isinstance(token, dict) else {"content": token}
+        for i, token in (settings.get("added_tokens_decoder") or {}).items()
+    }
+    for content, i in added.items():
+        tokens.setdefault(int(i), {"content": content, "special": True})
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        content = _content(settings.get(key))
+        i = content and engine.token_to_id(content)
+        if i is not None and content:
+            tokens.setdefault(i, {"content": content, "special": True})
+    for i, token in sorted(tokens.items()):
+        content = token["content"]
+        add = engine.add_special_tokens if token.get("special", False) else engine.add_tokens
+        flags = {k: token.get(k, False) for k in ("single_word", "lstrip", "rstrip", "normalized")}
+        add([tokenizers.AddedToken(content, special=token.get("special", False), **flags)])
+        if engine.token_to_id(content) != i:
+            raise InputError(
+                f"{directory}: the added token {content!r} should have id {i}, but the vocabulary before it "
+                f"makes it {engine.token_to_id(content)}"
+            )
+
+
+def _from_sentencepiece(proto: bytes, path: Path) -> tokenizers.Tokenizer:
+    """A SentencePiece BPE model as a `tokenizers` one: same pieces, same merges, in the order of their scores."""
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    except Exception as error:
+        raise InputError(f"{path}: no SentencePiece model ({error})") from None
+    n = model.get_piece_size()
+    pieces = [model.id_to_piece(i) for i in range(n)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    plain = {
+        piece: i for i, piece in enumerate(pieces)
+        if not (model.is_unknown(i) or model.is_control(i) or model.is_byte(i) or model.is_unused(i))
+    }  # fmt: skip
+    merges = []
+    for piece, i in plain.items():
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [(a, b) for a, b in halves if a in plain and b in plain]
+        merges += [(-model.get_score(i), i, plain[a], plain[b], (a, b)) for a, b in pairs]
+    merges.sort(key=lambda merge: merge[:4])
+    unk = pieces[model.unk_id()]
+    engine = tokenizers.Tokenizer(
+        models.BPE(vocab, [pair for *_, pair in merges], unk_token=unk, fuse_unk=True, byte_fallback=True)
+    )
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    control = [pieces[i] for i in range(n) if model.is_control(i) or model.is_unknown(i)]
+    engine.add_special_tokens([tokenizers.AddedToken(p, normalized=False, special=True) for p in control])
+    return engine

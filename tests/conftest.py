@@ -1,0 +1,104 @@
+"""Eight emulated devices for all tests; golden data of the reference implementation under `golden/`."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import functools
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from infer.engine import Engine
+from llava_jax import checkpoint, images, splice
+from llava_jax.config import LlavaConfig
+from llava_jax.prompts import encode_conversation, get_template
+from llava_jax.sharding import make_mesh
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = ("v1-linear-llama", "v1.5-llama", "v1.6-mistral", "v1.6-spatial-llama")
+QUESTION = "Is there any person in this photo?"
+
+# The parity tests run the PyTorch models of transformers; where torch has no CPU build they are not collected.
+HAVE_TORCH = importlib.util.find_spec("torch") is not None
+collect_ignore_glob = [] if HAVE_TORCH else ["parity/*"]
+
+
+def pytest_report_header(config):
+    return f"jax {jax.__version__}, {len(jax.devices())} devices" + ("" if HAVE_TORCH else "; no torch: parity/ left out")
+
+
+def golden_json(name: str):
+    return json.loads((GOLDEN / name).read_text())
+
+
+@functools.cache
+def one_device():
+    return make_mesh({}, jax.devices()[:1])
+
+
+@functools.cache
+def load_golden(name: str):
+    """A golden checkpoint read directly: (checkpoint, parameters on one device)."""
+    found = checkpoint.open_checkpoint(GOLDEN / "checkpoints" / name)
+    return found, found.load(one_device(), np.float32)
+
+
+@functools.cache
+def golden_engine(name: str) -> Engine:
+    found, params = load_golden(name)
+    return Engine(params, found.config, found.tokenizer, one_device())
+
+
+def make_row(conversation, pictures, template: str, config: LlavaConfig, tokenizer) -> splice.Row:
+    """A training row from a conversation and the paths of its pictures."""
+    ids, labels = encode_conversation(
+        conversation, get_template(template), tokenizer, config, images=len(pictures)
+    )
+    opened = [images.open_image(path) for path in pictures]
+    places = tuple(images.layout(image.size, config) for image in opened)
+    tiles = tuple(images.tiles(image, place, config) for image, place in zip(opened, places, strict=True))
+    return splice.Row(ids, places, tiles, labels)
+
+
+def write_checkpoint(directory: Path, tensors: dict, like: str, **config_changes) -> Path:
+    """A checkpoint directory: given tensors, a golden checkpoint's config and tokenizer."""
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in (GOLDEN / "checkpoints" / like).iterdir():
+        if file.suffix in (".json", ".model") and not file.name.startswith("expected"):
+            shutil.copy(file, directory)
+    config = json.loads((directory / "config.json").read_text()) | config_changes
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def golden_tensors(name: str, part: str = ".") -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(GOLDEN / "checkpoints" / name / part / "model.safetensors")
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Run a command's `main` as `python -m` would: (exit status, standard output, standard error)."""
+
+    def run(main, *args):
+        from llava_jax.console import run_main
+
+        monkeypatch.setattr("sys.argv", ["prog", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            run_main(main)
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run

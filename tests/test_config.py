@@ -1,0 +1,175 @@
+import dataclasses
+import json
+
+import pytest
+
+from llava_jax import config as c
+from llava_jax.console import InputError
+
+ORIGINAL = {
+    "model_type": "llava_llama",
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32000,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "image_aspect_ratio": "anyres",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_grid_pinpoints": "[[336, 672], [672, 336]]",
+}
+SPARSE_15 = {  # as on the hub
+    "model_type": "llava",
+    "text_config": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "patch_size": 14, "image_size": 336,
+    },
+    "image_token_index": 32000,
+}  # fmt: skip
+
+
+def test_original():
+    config = c.read_config(ORIGINAL)
+    assert (config.text.width, config.text.layers, config.text.heads) == (5120, 40, 40)
+    assert config.grid_pinpoints == ((336, 672), (672, 336))
+    assert config.vision == c.VisionConfig()
+    assert (config.aspect_ratio, config.merge, config.projector) == ("anyres", "spatial_unpad", "mlp2x_gelu")
+
+
+def test_original_called_llava_is_not_taken_for_transformers():
+    assert c.read_config(ORIGINAL | {"model_type": "llava"}).text.width == 5120
+
+
+def test_original_defaults():
+    config = c.read_config({"mm_vision_tower": "openai/clip-vit-large-patch14"})
+    assert (config.projector, config.merge, config.aspect_ratio) == ("linear", "flat", "square")
+    assert config.vision.image_size == 224
+    assert config.vision.features_per_tile == 256
+
+
+def test_sparse_hub_file():
+    config = c.read_config(SPARSE_15)
+    assert config.text == dataclasses.replace(c.PRESETS["v1.5-7b"].text, vocab_size=32064)
+    assert config.vision == c.VisionConfig()
+    assert (config.aspect_ratio, config.merge) == ("pad", "flat")
+
+
+def test_mistral_window_is_4096_when_missing_and_none_when_null():
+    text = {"model_type": "mistral"}
+    assert c.read_config({"model_type": "llava_next", "text_config": text}).text.sliding_window == 4096
+    text = text | {"sliding_window": None}
+    assert c.read_config({"model_type": "llava_next", "text_config": text}).text.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta", "scaling"),
+    [
+        ({"rope_theta": 1e6}, 1e6, None),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5, None),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 1e4, c.RopeScaling("linear", 4.0)),
+        (
+            {
+                "rope_parameters": {
+                    "rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                }
+            },
+            5e5,
+            c.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+        ),
+    ],
+)  # fmt: skip
+def test_rope_old_and_new_fields(rope, theta, scaling):
+    text = c.read_config({"text_config": rope}).text
+    assert (text.rope_theta, text.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_defaults_are_those_of_the_transformers_classes(family):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    theirs = CONFIG_MAPPING["llava_next"](text_config={"model_type": family})
+    ours = c.read_config({"model_type": "llava_next", "text_config": {"model_type": family}})
+    spelt_out = c.read_config(theirs.to_dict())
+    unset = dict(eos_ids=(), bos_id=None, pad_id=None)
+    assert dataclasses.replace(ours.text, **unset) == dataclasses.replace(spelt_out.text, **unset)
+    assert ours.vision == spelt_out.vision
+    assert ours.grid_pinpoints == spelt_out.grid_pinpoints
+
+
+def test_partial_vision_config_has_the_defaults_of_clip_b32():
+    from transformers import CLIPVisionConfig
+
+    theirs = CLIPVisionConfig(hidden_size=384).to_dict()
+    ours = c.read_config({"text_config": {}, "vision_config": {"hidden_size": 384}}).vision
+    assert ours == c.read_config({"text_config": {}, "vision_config": theirs}).vision
+    assert (ours.width, ours.patch_size, ours.image_size) == (384, 32, 224)
+
+
+@pytest.mark.parametrize("name", c.PRESETS)
+def test_our_own_file_round_trips(name):
+    config = c.preset("llava-" + name).replace(name="a b", template="v1")
+    assert c.read_config(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("v1.5-7b", 7.06e9), ("v1.5-13b", 13.35e9), ("v1.6-mistral-7b", 7.57e9), ("v1.6-34b", 34.75e9),
+        ("llama3-8b-next", 8.35e9),
+    ],
+)  # fmt: skip
+def test_presets_have_the_size_of_the_released_models(name, parameters):
+    import jax
+
+    from llava_jax.llava import param_shapes
+
+    total = sum(x.size for x in jax.tree.leaves(param_shapes(c.preset(name))))
+    assert total == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mm_projector_type": "resampler"}, "projector 'resampler'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "anyres_max_9"),
+        ({"mm_patch_merge_type": "maxpool2x2"}, "maxpool2x2"),
+        ({"model_type": "llava_mpt"}, "MPT"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn"),
+        ({"mm_vision_tower": "google/siglip-so400m"}, "--vision-tower"),
+        ({"image_grid_pinpoints": "[[336, 672"}, "image_grid_pinpoints"),
+        ({"mm_vision_select_layer": -30}, "feature layer"),
+        ({"num_key_value_heads": 7}, "multiple"),
+        ({"hidden_act": "relu2"}, "relu2"),
+    ],
+)
+def test_what_does_not_exist_here_is_named(changes, says):
+    with pytest.raises(InputError, match=says):
+        c.read_config(ORIGINAL | changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "llama"}, "not LLaVA"),
+        ({"text_config": {"model_type": "gemma"}}, "gemma"),
+        ({"text_config": {}, "vision_config": {"model_type": "siglip_vision_model"}}, "siglip"),
+        ({"format": "llava-jax", "version": 9}, "upgrade"),
+    ],
+)
+def test_other_models_are_refused(config, says):
+    with pytest.raises(InputError, match=says):
+        c.read_config(config)
+
+
+def test_projectors():
+    assert [c.projector_depth(p) for p in ("identity", "linear", "mlp2x_gelu", "mlp3x_gelu")] == [0, 1, 2, 3]
+    for name in ("mlp0x_gelu", "mlpx_gelu", "mlp2x_relu", ""):
+        with pytest.raises(InputError):
+            c.projector_depth(name)
