@@ -112,8 +112,7 @@ def serve_ours(pipe, args) -> None:
     sampling = Sampling(max_new_tokens=args.new_tokens)
 
     def run():
-        for answers in engine._run([item], [pixels], sampling, steps=args.new_tokens):
-            pass
+        *_, answers = engine._run([item], [pixels], sampling, steps=args.new_tokens)
         return answers[0]
 
     run()
@@ -151,7 +150,9 @@ def serve_theirs(pipe, args) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
-    model = transformers.LlavaNextForConditionalGeneration.from_pretrained(args.directory, dtype=dtype).to(device).eval()
+    model = (
+        transformers.LlavaNextForConditionalGeneration.from_pretrained(args.directory, dtype=dtype).to(device).eval()
+    )
     config = open_source(Path(args.directory)).config.replace(image_rules="transformers")
     picture, ids = question(config)
     place = images.layout(picture.size, config)
@@ -248,9 +249,12 @@ def report(args, infos, rounds) -> None:
     for name, info in infos.items():
         prefill, decode = median(name, "prefill"), median(name, "decode")
         figures[name] = {"prefill_seconds": prefill, "decode_tokens_per_second": 1 / decode, **info}
-        print(f"{name:14}{prefill:10.3f}{tokens / prefill:14.1f}{1 / decode:14.2f}   {info['device']}, {info['version']}")
+        print(
+            f"{name:14}{prefill:10.3f}{tokens / prefill:14.1f}{1 / decode:14.2f}   {info['device']}, {info['version']}"
+        )
     ratios = {
-        key: statistics.median(r["transformers"][key] / r["llava-jax"][key] for r in rounds) for key in ("prefill", "decode")
+        key: statistics.median(r["transformers"][key] / r["llava-jax"][key] for r in rounds)
+        for key in ("prefill", "decode")
     }
     print(
         f"speed against transformers: prefill {ratios['prefill']:.2f} x (goal {GOALS['prefill']}), "

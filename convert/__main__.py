@@ -1,6 +1,6 @@
 """Convert checkpoints.
 
-    python -m convert to-orbax SRC DST [--vision-tower DIR] [--dtype bfloat16|float32]
+python -m convert to-orbax SRC DST [--vision-tower DIR] [--dtype bfloat16|float32]
 """
 
 import argparse
@@ -25,9 +25,7 @@ def parser() -> argparse.ArgumentParser:
 def run_to_orbax(args: argparse.Namespace) -> None:
     from convert.to_orbax import to_orbax
 
-    to_orbax(
-        args.source, args.destination, vision_tower=args.vision_tower, dtype=args.dtype, overwrite=args.overwrite
-    )
+    to_orbax(args.source, args.destination, vision_tower=args.vision_tower, dtype=args.dtype, overwrite=args.overwrite)
     note(f"wrote {Path(args.destination)}")
 
 

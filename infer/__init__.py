@@ -1,8 +1,8 @@
 """Inference with LLaVA: `python -m infer.generate`, and from Python:
 
-    from infer import load
-    model = load("llava-v1.5-7b")
-    print(model.ask("What is in this picture?", ["photo.jpg"]).text)
+from infer import load
+model = load("llava-v1.5-7b")
+print(model.ask("What is in this picture?", ["photo.jpg"]).text)
 """
 
 

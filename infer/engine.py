@@ -183,7 +183,7 @@ def _decode(params, state: State, stopped, steps, knobs, *, config, mesh, eos_id
 
 @functools.cache
 def _compiled_decode(platform: str):
-    """`_decode`, jitted. On CPUs XLA copies the whole cache twice a layer and step, unless it is told to look closer."""
+    """`_decode`, jitted. On CPUs XLA copies the whole cache at each step unless told to look closer."""
     options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
@@ -263,7 +263,7 @@ class Engine:
         cls,
         checkpoint: str | os.PathLike,
         *,
-        mesh: str | None = None,
+        mesh: str | Mesh | None = None,
         dtype=None,
         template: str | None = None,
         vision_tower: str | os.PathLike | None = None,
@@ -274,7 +274,8 @@ class Engine:
 
         Args:
           checkpoint: an Orbax directory, a directory of safetensors, or a hub name.
-          mesh: `"data=1,fsdp=1,tensor=4"`; None for as much `tensor` as whole key/value heads allow.
+          mesh: `"data=1,fsdp=1,tensor=4"` or a mesh of those axes; None for as much `tensor` as whole key/value
+            heads allow.
           dtype: of weights and activations; None for bfloat16 on accelerators and float32 on CPUs.
           template: a conversation template by name; None for the checkpoint's own.
           vision_tower: a CLIP directory, for originals that come without their tower.
@@ -286,7 +287,8 @@ class Engine:
         found = open_checkpoint(checkpoint, vision_tower=vision_tower)
         config = found.config.replace(image_rules=image_rules) if image_rules else found.config
         get_template(template or choose_template(config))
-        placed = make_mesh(parse_mesh(mesh)) if mesh else inference_mesh(config)
+        placed = mesh or inference_mesh(config)
+        placed = make_mesh(parse_mesh(placed)) if isinstance(placed, str) else placed
         params = found.load(placed, dtype or default_dtype(placed))
         return cls(params, config, found.tokenizer, placed, template=template, buckets=buckets)
 
@@ -297,7 +299,9 @@ class Engine:
 
     # ------------------------------------------------------------ asking
 
-    def ask(self, prompt: str | Sequence[str], images: Sequence = (), *, system: str | None = None, **sampling) -> Answer:
+    def ask(
+        self, prompt: str | Sequence[str], images: Sequence = (), *, system: str | None = None, **sampling
+    ) -> Answer:
         """Answer one question.
 
         Args:
@@ -375,8 +379,7 @@ class Engine:
                         yield i, error
                 if not good:
                     continue
-                for answers in self._run([item for _, item in good], pixels, sampling, steps=STEPS):
-                    pass
+                *_, answers = self._run([item for _, item in good], pixels, sampling, steps=STEPS)
                 yield from ((i, answer) for (i, _), answer in zip(good, answers, strict=True))
 
     def logits(
@@ -393,9 +396,7 @@ class Engine:
         turns = (turns, None) if isinstance(turns, str) else tuple(turns)
         item = self._prepare(Request(turns, tuple(images), system), reply=False)
         batch = self._batch([item], [self._pixels(item)])
-        logits = _logits(
-            self.params, self._embed(batch), self._put(batch.lengths), config=self.config, mesh=self.mesh
-        )
+        logits = _logits(self.params, self._embed(batch), self._put(batch.lengths), config=self.config, mesh=self.mesh)
         ids = np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE)
         return np.asarray(logits)[0, : item.length], ids[: item.length]
 
@@ -497,9 +498,7 @@ class Engine:
             config=self.config, mesh=self.mesh, eos_ids=self.eos_ids,
         )  # fmt: skip
 
-    def _run(
-        self, items: list[_Prepared], pixels: list, sampling: Sampling, *, steps: int
-    ) -> Iterator[list[Answer]]:
+    def _run(self, items: list[_Prepared], pixels: list, sampling: Sampling, *, steps: int) -> Iterator[list[Answer]]:
         """Answer a batch, yielding the answers so far after every few steps; the last ones are whole."""
         compiled, start = compilations(), time.perf_counter()
         batch = self._batch(items, pixels)

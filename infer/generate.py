@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         "--image-rules", choices=IMAGE_RULES, help="how pictures are cut where the two differ; default: original"
     )
     one = p.add_argument_group("one question")
-    one.add_argument("--image", action="append", default=[], metavar="FILE", help="a path or an http(s) URL; repeatable")
+    one.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a path or an http(s) URL; repeatable"
+    )
     one.add_argument(
         "--prompt", metavar="TEXT", help="the question; <image> marks say where the images go, default: in front"
     )

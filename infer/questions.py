@@ -62,6 +62,10 @@ def read_questions(args: argparse.Namespace) -> Questions:
         numbers.append(number)
     if not (rows or errors or skipped):
         raise InputError(f"{path}: no questions in it")
+    try:
+        Path(args.answers).touch()
+    except OSError as error:
+        raise InputError(f"--answers {args.answers}: cannot be written ({error.strerror})") from None
     return Questions(rows, numbers, errors, skipped)
 
 
@@ -120,11 +124,7 @@ def answer_questions(engine, questions: Questions, sampling, args: argparse.Name
     ]
     failed = len(questions.errors)
     model = str(args.checkpoint).rstrip("/").rsplit("/", 1)[-1]
-    try:
-        out = open(args.answers, "a")
-    except OSError as error:
-        raise InputError(f"--answers {args.answers}: cannot be written ({error.strerror})") from None
-    with out, Progress("answering", len(requests), "questions") as bar:
+    with Progress("answering", len(requests), "questions") as bar, open(args.answers, "a") as out:
         for i, answer in engine.generate(requests, sampling, rows=args.batch_size):
             bar.advance()
             if isinstance(answer, InputError):

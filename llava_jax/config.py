@@ -110,9 +110,7 @@ class LlavaConfig:
     projector_bias: bool = True
     aspect_ratio: str = "pad"
     merge: str = "flat"
-    grid_pinpoints: tuple[
-        tuple[int, int], ...
-    ] = ()  # as the file has them; who reads them decides what is width
+    grid_pinpoints: tuple[tuple[int, int], ...] = ()  # as the file has them; who reads them decides what is width
     image_rules: str = "original"
     use_im_start_end: bool = False
     use_im_patch: bool = False
@@ -121,9 +119,7 @@ class LlavaConfig:
     template: str | None = None  # conversation template; None: chosen from the rest (prompts.choose_template)
     name: str = ""  # what the checkpoint calls itself, a hint for the template
     vision_tower: str | None = None  # where the original's config says the tower is
-    image_token_id: int | None = (
-        None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded
-    )
+    image_token_id: int | None = None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded
 
     def __post_init__(self):
         for field, value, known in (
@@ -182,18 +178,14 @@ def projector_depth(projector: str) -> int:
     digits = projector.removeprefix("mlp").removesuffix("x_gelu")
     if projector == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
         return int(digits)
-    raise InputError(
-        f"config: projector {projector!r} is not supported, only linear, mlpNx_gelu and identity"
-    )
+    raise InputError(f"config: projector {projector!r} is not supported, only linear, mlpNx_gelu and identity")
 
 
 # ---------------------------------------------------------------- presets
 
 _L7B = TextConfig()
 _L13B = TextConfig(width=5120, ffn_width=13824, layers=40, heads=40, kv_heads=40)
-_MISTRAL = TextConfig(
-    ffn_width=14336, kv_heads=8, rope_theta=1e6, max_positions=32768, norm_eps=1e-5, family="mistral"
-)
+_MISTRAL = TextConfig(ffn_width=14336, kv_heads=8, rope_theta=1e6, max_positions=32768, norm_eps=1e-5, family="mistral")
 _YI34B = TextConfig(
     vocab_size=64000,
     width=7168,
@@ -352,9 +344,7 @@ def _from_ours(config: dict[str, Any]) -> LlavaConfig:
     text = dict(top["text"])
     if text.get("rope_scaling"):
         text["rope_scaling"] = build(RopeScaling, text["rope_scaling"])
-    return build(
-        LlavaConfig, top | {"text": build(TextConfig, text), "vision": build(VisionConfig, top["vision"])}
-    )
+    return build(LlavaConfig, top | {"text": build(TextConfig, text), "vision": build(VisionConfig, top["vision"])})
 
 
 def _tuples(value):
@@ -392,9 +382,7 @@ def _tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
-def _from_original(
-    config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: dict[str, Any]
-) -> LlavaConfig:
+def _from_original(config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: dict[str, Any]) -> LlavaConfig:
     kind = " ".join([config.get("model_type", ""), *(config.get("architectures") or [])]).lower()
     if "mpt" in kind:
         raise InputError("config.json: MPT decoders are not supported, only LLaMA, Mistral, Yi and Qwen2")
@@ -441,7 +429,8 @@ def _pinpoints(value) -> tuple[tuple[int, int], ...]:
 def _text(family: str, fields: dict[str, Any], more: dict[str, Any]) -> TextConfig:
     if family not in _TEXT_DEFAULTS:
         raise InputError(
-            f"config.json: decoder {family!r} is not supported, only {', '.join(_TEXT_DEFAULTS)} (Vicuna and Yi are llama)"
+            f"config.json: decoder {family!r} is not supported, only {', '.join(_TEXT_DEFAULTS)} "
+            "(Vicuna and Yi are llama)"
         )
     get = (_TEXT_DEFAULTS[family] | fields | more).get
     width, heads = get("hidden_size"), get("num_attention_heads")
@@ -495,9 +484,7 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
 def _vision(vision: dict[str, Any], preprocessor: dict[str, Any], **more) -> VisionConfig:
     vision = vision.get("vision_config", vision) if vision.get("model_type") == "clip" else vision
     if (kind := vision.get("model_type", "clip_vision_model")) != "clip_vision_model":
-        raise InputError(
-            f"config.json: vision tower {kind!r} is not supported, only CLIP (clip_vision_model)"
-        )
+        raise InputError(f"config.json: vision tower {kind!r} is not supported, only CLIP (clip_vision_model)")
     get = (_CLIP_DEFAULTS | vision).get
     return VisionConfig(
         image_size=get("image_size"),

@@ -130,8 +130,7 @@ def prefill(
       The last layer's output [B, D] (not yet normed) at each row's last position, and the cache.
     """
     c = config.text
-    B, S, _ = x_BSD.shape
-    rope = rope_tables(jnp.arange(S)[None], c)
+    rope = rope_tables(jnp.arange(x_BSD.shape[1])[None], c)
     last_B = jnp.maximum(lengths_B - 1, 0)
     cache = []
 

@@ -23,9 +23,7 @@ Params = dict
 jax.tree_util.register_dataclass(Batch, [field.name for field in dataclasses.fields(Batch)], [])
 
 
-def encode_tiles(
-    params: Params, config: LlavaConfig, tiles_BTHW3: jax.Array, mesh: Mesh | None = None
-) -> jax.Array:
+def encode_tiles(params: Params, config: LlavaConfig, tiles_BTHW3: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """The feature table of each row: [B, R, D], tile after tile, then the newline if the model has one.
 
     Args:
@@ -36,9 +34,7 @@ def encode_tiles(
     B, T = tiles_BTHW3.shape[:2]
     dtype = params["decoder"]["embed"]["embedding"].dtype
     pixels = vision.normalise(tiles_BTHW3.reshape(B * T, *tiles_BTHW3.shape[2:]), config.vision, dtype)
-    features = vision.vision_features(
-        params["vision"], config, constrain(pixels, mesh, BATCH, None, None, None), mesh
-    )
+    features = vision.vision_features(params["vision"], config, constrain(pixels, mesh, BATCH, None, None, None), mesh)
     features = vision.project(params.get("projector", {}), config, features, mesh)
     table_BRD = constrain(features.reshape(B, -1, features.shape[-1]), mesh, BATCH, None, None)
     if config.has_newline:

@@ -187,9 +187,7 @@ def choose_template(config: LlavaConfig) -> str:
 Span = tuple[int, int]
 
 
-def render(
-    template: Template, turns: Sequence[str | None], *, system: str | None = None
-) -> tuple[str, list[Span]]:
+def render(template: Template, turns: Sequence[str | None], *, system: str | None = None) -> tuple[str, list[Span]]:
     """Write a conversation out.
 
     Args:
@@ -233,9 +231,7 @@ def render(
             text += f"{space}{turn}{end}" if turn else ""
         elif turn:
             answer(space, turn, end)
-            if (
-                end.endswith("\n") and template.style != "plain"
-            ):  # the newline after `<|im_end|>` begins the next turn
+            if end.endswith("\n") and template.style != "plain":  # the newline after `<|im_end|>` begins the next turn
                 spans[-1] = (spans[-1][0], spans[-1][1] - 1)
         elif turn is not None and template.style == "chatml":
             # An answer of nothing is written as an open turn. Here the reference trains the header's newline.

@@ -36,15 +36,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.strip().partition("=")
-        if (
-            axis not in AXES
-            or axis in sizes
-            or not size.lstrip("-").isdigit()
-            or int(size) in (0, *range(-99, -1))
-        ):
-            raise InputError(
-                f"mesh {text!r}: write it as data=1,fsdp=8,tensor=1 with positive sizes (one may be -1)"
-            )
+        if axis not in AXES or axis in sizes or not size.lstrip("-").isdigit() or int(size) in (0, *range(-99, -1)):
+            raise InputError(f"mesh {text!r}: write it as data=1,fsdp=8,tensor=1 with positive sizes (one may be -1)")
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:
         raise InputError(f"mesh {text!r}: only one axis may be -1")
@@ -106,18 +99,13 @@ _RULES: tuple[tuple[str, P], ...] = (
 
 def param_spec(path: str, shape: tuple[int, ...], config: LlavaConfig, mesh: Mesh) -> P:
     """How the parameter at `path` (`decoder/layers/0/attention/q/kernel`) is cut. All others are whole everywhere."""
-    for tail, spec in _RULES:
-        if path.endswith("/" + tail):
-            break
-    else:
+    spec = next((spec for tail, spec in _RULES if path.endswith("/" + tail)), None)
+    if spec is None:
         return P()
     if path.startswith("projector/") and config.projector == "linear":
         spec = P(FSDP, None) if len(shape) == 2 else P(None)  # one layer: its result is wanted whole
     return P(
-        *(
-            axis if axis and _divides(path, n, axis, config, mesh) else None
-            for axis, n in zip(spec, shape, strict=True)
-        )
+        *(axis if axis and _divides(path, n, axis, config, mesh) else None for axis, n in zip(spec, shape, strict=True))
     )
 
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax import names, safetensors
-from llava_jax.config import KNOWN_TOWERS, LlavaConfig, read_config, read_json
+from llava_jax.config import LlavaConfig, read_config, read_json
 from llava_jax.console import InputError
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of
@@ -74,17 +74,17 @@ def open_source(directory: Path, *, vision_tower: Path | None = None, name: str 
         generation=read_json(directory / "generation_config.json"),
         name=name or directory.name,
     )
-    found = _Found(config)
+    found = _Found(config, "original" if original else "transformers")
     for file in tensor_files(directory):
         found.add_file(file)
-    if not found.has_tower() and tower is not None:
+    if not found.has_tower() and tower is not None and (vision_tower or any(tower.glob("*.safetensors"))):
         for file in tensor_files(tower):
             found.add_file(file, ignore=names.CLIP_TEXT)
     return found.check(directory)
 
 
 def _tower_directory(directory: Path, config_json: dict, given: Path | None) -> Path | None:
-    """Where the vision tower of an original checkpoint is: as given, beside it, or in the hub's cache."""
+    """Where the vision tower of an original checkpoint is: as given, or where config.json says. None: nowhere here."""
     if given is not None:
         if not (given / "config.json").exists():
             raise InputError(f"--vision-tower {given}: no CLIP directory (there is no config.json)")
@@ -92,10 +92,8 @@ def _tower_directory(directory: Path, config_json: dict, given: Path | None) -> 
     tower = config_json.get("mm_vision_tower")
     if not isinstance(tower, str) or not tower:
         return None
-    for place in (directory / tower, Path(tower)):
-        if place.is_absolute() and (place / "config.json").exists():
-            return place
-    return None
+    beside = directory / tower  # or elsewhere, where the name is an absolute path
+    return beside if (beside / "config.json").exists() else None
 
 
 def tensor_files(directory: Path) -> list[Path]:
@@ -122,8 +120,8 @@ def tensor_files(directory: Path) -> list[Path]:
 class _Found:
     """The tensors met so far, and what is wrong with them."""
 
-    def __init__(self, config: LlavaConfig):
-        self.config = config
+    def __init__(self, config: LlavaConfig, dialect: str):
+        self.config, self.dialect = config, dialect
         shapes, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
         self.wanted = {path_of(path): leaf.shape for path, leaf in shapes}
         self.tensors: dict[str, Tensor] = {}
@@ -177,7 +175,7 @@ class _Found:
         problems = [
             f"{what}: {', '.join(which)}"
             for what, which in [
-                ("missing tensors", [names.write_name(p, "original", self.config)[0] for p in missing]),
+                ("missing tensors", [names.write_name(p, self.dialect, self.config)[0] for p in missing]),
                 ("unknown tensors", self.unknown),
                 ("tensors twice", self.doubled),
                 ("tensors of the wrong shape or type", misshapen),

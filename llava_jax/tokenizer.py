@@ -82,11 +82,7 @@ class Tokenizer:
     def add_special(self, tokens: list[str]) -> None:
         """Add special tokens that the vocabulary lacks, at its end."""
         self._engine.add_special_tokens(
-            [
-                tokenizers.AddedToken(t, normalized=False, special=True)
-                for t in tokens
-                if self.token_id(t) is None
-            ]
+            [tokenizers.AddedToken(t, normalized=False, special=True) for t in tokens if self.token_id(t) is None]
         )
 
 
@@ -139,9 +135,7 @@ def _set_spaces(engine: tokenizers.Tokenizer, legacy: bool) -> None:
     engine.pre_tokenizer = None
 
 
-def _add_tokens(
-    engine: tokenizers.Tokenizer, settings: dict[str, Any], added: dict[str, int], directory: Path
-) -> None:
+def _add_tokens(engine: tokenizers.Tokenizer, settings: dict[str, Any], added: dict[str, int], directory: Path) -> None:
     """Tokens beyond the model's own pieces: `added_tokens_decoder` (new) and `added_tokens.json` (old)."""
     tokens = {
         int(i): token if isinstance(token, dict) else {"content": token}

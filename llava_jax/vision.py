@@ -49,9 +49,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BPC: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         c = self.config
-        x_BPC = x_BPC + Attention(c, name="attention")(
-            LayerNorm(c.norm_eps, name="attention_norm")(x_BPC), mesh
-        )
+        x_BPC = x_BPC + Attention(c, name="attention")(LayerNorm(c.norm_eps, name="attention_norm")(x_BPC), mesh)
         x_BPC = x_BPC + FeedForward(c, name="mlp")(LayerNorm(c.norm_eps, name="mlp_norm")(x_BPC))
         return x_BPC
 
@@ -90,9 +88,7 @@ class Projector(nn.Module):
         return x
 
 
-def vision_features(
-    params, config: LlavaConfig, pixels_BHW3: jax.Array, mesh: Mesh | None = None
-) -> jax.Array:
+def vision_features(params, config: LlavaConfig, pixels_BHW3: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """The tower's features for normalised tiles: [B, P, C] (llava/model/multimodal_encoder/clip_encoder.py).
 
     `params` is the `vision` part of the tree.

@@ -32,7 +32,9 @@ collect_ignore_glob = [] if HAVE_TORCH else ["parity/*"]
 
 
 def pytest_report_header(config):
-    return f"jax {jax.__version__}, {len(jax.devices())} devices" + ("" if HAVE_TORCH else "; no torch: parity/ left out")
+    return f"jax {jax.__version__}, {len(jax.devices())} devices" + (
+        "" if HAVE_TORCH else "; no torch: parity/ left out"
+    )
 
 
 def golden_json(name: str):
@@ -59,9 +61,7 @@ def golden_engine(name: str) -> Engine:
 
 def make_row(conversation, pictures, template: str, config: LlavaConfig, tokenizer) -> splice.Row:
     """A training row from a conversation and the paths of its pictures."""
-    ids, labels = encode_conversation(
-        conversation, get_template(template), tokenizer, config, images=len(pictures)
-    )
+    ids, labels = encode_conversation(conversation, get_template(template), tokenizer, config, images=len(pictures))
     opened = [images.open_image(path) for path in pictures]
     places = tuple(images.layout(image.size, config) for image in opened)
     tiles = tuple(images.tiles(image, place, config) for image, place in zip(opened, places, strict=True))
@@ -76,6 +76,10 @@ def write_checkpoint(directory: Path, tensors: dict, like: str, **config_changes
     for file in (GOLDEN / "checkpoints" / like).iterdir():
         if file.suffix in (".json", ".model") and not file.name.startswith("expected"):
             shutil.copy(file, directory)
+    tower = directory / "vision_tower"  # its configuration, not its weights
+    tower.mkdir(exist_ok=True)
+    for file in (GOLDEN / "checkpoints" / like / "vision_tower").glob("*.json"):
+        shutil.copy(file, tower)
     config = json.loads((directory / "config.json").read_text()) | config_changes
     (directory / "config.json").write_text(json.dumps(config))
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, directory / "model.safetensors")

@@ -1,0 +1,261 @@
+"""`python -m infer.generate` as people run it: answers, files of questions, and one clear line for bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, QUESTION, golden_engine, golden_json, golden_tensors, write_checkpoint
+from PIL import Image
+
+from infer import generate
+
+CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
+PICTURE = GOLDEN / "images/0_64x48.png"
+ONE = ("--checkpoint", CHECKPOINT, "--prompt", QUESTION, "--max-new-tokens", "8", "--mesh", "tensor=8")
+
+
+@pytest.fixture
+def answers(run_cli):
+    return lambda *args: run_cli(generate.main, *args)
+
+
+# ---------------------------------------------------------------- one question
+
+
+def test_as_a_new_user_runs_it():
+    """In a process of its own, on one device, without our environment."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, "-m", "infer.generate", "--checkpoint", CHECKPOINT, "--image", PICTURE, "--prompt", QUESTION,
+         "--max-new-tokens", "24"],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    want = golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=24).text
+    assert run.stdout.strip("\n") == want
+    assert run.stderr.splitlines() == [
+        "template mistral_instruct (chosen from the checkpoint; --template names another); "
+        "cpu, mesh data=1,fsdp=1,tensor=1"
+    ]
+
+
+def test_json(answers):
+    status, out, err = answers(*ONE, "--image", PICTURE, "--json")
+    assert status == 0, err
+    [line] = out.splitlines()
+    got = json.loads(line)
+    case = golden_json("checkpoints/v1.6-mistral/expected.greedy.json")[0]
+    assert got["token_ids"] == case["output_ids"][1:9]
+    assert got["prompt_tokens"] == len(case["input_ids"]) - 1 + got["image_tokens"]
+    assert got["bucket"] == 128
+    assert {"text", "compilations", "prefill_seconds", "decode_tokens_per_second"} < got.keys()
+
+
+@pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
+def test_streamed_or_not_the_text_is_the_same(answers, flag):
+    _, out, _ = answers(*ONE, "--image", PICTURE, flag)
+    assert out.strip("\n") == golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=8).text
+
+
+def test_several_images_system_and_template(answers):
+    args = (
+        "--image",
+        PICTURE,
+        "--image",
+        GOLDEN / "images/3_90x30.png",
+        "--template",
+        "vicuna_v1",
+        "--system",
+        "Be brief.",
+    )
+    status, out, err = answers(*ONE, *args, "--json")
+    assert status == 0
+    assert "template vicuna_v1;" in err
+    assert json.loads(out)["image_tokens"] > 70
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def make_truncated(tmp_path):
+    path = tmp_path / "cut.png"
+    path.write_bytes(PICTURE.read_bytes()[:-500])
+    return path
+
+
+def make_image(tmp_path, size, mode="RGB"):
+    path = tmp_path / "odd.png"
+    Image.new(mode, size).save(path)
+    return path
+
+
+def make_text(tmp_path):
+    path = tmp_path / "text.png"
+    path.write_text("not a picture")
+    return path
+
+
+BAD = {
+    "missing image": (lambda t: ("--image", "nowhere.png"), "nowhere.png: no such image"),
+    "truncated image": (lambda t: ("--image", make_truncated(t)), "cut.png: broken image"),
+    "no image": (lambda t: ("--image", make_text(t)), "text.png: not an image"),
+    "1x1": (lambda t: ("--image", make_image(t, (1, 1))), "1x1 pixels"),
+    "1x20000": (lambda t: ("--image", make_image(t, (1, 20000))), "1x20000 pixels"),
+    "bomb": (lambda t: ("--image", make_image(t, (20000, 20000), "1")), "pixels; scale it down"),
+    "more marks": (lambda t: ("--image", PICTURE, "--prompt", "<image> <image>"), "2 <image> marks for 1 images"),
+    "fewer marks": (
+        lambda t: ("--image", PICTURE, "--image", PICTURE, "--prompt", "<image>"), "1 <image> marks for 2 images",
+    ),
+    "marks and no image": (lambda t: ("--prompt", "<image> hi"), "1 <image> marks for 0 images"),
+    "too long": (lambda t: ("--prompt", "word " * 900), "more than fit the model's context of 512"),
+    "unknown template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
+    "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
+    "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
+    "mesh spelling": (lambda t: ("--mesh", "8"), "write it as data=1,fsdp=8"),
+    "temperature": (lambda t: ("--temperature", "-1"), "temperature"),
+    "no question": (lambda t: ("--questions", t / "q.jsonl"), "either --prompt or --questions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_status_1(answers, tmp_path, name):
+    make, says = BAD[name]
+    status, out, err = answers(*ONE, *make(tmp_path))
+    lines = [line for line in err.splitlines() if not line.startswith("template ")]
+    assert (status, out, len(lines)) == (1, "", 1), err
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+
+
+def test_bad_checkpoint_is_one_line_too(answers, tmp_path):
+    tensors = golden_tensors("v1.6-mistral")
+    del tensors["model.norm.weight"]
+    directory = write_checkpoint(tmp_path / "c", tensors, "v1.6-mistral")
+    status, _, err = answers(*ONE, "--checkpoint", directory)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "missing tensors: model.norm.weight" in err
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    status, _, err = answers(*ONE, "--checkpoint", directory)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "truncated" in err
+
+
+def test_no_traceback_in_a_process_of_its_own():
+    run = subprocess.run(
+        [sys.executable, "-m", "infer.generate", "--checkpoint", "nowhere", "--prompt", "hi"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", "error: nowhere: no such directory\n")
+
+
+# ---------------------------------------------------------------- many questions
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(GOLDEN / "images", tmp_path / "images")
+    return tmp_path
+
+
+def write_questions(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def ask_many(answers, folder, *more):
+    return answers(
+        "--checkpoint", CHECKPOINT, "--questions", folder / "q.jsonl", "--image-folder", folder / "images",
+        "--answers", folder / "a.jsonl", "--max-new-tokens", "8", "--batch-size", "4", "--mesh", "tensor=8", *more,
+    )  # fmt: skip
+
+
+def read_answers(folder):
+    return [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+
+
+def questions():
+    rows = [
+        {"question_id": i, "image": p.name, "text": f"{QUESTION} {i}"}
+        for i, p in enumerate(sorted((GOLDEN / "images").iterdir()))
+    ]
+    rows.append({"question_id": "text", "text": "Hello"})
+    rows.append({"question_id": "two", "image": [rows[0]["image"], rows[3]["image"]], "text": "<image> or <image>?"})
+    return rows
+
+
+def test_questions_are_answered_in_the_reference_format(answers, folder):
+    rows = questions()
+    write_questions(folder / "q.jsonl", rows)
+    status, out, err = ask_many(answers, folder)
+    assert (status, out) == (0, ""), err
+    got = {a["question_id"]: a for a in read_answers(folder)}
+    assert got.keys() == {r["question_id"] for r in rows}
+    engine = golden_engine("v1.6-mistral")
+    for row in rows:
+        names = row.get("image", [])
+        pictures = [GOLDEN / "images" / n for n in ([names] if isinstance(names, str) else names)]
+        answer = got[row["question_id"]]
+        assert answer["text"] == engine.ask(row["text"], pictures, max_new_tokens=8).text
+        assert list(answer) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+        assert (answer["prompt"], answer["model_id"], answer["metadata"]) == (row["text"], "v1.6-mistral", {})
+    assert len({a["answer_id"] for a in got.values()}) == len(rows)
+
+
+def test_a_second_run_does_only_what_is_left(answers, folder):
+    write_questions(folder / "q.jsonl", questions()[:3])
+    ask_many(answers, folder)
+    first = (folder / "a.jsonl").read_text()
+    (folder / "a.jsonl").write_text(first + '{"question_id": 3, "text": "cut off whi')  # killed while writing
+    write_questions(folder / "q.jsonl", questions()[:5])
+    status, _, err = ask_many(answers, folder)
+    assert status == 0
+    assert "3 of 5 are answered already" in err
+    assert (folder / "a.jsonl").read_text().startswith(first)
+    assert [a["question_id"] for a in read_answers(folder)][:3] == [
+        a["question_id"] for a in map(json.loads, first.splitlines())
+    ]
+    assert sorted(a["question_id"] for a in read_answers(folder)) == [0, 1, 2, 3, 4]
+
+
+def test_bad_lines_are_named_the_rest_is_answered_and_the_status_says_so(answers, folder):
+    rows = [
+        *questions()[:2], "{not json", {"question_id": 9}, {"question_id": 10, "text": "x", "image": "missing.jpg"},
+        {"question_id": 0, "text": "again"}, {"question_id": 11, "text": "<image><image>", "image": "0_64x48.png"},
+        {"question_id": 12, "text": "last"},
+    ]  # fmt: skip
+    write_questions(folder / "q.jsonl", rows)
+    status, _, err = ask_many(answers, folder)
+    assert status == 1
+    assert sorted(a["question_id"] for a in read_answers(folder)) == [0, 1, 12]
+    for n in (3, 4, 5, 6, 7):
+        assert f"q.jsonl line {n}: " in err
+    assert "error: 5 questions were not answered" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda f: (f / "q.jsonl").write_text(""), "no questions in it"),
+        (lambda f: (f / "q.jsonl").write_text("\n\n"), "no questions in it"),
+        (lambda f: None, "cannot be read"),
+        (lambda f: (f / "q.jsonl").write_bytes(b"\xff\xfe"), "cannot be read"),
+        (lambda f: (write_questions(f / "q.jsonl", questions()), shutil.rmtree(f / "images")), "no such directory"),
+        (
+            lambda f: (write_questions(f / "q.jsonl", questions()), (f / "a.jsonl").write_text("thesis\n")),
+            "is no answers file",
+        ),
+    ],
+)
+def test_bad_files_stop_before_the_model_is_loaded(answers, folder, make, says):
+    make(folder)
+    before = (folder / "a.jsonl").read_text() if (folder / "a.jsonl").exists() else None
+    status, out, err = ask_many(answers, folder)
+    assert (status, out, err.count("\n")) == (1, "", 1), err
+    assert says in err
+    assert ((folder / "a.jsonl").read_text() if (folder / "a.jsonl").exists() else None) == before

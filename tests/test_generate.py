@@ -1,0 +1,323 @@
+"""The engine: golden greedy tokens, batches, the cache, sampling, stopping, streaming, and what compiles when."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, load_golden, one_device
+from PIL import Image
+
+from convert.to_orbax import to_orbax
+from infer.engine import Answer, Buckets, Engine, Request, compilations
+from infer.sampling import Sampling, choose, row_keys
+from llava_jax import decoder, llava
+from llava_jax.console import InputError
+from llava_jax.splice import IMAGE, TEXT, Row, splice
+
+NEW = 24
+
+
+def picture(i: int):
+    return next((GOLDEN / "images").glob(f"{i}_*"))
+
+
+def random_image(random, low=8, high=200) -> Image.Image:
+    w, h = (int(x) for x in random.integers(low, high, 2))
+    return Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8))
+
+
+# ---------------------------------------------------------------- greedy, one by one and in batches
+
+
+@pytest.mark.parametrize("how", ["direct", "converted"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_greedy_tokens_equal_the_reference(name, how, tmp_path):
+    engine = golden_engine(name)
+    if how == "converted":
+        to_orbax(GOLDEN / "checkpoints" / name, tmp_path / "orbax")
+        engine = Engine.load(tmp_path / "orbax", mesh=one_device())
+    for case in golden_json(f"checkpoints/{name}/expected.greedy.json"):
+        answer = engine.ask(QUESTION, GOLDEN / "images" / case["image"], max_new_tokens=NEW)
+        assert answer.token_ids == case["output_ids"][1:]  # the reference's begin with a BOS
+        assert answer.stopped_by == ("end" if len(answer.token_ids) < NEW else "length")
+        assert answer.prompt_tokens == len(case["input_ids"]) - 1 + answer.image_tokens
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_mixed_batch_gives_what_each_row_gives_alone(name):
+    engine = golden_engine(name)
+    requests = [
+        Request((QUESTION,), (picture(0),)),
+        Request(("Just text, no picture at all.",)),
+        Request(("First <image> then <image> here.",), (picture(3), picture(4))),
+        Request(("Hi", "Hello.", "And now?"), (picture(6),)),
+        Request(("A",)),
+        *(Request((QUESTION + " " * i,), (picture(i),)) for i in range(7)),
+    ]
+    sampling = Sampling(max_new_tokens=NEW)
+    alone = [engine.ask(r.turns, r.images, max_new_tokens=NEW).token_ids for r in requests]
+    for rows in (3, 8):
+        together = dict(engine.generate(requests, sampling, rows=rows))
+        assert [together[i].token_ids for i in range(len(requests))] == alone
+
+
+def test_one_bad_request_does_not_stop_the_others(tmp_path):
+    engine = golden_engine("v1.6-mistral")
+    (tmp_path / "cut.png").write_bytes(picture(0).read_bytes()[:-300])
+    requests = [
+        Request((QUESTION,), (picture(0),), name="q 1"),
+        Request((QUESTION,), ("nowhere.png",), name="q 2"),
+        Request((QUESTION,), (tmp_path / "cut.png",), name="q 3"),
+        Request(("x <image> <image>",), (picture(0),), name="q 4"),
+    ]
+    answers = dict(engine.generate(requests, Sampling(max_new_tokens=2), rows=4))
+    assert isinstance(answers[0], Answer)
+    assert [str(answers[i]).split(":")[0] for i in (1, 2, 3)] == ["q 2", "q 3", "q 4"]
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+def test_cached_decoding_gives_the_logits_of_a_full_pass(name):
+    """Token by token through the cache, behind a gap of padding, against one pass over everything."""
+    found, params = load_golden(name)
+    config = found.config
+    random = np.random.default_rng(0)
+    ids = [random.integers(3, 1000, n).astype(np.int32) for n in (30, 17)]
+    prompts, steps, S = (20, 9), 8, 24
+    whole = np.asarray(llava.forward(params, config, splice([Row(x) for x in ids], config)))
+
+    batch = splice([Row(x[:n]) for x, n in zip(ids, prompts, strict=True)], config, length=S)
+    lengths = jnp.array(prompts)
+    x_BSD = llava.embed_batch(params, config, batch)
+    x_BD, cache = decoder.prefill(params["decoder"], config, x_BSD, lengths, S + steps)
+    slots = jnp.arange(S + steps)
+    for step in range(steps + 1):
+        logits = decoder.logits(params["decoder"], config, x_BD)
+        for b in range(2):
+            np.testing.assert_allclose(logits[b], whole[b, prompts[b] + step - 1], atol=1e-5)
+        if step == steps:
+            break
+        tokens = jnp.array([x[n + step] for x, n in zip(ids, prompts, strict=True)])
+        visible = (slots < lengths[:, None]) | ((slots >= S) & (slots < S + step))
+        x_BD = decoder.embed(params["decoder"], config, tokens)
+        x_BD, cache = decoder.decode_one(params["decoder"], config, x_BD, lengths + step, visible, S + step, cache)
+
+
+def test_sliding_window_in_generation():
+    """The cache, behind its gap of padding, sees as far back as a full pass does."""
+    found, params = load_golden("v1.6-mistral")
+    config = found.config.replace(text=dataclasses.replace(found.config.text, sliding_window=20))
+    engine = Engine(params, config, found.tokenizer, one_device())
+    question = "hello " * 20
+    answer = engine.ask(question, max_new_tokens=NEW).token_ids
+    prompt = engine.logits((question, None))[1]
+    batch = splice([Row(np.concatenate([prompt, answer[:-1]]).astype(np.int32))], config)
+    assert np.asarray(llava.forward(params, config, batch))[0, len(prompt) - 1 :].argmax(-1).tolist() == answer
+    assert golden_engine("v1.6-mistral").ask(question, max_new_tokens=NEW).token_ids != answer
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def draw(n: int, logits, **settings):
+    sampling = Sampling(temperature=1.0, **settings)
+    return np.asarray(choose(jnp.tile(jnp.array(logits, jnp.float32), (n, 1)), row_keys(0, range(n)), sampling.knobs()))
+
+
+def test_draws_follow_the_distribution():
+    p = np.array([0.5, 0.05, 0.3, 0.15])
+    shares = np.bincount(draw(20000, np.log(p)), minlength=4) / 20000
+    np.testing.assert_allclose(shares, p, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (dict(top_k=2), [0, 2]),
+        (dict(top_k=1), [0]),
+        (dict(top_p=0.5), [0]),  # the first has half already
+        (dict(top_p=0.51), [0, 2]),
+        (dict(top_p=0.9), [0, 2, 3]),
+        (dict(top_k=3, top_p=0.6), [0, 2]),  # of the three, the first two have 0.84
+        (dict(top_p=1e-9), [0]),
+    ],
+)
+def test_top_k_and_top_p(settings, kept):
+    p = np.array([0.5, 0.05, 0.3, 0.15])
+    draws = draw(5000, np.log(p), **settings)
+    assert sorted(set(draws.tolist())) == kept
+    shares = np.bincount(draws, minlength=4)[kept] / 5000
+    np.testing.assert_allclose(shares, p[kept] / p[kept].sum(), atol=0.03)
+
+
+def test_temperature():
+    p = np.array([0.5, 0.05, 0.3, 0.15])
+    sampling = Sampling(temperature=0.5)
+    draws = choose(jnp.tile(jnp.log(jnp.array(p)), (20000, 1)), row_keys(3, range(20000)), sampling.knobs())
+    np.testing.assert_allclose(np.bincount(draws) / 20000, p**2 / (p**2).sum(), atol=0.015)
+
+
+def test_an_answer_depends_on_seed_and_question_not_on_its_batch():
+    engine = golden_engine("v1.5-llama")
+    requests = [Request((QUESTION,), (picture(i % 7),), number=i) for i in range(9)]
+    hot = Sampling(temperature=1.0, seed=5, max_new_tokens=NEW)
+    together = dict(engine.generate(requests, hot, rows=8))
+    one_by_one = dict(engine.generate(requests, hot, rows=1))
+    assert all(together[i].token_ids == one_by_one[i].token_ids for i in range(9))
+    assert together[0].token_ids != together[7].token_ids  # the same question with another number
+    other = dict(engine.generate(requests, dataclasses.replace(hot, seed=6), rows=8))
+    assert together[0].token_ids != other[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(temperature=-1), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_p=0), "top-p"),
+        (dict(top_p=1.1), "top-p"),
+        (dict(top_k=-1), "top-k"),
+        (dict(seed=-1), "seed"),
+        (dict(max_new_tokens=0), "max-new-tokens"),
+    ],
+)
+def test_settings_out_of_range(settings, says):
+    with pytest.raises(InputError, match=says):
+        Sampling(**settings)
+
+
+# ---------------------------------------------------------------- stopping and streaming
+
+
+def test_stops_at_an_end_token_of_any_kind():
+    found, params = load_golden("v1.5-llama")
+    free = golden_engine("v1.5-llama").ask(QUESTION, picture(0), max_new_tokens=NEW)
+    text = dataclasses.replace(found.config.text, eos_ids=(2, free.token_ids[5]))
+    engine = Engine(params, found.config.replace(text=text), found.tokenizer, one_device())
+    answer = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    assert answer.token_ids == free.token_ids[:6]
+    assert answer.stopped_by == "end"
+
+
+def test_stops_at_the_templates_stop_string_even_across_tokens(monkeypatch):
+    engine = golden_engine("v1.5-llama")
+    free = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    at = free.text.index("ifr")
+    monkeypatch.setattr(engine, "template", dataclasses.replace(engine.template, stop=free.text[at - 2 : at + 2]))
+    answer = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    assert answer.text == free.text[: at - 2].strip()
+    assert answer.stopped_by == "stop"
+    assert free.token_ids[: len(answer.token_ids)] == answer.token_ids
+    shown = [x for x in engine.stream(QUESTION, picture(0), max_new_tokens=NEW) if isinstance(x, str)]
+    assert "".join(shown) == answer.text
+
+
+def test_a_rows_answer_ends_where_the_context_does():
+    found, params = load_golden("v1.5-llama")
+    text = dataclasses.replace(found.config.text, max_positions=110)
+    engine = Engine(params, found.config.replace(text=text), found.tokenizer, one_device())
+    answer = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    assert len(answer.token_ids) == 110 - answer.prompt_tokens
+    assert answer.stopped_by == "length"
+
+
+def test_prompt_longer_than_the_context_says_by_how_much():
+    engine = golden_engine("v1.5-llama")
+    with pytest.raises(InputError, match=r"prompt is \d+ positions long \(0 of them image\), \d+ more than .* 512"):
+        engine.ask("hello " * 600)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_streamed_pieces_make_the_answer(name):
+    engine = golden_engine(name)
+    for i in range(7):
+        *pieces, answer = engine.stream(QUESTION, picture(i), max_new_tokens=NEW)
+        assert "".join(pieces) == answer.text == engine.ask(QUESTION, picture(i), max_new_tokens=NEW).text
+
+
+def test_token_by_token_streaming_shows_no_half_characters(monkeypatch):
+    """Text that is still being spelt in bytes is held back."""
+    monkeypatch.setattr("infer.engine.STREAM_STEPS", 1)
+    engine = golden_engine("v1.5-llama")
+    want = "café 猫 🙂!"
+    ids, _ = engine.tokenizer.encode(want)
+    shown = ""
+    for n in range(1, len(ids) + 1):
+        text = engine._settled(Answer(engine.tokenizer.decode(ids[:n]), [], 0, 0, 0, 0, 0, 0, ""))
+        assert want.startswith(text)
+        assert "\ufffd" not in text
+        shown = text
+    assert shown == want
+
+
+# ---------------------------------------------------------------- logits
+
+
+def test_logits_for_a_conversation():
+    engine = golden_engine("v1.6-mistral")
+    case = golden_json("checkpoints/v1.6-mistral/expected.greedy.json")[0]
+    logits, ids = engine.logits((QUESTION, None), [GOLDEN / "images" / case["image"]])
+    assert logits.shape == (len(ids), 1000)
+    assert ids[ids != IMAGE].tolist() == [i for i in case["input_ids"] if i != IMAGE]
+    assert logits[-1].argmax() == case["output_ids"][1]
+    assert engine.logits(QUESTION, [picture(0)])[0].shape == logits.shape
+    longer, _ = engine.logits((QUESTION, "Yes.", "Where?", None), [picture(0)])
+    np.testing.assert_allclose(longer[: len(ids)], logits, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what compiles
+
+
+def test_after_one_warm_up_per_bucket_nothing_compiles():
+    """200 pictures of random sizes, with questions of random lengths."""
+    found, params = load_golden("v1.6-mistral")
+    buckets = Buckets(lengths=(64, 96, 128, 160), tiles=(0, 3, 4, 5))
+    engine = Engine(params, found.config, found.tokenizer, one_device(), buckets=buckets)
+    sampling = Sampling(max_new_tokens=3)
+    shapes = [(S, T) for S in buckets.lengths for T in (3, 4, 5)]
+    compiled = engine.warm_up(shapes, sampling)
+    lengths, tiles = len(buckets.lengths), 3
+    assert compiled <= tiles + lengths * tiles + 2 * lengths + 12  # README; the rest are the small eager ones
+    engine.ask("x", random_image(np.random.default_rng(1)), max_new_tokens=3)
+
+    random, before, seen = np.random.default_rng(0), compilations(), set()
+    for _ in range(200):
+        question = "hello " * int(random.integers(1, 8))
+        answer = engine.ask(question, random_image(random), max_new_tokens=3, seed=int(random.integers(99)))
+        assert answer.compilations == 0
+        seen.add(answer.bucket)
+    assert compilations() == before
+    assert len(seen) >= 3
+
+
+def test_text_needs_no_vision_tower():
+    engine = golden_engine("v1.5-llama")
+    answer = engine.ask("hello", max_new_tokens=2)
+    assert answer.image_tokens == 0
+    batch = engine._batch([engine._prepare(Request(("hello",)))], [()])
+    assert batch.tiles.shape[1] == 0
+    assert (batch.feature_rows == TEXT).all()
+
+
+def test_the_cache_is_updated_in_place():
+    """The compiled decoding loop copies no cache."""
+    from infer.engine import _compiled_decode
+
+    engine = golden_engine("v1.6-mistral")
+    state = jax.eval_shape(
+        lambda: engine._start(
+            splice([], engine.config, length=64, tiles=0, batch=1), np.ones(1, np.int32), [0], Sampling()
+        )
+    )
+    compiled = _compiled_decode("cpu").lower(
+        engine.params, state, jax.ShapeDtypeStruct((1,), bool), jnp.int32(4), Sampling().knobs(),
+        config=engine.config, mesh=engine.mesh, eos_ids=engine.eos_ids,
+    ).compile()  # fmt: skip
+    text = compiled.as_text()
+    M = 64 + 512
+    copies = [line for line in text.splitlines() if f",{M}" in line.split(" = ")[-1][:30] and " copy(" in line]
+    assert not copies, copies[:3]

@@ -1,0 +1,38 @@
+"""What the README says runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_runs(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, {})
+    assert "(" in capsys.readouterr().out
+
+
+def test_the_first_command_runs():
+    """Its last line, the installation before it aside."""
+    [command] = re.findall(r"^python -m infer\.generate --checkpoint tests.*$", README, re.M)
+    command = command.replace("python", sys.executable, 1)
+    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+def test_every_flag_in_the_documents_exists():
+    from convert.__main__ import parser as convert
+    from infer.generate import parser as generate
+
+    known = set(re.findall(r"--[a-z][a-z-]+", generate().format_help()))
+    for command in convert()._subparsers._group_actions[0].choices.values():
+        known |= set(re.findall(r"--[a-z][a-z-]+", command.format_help()))
+    known |= {"--help", "--check"}
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()):
+            assert flag in known, (page.name, flag)

@@ -1,0 +1,170 @@
+"""The same model on every mesh of eight emulated devices."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, QUESTION, golden_engine, load_golden, make_row
+from jax.sharding import PartitionSpec as P
+
+from infer.engine import Engine, Request
+from infer.sampling import Sampling
+from llava_jax import config as c
+from llava_jax import llava
+from llava_jax.console import InputError
+from llava_jax.sharding import (
+    inference_mesh,
+    make_mesh,
+    param_shardings,
+    param_spec,
+    parse_mesh,
+    path_of,
+    put_rows,
+)
+from llava_jax.splice import Batch, splice
+
+MESHES = [
+    "data=8", "fsdp=8", "tensor=8", "data=2,fsdp=4", "data=4,tensor=2", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2",
+    "fsdp=2,tensor=4",
+]  # fmt: skip
+
+
+@functools.cache
+def mixed_batch(name: str) -> Batch:
+    """Eight rows: no picture, one, two."""
+    found, _ = load_golden(name)
+    talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "Yes."}]
+    several = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "Both."}]
+    text = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi."}]
+    pictures = sorted((GOLDEN / "images").iterdir())
+    rows = [make_row(talk, [p], "v1", found.config, found.tokenizer) for p in pictures[:5]]
+    rows += [make_row(several, pictures[5:7], "v1", found.config, found.tokenizer)]
+    rows += [make_row(text, [], "v1", found.config, found.tokenizer)] * 2
+    return splice(rows, found.config)
+
+
+def place(name: str, mesh):
+    found, params = load_golden(name)
+    params = jax.device_put(params, param_shardings(params, found.config, mesh))
+    batch = jax.tree.map(lambda x: put_rows(x, mesh), mixed_batch(name))
+    return found.config, params, batch
+
+
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_gives_the_logits_of_one_device(name, mesh):
+    found, params = load_golden(name)
+    forward = jax.jit(llava.forward, static_argnums=(1, 3))
+    want = np.asarray(forward(params, found.config, mixed_batch(name), None))
+    mesh = make_mesh(parse_mesh(mesh))
+    config, params, batch = place(name, mesh)
+    got = np.asarray(forward(params, config, batch, mesh))
+    used = mixed_batch(name).segments > 0
+    np.testing.assert_allclose(got[used], want[used], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "tensor=8", "fsdp=8"])
+def test_every_mesh_generates_the_same(mesh):
+    alone = golden_engine("v1.6-mistral")
+    mesh = make_mesh(parse_mesh(mesh))
+    _, params, _ = place("v1.6-mistral", mesh)
+    engine = Engine(params, alone.config, alone.tokenizer, mesh)
+    requests = [Request((QUESTION,), (p,)) for p in sorted((GOLDEN / "images").iterdir())[:3]]
+    requests.append(Request(("Hello",)))
+    sampling = Sampling(max_new_tokens=12)
+    want = dict(alone.generate(requests, sampling))
+    got = dict(engine.generate(requests, sampling))
+    assert [got[i].token_ids for i in range(4)] == [want[i].token_ids for i in range(4)]
+
+
+COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?\(")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_compiled_splice_holds_no_collective(mesh):
+    """Nor does its gradient: feature tables and token embeddings stay with their rows."""
+    mesh = make_mesh(parse_mesh(mesh))
+    config, params, batch = place("v1.6-mistral", mesh)
+    params = {"decoder": {"embed": jax.device_put(params["decoder"]["embed"], jax.NamedSharding(mesh, P()))}}
+    features = put_rows(np.ones((8, batch.tiles.shape[1] * 16 + 1, 64), np.float32), mesh)
+
+    def spliced(features, batch):
+        return llava.splice_embeddings(params, config, features, batch.ids, batch.feature_rows, mesh)
+
+    whole = jax.jit(spliced).lower(features, batch).compile().as_text()
+    assert "gather" in whole
+    assert not COLLECTIVES.search(whole)
+    gradient = jax.jit(jax.grad(lambda f, b: jnp.sum(spliced(f, b) ** 2)))
+    assert not COLLECTIVES.search(gradient.lower(features, batch).compile().as_text())
+
+
+def test_with_fsdp_the_embedding_table_is_gathered_and_nothing_that_grows_with_the_sequence():
+    mesh = make_mesh({"fsdp": 8})
+    config, params, batch = place("v1.6-mistral", mesh)
+    features = put_rows(np.ones((8, batch.tiles.shape[1] * 16 + 1, 64), np.float32), mesh)
+    spliced = jax.jit(llava.splice_embeddings, static_argnums=(1, 5))
+    text = spliced.lower(params, config, features, batch.ids, batch.feature_rows, mesh).compile().as_text()
+    moved = [line.split(" = ")[1] for line in text.splitlines() if COLLECTIVES.search(line)]
+    assert len(moved) == 1
+    assert moved[0].startswith("f32[1000,64]")
+
+
+# ---------------------------------------------------------------- specs and meshes
+
+
+def test_specs():
+    config = c.preset("v1.6-mistral-7b")
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    shapes = {path_of(k): x.shape for k, x in jax.tree_util.tree_flatten_with_path(llava.param_shapes(config))[0]}
+    spec = lambda path: param_spec(path, shapes[path], config, mesh)  # noqa: E731
+    assert spec("decoder/layers/0/attention/q/kernel") == P("fsdp", "tensor")
+    assert spec("decoder/layers/0/attention/o/kernel") == P("tensor", "fsdp")
+    assert spec("decoder/layers/31/mlp/down/kernel") == P("tensor", "fsdp")
+    assert spec("decoder/head/kernel") == P("fsdp", "tensor")
+    assert spec("decoder/embed/embedding") == P(None, "fsdp")
+    assert spec("decoder/norm/scale") == P()
+    assert spec("vision/layers/0/mlp/up/bias") == P("tensor")
+    assert spec("projector/linear_0/kernel") == P("fsdp", "tensor")
+    # Nearly all of the model is cut by every axis.
+    whole = sum(np.prod(shape) for path, shape in shapes.items() if set(spec(path)) < {"fsdp", "tensor"})
+    assert whole / sum(np.prod(shape) for shape in shapes.values()) < 0.03
+
+
+def test_heads_are_not_cut_through():
+    config = c.preset("v1.6-mistral-7b")  # 8 key/value heads
+    mesh = make_mesh({"tensor": 8})
+    assert param_spec("decoder/layers/0/attention/k/kernel", (4096, 1024), config, mesh) == P("fsdp", "tensor")
+    wide = config.replace(text=c.TextConfig(heads=32, kv_heads=4))
+    assert param_spec("decoder/layers/0/attention/k/kernel", (4096, 512), wide, mesh) == P("fsdp", None)
+    assert param_spec("decoder/layers/0/attention/q/kernel", (4096, 4096), wide, mesh) == P("fsdp", "tensor")
+
+
+def test_default_mesh_for_generation():
+    assert dict(inference_mesh(c.preset("v1.5-7b")).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+    assert dict(inference_mesh(c.tiny()).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("data=3", "needs 3 devices, here are 8"),
+        ("data=4,fsdp=4", "needs 16 devices, here are 8"),
+        ("fsdp=3,tensor=-1", "needs 6 devices, here are 8"),
+        ("model=8", "write it as"),
+        ("data=8,data=1", "write it as"),
+        ("data=0", "write it as"),
+        ("data=x", "write it as"),
+        ("data", "write it as"),
+        ("data=-1,fsdp=-1", "only one"),
+    ],
+)
+def test_meshes_that_do_not_fit(text, says):
+    with pytest.raises(InputError, match=says):
+        make_mesh(parse_mesh(text))
+
+
+def test_one_axis_may_take_the_rest():
+    assert dict(make_mesh(parse_mesh("data=2,tensor=-1")).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
