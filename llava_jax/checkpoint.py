@@ -10,6 +10,7 @@ Orbax's newer interface still changes without notice, so only its stable one is 
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -45,7 +46,8 @@ class Checkpoint:
     directory: Path
     config: LlavaConfig
     tokenizer: Tokenizer
-    load: Callable[..., Params]  # load(mesh, dtype) -> parameters, each in its place on the mesh
+    load: Callable[..., Params]  # load(mesh, dtype or path -> dtype) -> parameters, each in its place on the mesh
+    source: Callable[[], Source]  # the same as it is stored, to be read tensor by tensor
 
 
 def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None = None) -> Checkpoint:
@@ -64,12 +66,11 @@ def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike
     name = str(where).rstrip("/")
     if config_json.get("format") == "llava-jax":
         config = read_config(config_json)
-        load = lambda mesh, dtype=None: _load_orbax(directory / "params", config, mesh, dtype)  # noqa: E731
-    else:
-        source = open_source(directory, vision_tower=vision_tower and Path(vision_tower), name=name)
-        config = source.config
-        load = lambda mesh, dtype=None: _load_source(source, mesh, dtype)  # noqa: E731
-    return Checkpoint(directory, config, load_tokenizer(directory), load)
+        load = functools.partial(_load_orbax, directory / "params", config)
+        return Checkpoint(directory, config, load_tokenizer(directory), load, lambda: open_ours(directory))
+    source = open_source(directory, vision_tower=vision_tower and Path(vision_tower), name=name)
+    load = functools.partial(_load_source, source)
+    return Checkpoint(directory, source.config, load_tokenizer(directory), load, lambda: source)
 
 
 def find_directory(where: str | os.PathLike) -> Path:
@@ -103,45 +104,45 @@ def default_dtype(mesh: Mesh):
 # ---------------------------------------------------------------- loading
 
 
-def _load_source(source: Source, mesh: Mesh, dtype) -> Params:
+def _load_source(source: Source, mesh: Mesh, dtype=None) -> Params:
     """Stream tensors one at a time from their files to their place on the mesh."""
-    dtype = np.dtype(dtype or default_dtype(mesh))
-    shapes = param_shapes(source.config, dtype)
-    shardings = param_shardings(shapes, source.config, mesh)
+    dtype_of = _dtype_of(dtype, mesh)
+    shardings = param_shardings(param_shapes(source.config), source.config, mesh)
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with Progress("loading", total, "B") as bar:
 
         def load(path, sharding):
             tensor = source.tensors[path_of(path)]
-            whole = tensor.read().astype(dtype, copy=False)
+            whole = tensor.read().astype(dtype_of(path_of(path)), copy=False)
             bar.advance(tensor.nbytes)
             return jax.make_array_from_callback(tensor.shape, sharding, lambda index: whole[index])
 
         return jax.tree_util.tree_map_with_path(load, shardings)
 
 
-def _load_orbax(directory: Path, config: LlavaConfig, mesh: Mesh, dtype) -> Params:
+def _dtype_of(dtype, mesh: Mesh) -> Callable[[str], np.dtype]:
+    """Path -> the type to load a parameter in: one for all, one for each, or the default."""
+    if isinstance(dtype, Callable) and not isinstance(dtype, type):
+        return lambda path: np.dtype(dtype(path))
+    return lambda path: np.dtype(dtype or default_dtype(mesh))
+
+
+def _load_orbax(directory: Path, config: LlavaConfig, mesh: Mesh, dtype=None) -> Params:
     import orbax.checkpoint as ocp
 
-    dtype = np.dtype(dtype or default_dtype(mesh))
-    shapes = param_shapes(config, dtype)
+    dtype_of = _dtype_of(dtype, mesh)
+    shapes = param_shapes(config)
     shardings = param_shardings(shapes, config, mesh)
     wanted = {
-        path_of(path): jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+        path_of(path): jax.ShapeDtypeStruct(shape.shape, dtype_of(path_of(path)), sharding=sharding)
         for (path, shape), sharding in zip(
             jax.tree_util.tree_flatten_with_path(shapes)[0], jax.tree.leaves(shardings), strict=True
         )
     }
+    _check(directory, wanted, {path: shape for path, (shape, _) in _stored(directory).items()})
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            stored = checkpointer.metadata(directory)
-            stored = getattr(stored, "item_metadata", stored)
-            stored = _flatten(dict(getattr(stored, "tree", stored)))
-        except Exception as error:
-            raise InputError(f"{directory}: no Orbax checkpoint, or a broken one ({_line(error)})") from None
-        _check(directory, wanted, {path: tuple(leaf.shape) for path, leaf in stored.items()})
         loaded: dict[str, jax.Array] = {}
-        total = sum(leaf.size * dtype.itemsize for leaf in wanted.values())
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
         with Progress("loading", total, "B") as bar:
             for group in _groups(wanted, GROUP_BYTES):
                 tree = _unflatten(group)
@@ -154,8 +155,47 @@ def _load_orbax(directory: Path, config: LlavaConfig, mesh: Mesh, dtype) -> Para
                 except Exception as error:
                     raise InputError(f"{directory}: cannot be read ({_line(error)})") from None
                 loaded |= _flatten(part)
-                bar.advance(sum(leaf.size * dtype.itemsize for leaf in group.values()))
+                bar.advance(sum(leaf.size * leaf.dtype.itemsize for leaf in group.values()))
     return _unflatten(loaded)
+
+
+def _stored(directory: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Path -> shape and type of what an Orbax directory holds."""
+    import orbax.checkpoint as ocp
+
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            stored = checkpointer.metadata(directory)
+            stored = getattr(stored, "item_metadata", stored)
+            leaves = _flatten(dict(getattr(stored, "tree", stored)))
+            return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
+        except Exception as error:
+            raise InputError(f"{directory}: no Orbax checkpoint, or a broken one ({_line(error)})") from None
+
+
+def open_ours(directory: Path) -> Source:
+    """Open a directory that `save` wrote as a `Source`, for reading it tensor by tensor.
+
+    Raises:
+      InputError: it is broken.
+    """
+    import tensorstore as ts  # Orbax restores trees; single arrays are read by what it stands on
+
+    config = read_config(read_json(directory / "config.json"))
+    store = {"driver": "ocdbt", "base": f"file://{(directory / 'params').absolute()}/"}
+
+    def read(path: str) -> np.ndarray:
+        spec = {"driver": "zarr3", "kvstore": store | {"path": path.replace("/", ".") + "/"}}
+        try:
+            return np.asarray(ts.open(spec, open=True).result().read().result())
+        except Exception as error:
+            raise InputError(f"{directory}: {path} cannot be read ({_line(error)})") from None
+
+    tensors = {
+        path: Tensor(path, "params", shape, dtype, functools.partial(read, path))
+        for path, (shape, dtype) in _stored(directory / "params").items()
+    }
+    return Source(directory, config, tensors, {})
 
 
 def _check(directory: Path, wanted: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
@@ -204,6 +244,8 @@ def save(
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint directory of ours. It appears whole, or not at all.
+
+    The calling process writes, alone; leaves must be within its reach.
 
     Args:
       params: the tree, or `{path: leaf}`; leaves are arrays, or tensors of a `Source`, which are then read, written
@@ -260,9 +302,12 @@ def _save_params(directory: Path, params: Any, dtype) -> None:
             (np.ndarray, ocp.type_handlers.NumpyHandler()),
             (jax.Array, ocp.type_handlers.ArrayHandler()),
         )
+        here = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         handler = ocp.PyTreeCheckpointHandler(
-            type_handler_registry=handlers, use_ocdbt=True, use_zarr3=True, use_compression=False
-        )
+            type_handler_registry=handlers, use_ocdbt=True, use_zarr3=True, use_compression=False,
+            multiprocessing_options=alone,
+        )  # fmt: skip
         arguments = jax.tree.map(
             lambda leaf: ocp.SaveArgs(
                 dtype=None if dtype is None or isinstance(leaf, Tensor) else np.dtype(dtype),
@@ -270,7 +315,7 @@ def _save_params(directory: Path, params: Any, dtype) -> None:
             ),
             tree,
         )
-        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+        with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=arguments))
 
 

@@ -31,21 +31,27 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 def note(message: str) -> None:
     """A line for the user that is not the result."""
-    print(message, file=sys.stderr, flush=True)
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar that may stand there, and will be drawn anew
+    print(clear + message, file=sys.stderr, flush=True)
 
 
 class Progress:
     """A progress bar on a terminal, a plain line every few seconds elsewhere; nothing if all is done in `quiet` s.
 
+    `done` is what had been done before. `advance` may say more about how it goes.
+
     >>> with Progress("reading", total=10**9, unit="B") as bar:
     ...     bar.advance(2**20)
     """
 
-    def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0):
+    def __init__(
+        self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0, done: int = 0
+    ):
         self.what, self.total, self.unit = what, total, unit
         self.terminal = sys.stderr.isatty()
         self.every = 0.1 if self.terminal else every
-        self.done = 0
+        self.done = self.first = done
+        self.more = ""
         self.start = time.monotonic()
         self.next = self.start + (quiet if self.terminal else every)
         self.shown = False
@@ -57,8 +63,9 @@ class Progress:
         if self.shown:
             self._show(last=True)
 
-    def advance(self, amount: int = 1) -> None:
+    def advance(self, amount: int = 1, more: str = "") -> None:
         self.done += amount
+        self.more = more
         now = time.monotonic()
         if now >= self.next:
             self.next = now + self.every
@@ -75,7 +82,7 @@ class Progress:
     def _show(self, last: bool = False) -> None:
         self.shown = True
         seconds = max(time.monotonic() - self.start, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self.first) / seconds
         share = self.done / max(self.total, 1)
         left = (self.total - self.done) / rate if rate else 0.0
         tail = f"{_clock(seconds)}" if last else f"{_clock(left)} left"
@@ -83,6 +90,7 @@ class Progress:
         text = (
             f"{self.what} {share:4.0%}  {self._amount(self.done)} of {self._amount(self.total)}{unit}"
             f"  {self._amount(rate) if self.unit == 'B' else f'{rate:.2f}'}/s  {tail}"
+            f"{'  ' + self.more if self.more else ''}"
         )
         if self.terminal:
             width = 24
