@@ -8,12 +8,12 @@ from typing import Any
 
 from llava_jax.config import ASPECT_RATIOS
 from llava_jax.console import InputError
+from llava_jax.layers import REMAT
 from llava_jax.sharding import parse_mesh
 
 TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")
 BATCHING = ("packed", "bucketed")
 SCHEDULES = ("cosine", "constant")
-REMAT = ("full", "dots", "minimal", "none")
 DTYPES = ("bfloat16", "float32")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
