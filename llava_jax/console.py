@@ -1,10 +1,11 @@
-"""What a person at the terminal sees: one-line errors, notes on standard error, progress."""
+"""What commands share: one-line errors, notes on standard error, progress, compiled programs kept between runs."""
 
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -29,8 +30,29 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "llava-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+_hushed = False
+
+
+def hush() -> None:
+    """From now on no notes and no progress: another process of the same run tells them. Errors remain."""
+    global _hushed
+    _hushed = True
+
+
 def note(message: str) -> None:
     """A line for the user that is not the result."""
+    if _hushed:
+        return
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar that may stand there, and will be drawn anew
     print(clear + message, file=sys.stderr, flush=True)
 
@@ -80,6 +102,8 @@ class Progress:
             n /= 1000
 
     def _show(self, last: bool = False) -> None:
+        if _hushed:
+            return
         self.shown = True
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = (self.done - self.first) / seconds
