@@ -72,9 +72,9 @@ class Tokenizer:
             ids, offsets = ids[1:], offsets[1:]  # no space before a text that begins with a special token
         return ids, offsets
 
-    def decode(self, ids) -> str:
-        """The text of ids, special tokens left out."""
-        return self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids, *, special: bool = False) -> str:
+        """The text of ids; special tokens are left out unless `special`."""
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def token_id(self, token: str) -> int | None:
         return self._engine.token_to_id(token)
