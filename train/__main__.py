@@ -36,6 +36,13 @@ def parser() -> argparse.ArgumentParser:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
     several.add_argument("--process-id", type=int, metavar="N", help="the number of this process, from 0")
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument(
+        "--heartbeat",
+        type=int,
+        default=40,
+        metavar="SECONDS",
+        help="silence after which a process is gone (default 40)",
+    )
     fields = p.add_argument_group("the run")
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
@@ -131,7 +138,7 @@ def main() -> int:
     if args.list_presets:
         list_presets()
         return 0
-    connect(args.coordinator, args.process_id, args.processes)
+    connect(args.coordinator, args.process_id, args.processes, args.heartbeat)
     import jax
 
     if jax.process_index():

@@ -187,11 +187,12 @@ def _train(run: Run) -> int:
                 run.checkpoints.save(step, state, progress, eval_loss)
                 run.output.push()
             if number and not last:
-                run.checkpoints.finish()
-                name = signal.Signals(number).name
-                note(f"stopped by {name} after update {step} of {run.total}; the same command goes on from there")
-                return 128 + number
+                break
     run.checkpoints.finish()
+    if step < run.total:
+        name = signal.Signals(number).name
+        note(f"stopped by {name} after update {step} of {run.total}; the same command goes on from there")
+        return 128 + number
     export(run.output, run.found, run.model, config, state)
     run.output.push()
     note(f"{run.total} updates done; the model is in {run.output.root / 'model'}")
@@ -320,6 +321,6 @@ class Recorder:
                 path.write_text(json.dumps(list(self.lost)) + "\n")
                 self.run.output.push()
             raise InputError(
-                f"update {step}: the loss or the gradient is not finite, the {self.skipped}th time in a row; the ids of "
-                f"these conversations are in {self.run.output.root / path.name}; try a lower --learning-rate"
+                f"update {step}: the loss or the gradient is not finite, the {self.skipped}th time in a row; the "
+                f"conversations are listed in {self.run.output.root / path.name}; try a lower --learning-rate"
             )

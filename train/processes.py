@@ -14,7 +14,6 @@ from pathlib import Path
 
 from llava_jax.console import InputError, note
 
-HEARTBEAT_SECONDS = 40  # a process that has been silent for so long is gone
 GRACE_SECONDS = 15  # that processes wait for each other as they end
 AGAIN = "start all processes again with the same command, and the run goes on from its last checkpoint"
 
@@ -63,8 +62,11 @@ def watched(main: Callable[[], int | None]) -> int | None:
 # ---------------------------------------------------------------- one run
 
 
-def connect(coordinator: str | None, process: int | None, processes: int | None) -> None:
+def connect(coordinator: str | None, process: int | None, processes: int | None, heartbeat: int) -> None:
     """Join the other processes of the run, if there are any. Before the first use of a device.
+
+    Args:
+      heartbeat: seconds; a process that has been silent for so long is taken for dead.
 
     Raises:
       InputError: the flags are not all there, or the others cannot be reached.
@@ -85,7 +87,7 @@ def connect(coordinator: str | None, process: int | None, processes: int | None)
             coordinator,
             processes,
             process,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=GRACE_SECONDS,
         )
     except ValueError as error:
@@ -152,12 +154,12 @@ class StopSignal:
 
         self.number = 0
         self.several = jax.process_count() > 1
-        for number in () if self.several else (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._heard)
+        heard = () if self.several else (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._heard) for number in heard}
 
     def _heard(self, number: int, _) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)  # a second one is not asked to wait
+        signal.signal(number, self.before[number])  # a second one is not asked to wait
 
     def at(self, step: int) -> int:
         """The signal after whose arrival all processes stop at this step; 0 for none. Once for each step, in order."""
