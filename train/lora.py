@@ -89,6 +89,11 @@ def scale(config: TrainConfig) -> float:
 # ---------------------------------------------------------------- after training
 
 
+def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """A kernel with the product of its factors added, in its own type."""
+    return (kernel.astype(np.float32) + scale(config) * (a @ b)).astype(kernel.dtype)
+
+
 def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfig, config: TrainConfig) -> None:
     """Write what was trained the way the reference does: an adapter of PEFT's, and the projector beside it.
 
