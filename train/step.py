@@ -307,7 +307,7 @@ def _cut(path: str, shape: tuple[int, ...], model: LlavaConfig, mesh: Mesh) -> N
 
 def _start_lora(frozen: dict[str, jax.Array], model: LlavaConfig, config: TrainConfig, mesh: Mesh):
     kernels = {path: frozen[path] for path in lora.adapted_kernels(frozen, config)}
-    make = functools.partial(lora.init_lora, config=config, key=jax.random.key(config.seed))
+    make = functools.partial(lora.init_lora, config=config)
     cuts = {path: _cut(path, x.shape, model, mesh) for path, x in jax.eval_shape(make, kernels).items()}
     return _made(make, cuts, kernels)
 
