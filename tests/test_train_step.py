@@ -223,8 +223,9 @@ TRAINED = {
 }
 
 
-ALIKE = {  # presets that differ in their data only
-    "v1-finetune-scienceqa": PRESETS["v1-finetune"].replace(epochs=12.0, image_first="as_is"),
+ALIKE = {  # presets whose step is that of another: they differ in their data
+    "v1-finetune": PRESETS["v1.5-finetune"].replace(aspect_ratio="square", image_first="random"),
+    "v1-finetune-scienceqa": PRESETS["v1.5-finetune"].replace(aspect_ratio="square", epochs=12.0),
     "v1.5-finetune-task": PRESETS["v1.5-finetune"],
 }
 
