@@ -41,8 +41,8 @@ def write_data(directory: Path, rows: int = 24) -> None:
 
 
 class Runs:
-    def __init__(self, directory: Path, steps: int):
-        self.directory, self.steps = directory, steps
+    def __init__(self, directory: Path, preset: str, steps: int):
+        self.directory, self.preset, self.steps = directory, preset, steps
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device; compiling is most of what happens here
@@ -53,7 +53,7 @@ class Runs:
     def start(self, name: str) -> subprocess.Popen:
         """A run in the output directory `name`, which is gone on with if it is there."""
         command = [
-            sys.executable, "-m", "train", "--preset", "v1.5-finetune", "--checkpoint", CHECKPOINT,
+            sys.executable, "-m", "train", "--preset", self.preset, "--checkpoint", CHECKPOINT,
             "--data", self.directory / "data.json", "--image-folder", self.directory / "images",
             "--output", self.directory / name, "--steps", self.steps, "--global-batch-size", 4, "--max-length", 128,
             "--dtype", "float32", "--learning-rate", 1e-3, "--save-every", 3, "--keep", 2, "--workers", 1,
@@ -105,6 +105,7 @@ class Runs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--preset", default="v1.5-finetune")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
@@ -112,7 +113,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     moments = [MOMENTS[(i + 1) % 3] for i in range(args.kills - 1)] + ["export"]
     with tempfile.TemporaryDirectory() as directory:
-        runs = Runs(Path(directory), args.steps)
+        runs = Runs(Path(directory), args.preset, args.steps)
         write_data(runs.directory)
         runs.finish("undisturbed")
         kills = []

@@ -71,7 +71,7 @@ def flags(data, output, *more) -> list[str]:
     return [str(part) for part in (
         "--preset", "v1.5-pretrain", "--checkpoint", CHECKPOINT, "--data", data / "plain.json", "--image-folder",
         data / "images", "--output", output, "--global-batch-size", 16, "--max-length", 128, "--dtype", "float32",
-        "--learning-rate", 1e-2, "--workers", 1, "--steps", 6, "--save-every", 2, *more,
+        "--learning-rate", 1e-2, "--workers", 1, "--steps", 10, "--save-every", 2, *more,
     )]  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def steps_and_losses(output) -> list[tuple[int, float]]:
 def finished(tmp_path_factory, data):
     """An undisturbed run, evaluated and traced on the way: its directory, and what it said."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    more = ("--eval-data", data / "eval.json", "--eval-every", 3, "--keep", 1, "--profile-steps", "2:3")
+    more = ("--eval-data", data / "eval.json", "--eval-every", 5, "--keep", 1, "--profile-steps", "2:3")
     with pytest.MonkeyPatch.context() as patch, open(output.parent / "said", "w+") as said:
         patch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
         patch.setattr("sys.stderr", said)
@@ -114,14 +114,14 @@ def finished(tmp_path_factory, data):
 def test_metrics(finished):
     output, said = finished
     lines = read_metrics(output)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     for line in lines:
         assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second"} <= line.keys()
         assert 0 <= line["data_wait"] <= 1
         assert 0 < line["labelled"] < line["tokens"]
-    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
-    assert lines[-1]["eval_loss"] < lines[2]["eval_loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [5, 10]
+    assert lines[9]["eval_loss"] < lines[4]["eval_loss"] < lines[0]["loss"]
     assert "first update" in said
 
 
@@ -132,7 +132,7 @@ def test_the_configuration_in_force_is_kept(finished, data):
     changed = {name for name in preset if json.loads(json.dumps(preset[name])) != kept[name]}
     given = {flag[2:].replace("-", "_") for flag in map(str, flags(data, "")) if flag.startswith("--")}
     assert changed == given - {"preset"} | {"eval_data", "eval_every", "keep", "profile_steps"}
-    assert (kept["learning_rate"], kept["steps"], kept["template"]) == (0.01, 6, "plain")
+    assert (kept["learning_rate"], kept["steps"], kept["template"]) == (0.01, 10, "plain")
 
 
 def test_trace_is_written(finished):
@@ -200,7 +200,7 @@ def test_the_same_command_after_the_end_does_nothing(train, finished):
     before = (output / "metrics.jsonl").stat().st_mtime_ns
     status, _, err = train(output)
     assert status == 0
-    assert "holds the finished run: 6 updates" in err
+    assert "holds the finished run: 10 updates" in err
     assert (output / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -273,12 +273,12 @@ def test_told_to_stop_a_run_loses_no_update(train, finished, one_device, monkeyp
     monkeypatch.setattr(loop.StopSignal, "at", at)
     status, _, err = train(output)
     assert status == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after update 3 of 6; the same command goes on from there" in err
+    assert "stopped by SIGTERM after update 3 of 10; the same command goes on from there" in err
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3]
     monkeypatch.setattr(loop.StopSignal, "at", asked)
     status, _, err = train(output)
     assert status == 0, err
-    assert "going on after update 3 of 6" in err
+    assert "going on after update 3 of 10" in err
     assert steps_and_losses(output) == steps_and_losses(finished[0])
 
 
@@ -389,7 +389,7 @@ def test_a_loss_that_stays_infinite_stops_the_run(train, one_device, monkeypatch
 
 def test_killed_at_any_moment_a_run_computes_the_same():
     run = subprocess.run(
-        [sys.executable, "benchmarks/train_kill.py", "--kills", "3", "--steps", "15"],
+        [sys.executable, "benchmarks/train_kill.py", "--kills", "3", "--steps", "12", "--preset", "v1.5-pretrain"],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
@@ -403,7 +403,7 @@ def test_two_processes_are_one_run(train, finished, data, compilation_cache, tmp
     """Process 1 is killed; process 0 stops with one clear line; one process, on another mesh, goes on."""
     output = tmp_path / "out"
     started = start(
-        [*flags(data, output), "--heartbeat", 10],
+        [*flags(data, output), "--heartbeat", 5],
         environment={"JAX_COMPILATION_CACHE_DIR": compilation_cache}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for_updates(output, 3, started[0])
@@ -414,11 +414,11 @@ def test_two_processes_are_one_run(train, finished, data, compilation_cache, tmp
     assert started[0].returncode != 0
     assert said.splitlines()[-1].startswith("error: another process of this run is gone or out of reach"), said
     made = len(read_metrics(output))
-    assert 3 <= made < 6
+    assert 3 <= made < 10
     status, _, err = train(output, "--mesh", "data=2,fsdp=2,tensor=2")
     assert status == 0, err
     (steps, got), (_, wanted) = (zip(*steps_and_losses(one), strict=True) for one in (output, finished[0]))
-    assert steps == (1, 2, 3, 4, 5, 6)
+    assert steps == tuple(range(1, 11))
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 

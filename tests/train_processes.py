@@ -42,7 +42,7 @@ def wait_for_updates(output: Path, updates: int, process: subprocess.Popen) -> N
     """Until the run has written so many, or its process has ended."""
     metrics = output / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= updates):
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def main() -> int:
