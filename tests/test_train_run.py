@@ -19,6 +19,7 @@ from conftest import GOLDEN, golden_tensors, write_checkpoint
 from train_processes import start, wait_for_updates
 
 from llava_jax.checkpoint import open_checkpoint, open_ours
+from llava_jax.config import tiny
 from llava_jax.console import InputError
 from llava_jax.sharding import make_mesh
 from train import __main__ as command
@@ -27,6 +28,7 @@ from train import output as output_module
 from train.checkpoints import Checkpoints
 from train.config import PRESETS, TrainConfig
 from train.export import export
+from train.metrics import device_peak, flops_of_batch
 from train.output import Output
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +135,24 @@ def test_the_configuration_in_force_is_kept(finished, data):
     given = {flag[2:].replace("-", "_") for flag in map(str, flags(data, "")) if flag.startswith("--")}
     assert changed == given - {"preset"} | {"eval_data", "eval_every", "keep", "profile_steps"}
     assert (kept["learning_rate"], kept["steps"], kept["template"]) == (0.01, 10, "plain")
+
+
+def test_peak_share():
+    """Of one layer, by hand; six operations a weight and position where it is trained, four where it is not."""
+    assert [device_peak(kind) for kind in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "cpu")] == [
+        197e12,
+        459e12,
+        918e12,
+        None,
+    ]
+    model = tiny(merge="flat", aspect_ratio="pad")
+    weights = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)  # q, k and v, o, feed-forward, of two layers
+    attention = 2 * 2 * 4 * 8 * 3 * 100**2  # forward
+    tower = 2 * 2 * 3 * 5 * 17 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 4 * 16 * 3 * 5 * 17 * 17
+    got = flops_of_batch(model, TrainConfig(), rows=3, length=100, tiles=5)
+    assert got == 6 * weights * 300 + 3 * attention + tower
+    got = flops_of_batch(model, TrainConfig(tune="projector"), rows=3, length=100, tiles=5)
+    assert got == 4 * weights * 300 + 3 * attention + tower
 
 
 def test_trace_is_written(finished):
@@ -449,12 +469,14 @@ BAD = {
     "choice": (lambda t: ("--tune", "all"), "--tune 'all': only projector, projector,decoder"),
     "stray": (lambda t: ("fast",), "'fast': no flag goes with it"),
     "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
-    "batch": (lambda t: ("--batching", "bucketed", "--global-batch-size", "12"), "a multiple of 8"),
+    "batch": (lambda t: ("--global-batch-size", "12"), "--global-batch-size 12: the mesh (data=1,fsdp=8,tensor=1)"),
+    "parts": (lambda t: ("--batching", "bucketed", "--accumulate", "4"), "a multiple of 32"),
     "template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "profile": (lambda t: ("--profile-steps", "5"), "write A:B"),
     "output": (lambda t: ("--output", other_directory(t)), "holds something else"),
     "output is a file": (lambda t: ("--output", CHECKPOINT / "config.json"), "cannot be used"),
     "processes": (lambda t: ("--process-id", "1"), "go together"),
+    "coordinator": (lambda t: ("--coordinator", "a", "--process-id", "0", "--processes", "2"), "write HOST:PORT"),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """States of a run, saved while it goes on, and brought back onto any mesh.
 
     checkpoints/N/state      what N updates made of trained parameters and optimiser (Orbax)
-    checkpoints/N/progress   where the data stands, for each process (JSON)
+    checkpoints/N/progress   where the data stands, and what else the loop has to know (JSON)
 
 Orbax copies the state to the host, and writes it while the next updates are computed. A checkpoint appears under its
 name when it is whole; older ones go only after that.
@@ -48,7 +48,12 @@ class Checkpoints:
         return max(self.manager.all_steps(read=True), default=None)
 
     def save(self, step: int, state: Any, progress: dict[str, Any], eval_loss: float | None = None) -> None:
-        """Begin to save. If that fails, now or later, the run goes on: it is told, and the next attempt may succeed."""
+        """Begin to save. If that fails, now or later, the run goes on: it is told, and the next attempt may succeed.
+
+        Args:
+          progress: JSON-able.
+          eval_loss: of this state, if it was evaluated and is finite.
+        """
         self.settle()
         if step == self.latest:
             return

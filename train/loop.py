@@ -78,7 +78,8 @@ def train(run: Run) -> int:
             raise InputError(f"another process of this run is gone or out of reach ({reason}); {AGAIN}") from None
         raise
     finally:
-        run.data.close()
+        for data in filter(None, (run.data, run.eval_data)):
+            data.close()
 
 
 # ---------------------------------------------------------------- before
@@ -91,6 +92,11 @@ def prepare(config: TrainConfig) -> Run:
       InputError: on all processes, if anything is wrong for one of them.
     """
     mesh = make_mesh(parse_mesh(config.mesh) if config.mesh else {FSDP: -1})
+    if config.global_batch_size % row_multiple(mesh):
+        raise InputError(
+            f"--global-batch-size {config.global_batch_size}: the mesh ({_axes(mesh)}) cuts a batch into "
+            f"{row_multiple(mesh)} parts; give it a multiple of that, or another --mesh"
+        )
     first = jax.process_index() == 0
     opened: dict[str, Any] = {}
 
@@ -98,9 +104,9 @@ def prepare(config: TrainConfig) -> Run:
         parse_profile_steps(config.profile_steps)
         opened["found"] = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
         opened["output"] = Output(config, first=first)
-        return f"the configuration {json.dumps(opened['output'].described)}"
+        return json.dumps(opened["output"].described)
 
-    together(open_all)
+    together("a configuration or data", open_all)
     found, output = opened["found"], opened["output"]
     checkpoints = Checkpoints(output.root / "checkpoints", config.keep)
     progress = checkpoints.progress()
@@ -117,9 +123,9 @@ def prepare(config: TrainConfig) -> Run:
             opened["eval"] = open_data(config, found.config, found.tokenizer, **arguments)
         if progress:
             opened["data"].set_state(progress["data"])
-        return f"checkpoint {checkpoints.latest} in {output.root}"
+        return str(checkpoints.latest)
 
-    together(open_rows)
+    together(f"checkpoints in {output.root}", open_rows)
     total = progress["total"] if progress else config.steps or math.ceil(config.epochs * opened["data"].steps_per_epoch)
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
     if first and not output.resumed:
@@ -134,8 +140,12 @@ def rows_part(mesh: Mesh) -> tuple[int, int]:
         rows_of[device.process_index].add(rows.start or 0)
     parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
     if sum(map(len, parts)) != row_multiple(mesh) or len({len(part) for part in parts}) > 1:
-        raise InputError(f"mesh {mesh.shape}: it cuts rows across processes; make tensor a divisor of their devices")
+        raise InputError(f"--mesh {_axes(mesh)}: cuts rows across processes; make tensor a divisor of their devices")
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
+
+
+def _axes(mesh: Mesh) -> str:
+    return ",".join(f"{axis}={n}" for axis, n in mesh.shape.items())
 
 
 def parse_profile_steps(text: str | None) -> range:
@@ -160,31 +170,31 @@ def _train(run: Run) -> int:
     params = run.found.load(mesh, lambda path: load_dtype(path, config))
     frozen, state, step_fn, eval_fn = setup(params, run.model, config, mesh, run.total)
     trained, kept = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, frozen))
-    axes = ",".join(f"{axis}={n}" for axis, n in mesh.shape.items())
     note(
         f"{trained:,} parameters are trained, {kept:,} are not; {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        f"{axes}; compiling the first update"
+        f"{_axes(mesh)}; compiling the first update"
     )
     if run.progress:
         state = run.checkpoints.restore(state)
         note(f"going on after update {run.start} of {run.total}")
-    stop = StopSignal()
-    traced = parse_profile_steps(config.profile_steps)
+    traced, tracing = parse_profile_steps(config.profile_steps), False
     batches = iter(run.data)
     step = run.start
-    with Recorder(run, skipped=int(state.skipped)) as recorder:
+    with Recorder(run, skipped=int(state.skipped)) as recorder, StopSignal() as stop:
         while step < run.total:
             batch, info = recorder.waiting(lambda: next(batches))
-            if step + 1 == traced.start:
+            if step + 1 in traced and not tracing:
                 jax.profiler.start_trace(str(run.output.files / "profile"))
+                tracing = True
             state, metrics = step_fn(frozen, state, put_batch(batch, mesh, run.data.rows))
             step += 1
             recorder.add(step, metrics, info, batch)
-            if step + 1 == traced.stop:
+            if tracing and (step + 1 not in traced or step == run.total):
                 recorder.read()
                 jax.profiler.stop_trace()
+                tracing = False
             number, last, best = stop.at(step), step == run.total, False
-            eval_loss = None
+            eval_loss = math.nan
             if run.eval_data and (last or (config.eval_every and step % config.eval_every == 0)):
                 recorder.read()
                 eval_loss = evaluate(run, frozen, state, eval_fn)
@@ -192,7 +202,7 @@ def _train(run: Run) -> int:
             if number or last or best or (config.save_every and step % config.save_every == 0):
                 recorder.catch_up()  # so that what is written of updates is never behind the state to go on from
                 progress = dict(step=step, total=run.total, data=run.data.get_state())
-                run.checkpoints.save(step, state, progress, eval_loss)
+                run.checkpoints.save(step, state, progress, eval_loss if math.isfinite(eval_loss) else None)
                 run.output.push()
             if number and not last:
                 break
@@ -279,7 +289,7 @@ class Recorder:
         self.record["eval_loss"] = loss
         note(f"evaluation after update {self.record['step']}: loss {loss:.4f}")
         self.last_read = time.monotonic()  # it is no part of the next update
-        better = self.best is None or loss < self.best
+        better = math.isfinite(loss) and (self.best is None or loss < self.best)
         self.best = loss if better else self.best
         return better
 

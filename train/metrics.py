@@ -27,8 +27,7 @@ def flops_of_batch(model: LlavaConfig, config: TrainConfig, rows: int, length: i
     """Floating-point operations that an update needs, without what is computed twice to save memory.
 
     Two for each weight and position forward, two backward for the gradient that is passed on, two more for the
-    weight's own where it is trained. Padding is counted, logits are counted for all positions only where they are
-    few enough to matter little.
+    weight's own where it is trained. Padding is counted. The head is not: few positions have labels.
     """
     t, v = model.text, model.vision
     heads = t.head_width * (2 * t.heads + 2 * t.kv_heads)

@@ -7,6 +7,7 @@ does its work in a child, and the parent says in one line what became of it.
 
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -78,6 +79,8 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
         raise InputError("--coordinator HOST:PORT, --process-id and --processes go together")
     if all(given) and not 0 <= process < processes:
         raise InputError(f"--process-id {process}: must be 0 to {processes - 1}, one for each of --processes")
+    if all(given) and not re.fullmatch(r".+:\d+", coordinator):
+        raise InputError(f"--coordinator {coordinator}: write HOST:PORT")
     if not any(given) and not _on_cloud_tpu():
         return
     if "cpu" in (jax.config.jax_platforms or ""):
@@ -99,8 +102,11 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
         raise InputError(f"the other processes of the run cannot be reached ({reason})") from None
 
 
-def together(work: Callable[[], str]) -> None:
+def together(what: str, work: Callable[[], str]) -> None:
     """Do `work` on every process; where it fails on one, or gives different texts, it fails on all.
+
+    Args:
+      what: the texts are about, for the error.
 
     Raises:
       InputError: of this process, or what went wrong on the first one on which something did.
@@ -124,7 +130,7 @@ def together(work: Callable[[], str]) -> None:
             raise InputError(f"process {process}: {theirs}")
     for process, theirs in enumerate(share(said)):
         if theirs != said:
-            raise InputError(f"process {process} sees {theirs}, this one {said}: all need the same flags and files")
+            raise InputError(f"process {process} has {what} unlike this one's: all need the same flags and files")
 
 
 def share(text: str) -> list[str]:
@@ -154,8 +160,16 @@ class StopSignal:
 
         self.number = 0
         self.several = jax.process_count() > 1
-        heard = () if self.several else (signal.SIGTERM, signal.SIGINT)
-        self.before = {number: signal.signal(number, self._heard) for number in heard}
+        self.before = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in () if self.several else (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _heard(self, number: int, _) -> None:
         self.number = number
