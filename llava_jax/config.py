@@ -14,6 +14,7 @@ Three dialects are understood:
 import ast
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from llava_jax.console import InputError
@@ -200,7 +201,7 @@ _LLAMA3 = TextConfig(
     vocab_size=128256, ffn_width=14336, kv_heads=8, rope_theta=5e5, max_positions=8192, bos_id=128000,
     eos_ids=(128001, 128009),
 )  # fmt: skip
-_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
 def _v15(text: TextConfig, **kw) -> LlavaConfig:
@@ -209,7 +210,7 @@ def _v15(text: TextConfig, **kw) -> LlavaConfig:
 
 def _v16(text: TextConfig, template: str) -> LlavaConfig:
     return LlavaConfig(
-        text=text, aspect_ratio="anyres", merge="spatial_unpad", grid_pinpoints=_PINPOINTS, max_length=4096,
+        text=text, aspect_ratio="anyres", merge="spatial_unpad", grid_pinpoints=PINPOINTS, max_length=4096,
         template=template,
     )  # fmt: skip
 
@@ -371,7 +372,7 @@ def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> 
         projector_bias=config.get("multimodal_projector_bias", True),
         aspect_ratio="anyres" if following else "pad" if preprocessor.get("do_pad", True) else "square",
         merge="spatial_unpad" if following else "flat",
-        grid_pinpoints=_pinpoints(config.get("image_grid_pinpoints") or _PINPOINTS) if following else (),
+        grid_pinpoints=_pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else (),
         max_length=None,
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
     )
@@ -501,15 +502,18 @@ def _vision(vision: dict[str, Any], preprocessor: dict[str, Any], **more) -> Vis
     )
 
 
-def read_json(path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The contents of a JSON file, None where there is no such file.
 
     Raises:
-      InputError: the file is not JSON.
+      InputError: the file is no JSON object.
     """
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: no JSON object")
+    return value

@@ -39,6 +39,16 @@ KEEP: Layout = (_keep, _keep)
 LINEAR: Layout = (_transpose, _transpose)
 CONV: Layout = (_to_hwio, _to_oihw)
 
+
+def shape_after(layout: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that one half of a layout makes of another.
+
+    Raises:
+      ValueError: it has too few or too many dimensions for the layout.
+    """
+    return layout(np.broadcast_to(np.False_, shape)).shape
+
+
 # ---------------------------------------------------------------- the table
 
 

@@ -12,11 +12,12 @@ kind of file: newer transformers ignore what `tokenizer.json` says there, older 
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from llava_jax.config import read_json
 from llava_jax.console import InputError
@@ -44,15 +45,16 @@ class Tokenizer:
         engine: tokenizers.Tokenizer,
         settings: dict[str, Any],
         *,
-        prepend: bool,
+        legacy: bool | None = None,
         files: dict[str, bytes] | None = None,
     ):
-        """`prepend`: put a space before the text here, since `engine` puts none anywhere."""
+        """`legacy`: where spaces go before text; None for engines that are not LLaMA's, or know by themselves."""
         self._engine = engine
-        self._prepend = prepend
+        self._legacy = legacy
+        self._prepend = legacy is False  # then `engine` puts none anywhere, and `encode` does
         self.files = files or {}  # the files it was read from, to go along with a checkpoint
         token = {k: _content(settings.get(f"{k}_token")) for k in ("bos", "eos", "unk", "pad")}
-        ids = {k: engine.token_to_id(t) if t else None for k, t in token.items()}
+        ids = self._ids = {k: engine.token_to_id(t) if t else None for k, t in token.items()}
         self.bos_id = ids["bos"] if settings["add_bos_token"] else None
         self.eos_id, self.unk_id = ids["eos"], ids["unk"]
         self.pad_id = ids["pad"] if ids["pad"] is not None else ids["unk"]
@@ -84,6 +86,51 @@ class Tokenizer:
         self._engine.add_special_tokens(
             [tokenizers.AddedToken(t, normalized=False, special=True) for t in tokens if self.token_id(t) is None]
         )
+
+    def transformers_files(self, new_tokens: Sequence[str] = (), *, pad: str | None = None) -> dict[str, Any]:
+        """This tokenizer for transformers, by file name: `tokenizer.json` holds all of it, and is taken as it is.
+
+        Whole prompts get the ids there that `prompts.encode` gives them here piece by piece: in legacy style anyway,
+        otherwise wherever a newline follows the image, as in every template.
+
+        Args:
+          new_tokens: special tokens to add at the end.
+          pad: the token to pad with; None for the tokenizer's own.
+        """
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        if self._prepend:
+            # A space goes before the text, and before a piece of it that begins with a newline: that is behind an image.
+            engine.normalizer = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
+            engine.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        name = {key: i if i is None else engine.id_to_token(i) for key, i in self._ids.items()}
+        if self.bos_id is not None and engine.encode("a").ids[:1] != [self.bos_id]:
+            bos = name["bos"]
+            engine.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
+            )
+        engine.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in new_tokens])
+        settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        for gone in ("auto_map", "chat_template", "add_prefix_space", "extra_special_tokens", "use_fast", "backend"):
+            settings.pop(gone, None)
+        settings |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "added_tokens_decoder": {
+                str(i): {
+                    "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
+                    "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special,
+                }
+                for i, token in sorted(engine.get_added_tokens_decoder().items())
+            },
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": self.bos_id is not None,
+        }  # fmt: skip
+        name["pad"] = pad or name["pad"]
+        settings |= {f"{key}_token": token for key, token in name.items() if token is not None}
+        if self._legacy is not None:
+            settings["legacy"] = self._legacy
+        kept = {file: self.files[file] for file in ("tokenizer.model",) if file in self.files}
+        return {**kept, "tokenizer.json": engine.to_str(pretty=True), "tokenizer_config.json": settings}
 
 
 def _content(token) -> str | None:
@@ -119,7 +166,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     if legacy is not None:
         _set_spaces(engine, legacy)
     _add_tokens(engine, settings, read_json(directory / "added_tokens.json") or {}, directory)
-    return Tokenizer(engine, settings, prepend=legacy is False, files=files)
+    return Tokenizer(engine, settings, legacy=legacy, files=files)
 
 
 def _is_llama(engine: tokenizers.Tokenizer) -> bool:
