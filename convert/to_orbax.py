@@ -59,8 +59,6 @@ def to_orbax(
     Raises:
       InputError: the source does not make a whole LLaVA, or the destination exists or cannot be written.
     """
-    from pathlib import Path
-
     find = lambda where: where and find_directory(where)  # noqa: E731
     opened, tokenizer = combine(
         find_directory(source),

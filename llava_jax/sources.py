@@ -254,7 +254,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     """The array in C order. A transposed matrix is copied in strips, several times as fast as NumPy does it."""
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array)
-    out, strip = np.empty(array.shape, array.dtype), 64
+    out, strip = np.empty(array.shape, array.dtype), 128
     for i in range(0, array.shape[1], strip):
         out[:, i : i + strip] = array[:, i : i + strip]
     return out

@@ -99,7 +99,7 @@ class Tokenizer:
         """
         engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
         if self._prepend:
-            # A space goes before the text, and before a piece of it that begins with a newline: that is behind an image.
+            # A space goes before the text, and before a piece that begins with a newline: it stands behind an image.
             engine.normalizer = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
             engine.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
         name = {key: i if i is None else engine.id_to_token(i) for key, i in self._ids.items()}
