@@ -60,16 +60,17 @@ def to_orbax(
       InputError: the source does not make a whole LLaVA, or the destination exists or cannot be written.
     """
     find = lambda where: where and find_directory(where)  # noqa: E731
+    start, base, delta, vision_tower = find_directory(source), find(base), find(delta), find(vision_tower)
     opened, tokenizer = combine(
-        find_directory(source),
-        base=find(base),
-        delta=find(delta),
-        vision_tower=find(vision_tower),
+        start,
+        base=base,
+        delta=delta,
+        vision_tower=vision_tower,
         projector=projector and Path(projector),
         projector_type=projector_type,
         aspect_ratio=aspect_ratio,
         seed=seed,
-        name=str(source).rstrip("/"),
+        name="" if os.path.exists(source) else os.fspath(source),
     )
     tensors, unused = (
         {path: _looked_at(tensor, allow_nonfinite) for path, tensor in part.items()}
@@ -77,7 +78,10 @@ def to_orbax(
     )
     files = load_tokenizer(tokenizer).files
     cast = dtype and DTYPES[dtype]
-    save(destination, tensors, opened.config, files, unused=unused, dtype=cast, overwrite=overwrite)
+    sources = [path for path in (start, base, delta, vision_tower, opened.directory) if path]
+    save(
+        destination, tensors, opened.config, files, unused=unused, dtype=cast, overwrite=overwrite, sources=sources
+    )  # fmt: skip
 
 
 def _looked_at(tensor: Tensor, allow: bool) -> Tensor:

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,13 @@ def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike
     config_json = read_json(directory / "config.json")
     if config_json is None:
         raise InputError(f"{directory}: no checkpoint (there is no config.json)")
-    name = str(where).rstrip("/")
     if config_json.get("format") == "llava-jax":
+        if vision_tower is not None:
+            raise InputError(f"{directory}: has its vision tower; --vision-tower is for originals that come without")
         config = read_config(config_json)
         load = lambda mesh, dtype=None: _load_orbax(directory / "params", config, mesh, dtype)  # noqa: E731
     else:
-        source = open_source(directory, vision_tower=vision_tower and find_directory(vision_tower), name=name)
+        source = _open_source(where, directory, vision_tower)
         config = source.config
         load = lambda mesh, dtype=None: _load_source(source, mesh, dtype)  # noqa: E731
     return Checkpoint(directory, config, load_tokenizer(directory), load)
@@ -84,8 +85,12 @@ def open_any(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None
     directory = find_directory(where)
     if (read_json(directory / "config.json") or {}).get("format") == "llava-jax":
         return open_ours(directory)
-    tower = vision_tower and find_directory(vision_tower)
-    return open_source(directory, vision_tower=tower, name=str(where).rstrip("/"))
+    return _open_source(where, directory, vision_tower)
+
+
+def _open_source(where: str | os.PathLike, directory: Path, vision_tower: str | os.PathLike | None) -> Source:
+    hub_name = "" if os.path.exists(where) else os.fspath(where)  # whose directory is called after a commit
+    return open_source(directory, vision_tower=vision_tower and find_directory(vision_tower), name=hub_name)
 
 
 def find_directory(where: str | os.PathLike) -> Path:
@@ -154,6 +159,7 @@ def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype) -
             jax.tree_util.tree_flatten_with_path(shapes)[0], jax.tree.leaves(shardings), strict=True
         )
     }
+    directory = _absolute(directory)
     stored = _stored(directory)
     _check(directory, {path: leaf.shape for path, leaf in wanted.items()}, stored)
     loaded: dict[str, jax.Array] = {}
@@ -183,7 +189,7 @@ def _stored(directory: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]
 
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            stored = checkpointer.metadata(directory)
+            stored = checkpointer.metadata(_absolute(directory))
             stored = getattr(stored, "item_metadata", stored)
             leaves = _flatten(dict(getattr(stored, "tree", stored)))
             return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
@@ -209,6 +215,11 @@ def open_ours(directory: epath.Path) -> Source:
     return Source(directory, config, {path_of(path): tensors[path_of(path)] for path, _ in wanted}, unused)
 
 
+def _absolute(directory: epath.Path) -> epath.Path:
+    """Orbax wants whole paths."""
+    return directory if "://" in os.fspath(directory) else directory.absolute()
+
+
 def _open_tree(directory: epath.Path) -> dict[str, Tensor]:
     """The arrays of an Orbax directory. Orbax restores trees; single arrays are read by TensorStore, 50 times as fast.
 
@@ -216,7 +227,7 @@ def _open_tree(directory: epath.Path) -> dict[str, Tensor]:
     """
     import tensorstore as ts
 
-    base = os.fspath(directory if "://" in os.fspath(directory) else directory.absolute())
+    base = os.fspath(_absolute(directory))
     store = {"driver": "ocdbt", "base": base if "://" in base else f"file://{base}/"}
 
     def read(path: str) -> np.ndarray:
@@ -269,20 +280,31 @@ def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct], limit: int):
 
 
 @contextlib.contextmanager
-def new_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> Iterator[epath.Path]:
+def new_directory(
+    directory: str | os.PathLike, *, overwrite: bool = False, sources: Sequence[Path] = ()
+) -> Iterator[epath.Path]:
     """A directory to write into that appears under its name when the block ends, whole or not at all.
 
     It is written beside its place and then moved there. Object stores (`gs://`) cannot move a directory: there it is
     written in its place, and whoever writes `config.json` last, and reads it first, knows that it is whole.
 
+    Args:
+      overwrite: replace what is there, if it is a checkpoint.
+      sources: directories that are read meanwhile, and must not be replaced.
+
     Raises:
       InputError: the directory exists and is not to be replaced, or cannot be written.
     """
-    directory = epath.Path(directory)
-    if directory.exists() and not overwrite:
-        raise InputError(f"{directory}: exists already; --overwrite replaces it")
-    remote = "://" in os.fspath(directory)
-    staged = directory if remote else directory.absolute().parent / f".{directory.name}.incomplete"
+    given, remote = os.fspath(directory), "://" in os.fspath(directory)
+    directory = epath.Path(given) if remote else epath.Path(given).resolve()
+    if directory.exists():
+        if not overwrite:
+            raise InputError(f"{given}: exists already; --overwrite replaces it")
+        if any(directory in (path.resolve(), *path.resolve().parents) for path in sources if "://" not in str(path)):
+            raise InputError(f"{given}: holds what is to be read; write elsewhere")
+        if not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.json").exists()):
+            raise InputError(f"{given}: no checkpoint (there is no config.json), so it is not replaced")
+    staged = directory if remote else directory.parent / f".{directory.name}.incomplete"
     replaced = staged.parent / f".{directory.name}.replaced"
     try:
         staged.rmtree(missing_ok=True)
@@ -295,7 +317,7 @@ def new_directory(directory: str | os.PathLike, *, overwrite: bool = False) -> I
             staged.rename(directory)
             replaced.rmtree(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{directory}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{given}: cannot be written ({error.strerror or error})") from None
     except BaseException:
         if remote:
             staged.rmtree(missing_ok=True)
@@ -314,6 +336,7 @@ def save(
     unused: Mapping[str, Any] | None = None,
     dtype=None,
     overwrite: bool = False,
+    sources: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint directory of ours. It appears whole, or not at all.
 
@@ -324,12 +347,12 @@ def save(
       tokenizer_files: name -> contents.
       unused: `Source.unused`, so that the checkpoint can be given back whole.
       dtype: what to store; None for each leaf's own.
-      overwrite: replace what is there.
+      overwrite, sources: as in `new_directory`.
 
     Raises:
       InputError: the directory exists, or cannot be written.
     """
-    with new_directory(directory, overwrite=overwrite) as staged:
+    with new_directory(directory, overwrite=overwrite, sources=sources) as staged:
         _save_tree(staged / "params", params, dtype, directory)
         if unused:
             _save_tree(staged / "unused", unused, dtype, directory)

@@ -113,6 +113,7 @@ class LlavaConfig:
     merge: str = "flat"
     grid_pinpoints: tuple[tuple[int, int], ...] = ()  # as the file has them; who reads them decides what is width
     image_rules: str = "original"
+    pads_in_transformers: bool = True  # whether transformers' processor pads, for `image_rules="transformers"`
     use_im_start_end: bool = False
     use_im_patch: bool = False
     max_length: int | None = None  # positions after splicing that the model was trained with
@@ -134,6 +135,10 @@ class LlavaConfig:
             if value not in known:
                 raise InputError(f"config: {field} {value!r} is not supported, only {', '.join(known)}")
         projector_depth(self.projector)
+        if self.vision.keep_class_token and self.merge != "flat":
+            raise InputError(
+                f"config: a class token among the features does not go with mm_patch_merge_type {self.merge}"
+            )
         if self.aspect_ratio == "anyres" and not self.grid_pinpoints:
             raise InputError("config: image_aspect_ratio anyres needs image_grid_pinpoints")
         if self.text.heads % self.text.kv_heads:
@@ -161,6 +166,11 @@ class LlavaConfig:
 
     def replace(self, **changes) -> "LlavaConfig":
         return dataclasses.replace(self, **changes)
+
+    def with_image_rules(self, rules: str) -> "LlavaConfig":
+        """The model with pictures cut as the `original` or as `transformers` cuts them."""
+        unpadded = rules == "transformers" and self.aspect_ratio == "pad" and not self.pads_in_transformers
+        return self.replace(image_rules=rules, aspect_ratio="square" if unpadded else self.aspect_ratio)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "llava-jax", "version": 1} | dataclasses.asdict(self)
@@ -310,23 +320,31 @@ def read_config(
     Raises:
       InputError: the file is no LLaVA configuration, or asks for something that does not exist here.
     """
+    try:
+        return _read_config(config, vision, preprocessor or {}, generation or {}, name)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"config.json: a field is not what it should be ({what})") from None
+
+
+def _read_config(config, vision, preprocessor, generation, name) -> LlavaConfig:
     if config.get("format") == "llava-jax":
         return _from_ours(config)
     if isinstance(config.get("text_config"), dict):
-        read = _from_hugging_face(config, preprocessor or {})
+        read = _from_hugging_face(config, preprocessor)
     elif any(k in config for k in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
-        read = _from_original(config, vision, preprocessor or {})
+        read = _from_original(config, vision, preprocessor)
     else:
         raise InputError(
             f"config.json is not LLaVA's (model_type {config.get('model_type')!r}): it has neither a text_config "
             "nor mm_vision_tower"
         )
-    eos = (generation or {}).get("eos_token_id")
+    eos = generation.get("eos_token_id")
     if eos is not None:
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
         read = read.replace(text=dataclasses.replace(read.text, eos_ids=ids))
-    hint = " ".join(filter(None, (config.get("_name_or_path"), name)))
-    return read.replace(name=hint)
+    hints = (str(config.get("_name_or_path") or ""), name)
+    return read.replace(name=" ".join(hint.rstrip("/").rsplit("/", 1)[-1] for hint in hints).strip())
 
 
 def _from_ours(config: dict[str, Any]) -> LlavaConfig:
@@ -370,7 +388,9 @@ def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> 
         vision=vision,
         projector="mlp2x_gelu",
         projector_bias=config.get("multimodal_projector_bias", True),
-        aspect_ratio="anyres" if following else "pad" if preprocessor.get("do_pad", True) else "square",
+        # The processor's own padding is off unless its file says otherwise; all v1.5 weights were trained with it.
+        aspect_ratio="anyres" if following else config.get("image_aspect_ratio", "pad"),
+        pads_in_transformers=following or bool(preprocessor.get("do_pad", False)),
         merge="spatial_unpad" if following else "flat",
         grid_pinpoints=_pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else (),
         max_length=None,
@@ -437,6 +457,10 @@ def _text(family: str, fields: dict[str, Any], more: dict[str, Any]) -> TextConf
     width, heads = get("hidden_size"), get("num_attention_heads")
     window = get("sliding_window")
     if family == "llama" or (family == "qwen2" and not get("use_sliding_window", False)):
+        window = None
+    if window and family == "qwen2" and (first := get("max_window_layers", 28)) > 0:
+        if first < get("num_hidden_layers"):
+            raise InputError("config.json: a sliding window in some layers only (max_window_layers) is not supported")
         window = None
     eos = get("eos_token_id", 2)
     rope = dict(get("rope_parameters") or get("rope_scaling") or {})
@@ -511,7 +535,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -16,7 +16,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a picture is an error or a note of ours
     try:
         status = main() or 0
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except InputError as error:
         status = 1
         print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
@@ -25,6 +26,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         status = 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a permission
+        status = 1
+        print(f"error: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -43,7 +48,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0):
         self.what, self.total, self.unit = what, total, unit
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.every = 0.1 if self.terminal else every
         self.done = 0
         self.start = time.monotonic()

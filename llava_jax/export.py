@@ -65,7 +65,7 @@ def write_hf(
         extra = None
         files = _original_files(config, tokenizer)
     tensors = _named_tensors(source, form, dtype, extra)
-    with new_directory(destination, overwrite=overwrite) as staged:
+    with new_directory(destination, overwrite=overwrite, sources=[source.directory]) as staged:
         _write_tensors(staged, tensors, shard_bytes)
         if form == "original" and config.vision_tower not in KNOWN_TOWERS:
             _write_tower(staged / "vision_tower", source, dtype)
@@ -92,7 +92,7 @@ def write_projector(
     }
     if not tensors:
         raise InputError(f"{source.directory}: has no projector")
-    with new_directory(destination, overwrite=overwrite) as staged:
+    with new_directory(destination, overwrite=overwrite, sources=[source.directory]) as staged:
         safetensors.write(staged / "mm_projector.safetensors", tensors)
         (staged / "config.json").write_text(json.dumps(_original_config(source.config), indent=2) + "\n")
 
@@ -221,6 +221,7 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
         "vision_feature_layer": layers,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": config.text.tied_head,
+        "image_aspect_ratio": config.aspect_ratio,  # ours, for the way back
         "text_config": _text_fields(config.text) | {"vocab_size": extra.rows, "pad_token_id": extra.pad_id},
         "vision_config": _vision_fields(vision),
     }

@@ -316,7 +316,14 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       ids int32 [n], `IMAGE` for each mark; offsets int32 [n, 2], where in `text` each token comes from.
+
+    Raises:
+      InputError: the text cannot be written as UTF-8.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not Unicode: {text[error.start : error.end]!a} is half a character") from None
     ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     offsets: list[Span] = [(0, 0)] * len(ids)
     at = 0

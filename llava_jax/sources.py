@@ -78,7 +78,7 @@ def open_source(directory: Path, *, vision_tower: Path | None = None, name: str 
         vision=read_json(tower / "config.json") if tower else None,
         preprocessor=read_json((tower if original and tower else directory) / "preprocessor_config.json"),
         generation=read_json(directory / "generation_config.json"),
-        name=name or directory.name,
+        name=name or directory.resolve().name,
     )
     found = Found(config, "original" if original else "transformers")
     found.add_directory(directory)
@@ -216,7 +216,8 @@ class Found:
                 f"{self.config.vision_tower or 'none'}); give the CLIP directory with --vision-tower"
             )
         misshapen = [
-            f"{t.name} ({t.file}) {list(t.shape)} {t.dtype} should be {list(self.wanted[path])}"
+            f"{t.name} ({t.file}) {self._theirs(path, t.shape)} {t.dtype} should be "
+            f"{self._theirs(path, self.wanted[path])}"
             for path, t in self.tensors.items()
             if t.shape != self.wanted[path] or t.dtype not in FLOATS
         ]
@@ -234,6 +235,14 @@ class Found:
         if problems:
             raise InputError(f"{directory}: {'; '.join(problems)}")
         return Source(directory, self.config, self.tensors, self.unused)
+
+    def _theirs(self, path: str, shape: tuple[int, ...]) -> list[int]:
+        """A shape as their file has it."""
+        _, (_, to_theirs) = names.write_name(path, self.dialect, self.config)
+        try:
+            return list(names.shape_after(to_theirs, shape))
+        except ValueError:
+            return list(shape)
 
 
 def _is_optional(path: str, config: LlavaConfig) -> bool:

@@ -12,6 +12,7 @@ kind of file: newer transformers ignore what `tokenizer.json` says there, older 
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ class Tokenizer:
         """The text of ids, special tokens left out."""
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def without_open_bytes(self, ids: Sequence[int]) -> Sequence[int]:
+        """Ids up to where more of them could change the text: a run of single bytes may become another character."""
+        n = len(ids)
+        while n and _is_byte(self._engine.id_to_token(int(ids[n - 1]))):
+            n -= 1
+        return ids[:n]
+
     def token_id(self, token: str) -> int | None:
         return self._engine.token_to_id(token)
 
@@ -133,6 +141,10 @@ class Tokenizer:
         return {**kept, "tokenizer.json": engine.to_str(pretty=True), "tokenizer_config.json": settings}
 
 
+def _is_byte(token: str | None) -> bool:
+    return token is not None and re.fullmatch(r"<0x[0-9A-F]{2}>", token) is not None
+
+
 def _content(token) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
@@ -144,7 +156,10 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
       InputError: there is none, or its files cannot be read.
     """
     directory = Path(directory)
-    files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
+    try:
+        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
+    except OSError as error:
+        raise InputError(f"{directory}: its tokenizer cannot be read ({error})") from None
     settings = (read_json(directory / "special_tokens_map.json") or {}) | {
         k: v for k, v in (read_json(directory / "tokenizer_config.json") or {}).items() if v is not None
     }
@@ -158,9 +173,16 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
             engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:
             raise InputError(f"{directory / 'tokenizer.json'}: cannot be read ({error})") from None
-        legacy = settings.get("legacy") if _is_llama(engine) else None
-        first = engine.encode("a", add_special_tokens=True).tokens[:1]
-        settings.setdefault("add_bos_token", first == [_content(settings.get("bos_token"))])
+        is_llama = _is_llama(engine)
+        legacy = settings.get("legacy") if is_llama else None
+        encoded = engine.encode("a", add_special_tokens=True)
+        first = encoded.tokens[0] if encoded.special_tokens_mask[:1] == [1] else None
+        plain = {"bos_token": first, "add_bos_token": first is not None}
+        if is_llama:
+            usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            plain |= {key: token for key, token in usual.items() if engine.token_to_id(token) is not None}
+            plain["add_bos_token"] = True
+        settings = plain | settings
     else:
         raise InputError(f"{directory}: no tokenizer (neither tokenizer.model nor tokenizer.json)")
     if legacy is not None:
