@@ -11,6 +11,7 @@ as it holds them. Memory is the child's peak resident set less that of a child t
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -75,10 +76,10 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
 
 
 def child(*args: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a Python child."""
+    """Seconds and peak resident bytes of a Python child, whose standard output is dropped."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *args], env=env, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *args], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"failed: {' '.join(args)}")
@@ -96,8 +97,13 @@ def main() -> None:
     p.add_argument("--gigabytes", type=float, default=6.0)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--directory", help="where to work; default: a temporary directory")
+    p.add_argument("--kills", type=int, default=0, metavar="N", help="instead kill conversions at N random moments")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
+    p.add_argument("--make", metavar="DIR", help=argparse.SUPPRESS)  # a child's task, so that our memory stays small
     args = p.parse_args()
+    if args.make:
+        print(make_checkpoint(Path(args.make), args.gigabytes))
+        return
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.directory))
     try:
         figures = measure(work, args)
@@ -107,9 +113,40 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def kill(source: Path, destination: Path, times: int) -> dict[str, int]:
+    """Kill conversions at random moments. What is left must be nothing or whole; a rerun must work."""
+    from llava_jax.checkpoint import open_any
+
+    command = [sys.executable, "-m", "convert", "to-orbax", str(source), str(destination)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    quiet = dict(env=env, cwd=ROOT, stderr=subprocess.DEVNULL)
+    start = time.perf_counter()
+    subprocess.run(command, check=True, **quiet)
+    whole, pick, left = time.perf_counter() - start, random.Random(0), {"nothing": 0, "whole": 0}
+    for _ in range(times):
+        shutil.rmtree(destination, ignore_errors=True)
+        process = subprocess.Popen(command, **quiet)
+        time.sleep(pick.random() * whole * 1.1)
+        process.kill()
+        process.wait()
+        if destination.exists():
+            open_any(destination)
+        left["whole" if destination.exists() else "nothing"] += 1
+    subprocess.run([*command, "--overwrite"], check=True, **quiet)
+    open_any(destination)
+    print(f"killed {times} times: left {left['nothing']} times nothing, {left['whole']} times a whole checkpoint")
+    return left
+
+
 def measure(work: Path, args) -> dict:
     source, orbax, back = work / "source", work / "orbax", work / "back"
-    largest = make_checkpoint(source, args.gigabytes)
+    made = subprocess.run(
+        [sys.executable, __file__, "--make", str(source), "--gigabytes", str(args.gigabytes)],
+        check=True, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    largest = int(made.stdout)
+    if args.kills:
+        return kill(source, orbax, args.kills)
     size = sum(f.stat().st_size for f in source.iterdir())
     _, idle = child("-c", "import convert.__main__, convert.to_orbax, convert.to_hf, orbax.checkpoint")
     runs = {
