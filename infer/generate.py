@@ -9,11 +9,9 @@ The answer goes to standard output, everything else to standard error.
 import argparse
 import dataclasses
 import json
-import os
-from pathlib import Path
 
 from llava_jax.config import IMAGE_RULES
-from llava_jax.console import InputError, note, run_main
+from llava_jax.console import InputError, enable_compilation_cache, note, run_main
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,16 +128,6 @@ def check_images(images: list[str]) -> None:
     for image in images:
         if not is_url(image):
             image_size(image)
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "llava-jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 if __name__ == "__main__":

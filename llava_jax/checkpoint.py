@@ -48,7 +48,8 @@ class Checkpoint:
     directory: Path
     config: LlavaConfig
     tokenizer: Tokenizer
-    load: Callable[..., Params]  # load(mesh, dtype) -> parameters, each in its place on the mesh
+    load: Callable[..., Params]  # load(mesh, dtype or path -> dtype) -> parameters, each in its place on the mesh
+    source: Callable[[], Source]  # the same as it is stored, to be read tensor by tensor
 
 
 def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None = None) -> Checkpoint:
@@ -68,12 +69,11 @@ def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike
         if vision_tower is not None:
             raise InputError(f"{directory}: has its vision tower; --vision-tower is for originals that come without")
         config = read_config(config_json)
-        load = lambda mesh, dtype=None: _load_orbax(directory / "params", config, mesh, dtype)  # noqa: E731
-    else:
-        source = _open_source(where, directory, vision_tower)
-        config = source.config
-        load = lambda mesh, dtype=None: _load_source(source, mesh, dtype)  # noqa: E731
-    return Checkpoint(directory, config, load_tokenizer(directory), load)
+        load = functools.partial(_load_orbax, directory / "params", config)
+        return Checkpoint(directory, config, load_tokenizer(directory), load, lambda: open_ours(directory))
+    source = _open_source(where, directory, vision_tower)
+    load = functools.partial(_load_source, source)
+    return Checkpoint(directory, source.config, load_tokenizer(directory), load, lambda: source)
 
 
 def open_any(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None = None) -> Source:
@@ -130,31 +130,37 @@ def default_dtype(mesh: Mesh):
 # ---------------------------------------------------------------- loading
 
 
-def _load_source(source: Source, mesh: Mesh, dtype) -> Params:
+def _load_source(source: Source, mesh: Mesh, dtype=None) -> Params:
     """Stream tensors one at a time from their files to their place on the mesh."""
-    dtype = np.dtype(dtype or default_dtype(mesh))
-    shapes = param_shapes(source.config, dtype)
-    shardings = param_shardings(shapes, source.config, mesh)
+    dtype_of = _dtype_of(dtype, mesh)
+    shardings = param_shardings(param_shapes(source.config), source.config, mesh)
     places = {path_of(path): sharding for path, sharding in jax.tree_util.tree_flatten_with_path(shardings)[0]}
     tensors = [source.tensors[path] for path in places]
     loaded = {}
     with Progress("loading", sum(tensor.nbytes for tensor in tensors), "B") as bar:
         arrays = read_ahead([(tensor.nbytes, tensor.read) for tensor in tensors])
         for (path, sharding), tensor, array in zip(places.items(), tensors, arrays, strict=True):
-            whole = array.astype(dtype, copy=False)
+            whole = array.astype(dtype_of(path), copy=False)
             loaded[path] = jax.make_array_from_callback(tensor.shape, sharding, lambda index, whole=whole: whole[index])
             bar.advance(tensor.nbytes)
     return _unflatten(loaded)
 
 
-def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype) -> Params:
+def _dtype_of(dtype, mesh: Mesh) -> Callable[[str], np.dtype]:
+    """Path -> the type to load a parameter in: one for all, one for each, or the default."""
+    if isinstance(dtype, Callable) and not isinstance(dtype, type):
+        return lambda path: np.dtype(dtype(path))
+    return lambda path: np.dtype(dtype or default_dtype(mesh))
+
+
+def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype=None) -> Params:
     import orbax.checkpoint as ocp
 
-    dtype = np.dtype(dtype or default_dtype(mesh))
-    shapes = param_shapes(config, dtype)
+    dtype_of = _dtype_of(dtype, mesh)
+    shapes = param_shapes(config)
     shardings = param_shardings(shapes, config, mesh)
     wanted = {
-        path_of(path): jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+        path_of(path): jax.ShapeDtypeStruct(shape.shape, dtype_of(path_of(path)), sharding=sharding)
         for (path, shape), sharding in zip(
             jax.tree_util.tree_flatten_with_path(shapes)[0], jax.tree.leaves(shardings), strict=True
         )
@@ -163,7 +169,7 @@ def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype) -
     stored = _stored(directory)
     _check(directory, {path: leaf.shape for path, leaf in wanted.items()}, stored)
     loaded: dict[str, jax.Array] = {}
-    total = sum(leaf.size * dtype.itemsize for leaf in wanted.values())
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
     with (
         _quiet(),
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
@@ -179,7 +185,7 @@ def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype) -
             except Exception as error:
                 raise InputError(f"{directory}: cannot be read ({_line(error)})") from None
             loaded |= _flatten(part)
-            bar.advance(sum(leaf.size * dtype.itemsize for leaf in group.values()))
+            bar.advance(sum(leaf.size * leaf.dtype.itemsize for leaf in group.values()))
     return _unflatten(loaded)
 
 
@@ -340,6 +346,8 @@ def save(
 ) -> None:
     """Write a checkpoint directory of ours. It appears whole, or not at all.
 
+    The calling process writes, alone; leaves must be within its reach.
+
     Args:
       params: the tree, or `{path: leaf}`; leaves are arrays, or tensors of a `Source`, which are then read, written
         and forgotten one at a time.
@@ -391,9 +399,12 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
             (np.ndarray, ocp.type_handlers.NumpyHandler()),
             (jax.Array, ocp.type_handlers.ArrayHandler()),
         )
+        here = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         handler = ocp.PyTreeCheckpointHandler(
-            type_handler_registry=handlers, use_ocdbt=True, use_zarr3=True, use_compression=False
-        )
+            type_handler_registry=handlers, use_ocdbt=True, use_zarr3=True, use_compression=False,
+            multiprocessing_options=alone,
+        )  # fmt: skip
         arguments = jax.tree.map(
             lambda leaf: ocp.SaveArgs(
                 dtype=None if dtype is None or isinstance(leaf, Tensor) else np.dtype(dtype),
@@ -402,7 +413,7 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
             tree,
         )
         try:
-            with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+            with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
                 checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=arguments))
         except (InputError, OSError):
             raise

@@ -1,10 +1,11 @@
-"""What a person at the terminal sees: one-line errors, notes on standard error, progress."""
+"""What commands share: one-line errors, notes on standard error, progress, compiled programs kept between runs."""
 
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -34,23 +35,50 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "llava-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+_hushed = False
+
+
+def hush() -> None:
+    """From now on no notes and no progress: another process of the same run tells them. Errors remain."""
+    global _hushed
+    _hushed = True
+
+
 def note(message: str) -> None:
     """A line for the user that is not the result."""
-    print(message, file=sys.stderr, flush=True)
+    if _hushed:
+        return
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar that may stand there, and will be drawn anew
+    print(clear + message, file=sys.stderr, flush=True)
 
 
 class Progress:
     """A progress bar on a terminal, a plain line every few seconds elsewhere; nothing if all is done in `quiet` s.
 
+    `done` is what had been done before. `advance` may say more about how it goes.
+
     >>> with Progress("reading", total=10**9, unit="B") as bar:
     ...     bar.advance(2**20)
     """
 
-    def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0):
+    def __init__(
+        self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0, done: int = 0
+    ):
         self.what, self.total, self.unit = what, total, unit
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.every = 0.1 if self.terminal else every
-        self.done = 0
+        self.done = self.first = done
+        self.more = ""
         self.start = time.monotonic()
         self.next = self.start + (quiet if self.terminal else every)
         self.shown = False
@@ -62,8 +90,9 @@ class Progress:
         if self.shown:
             self._show(last=True)
 
-    def advance(self, amount: int = 1) -> None:
+    def advance(self, amount: int = 1, more: str = "") -> None:
         self.done += amount
+        self.more = more
         now = time.monotonic()
         if now >= self.next:
             self.next = now + self.every
@@ -78,9 +107,11 @@ class Progress:
             n /= 1000
 
     def _show(self, last: bool = False) -> None:
+        if _hushed:
+            return
         self.shown = True
         seconds = max(time.monotonic() - self.start, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self.first) / seconds
         share = self.done / max(self.total, 1)
         left = (self.total - self.done) / rate if rate else 0.0
         tail = f"{_clock(seconds)}" if last else f"{_clock(left)} left"
@@ -88,6 +119,7 @@ class Progress:
         text = (
             f"{self.what} {share:4.0%}  {self._amount(self.done)} of {self._amount(self.total)}{unit}"
             f"  {self._amount(rate) if self.unit == 'B' else f'{rate:.2f}'}/s  {tail}"
+            f"{'  ' + self.more if self.more else ''}"
         )
         if self.terminal:
             width = 24

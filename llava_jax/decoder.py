@@ -8,10 +8,11 @@ step. (Keys lie the way that their product with a query reads them: 1.6 times as
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig, TextConfig
-from llava_jax.layers import ACTIVATIONS, Dense, RMSNorm, attention, cached_attention, rope_tables, rotate
+from llava_jax.layers import ACTIVATIONS, Dense, RMSNorm, attention, cached_attention, rope_tables, rotate, run_layers
 from llava_jax.sharding import BATCH, TENSOR, constrain, gather
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # a pair for each layer
@@ -93,12 +94,14 @@ def decode(
     segments_BS: jax.Array,
     *,
     mesh: Mesh | None = None,
+    remat: str = "none",
 ) -> jax.Array:
-    """Run whole sequences through all layers.
+    """Run whole sequences through all layers, which may be stacked (`layers.run_layers`).
 
     Args:
       positions_BS: for rotation.
       segments_BS: a token sees those before it in its own segment; 0 is padding.
+      remat: what stacked layers save for the backward pass.
 
     Returns:
       The last layer's output [B, S, D] (not yet normed).
@@ -108,12 +111,14 @@ def decode(
 
     def attend(q, k, v):
         q, k, v = _cut_heads(mesh, rotate(q, rope), rotate(k, rope), v)
-        return attention(q, k, v, segments_BS=segments_BS, causal=True, window=c.sliding_window, mesh=mesh)
+        seen = attention(q, k, v, segments_BS=segments_BS, causal=True, window=c.sliding_window, mesh=mesh)
+        return checkpoint_name(seen, "attended")
 
-    for i in range(c.layers):
-        layer = gather(params["layers"][str(i)], f"decoder/layers/{i}", config, mesh)
-        x_BSD = constrain(Block(c).apply({"params": layer}, x_BSD, attend), mesh, BATCH, None, None)
-    return x_BSD
+    def block(x_BSD, layer):
+        layer = gather(layer, "decoder/layers", config, mesh)
+        return constrain(Block(c).apply({"params": layer}, x_BSD, attend), mesh, BATCH, None, None)
+
+    return run_layers(block, x_BSD, params["layers"], range(c.layers), remat)
 
 
 def prefill(

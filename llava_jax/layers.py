@@ -1,4 +1,4 @@
-"""Pieces that vision tower and decoder are built from: norms, rotary positions, attention, feed-forward."""
+"""Pieces that vision tower and decoder are built from: norms, rotary positions, attention, a run through layers."""
 
 import functools
 import math
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import Mesh
 
 from llava_jax.config import TextConfig
@@ -16,6 +17,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+# What a layer leaves for the backward pass, which computes the rest again.
+REMAT = {
+    "full": checkpoint_policies.nothing_saveable,
+    "minimal": checkpoint_policies.save_only_these_names("attended"),
+    "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": checkpoint_policies.save_anything_except_these_names("gathered"),  # of weights each device keeps its cut
 }
 
 BLOCK = 192  # positions of queries whose scores plain attention holds at once
@@ -52,6 +61,27 @@ class LayerNorm(nn.Module):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (wide * scale + bias).astype(x.dtype)
+
+
+# ---------------------------------------------------------------- a run through layers
+
+
+def run_layers(block, x: jax.Array, layers: dict, span: range, remat: str = "none") -> jax.Array:
+    """`x = block(x, layer)` for the layers numbered `span`.
+
+    Args:
+      layers: parameters, one entry for each layer (`"0"`, `"1"`, ...); or, for training, stacked along a leading
+        axis, which are scanned, so that the program does not grow with their number.
+      remat: of stacked layers: a key of `REMAT`.
+    """
+    if "0" in layers:
+        for i in span:
+            x = block(x, layers[str(i)])
+        return x
+    block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
+    if len(span) < jax.tree.leaves(layers)[0].shape[0]:
+        layers = jax.tree.map(lambda w: w[span.start : span.stop], layers)
+    return jax.lax.scan(lambda x, layer: (block(x, layer), None), x, layers)[0]
 
 
 # ---------------------------------------------------------------- rotary positions

@@ -1,6 +1,6 @@
 """LLaVA as pure functions: encode tiles, splice with one gather, decode. Training and inference call these.
 
-Parameters are a plain nested dictionary, one entry for each layer:
+Parameters are a plain nested dictionary, one entry for each layer (training stacks them: `layers.run_layers`):
 
     vision/{embed,pre_norm,layers/0..}   projector/linear_0..   newline
     decoder/{embed,layers/0..,norm,head}
@@ -23,18 +23,22 @@ Params = dict
 jax.tree_util.register_dataclass(Batch, [field.name for field in dataclasses.fields(Batch)], [])
 
 
-def encode_tiles(params: Params, config: LlavaConfig, tiles_BTHW3: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+def encode_tiles(
+    params: Params, config: LlavaConfig, tiles_BTHW3: jax.Array, mesh: Mesh | None = None, remat: str = "none"
+) -> jax.Array:
     """The feature table of each row: [B, R, D], tile after tile, then the newline if the model has one.
 
     Args:
       tiles_BTHW3: uint8 pixels.
+      remat: what stacked layers save for the backward pass.
 
     Source: llava/model/llava_arch.py `encode_images`.
     """
     B, T = tiles_BTHW3.shape[:2]
     dtype = params["decoder"]["embed"]["embedding"].dtype
     pixels = vision.normalise(tiles_BTHW3.reshape(B * T, *tiles_BTHW3.shape[2:]), config.vision, dtype)
-    features = vision.vision_features(params["vision"], config, constrain(pixels, mesh, BATCH, None, None, None), mesh)
+    pixels = constrain(pixels, mesh, BATCH, None, None, None)
+    features = vision.vision_features(params["vision"], config, pixels, mesh, remat)
     features = vision.project(params.get("projector", {}), config, features, mesh)
     table_BRD = constrain(features.reshape(B, -1, features.shape[-1]), mesh, BATCH, None, None)
     if config.has_newline:
@@ -63,9 +67,11 @@ def splice_embeddings(
     return jnp.where((feature_rows_BS == TEXT)[..., None], x_BSD, seen_BSD.astype(x_BSD.dtype))
 
 
-def embed_batch(params: Params, config: LlavaConfig, batch: Batch, mesh: Mesh | None = None) -> jax.Array:
+def embed_batch(
+    params: Params, config: LlavaConfig, batch: Batch, mesh: Mesh | None = None, remat: str = "none"
+) -> jax.Array:
     """Input embeddings [B, S, D] of a whole batch."""
-    features = encode_tiles(params, config, batch.tiles, mesh) if batch.tiles.shape[1] else None
+    features = encode_tiles(params, config, batch.tiles, mesh, remat) if batch.tiles.shape[1] else None
     return splice_embeddings(params, config, features, batch.ids, batch.feature_rows, mesh)
 
 

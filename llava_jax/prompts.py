@@ -364,6 +364,7 @@ def encode_conversation(
     config: LlavaConfig | None = None,
     *,
     images: int = 1,
+    image_last: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and labels of a training conversation, as llava/train/train.py `preprocess` makes them.
 
@@ -372,6 +373,7 @@ def encode_conversation(
       config: for `mm_use_im_start_end`.
       images: how many the conversation has. With one, the marks of a turn become a single one in front of it,
         as the reference does (`preprocess_multimodal`); with several they stay where they are.
+      image_last: put that single mark behind the turn's text.
 
     Returns:
       ids int32 [n] with `IMAGE`, labels int32 [n] with `IGNORE` where nothing is trained.
@@ -379,7 +381,7 @@ def encode_conversation(
     Raises:
       InputError: a speaker is unknown or speaks out of turn.
     """
-    values = [_place_marks(turn["value"], template, config, images) for turn in conversation]
+    values = [_place_marks(turn["value"], template, config, images, image_last) for turn in conversation]
     speakers = [turn["from"] for turn in conversation]
     if template.style == "single":
         return _encode_v0(speakers, values, template, tokenizer)
@@ -395,9 +397,10 @@ def encode_conversation(
     return ids, np.where(_inside(offsets, spans) & (ids != IMAGE), ids, IGNORE)
 
 
-def _place_marks(value: str, template: Template, config: LlavaConfig | None, images: int) -> str:
+def _place_marks(value: str, template: Template, config: LlavaConfig | None, images: int, image_last: bool) -> str:
     if MARK in value and images == 1:
-        value = f"{MARK}\n{value.replace(MARK, '').strip()}".strip()
+        text = value.replace(MARK, "").strip()
+        value = (f"{text}\n{MARK}" if image_last else f"{MARK}\n{text}").strip()
     if template.image_tag:
         value = value.replace(MARK, f"<Image>{MARK}</Image>")
     return value.replace(MARK, mark(config)) if config else value

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -75,7 +76,8 @@ def inference_mesh(config: LlavaConfig, devices: list | None = None) -> Mesh:
 
 # ---------------------------------------------------------------- parameters
 
-# (last parts of a path, spec). q, k, v and o are cut by heads: see `_divides`.
+# (last parts of a path, spec). q, k, v and o are cut by heads: see `_divides`. LoRA's two factors of a kernel are
+# cut where the kernel is, and along their rank.
 _RULES: tuple[tuple[str, P], ...] = (
     ("embed/embedding", P(None, FSDP)),
     ("head/kernel", P(FSDP, TENSOR)),
@@ -91,6 +93,10 @@ _RULES: tuple[tuple[str, P], ...] = (
     ("v/bias", P(TENSOR)),
     ("gate/bias", P(TENSOR)),
     ("up/bias", P(TENSOR)),
+    *((f"{name}/lora_a", P(FSDP, None)) for name in ("q", "k", "v", "gate", "up")),
+    *((f"{name}/lora_b", P(FSDP, TENSOR)) for name in ("q", "k", "v", "gate", "up")),
+    *((f"{name}/lora_a", P(TENSOR, FSDP)) for name in ("o", "down")),
+    *((f"{name}/lora_b", P(None, FSDP)) for name in ("o", "down")),
     ("linear_0/kernel", P(FSDP, TENSOR)),
     ("linear_0/bias", P(TENSOR)),
     ("linear_1/kernel", P(TENSOR, FSDP)),
@@ -113,7 +119,7 @@ def param_spec(path: str, shape: tuple[int, ...], config: LlavaConfig, mesh: Mes
 
 def _divides(path: str, n: int, axis: str, config: LlavaConfig, mesh: Mesh) -> bool:
     parts = path.split("/")
-    if axis == TENSOR and parts[-2] in ("q", "k", "v", "o") and parts[-1] in ("kernel", "bias"):
+    if axis == TENSOR and parts[-2] in ("q", "k", "v", "o"):
         if parts[0] == "vision":
             n = config.vision.heads
         else:
@@ -139,7 +145,7 @@ def gather(params: Any, path: str, config: LlavaConfig, mesh: Mesh | None) -> An
     def whole(tail, x):
         spec = param_spec("/".join(filter(None, (path, path_of(tail)))), x.shape, config, mesh)
         spec = P(*(None if axis == FSDP else axis for axis in spec))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return checkpoint_name(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), "gathered")
 
     return jax.tree_util.tree_map_with_path(whole, params)
 

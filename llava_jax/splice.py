@@ -108,10 +108,20 @@ def count_features(place: TileLayout, config: LlavaConfig) -> int:
     return len(merge_rows(place, config))
 
 
+def widths(row: Row, config: LlavaConfig) -> np.ndarray:
+    """Positions that each id takes once the images are in: int [n], 1 for a token, an image's features for its mark.
+
+    Raises:
+      InputError: there are more or fewer marks than images.
+    """
+    taken = np.ones(len(row.ids), np.int64)
+    taken[_marks(row)] = [count_features(place, config) for place in row.layouts]
+    return taken
+
+
 def spliced_length(row: Row, config: LlavaConfig) -> int:
     """Positions of a conversation once its images are in."""
-    marks = int((row.ids == IMAGE).sum())
-    return len(row.ids) - marks + sum(count_features(place, config) for place in row.layouts)
+    return int(widths(row, config).sum())
 
 
 def splice(
@@ -131,15 +141,37 @@ def splice(
       length: S; None for the longest row's.
       tiles: T; None for the most that a row has.
       batch: B; rows beyond `rows` are padding. None for as many as there are.
-      max_length: positions after which a row is cut, on the right, as the reference does. None to cut nothing.
+      max_length: positions after which a conversation is cut, on the right, as the reference does. None to cut
+        nothing.
       padding_side: "right" or "left".
 
     Raises:
       InputError: a row has more or fewer image marks than images; a row does not fit `length` or `tiles`.
     """
-    parts = [_splice_row(row, i, config, max_length) for i, row in enumerate(rows)]
-    longest = max((len(ids) for ids, _, _ in parts), default=0)
-    most = max((row.tile_count for row in rows), default=0)
+    return pack(
+        [[row] for row in rows], config,
+        length=length, tiles=tiles, batch=batch, max_length=max_length, padding_side=padding_side,
+    )  # fmt: skip
+
+
+def pack(
+    rows: Sequence[Sequence[Row]],
+    config: LlavaConfig,
+    *,
+    length: int | None = None,
+    tiles: int | None = None,
+    batch: int | None = None,
+    max_length: int | None = None,
+    padding_side: str = "right",
+) -> Batch:
+    """Splice conversations, several to a row: they follow each other as segments 1, 2, ..., each with positions from 0.
+
+    Each finds its own tiles in the row's feature table, behind those of the conversations before it; all share the
+    newline at the table's end. Arguments and errors are `splice`'s.
+    """
+    parts = [[_splice_row(row, b, config, max_length) for row in members] for b, members in enumerate(rows)]
+    longest = max((sum(len(ids) for ids, _, _ in members) for members in parts), default=0)
+    most = max((sum(row.tile_count for row in members) for members in rows), default=0)
     S = longest if length is None else length
     T = most if tiles is None else tiles
     B = len(rows) if batch is None else batch
@@ -148,7 +180,7 @@ def splice(
             f"{len(rows)} rows of up to {longest} positions and {most} tiles do not fit a batch of "
             f"{B} rows, {S} positions and {T} tiles"
         )
-    side = config.vision.image_size
+    side, patches = config.vision.image_size, config.vision.features_per_tile
     out = Batch(
         tiles=np.zeros((B, T, side, side, 3), np.uint8),
         ids=np.zeros((B, S), np.int32),
@@ -157,28 +189,39 @@ def splice(
         segments=np.zeros((B, S), np.int32),
         labels=np.full((B, S), IGNORE, np.int32),
     )
-    newline = T * config.vision.features_per_tile
-    for b, (row, (ids, features, labels)) in enumerate(zip(rows, parts, strict=True)):
-        n = len(ids)
-        at = slice(S - n, S) if padding_side == "left" else slice(0, n)
-        out.ids[b, at] = ids
-        out.feature_rows[b, at] = np.where(features == NEWLINE, newline, features)
-        out.positions[b, at] = np.arange(n)
-        out.segments[b, at] = 1
-        out.labels[b, at] = labels
-        if row.tiles:
-            out.tiles[b, : row.tile_count] = np.concatenate(row.tiles)
+    for b, members in enumerate(rows):
+        used = sum(len(ids) for ids, _, _ in parts[b])
+        start, tile = S - used if padding_side == "left" else 0, 0
+        for segment, (row, (ids, features, labels)) in enumerate(zip(members, parts[b], strict=True), 1):
+            n = len(ids)
+            at = slice(start, start + n)
+            out.ids[b, at] = ids
+            out.feature_rows[b, at] = np.where(features >= 0, features + tile * patches, features)
+            out.positions[b, at] = np.arange(n)
+            out.segments[b, at] = segment
+            out.labels[b, at] = labels
+            if row.tiles:
+                np.concatenate(row.tiles, out=out.tiles[b, tile : tile + row.tile_count])
+            start, tile = start + n, tile + row.tile_count
+    out.feature_rows[out.feature_rows == NEWLINE] = T * patches
     return out
 
 
-def _splice_row(row: Row, number: int, config: LlavaConfig, max_length: int | None):
-    """ids, rows of the row's feature table and labels of one conversation, each [n]."""
+def _marks(row: Row, number: int | None = None) -> np.ndarray:
+    """Where in `row.ids` its images stand."""
     marks = np.flatnonzero(row.ids == IMAGE)
     if len(marks) != len(row.layouts):
+        where = row.name or ("" if number is None else f"row {number}")
         raise InputError(
-            f"{row.name or f'row {number}'}: {len(marks)} <image> marks for {len(row.layouts)} images; "
+            f"{where}{': ' if where else ''}{len(marks)} <image> marks for {len(row.layouts)} images; "
             "there must be one mark for each"
         )
+    return marks
+
+
+def _splice_row(row: Row, number: int, config: LlavaConfig, max_length: int | None):
+    """ids, rows of the row's own feature table (or `TEXT`, `NEWLINE`) and labels of one conversation, each [n]."""
+    marks = _marks(row, number)
     labels = np.full(len(row.ids), IGNORE, np.int32) if row.labels is None else row.labels
     ids_parts, feature_parts, label_parts = [], [], []
     start = first_row = 0

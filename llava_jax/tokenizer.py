@@ -75,9 +75,9 @@ class Tokenizer:
             ids, offsets = ids[1:], offsets[1:]  # no space before a text that begins with a special token
         return ids, offsets
 
-    def decode(self, ids) -> str:
-        """The text of ids, special tokens left out."""
-        return self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids, *, special: bool = False) -> str:
+        """The text of ids; special tokens are left out unless `special`."""
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def without_open_bytes(self, ids: Sequence[int]) -> Sequence[int]:
         """Ids up to where more of them could change the text: a run of single bytes may become another character."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig, VisionConfig, projector_depth
-from llava_jax.layers import ACTIVATIONS, Dense, LayerNorm, attention
+from llava_jax.layers import ACTIVATIONS, Dense, LayerNorm, attention, run_layers
 from llava_jax.sharding import BATCH, TENSOR, constrain, gather
 
 
@@ -88,19 +88,25 @@ class Projector(nn.Module):
         return x
 
 
-def vision_features(params, config: LlavaConfig, pixels_BHW3: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+def vision_features(
+    params, config: LlavaConfig, pixels_BHW3: jax.Array, mesh: Mesh | None = None, remat: str = "none"
+) -> jax.Array:
     """The tower's features for normalised tiles: [B, P, C] (llava/model/multimodal_encoder/clip_encoder.py).
 
-    `params` is the `vision` part of the tree.
+    `params` is the `vision` part of the tree; its layers may be stacked (`layers.run_layers`).
     """
     c = config.vision
     x = Embedding(c).apply({"params": gather(params["embed"], "vision/embed", config, mesh)}, pixels_BHW3)
     x = LayerNorm(c.norm_eps).apply({"params": params["pre_norm"]}, x)
-    states = [x]
-    for i in range(c.layers_used):
-        layer = gather(params["layers"][str(i)], f"vision/layers/{i}", config, mesh)
-        x = constrain(Block(c).apply({"params": layer}, x, mesh), mesh, BATCH, None, None)
-        states.append(x)
+
+    def block(x_BPC, layer):
+        layer = gather(layer, "vision/layers", config, mesh)
+        return constrain(Block(c).apply({"params": layer}, x_BPC, mesh), mesh, BATCH, None, None)
+
+    states, done = {}, 0
+    for i in sorted(set(c.hidden_states)):
+        states[i] = x = run_layers(block, x, params["layers"], range(done, i), remat)
+        done = i
     x = jnp.concatenate([states[i] for i in c.hidden_states], axis=-1)
     return x if c.keep_class_token else x[:, 1:]
 

@@ -1,0 +1,157 @@
+"""Train LLaVA, both stages.
+
+    python -m train --preset v1.5-pretrain --checkpoint DIR --data FILE.json --image-folder DIR --output DIR
+    python -m train --list-presets
+
+The same command goes on with a run that was interrupted. Every field of `TrainConfig` is a flag.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import types
+
+from llava_jax.console import InputError, enable_compilation_cache, hush, note, run_main
+from train.processes import are_several, connect, watched
+
+PATHS = ("checkpoint", "data", "image_folder", "eval_data", "output")
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags are wrong input like any other: one line, status 1."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists all flags)")
+
+
+def parser() -> argparse.ArgumentParser:
+    from train.config import PRESETS, TrainConfig
+
+    p = Parser(prog="python -m train", description="Train LLaVA, both stages.", allow_abbrev=False)
+    p.add_argument("--preset", metavar="NAME", help=f"start from these values: {', '.join(PRESETS)}")
+    p.add_argument("--list-presets", action="store_true", help="print what the presets are, and end")
+    several = p.add_argument_group("several processes (on Cloud TPUs they find each other without these)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
+    several.add_argument("--process-id", type=int, metavar="N", help="the number of this process, from 0")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument(
+        "--heartbeat",
+        type=int,
+        default=40,
+        metavar="SECONDS",
+        help="silence after which a process is gone (default 40)",
+    )
+    fields = p.add_argument_group("the run")
+    for field in dataclasses.fields(TrainConfig):
+        flag = "--" + field.name.replace("_", "-")
+        about = f"{field.metadata['help']} (default {show(field.default)})".replace("%", "%%")
+        if field.type is bool:
+            fields.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+        else:
+            fields.add_argument(flag, metavar=field.name.upper(), help=about)
+    return p
+
+
+def show(value) -> str:
+    """A value as a flag takes it."""
+    return "none" if value in (None, "") else ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def parse(field: dataclasses.Field, text: str):
+    """The value of a field from its flag.
+
+    Raises:
+      InputError: it is of another type.
+    """
+    kinds = field.type.__args__ if isinstance(field.type, types.UnionType) else (field.type,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if int in kinds or float in kinds:
+        kind = int if int in kinds else float
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise InputError(f"--{field.name.replace('_', '-')} {text!r}: must be {wanted}") from None
+    return text if str in kinds else tuple(filter(None, text.split(",")))
+
+
+def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"]:  # noqa: F821
+    """Flags, and the configuration that they and the preset make.
+
+    Raises:
+      InputError: a preset, flag or value is none; something needed is not given.
+    """
+    from train.config import PRESETS, TrainConfig
+
+    p = parser()
+    args, unknown = p.parse_known_args(arguments)
+    for argument in unknown:
+        if not argument.startswith("--"):
+            raise InputError(f"{argument!r}: no flag goes with it (--help lists all)")
+        known = [flag for action in p._actions for flag in action.option_strings]
+        raise InputError(f"unknown field {argument.split('=')[0]}{nearest(argument.split('=')[0], known)}")
+    if args.list_presets:
+        return args, TrainConfig()
+    if args.preset is not None and args.preset not in PRESETS:
+        raise InputError(f"unknown preset {args.preset!r}{nearest(args.preset, PRESETS)}; --list-presets lists all")
+    given = {}
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(args, field.name)
+        if value is not None:
+            given[field.name] = parse(field, value) if isinstance(value, str) else value
+    for name in PATHS:  # so that the same run is known as such from another directory
+        if given.get(name) and "://" not in given[name] and (name != "checkpoint" or os.path.exists(given[name])):
+            given[name] = os.path.abspath(given[name])
+    config = (PRESETS[args.preset] if args.preset else TrainConfig()).replace(**given)
+    for name in ("checkpoint", "data", "output"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is needed")
+    return args, config
+
+
+def nearest(name: str, known) -> str:
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def list_presets() -> None:
+    """The presets as a table, one column each: first what they differ in."""
+    from train.config import PRESETS
+
+    fields = [field.name for field in dataclasses.fields(PRESETS["v1.5-pretrain"])]
+    rows = {name: [show(getattr(preset, name)) for preset in PRESETS.values()] for name in fields}
+    differing = {name: row for name, row in rows.items() if len(set(row)) > 1}
+    widths = [max(map(len, column)) for column in zip(PRESETS, *differing.values(), strict=True)]
+    first = max(map(len, differing))
+    for name, row in ({"": list(PRESETS)} | differing).items():
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f"{name:{first}}  {'  '.join(cells)}".rstrip())
+    alike = {name: row[0] for name, row in rows.items() if len(set(row)) == 1}
+    print("\nand all have " + ", ".join(f"{name} {value}" for name, value in alike.items() if value != "none"))
+
+
+def main() -> int:
+    args, config = read_config(sys.argv[1:])
+    if args.list_presets:
+        list_presets()
+        return 0
+    connect(args.coordinator, args.process_id, args.processes, args.heartbeat)
+    import jax
+
+    if jax.process_index():
+        hush()
+    enable_compilation_cache()
+    from train.loop import prepare, train
+
+    run = prepare(config)
+    chosen = {field.name: show(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    note("configuration: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    note(run.data.describe())
+    return train(run)
+
+
+if __name__ == "__main__":
+    run_main(lambda: watched(main) if are_several(sys.argv[1:]) else main())

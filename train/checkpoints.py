@@ -1,0 +1,136 @@
+"""States of a run, saved while it goes on, and brought back onto any mesh.
+
+    checkpoints/N/state      what N updates made of trained parameters and optimiser (Orbax)
+    checkpoints/N/progress   where the data stands, for each process (JSON)
+
+Orbax copies the state to the host, and writes it while the next updates are computed. A checkpoint appears under its
+name when it is whole; older ones go only after that.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llava_jax.console import InputError, note
+
+_policies = ocp.checkpoint_managers
+
+
+class Checkpoints:
+    """The checkpoints of one run. All processes take part in every call.
+
+    Args:
+      keep: the latest so many are kept, and the one of the lowest `eval_loss`.
+    """
+
+    def __init__(self, directory: epath.Path, keep: int):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is wrong is said here, in one line
+        by_loss = lambda metrics: metrics["eval_loss"]  # noqa: E731
+        best = _policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self.manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
+                best_fn=by_loss,
+                best_mode="min",
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            ),
+        )
+        self.failed: str | None = None  # why the last attempt came to nothing
+
+    @property
+    def latest(self) -> int | None:
+        """The number of updates behind the latest checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any], eval_loss: float | None = None) -> None:
+        """Begin to save. If that fails, now or later, the run goes on: it is told, and the next attempt may succeed."""
+        self.settle()
+        if step in self.manager.all_steps():
+            return
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
+                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                force=True,
+            )
+            self.failed = None
+        except Exception as error:  # whatever the file system, TensorStore and Orbax have to complain about
+            self._tell(step, error)
+
+    def settle(self) -> None:
+        """Wait for the save under way, if any."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            self._tell(None, error)
+
+    def finish(self) -> None:
+        """The same where nothing comes after.
+
+        Raises:
+          InputError: the last state is not saved.
+        """
+        self.settle()
+        if self.failed:
+            raise InputError(f"{self.manager.directory}: the last state is not saved ({self.failed}); {self._left()}")
+
+    def progress(self) -> dict[str, Any] | None:
+        """What was saved beside the latest state; None if there is no checkpoint.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        if self.latest is None:
+            return None
+        return self._read(progress=ocp.args.JsonRestore())["progress"]
+
+    def restore(self, like: Any) -> Any:
+        """The latest state.
+
+        Args:
+          like: a state whose shapes, types and places on the mesh the result takes; its arrays are given up.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        jax.tree.map(lambda x: x.delete(), like)  # so that there is room
+        return self._read(state=ocp.args.StandardRestore(wanted))["state"]
+
+    def _read(self, **items) -> Any:
+        try:
+            return self.manager.restore(self.latest, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise InputError(
+                f"{self.manager.directory / str(self.latest)}: cannot be read ({_line(error)}); "
+                "without this directory the run goes on from the checkpoint before it"
+            ) from None
+
+    def best_loss(self) -> float | None:
+        """The lowest evaluation loss of a checkpoint that is there."""
+        best = self.manager.best_step()
+        metrics = None if best is None else self.manager.metrics(best)
+        return metrics and metrics["eval_loss"]
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def _tell(self, step: int | None, error: Exception) -> None:
+        self.failed = _line(error)
+        self.manager.reload()  # what is there, not what was to be
+        if jax.process_index() == 0:
+            what = "the checkpoint" if step is None else f"checkpoint {step}"
+            note(f"warning: {what} could not be saved ({self.failed}); the run goes on, {self._left()}")
+
+    def _left(self) -> str:
+        return "there is none yet" if self.latest is None else f"the last one is that of step {self.latest}"
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -1,0 +1,162 @@
+"""What a training run is: one frozen dataclass of plain fields, each of them a flag, and the reference's presets."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from llava_jax.config import ASPECT_RATIOS
+from llava_jax.console import InputError
+from llava_jax.layers import REMAT
+from llava_jax.sharding import parse_mesh
+
+TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")
+BATCHING = ("packed", "bucketed")
+SCHEDULES = ("cosine", "constant")
+DTYPES = ("bfloat16", "float32")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run. Field names are the flags' (`learning_rate` is `--learning-rate`), `metadata["help"]` says what each is.
+
+    Raises:
+      InputError: a value is out of its range or its list.
+    """
+
+    # data
+    data: str = _("", "conversations in the original's format: a JSON list or JSON lines")
+    image_folder: str = _("", "where the images are that the data names")
+    template: str | None = _(None, "conversation template; None: the checkpoint's")
+    max_length: int = _(2048, "positions after splicing at which a conversation is cut")
+    batching: str = _("packed", "packed: several conversations a row; bucketed: one a row, lengths grouped")
+    global_batch_size: int = _(128, "conversations of one update, over all devices and accumulated parts")
+    epochs: float = _(1.0, "passes over the data")
+    steps: int | None = _(None, "updates of the whole run; None: what `epochs` gives")
+    on_bad_sample: str = _("skip", "skip: leave a broken sample out and count it; fail: stop at it")
+    max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same")
+    workers: int = _(4, "processes that read and decode pictures; 0: none beside this one")
+    prefetch: int = _(2, "batches that are made ahead")
+    tiles_per_row: int | None = _(None, "room for tiles of a packed row; None: from the data")
+    aspect_ratio: str | None = _(None, "square, pad or anyres; None: the checkpoint's")
+    image_first: str = _("as_is", "as_is: the image where the data has it; random: before or after the question")
+    eval_data: str | None = _(None, "held-out conversations to evaluate on")
+    eval_every: int = _(0, "updates between evaluations; 0: only after the last")
+
+    # model
+    checkpoint: str = _("", "the model to start from: a directory, or a name of the hub")
+    tune: str = _("projector,decoder", "what is trained: " + " | ".join(TUNE))
+    lora_rank: int = _(128, "rank of LoRA's matrices")
+    lora_alpha: float = _(256.0, "LoRA's product is scaled by alpha / rank")
+    lora_dropout: float = _(0.05, "share of LoRA's inputs that is dropped")
+    lora_targets: tuple[str, ...] = _(LORA_TARGETS, "linear layers of the decoder that LoRA adapts")
+
+    # optimiser
+    learning_rate: float = _(2e-5, "peak learning rate")
+    projector_learning_rate: float | None = _(None, "peak of the projector; None: learning_rate")
+    vision_learning_rate: float | None = _(None, "peak of the vision tower; None: learning_rate")
+    schedule: str = _("cosine", "cosine: to zero at the last update; constant; either after a linear warm-up")
+    warmup_ratio: float = _(0.03, "share of the updates that the warm-up takes")
+    weight_decay: float = _(0.0, "AdamW's; never on biases and norms")
+    adam_b1: float = _(0.9, "AdamW's")
+    adam_b2: float = _(0.999, "AdamW's")
+    adam_eps: float = _(1e-8, "AdamW's")
+    max_grad_norm: float = _(1.0, "gradients are scaled down to this norm over all that is trained; 0: never")
+    accumulate: int = _(1, "parts that a batch is computed in, one after the other")
+
+    # run
+    output: str = _("", "directory of the run: checkpoints, metrics, the exported model")
+    seed: int = _(0, "of the order of the data, LoRA's start and its dropout")
+    dtype: str = _("bfloat16", "of the computation; what is trained is kept in float32")
+    remat: str = _(
+        "full", "what the backward pass finds saved of a layer: full (nothing) | minimal | dots | none (all)"
+    )
+    mesh: str | None = _(None, "data=1,fsdp=8,tensor=1; None: all devices along fsdp")
+    save_every: int = _(500, "updates between checkpoints; 0: only the last")
+    keep: int = _(3, "checkpoints kept, the best aside")
+    log_every: int = _(1, "updates between lines of metrics")
+    profile_steps: str | None = _(None, "A:B: write a trace of updates A to B")
+    export_hf: bool = _(False, "export the model in transformers' format too")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
+        for name, known in (
+            ("tune", TUNE),
+            ("batching", BATCHING),
+            ("schedule", SCHEDULES),
+            ("remat", REMAT),
+            ("dtype", DTYPES),
+            ("on_bad_sample", ("skip", "fail")),
+            ("image_first", ("as_is", "random")),
+            ("aspect_ratio", (None, *ASPECT_RATIOS)),
+        ):
+            if getattr(self, name) not in known:
+                listed = ", ".join(str(value) for value in known if value)
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: only {listed}")
+        for name, least in (
+            ("max_length", 2), ("global_batch_size", 1), ("steps", 1), ("workers", 0), ("prefetch", 1),
+            ("tiles_per_row", 0), ("eval_every", 0), ("lora_rank", 1), ("lora_alpha", 0), ("learning_rate", 0),
+            ("projector_learning_rate", 0), ("vision_learning_rate", 0), ("weight_decay", 0), ("max_grad_norm", 0),
+            ("adam_eps", 0), ("accumulate", 1), ("seed", 0), ("save_every", 0), ("keep", 1), ("log_every", 1),
+        ):  # fmt: skip
+            self._check(name, lambda value, least=least: value >= least, f"must be at least {least}")
+        for name in ("max_bad_share", "warmup_ratio"):
+            self._check(name, lambda value: 0 <= value <= 1, "must be between 0 and 1")
+        for name in ("lora_dropout", "adam_b1", "adam_b2"):
+            self._check(name, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+        self._check("epochs", lambda value: value > 0, "must be above 0")
+        if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
+            raise InputError(f"--lora-targets {', '.join(unknown)}: only {', '.join(LORA_TARGETS)}")
+        if self.tune == "lora" and not self.lora_targets:
+            raise InputError(f"--lora-targets: name at least one of {', '.join(LORA_TARGETS)}")
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+
+    def _check(self, name: str, holds, says: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise InputError(f"--{name.replace('_', '-')} {value}: {says}")
+
+    def replace(self, **changes) -> "TrainConfig":
+        return dataclasses.replace(self, **changes)
+
+
+def _check_type(name: str, value: Any, wanted: Any) -> None:
+    """What a saved configuration or a caller gives, against the field's annotation; an int may stand for a float."""
+    kinds = wanted.__args__ if isinstance(wanted, types.UnionType) else (typing.get_origin(wanted) or wanted,)
+    kinds = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        says = wanted.__name__ if isinstance(wanted, type) else wanted
+        raise InputError(f"--{name.replace('_', '-')} {value!r}: must be {says}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number")
+
+
+# The reference's scripts, by the name of the stage (scripts/*.sh, scripts/v1_5/*.sh of haotian-liu/LLaVA).
+PRESETS: dict[str, TrainConfig] = {
+    "v1-pretrain": TrainConfig(template="plain", aspect_ratio="square", tune="projector", learning_rate=2e-3),
+    # The paper puts the image before or after the question at random.
+    "v1-finetune": TrainConfig(template="v1", aspect_ratio="square", image_first="random"),
+    "v1-finetune-scienceqa": TrainConfig(template="v1", aspect_ratio="square", epochs=12.0),
+    "v1.5-pretrain": TrainConfig(
+        template="plain", aspect_ratio="square", tune="projector", global_batch_size=256, learning_rate=1e-3
+    ),
+    "v1.5-finetune": TrainConfig(template="v1", aspect_ratio="pad"),
+    "v1.5-finetune-lora": TrainConfig(
+        template="v1", aspect_ratio="pad", tune="lora", learning_rate=2e-4, projector_learning_rate=2e-5
+    ),
+    "v1.5-finetune-task": TrainConfig(template="v1", aspect_ratio="pad"),
+    # What v1.6 was trained with is not published; these are LLaVA-NeXT's direct_finetune_clip.sh, with the batch of
+    # v1.5 and the length of the released models.
+    "v1.6-finetune": TrainConfig(
+        aspect_ratio="anyres", tune="projector,decoder,vision", max_length=4096, learning_rate=1e-5,
+        vision_learning_rate=2e-6,
+    ),
+}  # fmt: skip

@@ -1,0 +1,374 @@
+"""Batches of conversations: ordered, measured, packed or bucketed, their pictures read, made ahead.
+
+    order      windows of indices, shuffled by seed and epoch               grain
+    plan       tokenize a window, distribute it over rows; no pixels yet    threads
+    batch      as many rows as a global batch has
+    load       read the pictures of this process's rows, splice             threads
+    prefetch   a few batches ahead
+
+Everything before `load` is computed alike on all processes, from seed, epoch and index alone. So batches do not depend
+on the number of workers or processes, all processes agree on shapes and on the number of batches without a word, and
+a place in the data (a window, and a row of it) means the same to any number of them. What is repeated is cheap
+beside pictures: about a millisecond for a conversation.
+"""
+
+import bisect
+import concurrent.futures
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError
+from llava_jax.splice import Batch, Row, pack
+from llava_jax.tokenizer import Tokenizer
+from train.config import TrainConfig
+from train.packing import fill_rows
+from train.samples import BadSample, BadSamples, Sample, Samples
+
+WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
+# What the longest row and the most tiles of a bucketed batch are rounded up to.
+LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
+
+Planned = list[list[Sample]]  # rows of conversations
+Info = dict[str, Any]
+
+
+def open_data(
+    config: TrainConfig,
+    model: LlavaConfig,
+    tokenizer: Tokenizer,
+    *,
+    rows_multiple: int = 1,
+    process: int = 0,
+    processes: int = 1,
+    path: str | None = None,
+    train: bool = True,
+    folder: Path | None = None,
+) -> "Data":
+    """Open a data file, and look at some of it.
+
+    Args:
+      model: the checkpoint's; `config.aspect_ratio` replaces its own.
+      rows_multiple: the mesh wants the rows of a global batch to be a multiple of this.
+      process, processes: which part of each global batch to yield.
+      path: None for `config.data`.
+      train: shuffle, and go on for ever; otherwise one pass in the file's order, each time that it is iterated.
+      folder: where bad samples are listed; None for `config.output`.
+
+    Raises:
+      InputError: the file has no conversation to train on, too many of those looked at are broken, or the batch does
+        not suit the mesh.
+    """
+    model = model.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else model
+    samples = Samples(
+        path or config.data,
+        config.image_folder,
+        model,
+        tokenizer,
+        template=config.template,
+        max_length=config.max_length,
+        image_first=config.image_first if train else "as_is",
+        seed=config.seed,
+    )
+    folder = folder or (Path(config.output) if config.output else None)
+    bad = BadSamples(config, samples, folder, process)
+    return Data(config, model, samples, bad, math.lcm(rows_multiple, processes), process, processes, train)
+
+
+class Data:
+    """Batches of a data file; see `open_data`. Iteration yields `(Batch, info)`.
+
+    The batch holds this process's rows; `info` is about the whole of it:
+
+        conversations, images, tokens    how many; tokens are positions in use
+        padding, tile_padding            shares of positions and of tiles that are not
+        epoch                            pass over the data, from 0, that its last conversation belongs to
+        bad                              bad samples met so far
+        ids                              of the conversations, as the data file has them
+
+    Attributes:
+      rows: of a global batch.
+      length, tiles: of a row; where batching is bucketed, the most that they can be.
+      steps_per_epoch: global batches of one pass; of packed ones an estimate, unless the file has at most `WINDOW`
+        conversations.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LlavaConfig,
+        samples: Samples,
+        bad: BadSamples,
+        multiple: int,
+        process: int,
+        processes: int,
+        train: bool,
+    ):
+        self.config, self.model, self.samples, self.train = config, model, samples, train
+        self._bad, self._multiple, self._process, self._processes = bad, multiple, process, processes
+        self.packed = config.batching == "packed"
+        self.length = config.max_length
+        self.tiles = TILES[-1] if config.tiles_per_row is None else config.tiles_per_row
+        # Two pools, so that no batch waits for its pictures while a window is tokenized.
+        self._pools = [concurrent.futures.ThreadPoolExecutor(config.workers) for _ in range(2 * bool(config.workers))]
+        self._map_measure, self._map_load = (pool.map for pool in self._pools) if self._pools else (map, map)
+        self._looked_at = range(0, len(samples), -(-len(samples) // WINDOW))
+        self._sample = self._look()
+        if self.packed and config.tiles_per_row is None:
+            self.tiles = self._enough_tiles()
+        self._set_rows(self._wanted_rows())
+
+    # ------------------------------------------------------------ beforehand
+
+    def _look(self) -> list[Sample]:
+        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read."""
+        good, bad = _part(self._map_measure(self._measure, self._looked_at))
+        for one in good:
+            loaded = self.samples.load(one)
+            if isinstance(loaded, Row):
+                break
+            bad.append(loaded)
+        else:
+            raise InputError(f"nothing in it can be trained on; first of all, {self.samples.name(bad[0])}")
+        self._bad.add(bad, seen=len(self._looked_at), known_to_all=True)
+        return good
+
+    def _enough_tiles(self) -> int:
+        """The fewest tiles a row that cost no more than a hundredth of the positions, and hold any one picture."""
+        sizes = [(one.length, one.tiles) for one in self._sample]
+        rows = fill_rows([(length, 0) for length, _ in sizes], self.length, 0)
+        most = max(sum(sizes[i][1] for i in row) for row in rows)
+        grids = self.model.grid_pinpoints if self.model.aspect_ratio == "anyres" else ()
+        side = self.model.vision.image_size
+        picture = max([1, *(1 + (w // side) * (h // side) for w, h in grids)]) if self.samples.has_image.any() else 0
+        least = max(picture, *(tiles for _, tiles in sizes))
+        fits = lambda tiles: len(fill_rows(sizes, self.length, tiles)) <= 1.01 * len(rows)  # noqa: E731
+        return least + bisect.bisect_left(range(least, max(least, most)), True, key=fits)
+
+    def _wanted_rows(self) -> int:
+        wanted, multiple = self.config.global_batch_size, self._multiple
+        if self.packed:
+            per_row = len(self._sample) / len(self._fill(self._sample))
+            return max(1, round(wanted / per_row / multiple)) * multiple
+        if wanted % multiple:
+            raise InputError(
+                f"--global-batch-size {wanted}: with one conversation a row, the mesh and the number of processes want "
+                f"a multiple of {multiple}"
+            )
+        return wanted
+
+    def _set_rows(self, rows: int) -> None:
+        """Take this many rows a batch, and start at the beginning."""
+        self.rows = rows
+        self._order = self._make_order()
+        self.steps_per_epoch = len(self._order)
+        if self.packed:
+            all_rows = len(self._fill(self._sample)) * len(self.samples) / len(self._looked_at)
+            self.steps_per_epoch = math.ceil(all_rows / rows)
+        self._batches = iter(self._make_batches())
+        self._start = self._batches.get_state()
+
+    def estimate(self) -> dict[str, float]:
+        """From the conversations looked at beforehand: `padding` and `tile_padding`, `conversations` of a batch."""
+        sample = sorted(self._sample, key=lambda one: bool(one.images))
+        rows = self._fill(sample) if self.packed else [[one] for one in sample]
+        batches = [rows[i : i + self.rows] for i in range(0, len(rows), self.rows)]
+        positions, tiles = np.sum([np.multiply(len(batch), self._shape(batch)) for batch in batches], axis=0)
+        return {
+            "padding": _unused(sum(one.length for one in sample), positions),
+            "tile_padding": _unused(sum(one.tiles for one in sample), tiles),
+            "conversations": self.rows * len(sample) / len(rows),
+        }
+
+    def describe(self) -> str:
+        """A line about the data and its batches."""
+        found = self.estimate()
+        if self.packed:
+            shape = f"{self.length} positions and {self.tiles} tiles"
+        else:
+            shape = f"up to {self.length} positions, one conversation each"
+        return (
+            f"{len(self.samples):,} conversations, template {self.samples.template}, {self.steps_per_epoch:,} steps an "
+            f"epoch; a batch is {self.rows} rows of {shape}, about {found['conversations']:.0f} conversations; "
+            f"padding: {found['padding']:.1%} of positions, {found['tile_padding']:.1%} of tiles"
+        )
+
+    # ------------------------------------------------------------ order
+
+    def _make_order(self) -> grain.MapDataset:
+        """One epoch as windows, lists of indices; as it is repeated, grain shuffles each epoch anew.
+
+        Bucketed windows are batches. As in the reference (llava_trainer.py `get_modality_length_grouped_indices`)
+        each has pictures throughout or nowhere, in random order; what is left over of both kinds makes the last ones.
+        (The lengths that the reference sorts by within a batch only balance its processes.)
+        """
+
+        def shuffled(dataset: grain.MapDataset) -> grain.MapDataset:
+            return dataset.shuffle() if self.train else dataset
+
+        def indices(chosen: np.ndarray) -> grain.MapDataset:
+            return shuffled(grain.MapDataset.source(chosen.tolist()).seed(self.config.seed))
+
+        has_image, B = self.samples.has_image, self.rows
+        if self.packed:
+            return indices(np.arange(len(has_image))).batch(WINDOW, batch_fn=list)
+        kinds = [indices(np.flatnonzero(kind)) for kind in (has_image, ~has_image) if kind.any()]
+        whole = [kind[: len(kind) // B * B].batch(B, batch_fn=list) for kind in kinds if len(kind) >= B]
+        rest = [kind[len(kind) // B * B :] for kind in kinds if len(kind) % B]
+        order = [shuffled(grain.MapDataset.concatenate(whole))] if whole else []
+        order += [grain.MapDataset.concatenate(rest).batch(B, batch_fn=list)] if rest else []
+        return grain.MapDataset.concatenate(order)
+
+    def _make_batches(self) -> grain.IterDataset:
+        order = self._order.repeat() if self.train else self._order
+        windows = order.map_with_index(self._plan)
+        windows = windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        rows = grain.experimental.FlatMapIterDataset(windows, _Rows(self._bad))
+        batches = rows.batch(self.rows, batch_fn=list).map(self._load)
+        return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.config.prefetch)
+
+    # ------------------------------------------------------------ plan
+
+    def _measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
+        one = self.samples.measure(index, epoch)
+        if isinstance(one, Sample) and one.tiles > self.tiles:
+            reason = f"{one.tiles} tiles, and a row has room for {self.tiles} (--tiles-per-row)"
+            return BadSample(index, one.id, None, reason)
+        return one
+
+    def _plan(self, number: int, indices: Sequence[int]) -> "_Window":
+        """Measure a window of the endless order, and distribute it over rows."""
+        epoch = number // len(self._order)
+        found = list(self._map_measure(functools.partial(self._measure, epoch=epoch), indices))
+        good, bad = _part(found)
+        if self.packed:
+            rows = self._fill(good)
+            np.random.default_rng((self.config.seed, number)).shuffle(rows)
+        else:  # a bad sample leaves its row empty
+            rows = [[one] if isinstance(one, Sample) else [] for one in found]
+            rows += [[] for _ in range(self.rows - len(rows))]
+        return _Window(rows, bad, len(indices))
+
+    def _fill(self, samples: list[Sample]) -> Planned:
+        rows = fill_rows([(one.length, one.tiles) for one in samples], self.length, self.tiles)
+        return [[samples[i] for i in row] for row in rows]
+
+    def _shape(self, rows: Planned) -> tuple[int, int]:
+        """Positions and tiles of a batch's rows: of all of them, not only this process's."""
+        if self.packed:
+            return self.length, self.tiles
+        longest = max(sum(one.length for one in row) for row in rows)
+        most = max(sum(one.tiles for one in row) for row in rows)
+        return min(_up(LENGTHS, longest), self.length), min(_up(TILES, most), self.tiles)
+
+    # ------------------------------------------------------------ load
+
+    def _load(self, rows: Planned) -> tuple[Batch, Info]:
+        length, tiles = self._shape(rows)
+        share = self.rows // self._processes
+        mine = rows[self._process * share : (self._process + 1) * share]
+        loaded = iter(self._map_load(self.samples.load, [one for row in mine for one in row]))
+        spliced = [[next(loaded) for _ in row] for row in mine]
+        batch = pack(
+            [[one for one in row if isinstance(one, Row)] for row in spliced],
+            self.model,
+            length=length,
+            tiles=tiles,
+            batch=share,
+            max_length=self.length,
+        )
+        bad = [one for row in spliced for one in row if isinstance(one, BadSample)]
+        self._bad.add(bad)
+        lost = {one.index for one in bad}
+        kept = [one for row in rows for one in row if one.index not in lost]
+        tokens = sum(one.length for one in kept)
+        return batch, {
+            "conversations": len(kept),
+            "images": sum(len(one.images) for one in kept),
+            "tokens": tokens,
+            "padding": _unused(tokens, self.rows * length),
+            "tile_padding": _unused(sum(one.tiles for one in kept), self.rows * tiles),
+            "epoch": max((one.epoch for one in kept), default=0),
+            "bad": self._bad.count,
+            "ids": [one.id for one in kept],
+        }
+
+    # ------------------------------------------------------------ iteration
+
+    def __iter__(self) -> Iterator[tuple[Batch, Info]]:
+        if not self.train:
+            self._batches.set_state(self._start)
+        return self
+
+    def __next__(self) -> tuple[Batch, Info]:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the data stands after the last batch yielded: JSON-able, and the same on all processes."""
+        return {"conversations": len(self.samples), "rows": self.rows, "place": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from there, bit for bit, with any number of workers and processes.
+
+        Batches keep the rows that they had, and `steps_per_epoch` goes with them, if the mesh divides them still;
+        otherwise they go on from the same row with as many as they have here.
+
+        Raises:
+          InputError: the data has changed.
+        """
+        if state["conversations"] != len(self.samples):
+            raise InputError(
+                f"{self.samples.path} has {len(self.samples)} conversations; the run that is to go on had "
+                f"{state['conversations']}"
+            )
+        if self.packed and state["rows"] != self.rows and state["rows"] % self._multiple == 0:
+            self._batches.close()
+            self._set_rows(state["rows"])
+        self._batches.set_state(state["place"])
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._batches.close()
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    rows: Planned
+    bad: list[BadSample]
+    seen: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(grain.experimental.FlatMapTransform):
+    """A window's rows, one after the other. They pass here in order, so here bad samples are counted."""
+
+    counted: BadSamples
+    max_fan_out: int = WINDOW
+
+    def flat_map(self, window: _Window) -> Planned:
+        self.counted.add(window.bad, window.seen, known_to_all=True)
+        return window.rows
+
+
+def _part(found) -> tuple[list[Sample], list[BadSample]]:
+    found = list(found)
+    return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]
+
+
+def _unused(used: int, room: int) -> float:
+    return 1 - used / room if room else 0.0
+
+
+def _up(ladder: tuple[int, ...], n: int) -> int:
+    """`n` rounded up to a rung; the top one if it is above."""
+    return ladder[min(bisect.bisect_left(ladder, n), len(ladder) - 1)]

@@ -1,0 +1,89 @@
+"""The result of a run: the model in our format, and with LoRA also the adapter.
+
+What was not trained is copied from the input checkpoint's files, tensor by tensor, so it is the same bit for bit
+whatever the run computed in; what was trained is stored in the type that it had there.
+"""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+
+from llava_jax import checkpoint
+from llava_jax.checkpoint import Checkpoint
+from llava_jax.config import LlavaConfig
+from llava_jax.llava import Params
+from llava_jax.sources import Tensor
+from train import lora
+from train.config import TrainConfig
+from train.output import Output
+from train.step import TrainState, export_params
+
+
+def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainConfig, state: TrainState) -> None:
+    """Write `model/`, and `adapter/` if there is one. All processes take part; the first one writes.
+
+    Args:
+      found: the input checkpoint.
+      model: what was trained; its image and template settings go along.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    jax.tree.map(lambda x: x.delete(), state.opt_state)  # room for what follows
+    params = export_params({}, state)
+    if config.tune == "lora":
+        _write_adapter(output, params, model, config)
+    trained = {path: _whole(x) for path, x in flatten_dict(params, sep="/").items()}
+    if not output.first:
+        return
+    kept = {} if config.template in (None, "plain") else {"template": config.template}
+    checkpoint.save(
+        output.root / "model",
+        _merged(found, trained, config),
+        model.replace(max_length=config.max_length, **kept),
+        found.tokenizer.files,
+        overwrite=True,
+    )
+
+
+def _whole(x: jax.Array) -> np.ndarray | jax.Array:
+    """An array within reach of this process; on the host if it was spread over several, one after the other."""
+    return x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
+def _merged(found: Checkpoint, trained: dict[str, np.ndarray | jax.Array], config: TrainConfig) -> dict[str, Tensor]:
+    """The tensors of the input, those that were trained replaced, none of them read yet."""
+    tensors = dict(found.source().tensors)
+    for path, x in trained.items():
+        if path.endswith("lora_a"):
+            path = path.removesuffix("lora_a") + "kernel"
+            factors = x, trained[path.removesuffix("kernel") + "lora_b"]
+            read = functools.partial(_read_adapted, tensors[path], *factors, lora.scale(config))
+        elif path.endswith("lora_b"):
+            continue
+        else:
+            read = functools.partial(_read_trained, tensors[path], x)
+        tensors[path] = dataclasses.replace(tensors[path], read=read)
+    return tensors
+
+
+def _read_trained(stored: Tensor, x: np.ndarray | jax.Array) -> np.ndarray:
+    return np.asarray(x).astype(stored.dtype)
+
+
+def _read_adapted(stored: Tensor, a: np.ndarray | jax.Array, b: np.ndarray | jax.Array, scale: float) -> np.ndarray:
+    return (stored.read().astype(np.float32) + scale * (np.asarray(a) @ np.asarray(b))).astype(stored.dtype)
+
+
+def _write_adapter(output: Output, params: Params, model: LlavaConfig, config: TrainConfig) -> None:
+    staged, final = output.files / ".adapter.incomplete", output.files / "adapter"
+    shutil.rmtree(staged, ignore_errors=True)
+    lora.save_adapter(staged, params, model, config)
+    if output.first:
+        shutil.rmtree(final, ignore_errors=True)
+        staged.rename(final)

@@ -1,0 +1,176 @@
+"""LoRA (Hu et al. 2021) on the linear layers of the decoder: parameters, their use, adapters in PEFT's format.
+
+An adapted kernel W [in, out] has two more parameters beside it in the tree, `lora_a` [in, rank] and `lora_b`
+[rank, out]: the layer computes x W + alpha / rank * drop(x) A B. Nothing of the model knows of that: `adapted` steps in
+where a Dense layer is called whose parameters hold them.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from llava_jax.config import LlavaConfig
+from llava_jax.llava import Params
+from llava_jax.names import write_name
+from train.config import TrainConfig
+
+FACTORS = ("lora_a", "lora_b")
+
+
+def is_lora(path: str) -> bool:
+    return path.endswith(FACTORS)
+
+
+def init_lora(kernels: Mapping[str, jax.ShapeDtypeStruct], config: TrainConfig, key: jax.Array) -> dict[str, jax.Array]:
+    """Factors for stacked kernels `{".../q/kernel": [L, in, out]}`, by path, in float32.
+
+    As PEFT: A uniform in +-1 / sqrt(in) (He's initialisation with a = sqrt(5)), B zero.
+    """
+    made = {}
+    for i, (path, kernel) in enumerate(kernels.items()):
+        layers, wide, out = kernel.shape
+        shape = (layers, wide, config.lora_rank)
+        bound = wide**-0.5
+        base = path.removesuffix("kernel")
+        made[base + "lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
+        made[base + "lora_b"] = jnp.zeros((layers, config.lora_rank, out))
+    return made
+
+
+def adapted_kernels(paths: Iterable[str], config: TrainConfig) -> list[str]:
+    """Those of the (stacked) paths whose kernels are adapted."""
+    tails = tuple(f"/{target}/kernel" for target in config.lora_targets)
+    return [path for path in paths if path.startswith("decoder/layers/") and path.endswith(tails)]
+
+
+def add_dropout(layers: dict, key: jax.Array) -> dict:
+    """Stacked decoder layers with a key for each adapted linear of each layer: `lora_key` [L]."""
+    flat = flatten_dict(layers, sep="/")
+    factors = [path for path in flat if path.endswith("lora_a")]
+    for i, path in enumerate(factors):
+        keys = jax.random.split(jax.random.fold_in(key, i), flat[path].shape[0])
+        flat[path.removesuffix("lora_a") + "lora_key"] = keys
+    return unflatten_dict(flat, sep="/")
+
+
+def adapted(config: TrainConfig):
+    """While this context lasts, Dense layers whose parameters hold factors use them."""
+
+    def step_in(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        dense = context.module
+        if not isinstance(dense, nn.Dense) or not dense.has_variable("params", "lora_a"):
+            return out
+        (x,) = args
+        if dense.has_variable("params", "lora_key"):
+            kept = jax.random.bernoulli(dense.get_variable("params", "lora_key"), 1 - config.lora_dropout, x.shape)
+            x = jnp.where(kept, x / (1 - config.lora_dropout), 0).astype(x.dtype)
+        a, b = (dense.get_variable("params", name) for name in FACTORS)
+        return out + (x @ a * scale(config)) @ b
+
+    return nn.intercept_methods(step_in)
+
+
+def scale(config: TrainConfig) -> float:
+    return config.lora_alpha / config.lora_rank
+
+
+# ---------------------------------------------------------------- after training
+
+
+def merge(params: Params, config: TrainConfig) -> Params:
+    """A model, one entry for each layer, whose factors have been multiplied out and added to their kernels."""
+    flat = flatten_dict(params, sep="/")
+    factors = {path: flat.pop(path) for path in list(flat) if is_lora(path)}
+    for path in list(flat):
+        base = path.removesuffix("kernel")
+        if base + "lora_a" in factors:
+            kernel = flat[path]
+            merged = _merged(kernel, *(factors[base + name] for name in FACTORS), scale(config))
+            flat[path] = jax.device_put(merged, kernel.sharding)
+    return unflatten_dict(flat, sep="/")
+
+
+@jax.jit
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    return (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
+
+
+def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfig, config: TrainConfig) -> None:
+    """Write what was trained the way the reference does: an adapter of PEFT's, and the projector beside it.
+
+        adapter_config.json  adapter_model.safetensors  non_lora_trainables.bin
+
+    All processes take part, the first one writes. Names are those of the original (`LlavaLlamaForCausalLM`).
+
+    Args:
+      params: what `step.export_params` gives: one entry for each layer, the factors beside their kernels.
+
+    Source: llava/train/train.py, the end of `train`; peft's `save_pretrained`.
+    """
+    adapter, others = {}, {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        if is_lora(path):
+            base, _, factor = path.rpartition("/")
+            name, _ = write_name(f"{base}/kernel", "original", model)
+            adapter[f"base_model.model.{name.removesuffix('weight')}{_THEIRS[factor]}.weight"] = _host(leaf).T
+        elif path.startswith("projector/"):
+            name, (_, to_theirs) = write_name(path, "original", model)
+            others[f"base_model.model.{name}"] = to_theirs(_host(leaf))
+    if jax.process_index():
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({k: np.ascontiguousarray(x) for k, x in adapter.items()}, directory / "adapter_model.safetensors")
+    _save_torch(directory / "non_lora_trainables.bin", others)
+    described = dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=config.checkpoint, bias="none",
+        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, inference_mode=True,
+        target_modules=sorted({name.split(".")[-3] for name in adapter}),
+    )  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+_THEIRS = {"lora_a": "lora_A", "lora_b": "lora_B"}
+
+
+def _host(x: jax.Array) -> np.ndarray:
+    if not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x, np.float32)
+
+
+def _save_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """What `torch.save` writes for a dictionary of float32 tensors: a zip file of a pickle and of each one's bytes.
+
+    The pickle names classes of torch, which need not be here, so it is put together from its opcodes.
+    """
+
+    def plain(x) -> bytes:  # without the protocol in front and the stop behind
+        return pickle.dumps(x, 2)[2:-1]
+
+    storage, rebuild = b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"
+    no_hooks = b"ccollections\nOrderedDict\n)R"
+    items = b""
+    for i, (name, x) in enumerate(tensors.items()):
+        strides = tuple(s // x.itemsize for s in np.ascontiguousarray(x).strides)
+        stored = b"(" + plain("storage") + storage + plain(str(i)) + plain("cpu") + plain(x.size) + b"tQ"
+        rest = plain(0) + plain(x.shape) + plain(strides) + plain(False) + no_hooks
+        items += plain(name) + rebuild + b"(" + stored + rest + b"tR"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}(" + items + b"u.")
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+        for i, x in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{i}", np.ascontiguousarray(x, "<f4").tobytes())

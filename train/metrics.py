@@ -1,0 +1,88 @@
+"""What is written down about each update: metrics.jsonl, TensorBoard events; and what it is measured against."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llava_jax.config import LlavaConfig
+from train.config import TrainConfig
+from train.tensorboard import EventWriter
+
+# Peak of one device in bfloat16, FLOP/s, by a part of its name in JAX; the makers' figures, without sparsity.
+PEAKS = {
+    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
+    "H200": 989e12, "H100": 989e12, "A100": 312e12,
+}  # fmt: skip
+
+
+def device_peak(kind: str) -> float | None:
+    """Peak FLOP/s of a device kind (`TPU v5 lite`, `NVIDIA H100 80GB HBM3`), None if it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in kind), None)
+
+
+def flops_of_batch(model: LlavaConfig, config: TrainConfig, rows: int, length: int, tiles: int) -> float:
+    """Floating-point operations that an update needs, without what is computed twice to save memory.
+
+    Two for each weight and position forward, two backward for the gradient that is passed on, two more for the
+    weight's own where it is trained. Padding is counted, logits are counted for all positions only where they are
+    few enough to matter little.
+    """
+    t, v = model.text, model.vision
+    heads = t.head_width * (2 * t.heads + 2 * t.kv_heads)
+    decoder = t.layers * t.width * (heads + 3 * t.ffn_width) * rows * length
+    scores = t.layers * t.heads * t.head_width * rows * length**2  # two products, half of each masked
+    patches = (v.patches_per_side**2 + 1) * tiles * rows
+    tower = v.layers_used * (4 * v.width**2 + 2 * v.width * v.ffn_width) * patches
+    tower_scores = v.layers_used * 2 * v.width * patches * (v.patches_per_side**2 + 1)
+    decoder_passes = 3 if "decoder" in config.tune else 2
+    tower_passes = 3 if "vision" in config.tune else 1
+    return 2 * (decoder * decoder_passes + scores * 3 + tower * tower_passes + tower_scores * tower_passes)
+
+
+def device_memory() -> float | None:
+    """The most that a device of this process has held so far, in GB; None where it is not told."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return round(stats["peak_bytes_in_use"] / 1e9, 3) if "peak_bytes_in_use" in stats else None
+
+
+class MetricsFiles:
+    """`metrics.jsonl` and `events/`, appended to. A run that goes on forgets what it had written beyond its state."""
+
+    def __init__(self, directory: Path, step: int):
+        path = directory / "metrics.jsonl"
+        kept = [line for line in _lines(path) if line["step"] <= step]
+        written = path.with_suffix(".new")
+        written.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        written.replace(path)
+        self.file = path.open("a")
+        self.events = EventWriter(directory / "events", step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record` has `step`, and numbers; one that is not finite becomes null."""
+        plain = {name: value if _is_finite(value) else None for name, value in record.items()}
+        self.file.write(json.dumps(plain) + "\n")
+        self.file.flush()
+        scalars = {name: float(value) for name, value in plain.items() if name != "step" and value is not None}
+        self.events.write(record["step"], scalars)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+def _is_finite(value: Any) -> bool:
+    return value is None or math.isfinite(value)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """What is in the file, but for a last line that was cut off as its process died."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,64 @@
+"""The optimiser: AdamW with a learning rate for each part of the model, and the schedules of transformers."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llava_jax.sharding import path_of
+from train.config import TrainConfig
+
+PARTS = ("decoder", "projector", "vision")  # LoRA's matrices are of the decoder
+
+
+def part_of(path: str) -> str:
+    """The part of the model that the parameter at `path` belongs to; the newline embedding is the decoder's."""
+    top = path.split("/")[0]
+    return "decoder" if top == "newline" else top
+
+
+def peak(part: str, config: TrainConfig) -> float:
+    """The highest learning rate of a part."""
+    own = {"projector": config.projector_learning_rate, "vision": config.vision_learning_rate}.get(part)
+    return config.learning_rate if own is None else own
+
+
+def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Update number (from 0) -> share of the peak learning rate.
+
+    As transformers' `get_cosine_schedule_with_warmup` and `get_constant_schedule_with_warmup`: the first update of a
+    warm-up has rate 0, the cosine reaches 0 after the last.
+    """
+    warmup = math.ceil(total_steps * config.warmup_ratio)
+
+    def share(count):
+        rising = count / max(1, warmup)
+        if config.schedule == "constant":
+            return jnp.where(count < warmup, rising, 1.0)
+        # (1 + cos(pi * gone)) / 2, in a form that keeps its digits where it is small.
+        left = jnp.clip((total_steps - count) / max(1, total_steps - warmup), 0.0, 1.0)
+        return jnp.where(count < warmup, rising, jnp.sin(0.5 * jnp.pi * left) ** 2)
+
+    return share
+
+
+def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) behind clipping by the norm over all that is trained."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
+        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+        optax.scale_by_schedule(schedule(config, total_steps)),
+        optax.partition({part: optax.scale(-peak(part, config)) for part in PARTS}, _parts),
+    )
+
+
+def _parts(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path_of(path)), tree)
+
+
+def _decayed(tree: Any) -> Any:
+    """All but biases and norms, as the reference (llava/train/llava_trainer.py `create_optimizer`)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_of(path).split("/")[-1] not in ("bias", "scale"), tree)

@@ -1,0 +1,137 @@
+"""A run's directory: who uses it, what is run in it, what of it is there.
+
+    config.json           the TrainConfig in force, and a checksum of its data
+    metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
+    checkpoints/          states to go on from (checkpoints.py)
+    model/ adapter/       the result (export.py)
+
+Small files are appended to in `files`: the directory itself, or, where it is in an object store (`gs://`), which knows
+no appending, a copy on this machine that `push` carries there.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from llava_jax.console import InputError
+from train.config import TrainConfig
+
+# A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
+MAY_CHANGE = {
+    "data", "image_folder", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
+    "on_bad_sample", "max_bad_share", "save_every", "keep", "log_every", "profile_steps", "export_hf",
+}  # fmt: skip
+CHECKSUM = "data_sha256"  # `data` may move, but not change
+
+
+class Output:
+    """The directory, held by this process until it ends.
+
+    Raises:
+      InputError: another run holds it; it cannot be written; it belongs to something else, or to a run with a
+        different configuration, whose every difference is named.
+    """
+
+    def __init__(self, config: TrainConfig, *, first: bool = True):
+        """`first` is for the one process that writes; the others only look."""
+        self.root = epath.Path(config.output)
+        self.first = first
+        self.remote = "://" in config.output
+        self.files = Path(tempfile.mkdtemp(prefix="train-")) if self.remote else Path(config.output)
+        self.described = describe(config)
+        try:
+            if first:
+                self.root.mkdir(parents=True, exist_ok=True)
+                self._lock()
+            path = self.root / "config.json"
+            self.resumed = path.exists()
+            if self.resumed:
+                _compare(path, self.described)
+                self._pull()
+        except OSError as error:
+            raise InputError(f"--output {config.output}: cannot be used ({error.strerror or error})") from None
+
+    def is_finished(self, total: int, latest: int | None) -> bool:
+        """Whether all updates were made and the model was written."""
+        return latest == total and (self.root / "model" / "config.json").exists()
+
+    def write_config(self) -> None:
+        """From now on the directory belongs to this run. (A first try that failed at its data leaves nothing.)"""
+        path = self.root / "config.json"
+        written = path.with_name("config.json.new")
+        written.write_text(json.dumps(self.described, indent=2) + "\n")
+        written.replace(path)
+
+    def push(self) -> None:
+        """Carry the small files to the object store, if that is where the directory is."""
+        if self.remote and self.first:
+            for file in filter(Path.is_file, self.files.rglob("*")):
+                target = self.root / file.relative_to(self.files)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
+    def _pull(self) -> None:
+        if self.remote and self.first:
+            for file in self.root.iterdir():
+                if file.is_file():
+                    (self.files / file.name).write_bytes(file.read_bytes())
+
+    def _lock(self) -> None:
+        """A record lock goes with its process, however that ends, and is not inherited by data workers.
+
+        Object stores have none: there, two runs in one directory are not noticed.
+        """
+        if self.remote:
+            return
+        self.held = (self.files / ".lock").open("a+")
+        try:
+            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.held.seek(0)
+            owner = self.held.read().strip()
+            raise InputError(f"--output {self.root}: in use by another run ({owner or 'it has just begun'})") from None
+        self.held.truncate(0)
+        self.held.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self.held.flush()
+
+
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """What `config.json` holds."""
+    digest = hashlib.sha256()
+    try:
+        with open(config.data, "rb") as file:
+            while piece := file.read(2**24):
+                digest.update(piece)
+    except OSError as error:
+        raise InputError(f"--data {config.data}: cannot be read ({error.strerror or error})") from None
+    return json.loads(json.dumps(dataclasses.asdict(config) | {CHECKSUM: digest.hexdigest()}))
+
+
+def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
+    try:
+        there = json.loads(path.read_text())
+    except ValueError:
+        there = {}
+    if CHECKSUM not in there:
+        raise InputError(f"--output {path.parent}: holds something else (its config.json is not of a run)")
+    differences = [
+        f"{name} is {_shown(there.get(name))} there and {_shown(value)} here"
+        for name, value in wanted.items()
+        if name not in MAY_CHANGE and there.get(name) != value
+    ]
+    if differences:
+        raise InputError(
+            f"--output {path.parent}: holds a run of another configuration: {'; '.join(differences)}; "
+            "go on with its values, or name another directory"
+        )
+
+
+def _shown(value: Any) -> str:
+    return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else json.dumps(value)

@@ -1,0 +1,132 @@
+"""Show what the model will see of a data file.
+
+    python -m train.preview --data data.json --image-folder pictures --checkpoint DIR --preset v1.5-finetune -n 5
+
+Of each conversation: its prompt as tokens make it, with what is trained in green (in [[ ]] where that goes to no
+terminal), how its pictures are cut into tiles, its length, and what is cut off. Loads no weights.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llava_jax.config import ASPECT_RATIOS
+from llava_jax.console import InputError, note, run_main
+from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
+from llava_jax.tokenizer import Tokenizer
+from train.config import PRESETS, TrainConfig
+from train.samples import BadSample, Sample, Samples
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m train.preview", description="Show what the model will see.")
+    p.add_argument("--data", required=True, metavar="FILE", help="a JSON list or JSON lines of conversations")
+    p.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint directory or a hub name")
+    p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
+    p.add_argument("--preset", choices=PRESETS, help="take template, length and aspect ratio from a preset")
+    p.add_argument("--template", metavar="NAME", help="conversation template; default: the preset's or checkpoint's")
+    p.add_argument("--max-length", type=int, metavar="N", help="positions at which a conversation is cut")
+    p.add_argument("--aspect-ratio", choices=ASPECT_RATIOS, help="default: the preset's or checkpoint's")
+    p.add_argument("-n", type=int, default=5, metavar="N", help="conversations to show (default 5)")
+    p.add_argument("--start", type=int, default=0, metavar="ROW", help="the first of them (default 0)")
+    p.add_argument("--json", action="store_true", help="one JSON object each: ids, labels, positions after splicing")
+    return p
+
+
+def main() -> int:
+    args = parser().parse_args()
+    config = PRESETS[args.preset] if args.preset else TrainConfig()
+    given = {name: getattr(args, name) for name in ("template", "max_length", "aspect_ratio")}
+    config = config.replace(**{name: value for name, value in given.items() if value is not None})
+
+    from llava_jax.checkpoint import open_checkpoint  # takes its time, which --help need not wait for
+
+    found = open_checkpoint(args.checkpoint)
+    model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
+    samples = Samples(
+        args.data, args.image_folder, model, found.tokenizer, template=config.template, max_length=config.max_length
+    )
+    shown = range(args.start, min(args.start + args.n, len(samples)))
+    if not shown:
+        raise InputError(f"{args.data} has {len(samples)} rows; there is none to show from --start {args.start}")
+    bad = 0
+    for index in shown:
+        sample = samples.measure(index)
+        row = samples.load(sample) if isinstance(sample, Sample) else sample
+        if isinstance(row, BadSample):
+            bad += 1
+            if args.json:
+                print(json.dumps({"index": index, "id": row.id, "file": row.file, "error": row.reason}))
+            note(f"error: {samples.name(row)}")
+            continue
+        described = describe(samples, sample, row, model, found.tokenizer)
+        print(json.dumps(described, ensure_ascii=False) if args.json else render(samples, described))
+    return 1 if bad else 0
+
+
+def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `--json` prints of a conversation. `ids` is -200 where an image feature stands."""
+    batch = splice([row], model, max_length=sample.length)
+    return {
+        "index": sample.index,
+        "id": sample.id,
+        "template": samples.template,
+        "length": sample.length,
+        "cut": sample.cut,
+        "trained": int((batch.labels[0, 1:] != IGNORE).sum()),
+        "images": [
+            {
+                "file": name,
+                "grid": place.grid,
+                "tiles": place.tiles,
+                "features": count_features(place, model),
+            }
+            for name, place in zip(sample.images, row.layouts, strict=True)
+        ],
+        "text": [{"text": text, "trained": trained} for text, trained in pieces(row, tokenizer)],
+        "ids": np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE).tolist(),
+        "labels": batch.labels[0].tolist(),
+        "positions": batch.positions[0].tolist(),
+        "feature_rows": batch.feature_rows[0].tolist(),
+    }
+
+
+def pieces(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """The text of a conversation's tokens, special ones included, in runs that are trained or not."""
+    trained = row.labels != IGNORE
+    image = row.ids == IMAGE
+    changes = np.flatnonzero((trained[1:] != trained[:-1]) | image[1:] | image[:-1]) + 1
+    start, before = 0, ""  # of the text since the last image: how a token is written depends on those before it
+    for begin, end in zip([0, *changes], [*changes, len(row.ids)], strict=True):
+        if image[begin]:
+            start, before = end, ""
+            yield "<image>", False
+            continue
+        text = tokenizer.decode(row.ids[start:end], special=True)
+        yield text[len(before) :], bool(trained[begin])
+        before = text
+
+
+def render(samples: Samples, described: dict[str, Any]) -> str:
+    """The same for people."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
+    lines = [
+        f"row {described['index']} (id {described['id']}), template {described['template']}: "
+        f"{described['length']} positions, {described['trained']} of them trained; "
+        + (f"{described['cut']} more are cut off" if described["cut"] else "nothing is cut off")
+    ]
+    for image in described["images"]:
+        tiles = (
+            "1 tile" if image["grid"] is None else f"{image['tiles']} tiles, grid {image['grid'][0]}x{image['grid'][1]}"
+        )
+        lines.append(f"  {image['file']}: {tiles}, {image['features']} features")
+    text = "".join(f"{begin}{run['text']}{end}" if run["trained"] else run["text"] for run in described["text"])
+    return "\n".join([*lines, text, ""])
+
+
+if __name__ == "__main__":
+    run_main(main)

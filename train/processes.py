@@ -1,0 +1,171 @@
+"""Several processes as one run: how they find each other, agree, and end. JAX is imported only where it is needed.
+
+On a pod each host runs the same command. JAX's coordination service watches over them: when one is gone it aborts the
+others, whose collectives would wait for ever. An abort leaves no time for last words, so each process of such a run
+does its work in a child, and the parent says in one line what became of it.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_jax.console import InputError, note
+
+GRACE_SECONDS = 15  # that processes wait for each other as they end
+AGAIN = "start all processes again with the same command, and the run goes on from its last checkpoint"
+
+
+def are_several(arguments: list[str]) -> bool:
+    """Whether this process may be one of several: by its flags, or because it finds itself on a Cloud TPU."""
+    return any(argument.split("=")[0] == "--coordinator" for argument in arguments) or _on_cloud_tpu()
+
+
+def _on_cloud_tpu() -> bool:
+    chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return chips and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
+
+
+# ---------------------------------------------------------------- parent and child
+
+
+def watched(main: Callable[[], int | None]) -> int | None:
+    """Run `main` in a child process and return its exit status; say why, if it could not say so itself.
+
+    Signals are passed on. The child ends with its parent.
+    """
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)  # so that Ctrl-C reaches it once, through its parent
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return main()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return code
+    if -code == signal.SIGABRT:
+        note(f"error: another process of this run is gone or out of reach (more in the lines above); {AGAIN}")
+    else:
+        why = "; perhaps by the system, for want of memory" if -code == signal.SIGKILL else ""
+        note(f"error: this process of the run was ended by {signal.Signals(-code).name}{why}; {AGAIN}")
+    return 128 - code
+
+
+# ---------------------------------------------------------------- one run
+
+
+def connect(coordinator: str | None, process: int | None, processes: int | None, heartbeat: int) -> None:
+    """Join the other processes of the run, if there are any. Before the first use of a device.
+
+    Args:
+      heartbeat: seconds; a process that has been silent for so long is taken for dead.
+
+    Raises:
+      InputError: the flags are not all there, or the others cannot be reached.
+    """
+    import jax
+
+    given = [value is not None for value in (coordinator, process, processes)]
+    if any(given) and not all(given):
+        raise InputError("--coordinator HOST:PORT, --process-id and --processes go together")
+    if all(given) and not 0 <= process < processes:
+        raise InputError(f"--process-id {process}: must be 0 to {processes - 1}, one for each of --processes")
+    if not any(given) and not _on_cloud_tpu():
+        return
+    if "cpu" in (jax.config.jax_platforms or ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=GRACE_SECONDS,
+        )
+    except ValueError as error:
+        if any(given):
+            raise InputError(f"--coordinator {coordinator}: {error}") from None
+        # A TPU that belongs to no cluster that JAX knows: one host.
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"the other processes of the run cannot be reached ({reason})") from None
+
+
+def together(work: Callable[[], str]) -> None:
+    """Do `work` on every process; where it fails on one, or gives different texts, it fails on all.
+
+    Raises:
+      InputError: of this process, or what went wrong on the first one on which something did.
+    """
+    problem, said = "", ""
+    try:
+        said = work()
+    except InputError as error:
+        problem = str(error)
+    import jax
+
+    if jax.process_count() == 1:
+        if problem:
+            raise InputError(problem)
+        return
+    problems = share(problem)
+    if problem:
+        raise InputError(problem)
+    for process, theirs in enumerate(problems):
+        if theirs:
+            raise InputError(f"process {process}: {theirs}")
+    for process, theirs in enumerate(share(said)):
+        if theirs != said:
+            raise InputError(f"process {process} sees {theirs}, this one {said}: all need the same flags and files")
+
+
+def share(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data))).ravel()
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+class StopSignal:
+    """Whether the run has been told to end: SIGTERM (preemption), and here also Ctrl-C.
+
+    With several processes it is enough that one is told: JAX's preemption service finds a step at which all can stop.
+    """
+
+    def __init__(self):
+        import jax
+
+        self.number = 0
+        self.several = jax.process_count() > 1
+        heard = () if self.several else (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._heard) for number in heard}
+
+    def _heard(self, number: int, _) -> None:
+        self.number = number
+        signal.signal(number, self.before[number])  # a second one is not asked to wait
+
+    def at(self, step: int) -> int:
+        """The signal after whose arrival all processes stop at this step; 0 for none. Once for each step, in order."""
+        if self.several:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.number = signal.SIGTERM
+        return self.number

@@ -1,0 +1,323 @@
+"""Conversations of a data file, one at a time: read, checked, tokenized, laid out; then their pictures.
+
+The format is the reference's (llava/train/train.py `LazySupervisedDataset`): a JSON list, or one object a line, of
+
+    {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                    {"from": "gpt", "value": "A cat."}]}
+
+`image` may be a list, or be missing. What a conversation takes of a row (positions, tiles) is known without its
+pixels: `Samples.measure` is cheap, `Samples.load` reads the pictures. Either answers what is wrong with a
+broken one instead of raising it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError, note
+from llava_jax.images import TileLayout, image_size, layout, open_image, tiles
+from llava_jax.prompts import choose_template, encode_conversation, get_template, prepare_tokenizer
+from llava_jax.splice import IGNORE, IMAGE, Row, widths
+from llava_jax.tokenizer import Tokenizer
+from train.config import TrainConfig
+
+TOLD = 10  # bad samples that are named; the rest are listed in a file
+ENOUGH = 1000  # conversations that a share of bad ones is counted against, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A conversation measured: its row has everything but pixels."""
+
+    index: int  # in the data file
+    id: Any  # what the data file calls it; its index where it does not
+    epoch: int
+    row: Row
+    images: tuple[str, ...]  # as the data file names them
+    length: int  # positions after splicing, as cut
+    cut: int  # positions cut off
+
+    @property
+    def tiles(self) -> int:
+        return self.row.tile_count
+
+
+@dataclasses.dataclass(frozen=True)
+class BadSample:
+    """A conversation that cannot be trained on."""
+
+    index: int
+    id: Any
+    file: str | None  # the image at fault, if one is
+    reason: str
+
+
+class Samples:
+    """The conversations of a data file.
+
+    Attributes:
+      path: the file.
+      rows: what it holds; an `InputError` for a line that is no JSON.
+      has_image: bool [n].
+      template: the name of the conversation template.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image_folder: str,
+        model: LlavaConfig,
+        tokenizer: Tokenizer,
+        *,
+        template: str | None = None,
+        max_length: int | None = None,
+        image_first: str = "as_is",
+        seed: int = 0,
+    ):
+        """Read a data file.
+
+        Args:
+          template: None for the model's own.
+          max_length: positions after splicing at which a conversation is cut, on the right.
+          image_first: "as_is" puts the mark of a single image in front of its turn, as the reference does; "random"
+            there or behind it, as the paper does (LLaVA, Liu et al. 2023, 4.2), drawn anew for each epoch.
+
+        Raises:
+          InputError: the file, the folder or the template cannot be used.
+        """
+        self.template = template or choose_template(model)
+        self._template = get_template(self.template)
+        self._check_template(tokenizer)
+        self.path, self.folder = path, Path(image_folder or ".")
+        if not self.folder.is_dir():
+            raise InputError(f"--image-folder {self.folder}: no such directory")
+        self.rows = read_rows(path)
+        self.has_image = np.array([isinstance(row, dict) and bool(row.get("image")) for row in self.rows])
+        prepare_tokenizer(tokenizer, model)
+        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self._random_order, self._seed = image_first == "random", seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, bad: BadSample) -> str:
+        """What is wrong, and where, for people."""
+        called = "" if bad.id == bad.index else f" (id {bad.id})"
+        return f"{self.path} row {bad.index}{called}: {bad.reason}"
+
+    def measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
+        """Tokenize a conversation and lay its pictures out.
+
+        The result depends on the arguments and the seed alone.
+        """
+        row = self.rows[index]
+        name = row.get("id", index) if isinstance(row, dict) else index
+        image = None
+        try:
+            turns, images = check_row(row)
+            ids, labels = encode_conversation(
+                turns,
+                self._template,
+                self._tokenizer,
+                self._model,
+                images=len(images),
+                image_last=self._random_order and np.random.default_rng((self._seed, epoch, index)).random() < 0.5,
+            )
+            if len(ids) and ids.max() >= self._model.text.vocab_size:
+                raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self._model.text.vocab_size}")
+            layouts = []
+            for image in images:
+                layouts.append(self._layout(self._find(image)))
+            image = None
+            whole = Row(ids, tuple(layouts), labels=labels)
+            row, length = self._cut(whole)
+            if not (row.labels[1:] != IGNORE).any():
+                asked = (labels[1:] != IGNORE).any()
+                raise InputError(f"no answer within {self._max_length} positions" if asked else "no answer")
+            room = length if self._max_length is None else min(length, self._max_length)
+            return Sample(index, name, epoch, row, images[: len(row.layouts)], room, length - room)
+        except InputError as error:
+            return BadSample(index, name, image, str(error))
+
+    def load(self, sample: Sample) -> Row | BadSample:
+        """The conversation with its tiles."""
+        cut = []
+        for name, place in zip(sample.images, sample.row.layouts, strict=True):
+            try:
+                image = open_image(self._find(name))
+                if place.grid and image.size != place.size:
+                    raise InputError(f"{name}: {image.size} pixels, though its header says {place.size}")
+                cut.append(tiles(image, place, self._model))
+            except InputError as error:
+                return BadSample(sample.index, sample.id, name, str(error))
+        return dataclasses.replace(sample.row, tiles=tuple(cut))
+
+    def _check_template(self, tokenizer: Tokenizer) -> None:
+        stop = self._template.stop or ""
+        if stop.startswith("<") and tokenizer.token_id(stop) is None:
+            raise InputError(
+                f"--template {self.template}: its answers end in {stop}, which is no token of this checkpoint's "
+                "tokenizer; choose a template that fits the model"
+            )
+
+    def _cut(self, row: Row) -> tuple[Row, int]:
+        """The row without what begins behind `max_length` positions, and how many it took with that.
+
+        Pictures that the cut leaves nothing of are not read, and take no room.
+        """
+        taken = widths(row, self._model)
+        length = int(taken.sum())
+        if self._max_length is None or length <= self._max_length:
+            return row, length
+        kept = np.cumsum(taken) - taken < self._max_length
+        ids, labels = row.ids[kept], row.labels[kept]
+        return Row(ids, row.layouts[: int((ids == IMAGE).sum())], labels=labels), length
+
+    def _find(self, image: str) -> Path:
+        path = PurePath(image)
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"{image}: leads out of the image folder")
+        return self.folder / path
+
+    def _layout(self, path: Path) -> TileLayout:
+        """Only anyres asks for a picture's size. Other pictures are not touched before their batch is made, so that
+        each process touches only its own."""
+        side = self._model.vision.image_size
+        return layout(image_size(path) if self._model.aspect_ratio == "anyres" else (side, side), self._model)
+
+
+def check_row(row: Any) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    """The turns and the image names of a row of the data file.
+
+    Raises:
+      InputError: it is no conversation.
+    """
+    if isinstance(row, InputError):
+        raise row
+    if not isinstance(row, dict):
+        raise InputError("not a JSON object")
+    images = row.get("image")
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    if not all(isinstance(image, str) and image for image in images):
+        raise InputError("image must be a file name or a list of them")
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise InputError("conversations must be a list of turns")
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+            raise InputError("each turn of conversations must have from and value, both text")
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError as error:  # half of a pair of \\u escapes
+            raise InputError(f"text that is no Unicode ({error.reason})") from None
+    return turns, tuple(images)
+
+
+def read_rows(path: str) -> list[Any]:
+    """The rows of a JSON list, or of JSON lines. A line that is no JSON becomes the `InputError` that says so.
+
+    Raises:
+      InputError: there is no such file, it is empty, or the list is broken.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if data[:4096].lstrip().startswith((b"[", b"\xef\xbb\xbf[")):
+        try:
+            rows = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+    else:
+        rows = [_read_line(line) for line in data.splitlines() if line.strip()]
+    if not rows:
+        raise InputError(f"{path}: no conversations in it; it should be a JSON list or JSON lines")
+    return rows
+
+
+def _read_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return InputError(f"not JSON ({error})")
+
+
+class BadSamples:
+    """Bad samples of a run: named, listed, counted, and a reason to stop when they are too many.
+
+    `bad_samples.jsonl` has each of them once, over epochs and restarts. A process other than the first lists in a file
+    of its own what only it knows: pictures of its rows that turn out broken.
+
+    Attributes:
+      count: bad samples met, those met again included.
+    """
+
+    def __init__(self, config: TrainConfig, samples: Samples, folder: Path | None, process: int = 0):
+        """`folder` is where the list goes; None for nowhere."""
+        self._config, self._samples, self._process = config, samples, process
+        self.count = self._seen = self._told = 0
+        name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
+        self._file = folder and folder / name
+        self._listed = self._read()
+
+    def add(self, bad: Sequence[BadSample], seen: int = 0, *, known_to_all: bool = False) -> None:
+        """Count `bad` of `seen` more conversations.
+
+        Raises:
+          InputError: the run is to stop at a bad sample, or has met too many; the list cannot be written.
+        """
+        self._seen += seen
+        self.count += len(bad)
+        if not known_to_all or self._process == 0:
+            for one in bad:
+                self._list(one)
+        if bad and self._config.on_bad_sample == "fail":
+            raise InputError(self._samples.name(bad[0]))
+        # Of a few conversations one alone would be a large share.
+        allowed = self._config.max_bad_share * max(self._seen, min(len(self._samples), ENOUGH))
+        if self.count > allowed:
+            where = f"; {self._file} lists them" if self._file else ""
+            raise InputError(
+                f"{self._samples.path}: {self.count} bad samples among the first {max(self._seen, self.count)}, more "
+                f"than --max-bad-share {self._config.max_bad_share:g} allows{where}"
+            )
+
+    def _list(self, bad: BadSample) -> None:
+        if (self._samples.path, bad.index) in self._listed:
+            return
+        self._listed.add((self._samples.path, bad.index))
+        self._told += 1
+        if self._told <= TOLD:
+            note(f"bad sample: {self._samples.name(bad)}")
+        if self._told == TOLD:
+            note("more bad samples are " + (f"listed in {self._file}" if self._file else "not named"))
+        if self._file is None:
+            return
+        line = json.dumps({"data": self._samples.path} | dataclasses.asdict(bad), ensure_ascii=False)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise InputError(f"{self._file}: cannot be written ({error.strerror or error})") from None
+
+    def _read(self) -> set[tuple[str, int]]:
+        """What is listed already. A last line that was cut off while being written is taken away."""
+        if self._file is None or not self._file.exists():
+            return set()
+        data = self._file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            if len(whole) < len(data):
+                self._file.write_bytes(whole)
+            rows = [json.loads(line) for line in whole.splitlines()]
+            return {(row["data"], row["index"]) for row in rows}
+        except OSError as error:
+            raise InputError(f"{self._file}: cannot be written ({error.strerror or error})") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self._file}: is there already, and lists something else") from None

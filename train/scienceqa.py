@@ -1,0 +1,132 @@
+"""ScienceQA as conversations to train on (scripts/convert_sqa_to_llava.py of the reference).
+
+    python -m train.scienceqa --base-dir ScienceQA/data/scienceqa --split train --prompt-format QCM-LEA
+
+reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-LEA.json` beside them.
+"""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from llava_jax.config import read_json
+from llava_jax.console import InputError, note, run_main
+
+# Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
+QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
+ANSWERS = {
+    "A": "Answer: The answer is {A}.",
+    "AL": "Answer: The answer is {A}. BECAUSE: {E}",  # this and the next are the wrong way round in the reference
+    "AE": "Answer: The answer is {A}. BECAUSE: {L}",
+    "ALE": "Answer: The answer is {A}. BECAUSE: {L} {E}",
+    "AEL": "Answer: The answer is {A}. BECAUSE: {E} {L}",
+    "LA": "Answer: {L} The answer is {A}.",
+    "EA": "Answer: {E} The answer is {A}.",
+    "LEA": "Answer: {L} {E} The answer is {A}.",
+    "ELA": "Answer: {E} {L} The answer is {A}.",
+    "LEPA": None,  # see `_answer`
+}
+OPTIONS = "ABCDE"
+
+
+def question_and_answer(problem: dict[str, Any], prompt_format: str) -> tuple[str, str]:
+    """The two turns of a problem, as the reference writes them, to the space.
+
+    Raises:
+      InputError: there is no such prompt format.
+    """
+    asked, _, answered = prompt_format.partition("-")
+    if asked not in QUESTIONS or answered not in ANSWERS:
+        raise InputError(
+            f"--prompt-format {prompt_format!r}: write it as one of {', '.join(QUESTIONS)}, then -, then one of "
+            f"{', '.join(ANSWERS)}"
+        )
+    parts = {
+        "Q": problem["question"],
+        "C": problem["hint"].strip() or "N/A",
+        "M": " ".join(f"({letter}) {choice}" for letter, choice in zip(OPTIONS, problem["choices"], strict=False)),
+        "L": problem["lecture"],
+        "E": problem["solution"],
+        "A": OPTIONS[problem["answer"]],
+    }
+    headings = {"Q": "Question", "C": "Context", "M": "Options"}
+    lines = [
+        f"{headings.get(letters, 'BECAUSE')}: {' '.join(parts[letter] for letter in letters)}"
+        for letters in re.findall("Q|C|M|[LE]+", asked)
+    ]
+    return _tidy("\n".join(lines) + "\n", "Question: "), _tidy(_answer(parts, answered), "Answer: ")
+
+
+def _answer(parts: dict[str, str], letters: str) -> str:
+    if letters != "LEPA":
+        return ANSWERS[letters].format(**parts)
+    lecture = f"LECTURE: {parts['L']}\n" if parts["L"].strip() else ""
+    solution = f"SOLUTION: {parts['E']}\n" if parts["E"].strip() else ""
+    return f"{lecture}{solution}###\nANSWER: {parts['A']}."
+
+
+def _tidy(text: str, heading: str) -> str:
+    text = text.replace("  ", " ").strip()
+    if text.endswith("BECAUSE:"):
+        text = text.replace("BECAUSE:", "").strip()
+    return text.replace(heading, "") if text.startswith(heading) else text
+
+
+def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, Any]]:
+    """The conversations of a split.
+
+    Raises:
+      InputError: the files are not ScienceQA's, or have no such split.
+    """
+    problems, splits = (_read(base_dir / name) for name in ("problems.json", "pid_splits.json"))
+    if split not in splits:
+        raise InputError(f"--split {split}: {base_dir / 'pid_splits.json'} has {', '.join(splits)}")
+    rows = []
+    for number in splits[split]:
+        try:
+            problem = problems[number]
+            question, answer = question_and_answer(problem, prompt_format)
+            image = problem["image"]
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{base_dir / 'problems.json'}: problem {number} is not ScienceQA's ({reason})") from None
+        row = {"id": number}
+        if image is not None:
+            row["image"] = os.path.join(number, image)
+            question += "\n<image>"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append(row | {"conversations": turns})
+    return rows
+
+
+def _read(path: Path) -> dict[str, Any]:
+    contents = read_json(path)
+    if not isinstance(contents, dict):
+        raise InputError(f"{path}: {'no such file' if contents is None else 'not a JSON object'}")
+    return contents
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="python -m train.scienceqa", description="ScienceQA as conversations to train on.")
+    p.add_argument("--base-dir", required=True, metavar="DIR", help="where problems.json and pid_splits.json are")
+    p.add_argument("--split", required=True, metavar="NAME", help="train, val, test, trainval, minival or minitest")
+    p.add_argument(
+        "--prompt-format", default="QCM-LEA", metavar="Q-A", help="parts of question and answer (default QCM-LEA)"
+    )
+    p.add_argument("--output", metavar="FILE", help="default: llava_SPLIT_FORMAT.json in the base directory")
+    args = p.parse_args()
+    base_dir = Path(args.base_dir)
+    rows = convert(base_dir, args.split, args.prompt_format)
+    output = Path(args.output) if args.output else base_dir / f"llava_{args.split}_{args.prompt_format}.json"
+    try:
+        output.write_text(json.dumps(rows, indent=2))
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror or error})") from None
+    note(f"{len(rows)} conversations, {sum('image' in row for row in rows)} of them with a picture, in {output}")
+
+
+if __name__ == "__main__":
+    run_main(main)
