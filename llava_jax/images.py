@@ -187,8 +187,8 @@ def layout(size: tuple[int, int], config: LlavaConfig) -> TileLayout:
     Raises:
       InputError: no grid holds even one pixel of it, or it is too long to be padded to a square.
     """
-    if config.aspect_ratio == "pad" and max(size) ** 2 > MAX_PIXELS:
-        raise InputError(f"an image of {size[0]}x{size[1]} pixels is too long to be padded to a square; scale it down")
+    if config.aspect_ratio == "pad":
+        _check_square(size)
     if config.aspect_ratio != "anyres":
         return TileLayout(size)
     width, height = best_resolution(size, config)
@@ -236,8 +236,14 @@ def tiles(image: Image.Image, place: TileLayout, config: LlavaConfig) -> np.ndar
     return np.concatenate([whole[None], grid])
 
 
+def _check_square(size: tuple[int, int]) -> None:
+    if max(size) ** 2 > MAX_PIXELS:
+        raise InputError(f"an image of {size[0]}x{size[1]} pixels is too long to be padded to a square; scale it down")
+
+
 def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """llava/mm_utils.py `expand2square`."""
+    _check_square(image.size)
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -265,10 +265,10 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing(tmp_path, kind):
     whole = time.monotonic() - start
     files = sorted(p.relative_to(destination) for p in destination.rglob("*") if kind == "to-hf")
     pick = random.Random(0)
-    for i in range(3):
+    for i in range(2):
         shutil.rmtree(destination, ignore_errors=True)
         process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
-        time.sleep(whole * (0.6 + 0.15 * i + 0.1 * pick.random()))
+        time.sleep(whole * (0.7 + 0.2 * i + 0.1 * pick.random()))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if destination.exists():
