@@ -71,9 +71,7 @@ class Progress:
     ...     bar.advance(2**20)
     """
 
-    def __init__(
-        self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0, done: int = 0
-    ):
+    def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0, done: int = 0):
         self.what, self.total, self.unit = what, total, unit
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.every = 0.1 if self.terminal else every

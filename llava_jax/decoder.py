@@ -110,9 +110,9 @@ def decode(
     rope = rope_tables(positions_BS, c)
 
     def attend(q, k, v):
-        q, k, v = _cut_heads(mesh, rotate(q, rope), rotate(k, rope), v)
+        q, k, v = checkpoint_name(_cut_heads(mesh, rotate(q, rope), rotate(k, rope), v), "attention")
         seen = attention(q, k, v, segments_BS=segments_BS, causal=True, window=c.sliding_window, mesh=mesh)
-        return checkpoint_name(seen, "attended")
+        return checkpoint_name(seen, "attention")
 
     def block(x_BSD, layer):
         layer = gather(layer, "decoder/layers", config, mesh)

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 # What a layer leaves for the backward pass, which computes the rest again.
 REMAT = {
     "full": checkpoint_policies.nothing_saveable,
-    "minimal": checkpoint_policies.save_only_these_names("attended"),
+    "minimal": checkpoint_policies.save_only_these_names("attention"),  # what goes in and comes out, in the decoder
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
     "none": checkpoint_policies.save_anything_except_these_names("gathered"),  # of weights each device keeps its cut
 }

@@ -45,14 +45,16 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The number of updates behind the latest checkpoint."""
-        return self.manager.latest_step()
+        return max(self.manager.all_steps(read=True), default=None)
 
     def save(self, step: int, state: Any, progress: dict[str, Any], eval_loss: float | None = None) -> None:
         """Begin to save. If that fails, now or later, the run goes on: it is told, and the next attempt may succeed."""
         self.settle()
-        if step in self.manager.all_steps():
+        if step == self.latest:
             return
         try:
+            if self.failed:
+                self.manager.reload()  # what is there, not what was to be
             self.manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
@@ -123,10 +125,14 @@ class Checkpoints:
 
     def _tell(self, step: int | None, error: Exception) -> None:
         self.failed = _line(error)
-        self.manager.reload()  # what is there, not what was to be
-        if jax.process_index() == 0:
-            what = "the checkpoint" if step is None else f"checkpoint {step}"
-            note(f"warning: {what} could not be saved ({self.failed}); the run goes on, {self._left()}")
+        if jax.process_index():
+            return
+        directory = self.manager.directory
+        for path in directory.iterdir() if directory.is_dir() else ():
+            if "orbax-checkpoint-tmp" in path.name:  # a full disk has no room for it
+                path.rmtree(missing_ok=True)
+        what = "the checkpoint" if step is None else f"checkpoint {step}"
+        note(f"warning: {what} could not be saved ({self.failed}); the run goes on, {self._left()}")
 
     def _left(self) -> str:
         return "there is none yet" if self.latest is None else f"the last one is that of step {self.latest}"

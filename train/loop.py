@@ -77,6 +77,8 @@ def train(run: Run) -> int:
         if jax.process_count() > 1:
             raise InputError(f"another process of this run is gone or out of reach ({reason}); {AGAIN}") from None
         raise
+    finally:
+        run.data.close()
 
 
 # ---------------------------------------------------------------- before
@@ -168,7 +170,7 @@ def _train(run: Run) -> int:
         while step < run.total:
             batch, info = recorder.waiting(lambda: next(batches))
             if step + 1 == traced.start:
-                jax.profiler.start_trace(str(run.output.root / "profile"))
+                jax.profiler.start_trace(str(run.output.files / "profile"))
             state, metrics = step_fn(frozen, state, put_batch(batch, mesh, run.data.rows))
             step += 1
             recorder.add(step, metrics, info, batch)
@@ -207,9 +209,11 @@ def put_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 
 def evaluate(run: Run, frozen: Any, state: TrainState, eval_fn) -> float:
     """Mean loss over the labelled positions of the evaluation data."""
-    sums = [eval_fn(frozen, state, put_batch(batch, run.mesh, run.eval_data.rows)) for batch, _ in run.eval_data]
-    sums = jax.device_get(sums)
-    return float(sum(part["loss_sum"] for part in sums) / max(1, sum(part["labelled"] for part in sums)))
+    loss = labelled = 0.0
+    for batch, _ in run.eval_data:
+        sums = jax.device_get(eval_fn(frozen, state, put_batch(batch, run.mesh, run.eval_data.rows)))
+        loss, labelled = loss + float(sums["loss_sum"]), labelled + float(sums["labelled"])
+    return loss / max(labelled, 1.0)
 
 
 # ---------------------------------------------------------------- what is told of them

@@ -32,7 +32,7 @@ def is_lora(path: str) -> bool:
     return path.endswith(FACTORS)
 
 
-def init_lora(kernels: Mapping[str, jax.ShapeDtypeStruct], config: TrainConfig, key: jax.Array) -> dict[str, jax.Array]:
+def init_lora(kernels: Mapping[str, jax.Array], config: TrainConfig, key: jax.Array) -> dict[str, jax.Array]:
     """Factors for stacked kernels `{".../q/kernel": [L, in, out]}`, by path, in float32.
 
     As PEFT: A uniform in +-1 / sqrt(in) (He's initialisation with a = sqrt(5)), B zero.
@@ -89,22 +89,9 @@ def scale(config: TrainConfig) -> float:
 # ---------------------------------------------------------------- after training
 
 
-def merge(params: Params, config: TrainConfig) -> Params:
-    """A model, one entry for each layer, whose factors have been multiplied out and added to their kernels."""
-    flat = flatten_dict(params, sep="/")
-    factors = {path: flat.pop(path) for path in list(flat) if is_lora(path)}
-    for path in list(flat):
-        base = path.removesuffix("kernel")
-        if base + "lora_a" in factors:
-            kernel = flat[path]
-            merged = _merged(kernel, *(factors[base + name] for name in FACTORS), scale(config))
-            flat[path] = jax.device_put(merged, kernel.sharding)
-    return unflatten_dict(flat, sep="/")
-
-
-@jax.jit
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    return (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
+def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """A kernel with the product of its factors added, in its own type."""
+    return (kernel.astype(np.float32) + scale(config) * (a @ b)).astype(kernel.dtype)
 
 
 def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfig, config: TrainConfig) -> None:

@@ -71,6 +71,7 @@ def setup(
     Args:
       params: as `llava_jax.checkpoint` loads them, best in the types of `load_dtype`. They are taken apart: the
         dictionary is empty afterwards, so that no weight is there twice for longer than it takes to stack it.
+        Or their shapes (`llava.param_shapes`): then `frozen` and `state` are shapes too, to compile ahead of time.
       total_steps: updates of the whole run, for the schedule.
 
     Returns:
@@ -90,8 +91,10 @@ def setup(
         trained |= _start_lora(frozen, model, config, mesh)
     if not trained:
         raise InputError(f"--tune {config.tune}: a model with projector {model.projector!r} has nothing to train there")
+    top_rate = peak(part_of(min(trained)), config)
     frozen, trained = unflatten_dict(frozen, sep="/"), unflatten_dict(trained, sep="/")
-    optimizer = make_optimizer(config, total_steps)
+    optimizer, share = make_optimizer(config, total_steps), schedule(config, total_steps)
+
     whole = NamedSharding(mesh, P())
     cuts = jax.tree.map(lambda x: x.sharding, trained)
     opt_cuts = optax.tree_map_params(
@@ -101,42 +104,28 @@ def setup(
         cuts,
         transform_non_params=lambda _: whole,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_cuts)(trained)
-    zeros = [jax.device_put(jnp.zeros((), jnp.int32), whole) for _ in range(3)]
-    state = TrainState(zeros[0], trained, opt_state, *zeros[1:])
 
-    share = schedule(config, total_steps)
-    top_rate = peak(part_of(min(flatten_dict(trained, sep="/"))), config)
-    forward = functools.partial(loss_sum, model=model, config=config, mesh=mesh)
+    def start(trained):
+        return optimizer.init(trained), [jnp.zeros((), jnp.int32) for _ in range(3)]
+
+    opt_state, zeros = _made(start, (opt_cuts, [whole] * 3), trained)
+    state = TrainState(zeros[0], trained, opt_state, *zeros[1:])
 
     def step(frozen: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         labelled = jnp.sum(next_tokens(batch) != IGNORE)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-        def part_loss(trained, part, number):
-            key_of_part = jax.random.fold_in(key, number) if config.tune == "lora" and config.lora_dropout else None
-            return forward(_union(frozen, trained), part, key=key_of_part) / jnp.maximum(labelled, 1)
+        def loss_of_part(trained, part, number):
+            params = _union(frozen, trained)
+            dropout = jax.random.fold_in(key, number) if config.tune == "lora" and config.lora_dropout else None
+            return loss_sum(params, part, model, config, mesh, dropout) / jnp.maximum(labelled, 1)
 
-        loss, grads = 0.0, None
-        if config.accumulate == 1:
-            loss, grads = jax.value_and_grad(part_loss)(state.trained, batch, 0)
-            grads = jax.lax.with_sharding_constraint(grads, cuts)
-        else:
-
-            def add(total, part):
-                new = jax.value_and_grad(part_loss)(state.trained, *part)
-                loss, grads = jax.tree.map(jnp.add, total, new)
-                return (loss, jax.lax.with_sharding_constraint(grads, cuts)), None
-
-            parts = (_split(batch, config.accumulate, mesh), jnp.arange(config.accumulate))
-            (loss, grads), _ = jax.lax.scan(add, (0.0, jax.tree.map(jnp.zeros_like, state.trained)), parts)
-
-        norm = optax.global_norm(grads)
+        loss, grads = _gradients(loss_of_part, state.trained, batch, config.accumulate, mesh, cuts)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         new, old = (optax.apply_updates(state.trained, updates), opt_state), (state.trained, state.opt_state)
         trained, opt_state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
-        skipped = jnp.where(ok, 0, state.skipped + 1)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -144,15 +133,46 @@ def setup(
             "labelled": labelled,
             "ok": ok,
         }
+        skipped = jnp.where(ok, 0, state.skipped + 1)
         return TrainState(state.step + 1, trained, opt_state, skipped, state.skipped_total + ~ok), metrics
 
     def evaluate(frozen: Params, state: TrainState, batch: Batch) -> Metrics:
-        labelled = jnp.sum(next_tokens(batch) != IGNORE)
-        return {"loss_sum": forward(_union(frozen, state.trained), batch), "labelled": labelled}
+        params = _union(frozen, state.trained)
+        return {
+            "loss_sum": loss_sum(params, batch, model, config, mesh),
+            "labelled": jnp.sum(next_tokens(batch) != IGNORE),
+        }
 
-    state_cuts = jax.tree.map(lambda x: x.sharding, state)
+    state_cuts = TrainState(whole, cuts, opt_cuts, whole, whole)
     step_fn = jax.jit(step, donate_argnums=1, out_shardings=(state_cuts, whole))
     return frozen, state, step_fn, jax.jit(evaluate, out_shardings=whole)
+
+
+def _gradients(loss_of_part, trained: Params, batch: Batch, parts: int, mesh: Mesh, cuts: Any):
+    """Loss and gradient, summed over the parts that the batch's rows are computed in, one after the other."""
+    rows = batch.ids.shape[0]
+    if rows % (row_multiple(mesh) * parts):
+        raise InputError(
+            f"a batch of {rows} rows does not go into {parts} equal parts for each of the mesh's {row_multiple(mesh)} "
+            "shards of rows"
+        )
+
+    def of_part(part, number):
+        loss, grads = jax.value_and_grad(loss_of_part)(trained, part, number)
+        return loss, jax.lax.with_sharding_constraint(grads, cuts)
+
+    if parts == 1:
+        return of_part(batch, 0)
+
+    def split(x):  # [B, ...] to [parts, B / parts, ...]: every device cuts up its own rows
+        x = x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, mesh, None, BATCH, *(None,) * (x.ndim - 2))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of_part(*part)), None
+
+    none = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+    return jax.lax.scan(add, none, (jax.tree.map(split, batch), jnp.arange(parts)))[0]
 
 
 # ---------------------------------------------------------------- loss
@@ -167,21 +187,20 @@ def next_tokens(batch: Batch) -> jax.Array:
 def loss_sum(
     params: Params,
     batch: Batch,
-    *,
     model: LlavaConfig,
     config: TrainConfig,
     mesh: Mesh,
-    key: jax.Array | None = None,
+    dropout: jax.Array | None = None,
 ) -> jax.Array:
     """Cross entropy summed over all labelled positions, float32.
 
     Args:
       params: the whole model, layers stacked; it computes in `config.dtype`.
-      key: for LoRA's dropout; None drops nothing.
+      dropout: key for LoRA's; None drops nothing.
     """
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    if key is not None:
-        layers = lora.add_dropout(params["decoder"]["layers"], key)
+    if dropout is not None:
+        layers = lora.add_dropout(params["decoder"]["layers"], dropout)
         params = params | {"decoder": params["decoder"] | {"layers": layers}}
     with lora.adapted(config):
         x_BSD = llava.embed_batch(params, model, batch, mesh, config.remat)
@@ -229,16 +248,6 @@ def _head_loss(params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: L
     return jax.lax.scan(add, jnp.zeros(()), (jnp.arange(pieces), order_pBn, targets_pBn))[0]
 
 
-def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
-    """[B, ...] to [parts, B / parts, ...]: every device cuts up its own rows."""
-
-    def split(x):
-        cut = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(cut, mesh, None, BATCH, *(None,) * (x.ndim - 1))
-
-    return jax.tree.map(split, batch)
-
-
 # ---------------------------------------------------------------- parameters in and out
 
 
@@ -264,17 +273,29 @@ def _place(params: Params, model: LlavaConfig, config: TrainConfig, mesh: Mesh):
     frozen, trained = {}, {}
     for path, numbered in members.items():
         leaves = [flat.pop(member) for _, member in sorted(numbered)]
-        shape = ((len(leaves),) if "/layers/" in path else ()) + leaves[0].shape
+        stacked, dtype = "/layers/" in path, jnp.dtype(load_dtype(path, config))
+        shape = ((len(leaves),) if stacked else ()) + leaves[0].shape
         cut = _cut(path, shape, model, mesh)
-        placed = _placed(leaves, jnp.dtype(load_dtype(path, config)), "/layers/" in path, cut)
+        if isinstance(leaves[0], jax.ShapeDtypeStruct):
+            placed = jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
+        else:
+            placed = _stack(leaves, dtype, stacked, cut)
         (trained if is_trained(path, config) else frozen)[path] = placed
     return frozen, trained
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "stack", "cut"))
-def _placed(leaves: list[jax.Array], dtype, stack: bool, cut: NamedSharding) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("dtype", "stacked", "cut"))
+def _stack(leaves: list[jax.Array], dtype, stacked: bool, cut: NamedSharding) -> jax.Array:
     leaves = [x.astype(dtype) for x in leaves]
-    return jax.lax.with_sharding_constraint(jnp.stack(leaves) if stack else leaves[0], cut)
+    return jax.lax.with_sharding_constraint(jnp.stack(leaves) if stacked else leaves[0], cut)
+
+
+def _made(make: Callable, cuts: Any, *args: Any) -> Any:
+    """What `make` gives, where `cuts` has it; shapes, if the arguments are shapes."""
+    if isinstance(jax.tree.leaves(args)[0], jax.ShapeDtypeStruct):
+        shapes = jax.eval_shape(make, *args)
+        return jax.tree.map(lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), shapes, cuts)
+    return jax.jit(make, out_shardings=cuts)(*args)
 
 
 def _cut(path: str, shape: tuple[int, ...], model: LlavaConfig, mesh: Mesh) -> NamedSharding:
@@ -286,34 +307,32 @@ def _cut(path: str, shape: tuple[int, ...], model: LlavaConfig, mesh: Mesh) -> N
 
 def _start_lora(frozen: dict[str, jax.Array], model: LlavaConfig, config: TrainConfig, mesh: Mesh):
     kernels = {path: frozen[path] for path in lora.adapted_kernels(frozen, config)}
-    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in kernels.items()}
-    make = functools.partial(lora.init_lora, shapes, config)
-    cuts = {path: _cut(path, x.shape, model, mesh) for path, x in jax.eval_shape(make, jax.random.key(0)).items()}
-    return jax.jit(make, out_shardings=cuts)(jax.random.key(config.seed))
+    make = functools.partial(lora.init_lora, config=config, key=jax.random.key(config.seed))
+    cuts = {path: _cut(path, x.shape, model, mesh) for path, x in jax.eval_shape(make, kernels).items()}
+    return _made(make, cuts, kernels)
 
 
 def _union(a: Params, b: Params) -> Params:
     return a | {key: _union(a[key], value) if key in a else value for key, value in b.items()}
 
 
-def export_params(frozen: Params, state: TrainState, dtype=None) -> Params:
-    """The model, one entry for each layer; LoRA's factors beside their kernels (`lora.merge` adds them up).
+def export_params(frozen: Params, state: TrainState) -> Params:
+    """The whole model, one entry for each layer; LoRA's factors stand beside their kernels.
 
-    Args:
-      dtype: of what was trained; None for the masters' float32. What was not is as it came, bit for bit.
+    What was trained is float32, what was not (`{}` leaves it out) is as `setup` was given it, bit for bit, if that was
+    in the compute dtype.
     """
     exported = {}
-    for tree, wanted in ((frozen, None), (state.trained, dtype)):
-        for path, x in flatten_dict(tree, sep="/").items():
-            head, layers, tail = path.partition("/layers/")
-            parts = _unstacked(x, jnp.dtype(wanted or x.dtype), bool(layers), x.sharding)
-            exported |= {f"{head}/layers/{i}/{tail}" if layers else path: part for i, part in enumerate(parts)}
+    for path, x in flatten_dict(_union(frozen, state.trained), sep="/").items():
+        head, layers, tail = path.partition("/layers/")
+        if layers:
+            cut = NamedSharding(x.sharding.mesh, P(*x.sharding.spec[1:]))
+            exported |= {f"{head}/layers/{i}/{tail}": layer for i, layer in enumerate(_unstack(x, cut))}
+        else:
+            exported[path] = x
     return unflatten_dict(exported, sep="/")
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "stacked", "cut"))
-def _unstacked(x: jax.Array, dtype, stacked: bool, cut: NamedSharding) -> list[jax.Array]:
-    if not stacked:
-        return [x.astype(dtype)]
-    cut = NamedSharding(cut.mesh, P(*cut.spec[1:]))
-    return [jax.lax.with_sharding_constraint(layer.astype(dtype), cut) for layer in x]
+@functools.partial(jax.jit, static_argnames="cut")
+def _unstack(x: jax.Array, cut: NamedSharding) -> list[jax.Array]:
+    return [jax.lax.with_sharding_constraint(layer, cut) for layer in x]

@@ -1,0 +1,140 @@
+"""Kill a training run again and again, and see that it computes what it computes undisturbed.
+
+    python benchmarks/train_kill.py                 # 10 kills, about five minutes
+    python benchmarks/train_kill.py --kills 3 --seed 7 --json report.json
+
+A run of a tiny model on one device is made twice: once in one go, once ended by SIGKILL at random moments: some as it
+starts, some between updates, some while a checkpoint is being written, one while the result is. Each time the same
+command goes on. Losses of all updates, and the exported model, must be the same bit for bit. Exit status 1 if not.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "tests/golden/checkpoints/v1.5-llama"
+MOMENTS = ("start", "update", "save")
+
+
+def write_data(directory: Path, rows: int = 24) -> None:
+    """Pictures of noise and conversations about them, of different lengths."""
+    rng = np.random.default_rng(0)
+    (directory / "images").mkdir()
+    data = []
+    for i in range(rows):
+        Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8)).save(directory / "images" / f"{i}.png")
+        answer = " ".join(rng.choice(["cat", "dog", "tree", "house", "street"], 2 + i % 5))
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": answer}]
+        data.append({"id": i, "image": f"{i}.png", "conversations": turns})
+    (directory / "data.json").write_text(json.dumps(data))
+
+
+class Runs:
+    def __init__(self, directory: Path, steps: int):
+        self.directory, self.steps = directory, steps
+        self.environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device; compiling is most of what happens here
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, name: str) -> subprocess.Popen:
+        """A run in the output directory `name`, which is gone on with if it is there."""
+        command = [
+            sys.executable, "-m", "train", "--preset", "v1.5-finetune", "--checkpoint", CHECKPOINT,
+            "--data", self.directory / "data.json", "--image-folder", self.directory / "images",
+            "--output", self.directory / name, "--steps", self.steps, "--global-batch-size", 4, "--max-length", 128,
+            "--dtype", "float32", "--learning-rate", 1e-3, "--save-every", 3, "--keep", 2, "--workers", 1,
+        ]  # fmt: skip
+        with open(self.directory / f"{name}.log", "a") as log:
+            return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=self.environment, stderr=log)
+
+    def finish(self, name: str) -> None:
+        if status := self.start(name).wait():
+            raise SystemExit(f"the run ended with status {status}:\n" + (self.directory / f"{name}.log").read_text())
+
+    def losses(self, name: str) -> list[tuple[int, float]]:
+        path = self.directory / name / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that is being written
+        return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+    def model(self, name: str) -> dict[str, np.ndarray]:
+        from llava_jax.checkpoint import open_ours
+
+        tensors = open_ours(self.directory / name / "model").tensors
+        return {path: tensor.read() for path, tensor in tensors.items()}
+
+    def kill(self, name: str, moment: str, updates: int, rng: random.Random) -> dict:
+        """Start, wait for the moment, after so many updates, and kill. What was there when it died."""
+        output = self.directory / name
+        process = self.start(name)
+
+        def wait(condition) -> None:
+            while process.poll() is None and not condition():
+                time.sleep(0.001)
+
+        if moment == "start":
+            time.sleep(rng.uniform(0, 4))
+        else:
+            wait(lambda: len(self.losses(name)) >= updates)
+        if moment == "update":
+            time.sleep(rng.uniform(0, 0.2))
+        elif moment != "start":
+            where, what = {"save": (output / "checkpoints", "*tmp*"), "export": (output, ".model.incomplete")}[moment]
+            wait(lambda: any(where.glob(what)))
+            time.sleep(rng.uniform(0, 0.02))
+        ended = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        left = sorted(path.name for path in (output / "checkpoints").glob("*"))
+        return {"moment": moment, "updates": len(self.losses(name)), "checkpoints": left, "too late": ended}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    moments = [MOMENTS[(i + 1) % 3] for i in range(args.kills - 1)] + ["export"]
+    with tempfile.TemporaryDirectory() as directory:
+        runs = Runs(Path(directory), args.steps)
+        write_data(runs.directory)
+        runs.finish("undisturbed")
+        kills = []
+        for i, moment in enumerate(moments, 1):
+            updates = min(args.steps, rng.randint(args.steps * i // len(moments) - 2, args.steps * i // len(moments)))
+            kills.append(runs.kill("killed", moment, updates, rng))
+            print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
+        runs.finish("killed")
+        wanted, got = runs.losses("undisturbed"), runs.losses("killed")
+        one, other = runs.model("undisturbed"), runs.model("killed")
+        report = {
+            "kills": kills,
+            "updates": len(wanted),
+            "losses_equal": wanted == got and [step for step, _ in got] == list(range(1, args.steps + 1)),
+            "models_equal": one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one),
+        }
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+    sys.exit(0 if report["losses_equal"] and report["models_equal"] else 1)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

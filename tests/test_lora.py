@@ -1,0 +1,139 @@
+"""LoRA: the layer by its definition, a start that changes nothing, merging, every mesh, the files of an adapter."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import one_device
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+from llava_jax import config as c
+from llava_jax import llava
+from llava_jax.layers import Dense
+from llava_jax.sharding import make_mesh, parse_mesh
+from llava_jax.splice import Batch
+from train import lora
+from train.config import TrainConfig
+from train.step import export_params, loss_sum, setup
+
+CONFIG = TrainConfig(tune="lora", lora_rank=4, lora_alpha=8.0, lora_dropout=0.25, dtype="float32", checkpoint="base")
+
+
+def some_batch() -> Batch:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 512, (4, 24)).astype(np.int32)
+    whole = np.ones_like(ids)
+    return Batch(np.zeros((4, 0, 28, 28, 3), np.uint8), ids, -whole, np.cumsum(whole, 1) - 1, whole, ids)
+
+
+@functools.cache
+def start(config=CONFIG, mesh=None):
+    """A random model, frozen, and the state."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), llava.param_shapes(c.tiny()))
+    frozen, state, _, _ = setup(params, c.tiny(), config, mesh or one_device(), 8)
+    return frozen, state
+
+
+def trained_a_while(state):
+    """B is no longer zero."""
+    rng = np.random.default_rng(1)
+    moved = jax.tree.map(
+        lambda x: x + jax.device_put(rng.standard_normal(x.shape, np.float32), x.sharding), state.trained
+    )
+    return dataclasses.replace(state, trained=moved)
+
+
+def test_a_layer_adds_the_product_of_its_factors():
+    rng = np.random.default_rng(0)
+    x, w, a, b = (rng.standard_normal(shape, np.float32) for shape in ((512, 64), (64, 8), (64, 4), (4, 8)))
+    params = {"kernel": w, "lora_a": a, "lora_b": b}
+    np.testing.assert_allclose(Dense(8).apply({"params": params}, x), x @ w, atol=1e-4)
+    with lora.adapted(CONFIG):
+        np.testing.assert_allclose(Dense(8).apply({"params": {"kernel": w}}, x), x @ w, atol=1e-4)
+        np.testing.assert_allclose(Dense(8).apply({"params": params}, x), x @ w + 2 * x @ a @ b, atol=1e-3)
+        # Through the identity we see what dropout leaves.
+        seen = {"kernel": np.zeros((64, 64)), "lora_a": np.eye(64), "lora_b": np.eye(64) / lora.scale(CONFIG)}
+        ones, layer = np.ones((512, 64), np.float32), Dense(64)
+        kept, other = (layer.apply({"params": seen | {"lora_key": jax.random.key(i)}}, ones) for i in (0, 1))
+    assert np.unique(kept).tolist() == [0.0, pytest.approx(4 / 3)]
+    assert np.mean(np.asarray(kept) == 0) == pytest.approx(0.25, abs=0.01)
+    assert np.any(kept != other)
+
+
+def test_every_layer_and_linear_drops_in_its_own_way():
+    _, state = start()
+    layers = lora.add_dropout(state.trained["decoder"]["layers"], jax.random.key(0))
+    keys = [x for path, x in flatten_dict(layers, sep="/").items() if path.endswith("lora_key")]
+    assert [x.shape for x in keys] == [(2,)] * 7
+    assert len({tuple(map(int, jax.random.key_data(key))) for x in keys for key in x}) == 14
+    assert "lora_key" not in str(state.trained)
+
+
+def test_it_starts_as_the_model_it_came_from():
+    _, state = start()
+    factors = {path: x for path, x in flatten_dict(state.trained, sep="/").items() if "lora" in path}
+    assert len(factors) == 14
+    for path, x in factors.items():
+        if path.endswith("lora_b"):
+            assert not np.any(x)
+        else:  # uniform within +-1 / sqrt(in)
+            bound = x.shape[1] ** -0.5
+            assert 0.95 * bound < np.abs(x).max() <= bound
+            assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.15)
+    assert np.any(np.asarray(start(CONFIG.replace(seed=1))[1].trained["decoder"]["layers"]["mlp"]["up"]["lora_a"])
+                  != factors["decoder/layers/mlp/up/lora_a"])  # fmt: skip
+
+
+def test_only_the_targets_have_factors():
+    _, state = start(CONFIG.replace(lora_targets=("q", "down")))
+    names = {path for path in flatten_dict(state.trained, sep="/") if "lora" in path}
+    assert names == {f"decoder/layers/{part}/lora_{x}" for part in ("attention/q", "mlp/down") for x in "ab"}
+
+
+def test_merged_weights_and_every_mesh_give_the_same_loss():
+    model, batch = c.tiny(), some_batch()
+    loss = jax.jit(loss_sum, static_argnums=(2, 3, 4))
+    frozen, state = start()
+    untouched = float(loss(frozen | {"projector": state.trained["projector"]}, batch, model, CONFIG, one_device()))
+    state = trained_a_while(state)
+    flat = flatten_dict(frozen, sep="/") | flatten_dict(state.trained, sep="/")
+    want = float(loss(unflatten_dict(flat, sep="/"), batch, model, CONFIG, one_device()))
+    assert abs(want - untouched) > 1
+
+    for path in list(flat):
+        if path.endswith("lora_a"):
+            base = path.removesuffix("lora_a")
+            factors = (np.asarray(flat.pop(base + name)) for name in lora.FACTORS)
+            flat[base + "kernel"] = lora.merged(np.asarray(flat[base + "kernel"]), *factors, CONFIG)
+    got = float(loss(unflatten_dict(flat, sep="/"), batch, model, CONFIG, one_device()))
+    assert got == pytest.approx(want, rel=1e-6)
+
+    mesh = make_mesh(parse_mesh("fsdp=4,tensor=2"))
+    frozen, state = start(mesh=mesh)
+    state = trained_a_while(state)
+    assert frozen["decoder"]["layers"]["mlp"]["down"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
+    assert state.trained["decoder"]["layers"]["mlp"]["down"]["lora_a"].sharding.spec == P(None, "tensor", "fsdp")
+    both = unflatten_dict(flatten_dict(frozen, sep="/") | flatten_dict(state.trained, sep="/"), sep="/")
+    assert float(loss(both, batch, model, CONFIG, mesh)) == pytest.approx(want, rel=1e-6)
+
+
+def test_files_of_an_adapter(tmp_path):
+    _, state = start()
+    params = export_params({}, trained_a_while(state))
+    lora.save_adapter(tmp_path / "adapter", params, c.tiny(), CONFIG)
+    described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == "base"
+    assert (described["r"], described["lora_alpha"], described["lora_dropout"]) == (4, 8.0, 0.25)
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert described["target_modules"] == sorted(linears)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 2
+    a = tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
+    np.testing.assert_array_equal(a, np.asarray(params["decoder"]["layers"]["1"]["attention"]["q"]["lora_a"]).T)
+    assert tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"].shape == (32, 4)

@@ -1,0 +1,491 @@
+"""`python -m train` as people run it: a run and its files, interrupted and gone on with; one line for bad input."""
+
+import dataclasses
+import json
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDEN, golden_tensors, write_checkpoint
+from train_processes import start, wait_for_updates
+
+from llava_jax.checkpoint import open_checkpoint, open_ours
+from llava_jax.console import InputError
+from llava_jax.sharding import make_mesh
+from train import __main__ as command
+from train import loop, step, tensorboard
+from train.checkpoints import Checkpoints
+from train.config import PRESETS, TrainConfig
+from train.export import export
+from train.output import Output
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = GOLDEN / "checkpoints/v1.5-llama"
+WORDS = ("cat", "dog", "tree", "house", "street")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Runs of this file compile the same programs: they share what they compile, here and in their own processes."""
+    directory = str(tmp_path_factory.mktemp("cache"))
+    settings = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield directory
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twenty conversations; those with a picture, as stage 1 wants them; half of these for evaluation."""
+    directory = tmp_path_factory.mktemp("data")
+    shutil.copytree(GOLDEN / "images", directory / "images")
+    names = sorted(path.name for path in (directory / "images").iterdir())
+    rows = []
+    for i in range(20):
+        question = "What is this?" if i % 5 == 0 else "<image>\nWhat is this?"
+        answer = " ".join(WORDS[(i * k) % 5] for k in range(1, 3 + i % 4))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append({"id": f"r{i}", "conversations": turns} | ({"image": names[i % len(names)]} if i % 5 else {}))
+    (directory / "data.json").write_text(json.dumps(rows))
+    pictured = [row for row in rows if "image" in row]
+    (directory / "plain.json").write_text(json.dumps(pictured))
+    (directory / "eval.json").write_text(json.dumps(pictured[::2]))
+    return directory
+
+
+def flags(data, output, *more) -> list[str]:
+    """A short stage 1; a later flag wins."""
+    return [str(part) for part in (
+        "--preset", "v1.5-pretrain", "--checkpoint", CHECKPOINT, "--data", data / "plain.json", "--image-folder",
+        data / "images", "--output", output, "--global-batch-size", 16, "--max-length", 128, "--dtype", "float32",
+        "--learning-rate", 1e-2, "--workers", 1, "--steps", 6, "--save-every", 2, *more,
+    )]  # fmt: skip
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs in this process use one of its eight devices: that compiles faster."""
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.fixture
+def train(run_cli, data):
+    """Run the command: (exit status, standard output, standard error)."""
+    return lambda output, *more: run_cli(command.main, *flags(data, output, *more))
+
+
+def read_metrics(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_and_losses(output) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(output)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """An undisturbed run, evaluated and traced on the way: its directory, and what it said."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    more = ("--eval-data", data / "eval.json", "--eval-every", 3, "--keep", 1, "--profile-steps", "2:3")
+    with pytest.MonkeyPatch.context() as patch, open(output.parent / "said", "w+") as said:
+        patch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+        patch.setattr("sys.stderr", said)
+        _, config = command.read_config(flags(data, output, *more))
+        assert loop.train(loop.prepare(config)) == 0
+    return output, (output.parent / "said").read_text()
+
+
+# ---------------------------------------------------------------- a run and its files
+
+
+def test_metrics(finished):
+    output, said = finished
+    lines = read_metrics(output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    for line in lines:
+        assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second"} <= line.keys()
+        assert 0 <= line["data_wait"] <= 1
+        assert 0 < line["labelled"] < line["tokens"]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert lines[-1]["eval_loss"] < lines[2]["eval_loss"] < lines[0]["loss"]
+    assert "first update" in said
+
+
+def test_the_configuration_in_force_is_kept(finished, data):
+    kept = json.loads((finished[0] / "config.json").read_text())
+    del kept["data_sha256"]
+    preset = dataclasses.asdict(PRESETS["v1.5-pretrain"])
+    changed = {name for name in preset if json.loads(json.dumps(preset[name])) != kept[name]}
+    given = {flag[2:].replace("-", "_") for flag in map(str, flags(data, "")) if flag.startswith("--")}
+    assert changed == given - {"preset"} | {"eval_data", "eval_every", "keep", "profile_steps"}
+    assert (kept["learning_rate"], kept["steps"], kept["template"]) == (0.01, 6, "plain")
+
+
+def test_trace_is_written(finished):
+    assert list((finished[0] / "profile").rglob("*.xplane.pb"))
+
+
+def read_records(path: Path) -> list[bytes]:
+    data, records = path.read_bytes(), []
+    while data:
+        (n,) = struct.unpack("<Q", data[:8])
+        assert struct.unpack("<I", data[8:12])[0] == tensorboard.masked_crc32c(data[:8])
+        assert struct.unpack("<I", data[12 + n : 16 + n])[0] == tensorboard.masked_crc32c(data[12 : 12 + n])
+        records.append(data[12 : 12 + n])
+        data = data[16 + n :]
+    return records
+
+
+def parse_message(data: bytes) -> list[tuple[int, object]]:
+    """Fields of a protobuf message: (number, value); bytes where it has a length."""
+
+    def varint():
+        nonlocal data
+        n = shift = 0
+        while True:
+            byte, data = data[0], data[1:]
+            n, shift = n | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                return n
+
+    fields = []
+    while data:
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            value = varint()
+        elif kind == 2:
+            n = varint()
+            value, data = data[:n], data[n:]
+        else:
+            n, code = {1: (8, "<d"), 5: (4, "<f")}[kind]
+            (value,), data = struct.unpack(code, data[:n]), data[n:]
+        fields.append((number, value))
+    return fields
+
+
+def test_tensorboard_events_say_what_the_metrics_say(finished):
+    output, _ = finished
+    [file] = (output / "events").iterdir()
+    version, start, *events = (dict(parse_message(record)) for record in read_records(file))
+    assert (version[3], start[2], start[7]) == (b"brain.Event:2", 1, b"\x08\x01")
+    for event, line in zip(events, read_metrics(output), strict=True):
+        assert event[2] == line["step"]
+        values = [dict(parse_message(value)) for _, value in parse_message(event[5])]
+        got = {value[1].decode(): value[2] for value in values}
+        assert got == {name: pytest.approx(value, rel=1e-6) for name, value in line.items() if name != "step"}
+
+
+def test_crc32c():
+    """RFC 3720, B.4, masked as TFRecord does."""
+    crc = 0x8A9136AA  # of 32 zero bytes
+    assert tensorboard.masked_crc32c(bytes(32)) == ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+
+
+def test_the_same_command_after_the_end_does_nothing(train, finished):
+    output, _ = finished
+    before = (output / "metrics.jsonl").stat().st_mtime_ns
+    status, _, err = train(output)
+    assert status == 0
+    assert "holds the finished run: 6 updates" in err
+    assert (output / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------- the result
+
+
+def changed_paths(output) -> set[str]:
+    before, after = open_checkpoint(CHECKPOINT).source().tensors, open_ours(output / "model").tensors
+    assert before.keys() == after.keys()
+    assert all(before[path].dtype == after[path].dtype for path in before)
+    return {path for path in before if not np.array_equal(before[path].read(), after[path].read())}
+
+
+def test_stage_1_changes_the_projector_alone(finished):
+    assert changed_paths(finished[0]) == {
+        f"projector/linear_{i}/{name}" for i in range(2) for name in ("kernel", "bias")
+    }
+
+
+def test_what_is_frozen_is_bit_for_bit_what_it_was_whatever_the_run_computes_in(data, tmp_path):
+    """The checkpoint is in float32; the decoder's copy on the devices is not."""
+    _, config = command.read_config(flags(data, tmp_path / "out", "--dtype", "bfloat16"))
+    found, mesh = open_checkpoint(CHECKPOINT), make_mesh({}, jax.devices()[:1])
+    params = found.load(mesh, lambda path: step.load_dtype(path, config))
+    frozen, state, _, _ = step.setup(params, found.config, config, mesh, 6)
+    assert frozen["decoder"]["embed"]["embedding"].dtype == jax.numpy.bfloat16
+    export(Output(config), found, found.config, config, state)
+    assert changed_paths(tmp_path / "out") == set()
+
+
+def test_the_model_answers(finished):
+    from infer import load
+
+    model = load(finished[0] / "model", mesh=make_mesh({}, jax.devices()[:1]))
+    assert model.template_name == "llava_v1"  # `plain` is for training alone
+    assert model.ask("What is this?", [GOLDEN / "images/0_64x48.png"], max_new_tokens=2).token_ids
+
+
+def test_lora_gives_an_adapter_and_the_merged_model(train, one_device, data, tmp_path):
+    from safetensors.numpy import load_file
+
+    output = tmp_path / "out"
+    status, _, err = train(
+        output, "--preset", "v1.5-finetune-lora", "--data", data / "data.json", "--lora-rank", "4", "--lora-alpha", "8"
+    )
+    assert status == 0, err
+    lines = read_metrics(output)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    before, after = open_checkpoint(CHECKPOINT).source().tensors, open_ours(output / "model").tensors
+    targets = tuple(f"/{name}/kernel" for name in PRESETS["v1.5-finetune-lora"].lora_targets)
+    layers = {path for path in before if path.startswith("decoder/layers/") and path.endswith(targets)}
+    assert changed_paths(output) == layers | {path for path in before if path.startswith("projector/")}
+    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    name, path = "base_model.model.model.layers.0.self_attn.q_proj", "decoder/layers/0/attention/q/kernel"
+    update = 2.0 * (adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]).T
+    np.testing.assert_allclose(after[path].read(), before[path].read() + update, rtol=1e-6, atol=1e-7)
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_told_to_stop_a_run_loses_no_update(train, finished, one_device, monkeypatch, tmp_path):
+    output, asked = tmp_path / "out", loop.StopSignal.at
+
+    def at(self, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return asked(self, step)
+
+    monkeypatch.setattr(loop.StopSignal, "at", at)
+    status, _, err = train(output)
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after update 3 of 6; the same command goes on from there" in err
+    assert [line["step"] for line in read_metrics(output)] == [1, 2, 3]
+    monkeypatch.setattr(loop.StopSignal, "at", asked)
+    status, _, err = train(output)
+    assert status == 0, err
+    assert "going on after update 3 of 6" in err
+    assert steps_and_losses(output) == steps_and_losses(finished[0])
+
+
+def test_another_configuration_is_refused_with_its_differences(train, finished, data, tmp_path):
+    output = finished[0]
+    status, _, err = train(output, "--seed", "3", "--warmup-ratio", "0.5", "--workers", "2", "--log-every", "5")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "warmup_ratio is 0.03 there and 0.5 here; seed is 0 there and 3 here; go on with" in err
+    changed = tmp_path / "changed.json"
+    changed.write_text((data / "plain.json").read_text() + " ")
+    status, _, err = train(output, "--data", changed)
+    assert status == 1
+    assert "data_sha256 is" in err
+    moved = shutil.copy(data / "plain.json", tmp_path / "moved.json")
+    assert train(output, "--data", moved)[0] == 0
+
+
+def small_state(value: float):
+    return {"a": jax.numpy.full((4, 4), value), "b": {"step": jax.numpy.int32(value)}}
+
+
+def test_latest_and_best_checkpoints_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for n, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None), (6, None)):
+        checkpoints.save(n, small_state(n), {"step": n}, loss)
+    checkpoints.finish()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["2", "5", "6"]
+    assert checkpoints.best_loss() == 1.0
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert (again.latest, again.progress(), again.best_loss()) == (6, {"step": 6}, 1.0)
+    np.testing.assert_array_equal(again.restore(small_state(0))["a"], np.full((4, 4), 6))
+
+
+def test_a_failed_save_is_told_and_loses_nothing(tmp_path, capsys):
+    directory, away = tmp_path / "c", tmp_path / "away"
+    checkpoints = Checkpoints(directory, keep=1)
+    checkpoints.save(1, small_state(1), {"step": 1})
+    checkpoints.settle()
+    directory.rename(away)
+    directory.write_text("no directory")  # nothing can be written there
+    checkpoints.save(2, small_state(2), {"step": 2})
+    directory.unlink()
+    away.rename(directory)
+    assert "warning: checkpoint 2 could not be saved (" in capsys.readouterr().err
+    with pytest.raises(InputError, match="the last state is not saved .*; the last one is that of step 1"):
+        checkpoints.finish()
+    assert checkpoints.latest == 1
+    checkpoints.save(3, small_state(3), {"step": 3})
+    checkpoints.finish()
+    assert sorted(path.name for path in directory.iterdir()) == ["3"]
+
+
+def test_a_save_that_fails_as_it_is_written_is_told(tmp_path, capsys):
+    """As on a full disk: files may not grow beyond a size."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    large = {"a": jax.random.normal(jax.random.key(0), (300, 300))}
+    checkpoints.save(1, large, {"step": 1})
+    checkpoints.settle()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        checkpoints.save(2, large, {"step": 2})
+        checkpoints.settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the last one is that of step 1" in capsys.readouterr().err
+    checkpoints.save(3, large, {"step": 3})
+    checkpoints.finish()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["3"]
+
+
+def test_a_loss_that_stays_infinite_stops_the_run(train, one_device, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 4)
+    tensors = golden_tensors("v1.5-llama")
+    tensors["model.norm.weight"][:] = np.nan
+    broken = write_checkpoint(tmp_path / "broken", tensors, "v1.5-llama")
+    shutil.copytree(CHECKPOINT / "vision_tower", broken / "vision_tower", dirs_exist_ok=True)
+    output = tmp_path / "out"
+    status, _, err = train(output, "--checkpoint", broken)
+    assert status == 1
+    assert "error: update 4: the loss or the gradient is not finite, the 4th time in a row" in err
+    lost = json.loads((output / "nonfinite.json").read_text())
+    assert [one["step"] for one in lost] == [1, 2, 3, 4]
+    assert all(name.startswith("r") for one in lost for name in one["ids"])
+    lines = read_metrics(output)
+    assert [line["loss"] for line in lines] == [None] * len(lines)
+
+
+# ---------------------------------------------------------------- in processes of their own
+
+
+def test_killed_at_any_moment_a_run_computes_the_same():
+    run = subprocess.run(
+        [sys.executable, "benchmarks/train_kill.py", "--kills", "3", "--steps", "15"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads(run.stdout)
+    assert report["losses_equal"]
+    assert report["models_equal"]
+    assert [kill["too late"] for kill in report["kills"]] == [False] * 3
+
+
+def test_two_processes_are_one_run(train, finished, data, compilation_cache, tmp_path):
+    """Process 1 is killed; process 0 stops with one clear line; one process, on another mesh, goes on."""
+    output = tmp_path / "out"
+    started = start(
+        [*flags(data, output), "--heartbeat", 10],
+        environment={"JAX_COMPILATION_CACHE_DIR": compilation_cache}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_updates(output, 3, started[0])
+    started[1].kill()
+    begun = time.monotonic()
+    said = started[0].communicate()[1]
+    assert time.monotonic() - begun < 60
+    assert started[0].returncode != 0
+    assert said.splitlines()[-1].startswith("error: another process of this run is gone or out of reach"), said
+    made = len(read_metrics(output))
+    assert 3 <= made < 6
+    status, _, err = train(output, "--mesh", "data=2,fsdp=2,tensor=2")
+    assert status == 0, err
+    (steps, got), (_, wanted) = (zip(*steps_and_losses(one), strict=True) for one in (output, finished[0]))
+    assert steps == (1, 2, 3, 4, 5, 6)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def broken_lines(directory) -> Path:
+    path = directory / "broken.json"
+    path.write_text('[{"id": 1}, {"id": 2, "conversations": []}]')
+    return path
+
+
+def other_directory(directory) -> Path:
+    (directory / "model").mkdir()
+    (directory / "model" / "config.json").write_text('{"format": "llava-jax"}')
+    return directory / "model"
+
+
+BAD = {
+    "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
+    "no data": (lambda t: ("--data", t / "none.json"), "none.json: cannot be read"),
+    "no images": (lambda t: ("--image-folder", t / "none"), "no such directory"),
+    "no eval data": (lambda t: ("--eval-data", t / "none.json"), "none.json: cannot be read"),
+    "no valid row": (lambda t: ("--data", broken_lines(t)), "nothing in it can be trained on"),
+    "preset": (lambda t: ("--preset", "v1.5-pretrian"), "unknown preset 'v1.5-pretrian'; did you mean v1.5-pretrain?"),
+    "field": (lambda t: ("--learnin-rate", "1"), "unknown field --learnin-rate; did you mean --learning-rate?"),
+    "value": (lambda t: ("--steps", "many"), "--steps 'many': must be a whole number"),
+    "choice": (lambda t: ("--tune", "all"), "--tune 'all': only projector, projector,decoder"),
+    "stray": (lambda t: ("fast",), "'fast': no flag goes with it"),
+    "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
+    "batch": (lambda t: ("--batching", "bucketed", "--global-batch-size", "12"), "a multiple of 8"),
+    "template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
+    "profile": (lambda t: ("--profile-steps", "5"), "write A:B"),
+    "output": (lambda t: ("--output", other_directory(t)), "holds something else"),
+    "output is a file": (lambda t: ("--output", CHECKPOINT / "config.json"), "cannot be used"),
+    "processes": (lambda t: ("--process-id", "1"), "go together"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_status_1(train, monkeypatch, tmp_path, name):
+    make, says = BAD[name]
+    monkeypatch.setattr(loop, "setup", None)  # nothing is compiled before the input is known to be good
+    status, out, err = train(tmp_path / "out", *make(tmp_path))
+    assert (status, out, err.count("\n")) == (1, "", 1), err
+    assert err.startswith("error: ")
+    assert says in err
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_directory_in_use_is_refused(train, tmp_path):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / "out" / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "\n"
+    status, _, err = train(tmp_path / "out")
+    holder.communicate("\n")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "in use by another run" in err
+
+
+def test_list_presets(run_cli):
+    status, out, err = run_cli(command.main, "--list-presets")
+    assert (status, err) == (0, "")
+    header, *rows = (line.split() for line in out.splitlines())
+    assert header == list(PRESETS)
+    table = {row[0]: row[1:] for row in rows if len(row) == len(PRESETS) + 1}
+    assert table["learning_rate"] == [command.show(preset.learning_rate) for preset in PRESETS.values()]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_every_field_is_a_flag(field, data):
+    """What is shown of a value is read as that value."""
+    others = {
+        "tune": "lora", "mesh": "data=2,fsdp=4", "lora_targets": ("q", "v"), "profile_steps": "1:2",
+        "batching": "bucketed", "schedule": "constant", "dtype": "float32", "remat": "none", "template": "plain",
+        "on_bad_sample": "fail", "aspect_ratio": "anyres", "image_first": "random", "positions_per_row": 4096,
+        "export_hf": True,
+    } | dict.fromkeys(command.PATHS, "/x")  # fmt: skip
+    value = others.get(field.name, field.default or 2)
+    flag = f"--{field.name.replace('_', '-')}"
+    _, config = command.read_config([*flags(data, "/out"), *([flag] if value is True else [flag, command.show(value)])])
+    assert getattr(config, field.name) == value

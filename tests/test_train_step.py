@@ -1,0 +1,365 @@
+"""One update: against the reference's curves, against itself cut up in every way, and what it leaves alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import GOLDEN, golden_json, load_golden, make_row, one_device
+from flax.traverse_util import flatten_dict
+
+from llava_jax import config as c
+from llava_jax import decoder, images, llava
+from llava_jax.console import InputError
+from llava_jax.layers import REMAT
+from llava_jax.sharding import make_mesh, parse_mesh, put_rows
+from llava_jax.splice import IGNORE, IMAGE, Batch, Row, pack, splice
+from train import optim
+from train import step as step_module
+from train.config import PRESETS, TrainConfig
+from train.step import export_params, setup
+
+FAST = {"xla_backend_optimization_level": 0}  # these programs take longer to compile than to run
+PLAIN = TrainConfig(
+    learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0, dtype="float32", lora_rank=4,
+    lora_alpha=8.0,
+)  # fmt: skip
+CURVES = golden_json("training.json")
+
+
+def random_params(model):
+    """Weights large enough that every part matters."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), llava.param_shapes(model))
+
+
+def start(config: TrainConfig, batch, model=None, mesh=None, params=None, total_steps: int = 8):
+    """`setup`, compiled for a batch: frozen, state, step, eval, the batch on the mesh."""
+    model, mesh = model or c.tiny(), mesh or one_device()
+    frozen, state, step, evaluate = setup(params or random_params(model), model, config, mesh, total_steps)
+    batch = jax.tree.map(lambda x: put_rows(x, mesh), batch)
+    step = step.lower(frozen, state, batch).compile(compiler_options=FAST)
+    return frozen, state, step, evaluate, batch
+
+
+def conversation(rng: np.random.Generator, model, sizes=()) -> Row:
+    """Random ids and pictures; what comes after the pictures is partly labelled."""
+    places = tuple(images.layout(size, model) for size in sizes)
+    side = model.vision.image_size
+    tiles = tuple(rng.integers(0, 256, (place.tiles, side, side, 3), dtype=np.uint8) for place in places)
+    text = rng.integers(3, model.text.vocab_size, rng.integers(20, 50)).astype(np.int32)
+    ids = np.concatenate([text[:2], np.full(len(sizes), IMAGE, np.int32), text[2:]])
+    labels = np.where((np.arange(len(ids)) > len(sizes) + 8) & (rng.random(len(ids)) < 0.6), ids, IGNORE)
+    return Row(ids, places, tiles, labels.astype(np.int32))
+
+
+@functools.cache
+def conversations(model) -> list[Row]:
+    rng = np.random.default_rng(0)
+    sizes = [(), ((20, 20),), (), ((40, 28), (28, 28))] * 4
+    return [conversation(rng, model, several) for several in sizes]
+
+
+# ---------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("curve", CURVES["curves"])
+def test_losses_and_gradient_norms_of_the_reference(curve):
+    name, stage = curve.rsplit(".", 1)
+    want = CURVES["curves"][curve]
+    case = next(x for x in golden_json("checkpoints/index.json") if x["key"] == f"{name}.{want['batch']}")
+    found, params = load_golden(name)
+    rows = [
+        make_row(talk, [GOLDEN / "images" / p for p in pictures], case["template"], found.config, found.tokenizer)
+        for talk, pictures in zip(case["conversations"], case["images"], strict=True)
+    ]
+    theirs = np.load(GOLDEN / "checkpoints" / name / f"expected.{want['batch']}.npz")
+    labels = (theirs["in_labels"][b][theirs["in_mask"][b]] for b in range(len(rows)))  # it gave some up
+    rows = [dataclasses.replace(row, labels=own) for row, own in zip(rows, labels, strict=True)]
+    batch = splice(rows, found.config, max_length=case["max_length"])
+
+    tune = {"pretrain": "projector", "finetune": "projector,decoder"}[stage]
+    config = PLAIN.replace(tune=tune, learning_rate=want["lr"])
+    frozen, state, step, _, batch = start(config, batch, found.config, params=dict(params))
+    losses, norms = [], []
+    for _ in range(8):
+        state, metrics = step(frozen, state, batch)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    np.testing.assert_allclose(losses, want["losses"], rtol=2e-4)
+    np.testing.assert_allclose(norms, want["grad_norms"], rtol=2e-4)
+
+
+@pytest.mark.parametrize("key", CURVES["cosine_schedules"])
+def test_cosine_schedule_of_the_reference(key):
+    total, ratio, peak = (float(part.split("=")[1]) for part in key.split(","))
+    share = optim.schedule(PLAIN.replace(schedule="cosine", warmup_ratio=ratio), int(total))
+    for count, rate in CURVES["cosine_schedules"][key].items():
+        assert float(peak * share(jnp.int32(count))) == pytest.approx(rate, rel=2e-6)
+
+
+def test_constant_schedule_warms_up_and_stays():
+    share = optim.schedule(PLAIN.replace(warmup_ratio=0.25), 8)
+    assert [float(share(i)) for i in (0, 1, 2, 7)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_each_part_has_its_rate_and_biases_and_norms_do_not_decay():
+    config = PLAIN.replace(
+        learning_rate=1.0, projector_learning_rate=2.0, vision_learning_rate=3.0, weight_decay=0.1, max_grad_norm=1.0
+    )
+    layer = {"q": {"kernel": 1.0, "bias": 1.0, "lora_a": 1.0}, "norm": {"scale": 1.0}}
+    params = {"decoder": {"layers": layer}, "newline": 1.0, "projector": layer, "vision": {"layers": layer}}
+    params = jax.tree.map(jnp.array, params)
+    optimizer = optim.make_optimizer(config, 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+
+    def decayed(rate):
+        return {"q": {"kernel": -0.1 * rate, "bias": 0.0, "lora_a": -0.1 * rate}, "norm": {"scale": 0.0}}
+
+    want = {
+        "decoder": {"layers": decayed(1)}, "newline": -0.1, "projector": decayed(2), "vision": {"layers": decayed(3)}
+    }  # fmt: skip
+    jax.tree.map(np.testing.assert_allclose, updates, want)
+
+    # Clipped together, to norm 1; Adam's first update would not show it, its moment does.
+    gradients = jax.tree.map(lambda _: jnp.float32(30.0), params)
+    _, state = optimizer.update(gradients, optimizer.init(params), params)
+    moment = next(part.mu for part in state if hasattr(part, "mu"))
+    assert float(optax.tree.norm(moment)) == pytest.approx(0.1, rel=1e-5)
+
+
+# ---------------------------------------------------------------- the same however it is cut
+
+STILL = PLAIN.replace(tune="projector,decoder,vision", learning_rate=0.0, adam_b1=0.0)  # so that `mu` is the gradient
+
+
+def loss_and_gradients(batches: list[Batch], mesh=None, accumulate: int = 1):
+    """Over all batches, as if they were one."""
+    frozen, state, step, _, _ = start(STILL.replace(accumulate=accumulate), batches[0], mesh=mesh)
+    loss, gradients, count = 0.0, None, 0
+    for batch in batches:
+        state, metrics = step(frozen, state, jax.tree.map(lambda x: put_rows(x, mesh or one_device()), batch))
+        weight = int(metrics["labelled"])
+        loss, count = loss + weight * float(metrics["loss"]), count + weight
+        parts = {path: weight * np.asarray(x) for path, x in flatten_dict(moments(state).mu, sep="/").items()}
+        gradients = parts if gradients is None else {path: x + parts[path] for path, x in gradients.items()}
+    return loss / count, {path: x / count for path, x in gradients.items()}
+
+
+def moments(state):
+    return next(part for part in state.opt_state if hasattr(part, "mu"))
+
+
+@functools.cache
+def one_by_one():
+    rows = conversations(c.tiny())
+    length = splice(rows, c.tiny()).ids.shape[1]
+    return loss_and_gradients([splice([row], c.tiny(), length=length, tiles=6) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("packed", "mesh", "devices", "accumulate"),
+    [
+        (False, "data=2,fsdp=2,tensor=2", 8, 2),
+        (True, "fsdp=2", 2, 4),
+        (True, "fsdp=8", 8, 1),
+    ],
+)
+def test_loss_and_gradients_are_those_of_the_conversations_one_by_one(packed, mesh, devices, accumulate):
+    rows = conversations(c.tiny())
+    if packed:
+        batch = pack([rows[:3], rows[3:5], rows[5:6], rows[6:11], rows[11:13], rows[13:]], c.tiny(), batch=8)
+    else:
+        batch = splice(rows, c.tiny())
+    mesh = make_mesh(parse_mesh(mesh), jax.devices()[:devices])
+    loss, gradients = loss_and_gradients([batch], mesh, accumulate)
+    want_loss, want = one_by_one()
+    assert loss == pytest.approx(want_loss, rel=1e-5)
+    assert gradients.keys() == want.keys()
+    norm = np.sqrt(sum(np.sum(x * x) for x in want.values()))
+    for path, x in want.items():
+        # A bias of keys changes nothing: all of its gradient is rounding.
+        size = norm if path == "vision/layers/attention/k/bias" else np.abs(x).max()
+        np.testing.assert_allclose(gradients[path], x, atol=1e-5 * size, rtol=0, err_msg=path)
+
+
+def test_pieces_of_the_head_add_up(monkeypatch):
+    """Six pieces, of which the last ones are needed by no row and skipped."""
+    rng = np.random.default_rng(0)
+    model = c.tiny()
+    x_BSD = rng.standard_normal((3, 700, 32), np.float32)
+    targets_BS = np.where(rng.random((3, 700)) < 0.5, rng.integers(0, 512, (3, 700)), IGNORE)
+    params = {name: part for name, part in random_params(model)["decoder"].items() if name in ("norm", "head")}
+
+    def naive(params, x_BSD):
+        logits = jax.nn.log_softmax(decoder.logits(params, model, x_BSD))
+        picked = jnp.take_along_axis(logits, np.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(targets_BS != IGNORE, picked, 0))
+
+    def ours(params, x_BSD):
+        return step_module._head_loss(params, x_BSD, jnp.array(targets_BS), model, one_device())
+
+    monkeypatch.setattr(step_module, "PIECE_LOGITS", 128 * 3 * 512)
+    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x_BSD) for f in (ours, naive))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
+
+
+# ---------------------------------------------------------------- what is trained, and what it costs
+
+MODELS = {  # of the presets, tiny
+    "v1": c.tiny(projector="linear", merge="flat", aspect_ratio="square"),
+    "v1.5": c.tiny(merge="flat", aspect_ratio="pad"),
+    "v1.6": c.tiny(),
+}
+TRAINED = {
+    "projector": {"projector"},
+    "projector,decoder": {"projector", "decoder", "newline"},
+    "projector,decoder,vision": {"projector", "decoder", "newline", "vision"},
+    "lora": {"projector", "lora_a", "lora_b"},
+}
+
+
+ALIKE = {  # presets that differ in their data only
+    "v1-finetune-scienceqa": PRESETS["v1-finetune"].replace(epochs=12.0, image_first="as_is"),
+    "v1.5-finetune-task": PRESETS["v1.5-finetune"],
+}
+
+
+def test_presets_that_are_alike():
+    assert {name: PRESETS[name] for name in ALIKE} == ALIKE
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ALIKE])
+def test_every_preset_trains_what_it_says_and_nothing_else(name):
+    """Loss falls; there is optimizer state for the trained tensors only; all others stay as they were, bit for bit."""
+    model, config = MODELS[name.split("-")[0]], PRESETS[name].replace(lora_rank=4, lora_alpha=8.0)
+
+    def is_trained(path):
+        return not TRAINED[config.tune].isdisjoint({path.split("/")[0], path.split("/")[-1]})
+
+    before = {
+        path: x.astype(np.float32 if is_trained(path) else jnp.bfloat16)
+        for path, x in flatten_dict(random_params(model), sep="/").items()
+    }
+    frozen, state, step, _, batch = start(config, splice(conversations(model), model), model, total_steps=12)
+    trained = flatten_dict(state.trained, sep="/")
+    assert all(is_trained(path) and x.dtype == np.float32 for path, x in trained.items())
+    assert not any(map(is_trained, flatten_dict(frozen, sep="/")))
+    for moment in (moments(state).mu, moments(state).nu):
+        assert jax.tree.map(np.shape, moment) == jax.tree.map(np.shape, state.trained)
+    assert sum(x.size > 1 for x in jax.tree.leaves(state.opt_state)) == 2 * len(trained)
+
+    losses, rates = [], []
+    for _ in range(12):
+        state, metrics = step(frozen, state, batch)
+        losses.append(float(metrics["loss"]))
+        rates.append(float(metrics["learning_rate"]))
+    assert losses[-1] < losses[0]
+    assert rates[:2] == [0.0, pytest.approx(config.learning_rate)]
+    after = flatten_dict(export_params(frozen, state), sep="/")
+    assert {path for path in after if "lora" not in path} == before.keys()
+    for path, x in before.items():
+        assert after[path].dtype == x.dtype
+        assert is_trained(path) != np.array_equal(after[path], x), path
+
+
+def flops(config: TrainConfig, model, batch: Batch) -> float:
+    """Executed for a step, by the compiler's count, which takes a loop's body once: models have one layer here."""
+    frozen, state, step, _ = setup(llava.param_shapes(model), model, config, one_device(), 8)
+    return step.lower(frozen, state, batch).compile(compiler_options=FAST).cost_analysis()["flops"]
+
+
+def test_stage_one_computes_no_weight_gradients_of_the_decoder():
+    model = c.tiny()
+    model = model.replace(text=dataclasses.replace(model.text, width=256, ffn_width=768, head_width=64, layers=1))
+    length = 128
+    arrays = [jax.ShapeDtypeStruct((4, length), np.int32) for _ in range(5)]
+    batch = Batch(jax.ShapeDtypeStruct((4, 1, 28, 28, 3), np.uint8), *arrays)
+    shapes = flatten_dict(llava.param_shapes(model)["decoder"], sep="/")
+    weights = sum(np.prod(x.shape) for path, x in shapes.items() if path.endswith("kernel"))
+    tokens = 4 * length
+    attention = 2 * 2 * 4 * 64 * length * tokens  # scores and sums of values: forward; twice that backward
+    config = PLAIN.replace(remat="none")
+    stage_one = flops(config.replace(tune="projector"), model, batch)
+    whole = flops(config.replace(tune="projector,decoder"), model, batch)
+    assert 3.9 * weights * tokens < stage_one < 4.3 * weights * tokens + 3 * attention
+    assert 5.8 * weights * tokens < whole
+
+
+def test_remat_policies_trade_memory_for_work():
+    """In the order of their names, a backward pass computes less and less again."""
+    model = c.tiny()
+    params = llava.param_shapes(model)["decoder"]
+    layers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), params["layers"]["0"])
+    model = model.replace(text=dataclasses.replace(model.text, layers=1))
+    x_BSD, ids_BS = jax.ShapeDtypeStruct((2, 64, 32), np.float32), jax.ShapeDtypeStruct((2, 64), np.int32)
+
+    def loss(layers, x_BSD, ids_BS, remat):
+        return jnp.sum(decoder.decode({"layers": layers}, model, x_BSD, ids_BS, ids_BS, remat=remat) ** 2)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=3)
+    count = [gradient.lower(layers, x_BSD, ids_BS, remat).cost_analysis()["flops"] for remat in REMAT]
+    assert list(REMAT) == ["full", "minimal", "dots", "none"]
+    assert sorted(count, reverse=True) == count
+    assert len(set(count)) == 4
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_an_update_that_is_not_finite_is_left_out():
+    model = c.tiny()
+    batch = splice(conversations(model)[:2], model)
+    frozen, state, step, _, batch = start(PLAIN.replace(tune="projector"), batch)
+    broken = frozen | {"newline": frozen["newline"] * np.nan}
+    state, metrics = step(frozen, state, batch)
+    before = jax.tree.map(np.asarray, (state.trained, state.opt_state))
+    for times in (1, 2):
+        state, metrics = step(broken, state, batch)
+        assert not metrics["ok"]
+        assert (int(state.step), int(state.skipped), int(state.skipped_total)) == (1 + times, times, times)
+    jax.tree.map(np.testing.assert_array_equal, (state.trained, state.opt_state), before)
+    state, metrics = step(frozen, state, batch)
+    assert metrics["ok"]
+    assert (int(state.step), int(state.skipped), int(state.skipped_total)) == (4, 0, 2)
+    assert not np.array_equal(
+        state.trained["projector"]["linear_0"]["kernel"], before[0]["projector"]["linear_0"]["kernel"]
+    )
+
+
+def test_a_projector_without_parameters_cannot_be_trained_alone():
+    model = c.tiny(projector="identity")
+    model = model.replace(vision=dataclasses.replace(model.vision, width=32))
+    with pytest.raises(InputError, match="nothing to train"):
+        setup(llava.param_shapes(model), model, PLAIN.replace(tune="projector"), one_device(), 8)
+
+
+def test_rows_that_do_not_go_into_the_parts():
+    batch = splice(conversations(c.tiny())[:3], c.tiny())
+    with pytest.raises(InputError, match="3 rows does not go into 2 equal parts"):
+        start(PLAIN.replace(tune="projector", accumulate=2), batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(tune="decoder"), "--tune 'decoder': only projector,"),
+        (dict(remat="some"), "--remat 'some': only full, minimal, dots, none"),
+        (dict(steps=0), "--steps 0: must be at least 1"),
+        (dict(steps=1.5), "--steps 1.5: must be int | None"),
+        (dict(learning_rate=float("nan")), "--learning-rate nan: must be a finite number"),
+        (dict(warmup_ratio=1.1), "--warmup-ratio 1.1: must be between 0 and 1"),
+        (dict(lora_dropout=1.0), "--lora-dropout 1.0: must be at least 0 and below 1"),
+        (dict(lora_targets=("q", "head")), "--lora-targets head: only q, k"),
+        (dict(tune="lora", lora_targets=()), "--lora-targets: name at least one"),
+        (dict(epochs=0.0), "--epochs 0.0: must be above 0"),
+        (dict(mesh="model=8"), "mesh 'model=8': write it as"),
+    ],
+)
+def test_configurations_that_cannot_be(change, says):
+    with pytest.raises(InputError) as error:
+        TrainConfig(**change)
+    assert str(error.value).startswith(says)
