@@ -58,7 +58,7 @@ def write_hf(
     """
     config = source.config
     if form == "transformers":
-        _check_expressible(config)
+        check_expressible(config)
         extra = _Vocabulary.plan(config, tokenizer)
         files = _transformers_files(config, tokenizer, extra)
     else:
@@ -188,7 +188,8 @@ class _Vocabulary:
 # ---------------------------------------------------------------- transformers' files
 
 
-def _check_expressible(config: LlavaConfig) -> None:
+def check_expressible(config: LlavaConfig) -> None:
+    """Raise an InputError if transformers' classes cannot hold the model."""
     anyres = config.aspect_ratio == "anyres"
     merge = "spatial_unpad" if anyres else "flat"
     text = config.text

@@ -3,7 +3,7 @@
     config.json           the TrainConfig in force, and a checksum of its data
     metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
     checkpoints/          states to go on from (checkpoints.py)
-    model/ adapter/       the result (export.py)
+    model/ hf/ adapter/   the result (export.py)
 
 Small files are appended to in `files`: the directory itself, or, where it is in an object store (`gs://`), which knows
 no appending, a copy on this machine that `push` carries there.
