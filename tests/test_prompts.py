@@ -273,6 +273,10 @@ def test_marks_of_one_image_go_to_the_front_and_those_of_several_stay(tokenizers
     one, _ = encode_conversation(turns("Look at <image> now", "Yes."), template, tokenizers[True])
     front, _ = encode_conversation(turns("<image>\nLook at  now", "Yes."), template, tokenizers[True])
     assert one.tolist() == front.tolist()
+    last, _ = encode_conversation(turns("Look at <image> now", "Yes."), template, tokenizers[True], image_last=True)
+    where = [int(np.flatnonzero(ids == IMAGE)[0]) for ids in (one, last)]
+    assert tokenizers[True].decode(last[: where[1]]).endswith("USER: Look at  now\n")
+    assert where[0] < where[1]
     two, _ = encode_conversation(turns("A <image> B <image> C", "Yes."), template, tokenizers[True], images=2)
     assert (two == IMAGE).sum() == 2
     assert np.diff(np.flatnonzero(two == IMAGE))[0] > 1

@@ -6,7 +6,19 @@ import pytest
 from llava_jax import config as c
 from llava_jax.console import InputError
 from llava_jax.images import TileLayout, layout
-from llava_jax.splice import IGNORE, IMAGE, NEWLINE, TEXT, Row, count_features, merge_rows, splice, spliced_length
+from llava_jax.splice import (
+    IGNORE,
+    IMAGE,
+    NEWLINE,
+    TEXT,
+    Row,
+    count_features,
+    merge_rows,
+    pack,
+    splice,
+    spliced_length,
+    widths,
+)
 
 SPATIAL = c.tiny(merge="spatial")
 UNPAD = c.tiny()
@@ -103,6 +115,41 @@ def test_buckets_and_padding_rows():
     assert batch.lengths.tolist() == [1, 0, 0, 0]
     with pytest.raises(InputError, match="do not fit"):
         splice([row(5, 6, 7)], FLAT, length=2)
+
+
+def test_packed_conversations_are_segments_with_their_own_positions_and_tiles():
+    one = TileLayout((20, 20))
+    tile = lambda value: np.full((1, 28, 28, 3), value, np.uint8)  # noqa: E731
+    first = row(5, IMAGE, layouts=[one], tiles=(tile(1),), labels=np.array([IGNORE, IGNORE]))
+    second = row(7, 8, labels=np.array([IGNORE, 8]))
+    third = row(IMAGE, 9, IMAGE, layouts=[one, one], tiles=(tile(2), tile(3)), labels=np.array([IGNORE, 9, IGNORE]))
+    batch = pack([[first, second, third], [second]], FLAT, length=60, tiles=4, batch=3)
+    assert batch.segments[0].tolist() == [1] * 17 + [2] * 2 + [3] * 33 + [0] * 8
+    assert batch.positions[0].tolist() == [*range(17), *range(2), *range(33), *[0] * 8]
+    assert batch.feature_rows[0, :17].tolist() == [TEXT, *range(16)]
+    assert batch.feature_rows[0, 19:52].tolist() == [*range(16, 32), TEXT, *range(32, 48)]
+    assert batch.ids[0, [0, 17, 18, 35]].tolist() == [5, 7, 8, 9]
+    assert np.flatnonzero(batch.labels[0] != IGNORE).tolist() == [18, 35]
+    assert batch.tiles[0, :, 0, 0, 0].tolist() == [1, 2, 3, 0]
+    assert batch.lengths.tolist() == [52, 2, 0]
+
+
+def test_packed_conversations_share_the_newline_at_the_end_of_the_table():
+    place = layout((56, 28), UNPAD)
+    one = row(IMAGE, layouts=[place])
+    batch = pack([[one, one]], UNPAD, tiles=7)
+    alone = merge_rows(place, UNPAD)
+    rows = batch.feature_rows[0].reshape(2, -1)
+    assert (rows[:, alone == NEWLINE] == 7 * 16).all()
+    assert (rows[0, alone != NEWLINE] == alone[alone != NEWLINE]).all()
+    assert (rows[1, alone != NEWLINE] == alone[alone != NEWLINE] + place.tiles * 16).all()
+
+
+def test_widths():
+    place = TileLayout((20, 20))
+    assert widths(row(5, IMAGE, 6, layouts=[place]), FLAT).tolist() == [1, 16, 1]
+    with pytest.raises(InputError, match="^1 <image> marks for 0 images"):
+        widths(row(5, IMAGE), FLAT)
 
 
 @pytest.mark.parametrize("marks", [0, 2])

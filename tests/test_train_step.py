@@ -53,6 +53,7 @@ def conversation(rng: np.random.Generator, model, sizes=()) -> Row:
     text = rng.integers(3, model.text.vocab_size, rng.integers(20, 50)).astype(np.int32)
     ids = np.concatenate([text[:2], np.full(len(sizes), IMAGE, np.int32), text[2:]])
     labels = np.where((np.arange(len(ids)) > len(sizes) + 8) & (rng.random(len(ids)) < 0.6), ids, IGNORE)
+    labels[0] = ids[0]  # nothing comes before it to predict it
     return Row(ids, places, tiles, labels.astype(np.int32))
 
 
@@ -273,20 +274,16 @@ def flops(config: TrainConfig, model, batch: Batch) -> float:
 
 
 def test_stage_one_computes_no_weight_gradients_of_the_decoder():
+    """4 N a token without the work done again to save memory, where training the decoder takes 6 N."""
     model = c.tiny()
-    model = model.replace(text=dataclasses.replace(model.text, width=256, ffn_width=768, head_width=64, layers=1))
-    length = 128
-    arrays = [jax.ShapeDtypeStruct((4, length), np.int32) for _ in range(5)]
-    batch = Batch(jax.ShapeDtypeStruct((4, 1, 28, 28, 3), np.uint8), *arrays)
+    text = dataclasses.replace(model.text, vocab_size=64, width=256, ffn_width=768, head_width=64, layers=1)
+    model = model.replace(text=text)
+    ids = jax.ShapeDtypeStruct((4, 128), np.int32)
+    batch = Batch(jax.ShapeDtypeStruct((4, 1, 28, 28, 3), np.uint8), *[ids] * 5)
     shapes = flatten_dict(llava.param_shapes(model)["decoder"], sep="/")
-    weights = sum(np.prod(x.shape) for path, x in shapes.items() if path.endswith("kernel"))
-    tokens = 4 * length
-    attention = 2 * 2 * 4 * 64 * length * tokens  # scores and sums of values: forward; twice that backward
-    config = PLAIN.replace(remat="none")
-    stage_one = flops(config.replace(tune="projector"), model, batch)
-    whole = flops(config.replace(tune="projector,decoder"), model, batch)
-    assert 3.9 * weights * tokens < stage_one < 4.3 * weights * tokens + 3 * attention
-    assert 5.8 * weights * tokens < whole
+    once = sum(np.prod(x.shape) for path, x in shapes.items() if path.endswith("kernel")) * ids.size
+    assert 3.9 * once < flops(PLAIN.replace(tune="projector", remat="none"), model, batch) < 4.3 * once
+    assert 6.0 * once < flops(PLAIN.replace(tune="projector,decoder", remat="none"), model, batch)
 
 
 def test_remat_policies_trade_memory_for_work():

@@ -41,11 +41,12 @@ class TrainConfig:
     steps: int | None = _(None, "updates of the whole run; None: what `epochs` gives")
     on_bad_sample: str = _("skip", "skip: leave a broken sample out and count it; fail: stop at it")
     max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same")
-    workers: int = _(4, "processes that read and decode pictures; 0: none beside this one")
+    workers: int = _(4, "threads that read and decode pictures; 0: none beside the one that makes batches")
     prefetch: int = _(2, "batches that are made ahead")
+    positions_per_row: int | None = _(None, "of a packed row; None: max_length, or up to half more if the data gains")
     tiles_per_row: int | None = _(None, "room for tiles of a packed row; None: from the data")
     aspect_ratio: str | None = _(None, "square, pad or anyres; None: the checkpoint's")
-    image_first: str = _("as_is", "as_is: the image where the data has it; random: before or after the question")
+    image_first: str = _("as_is", "as_is: a single image before its question, as the reference; random: or after it")
     eval_data: str | None = _(None, "held-out conversations to evaluate on")
     eval_every: int = _(0, "updates between evaluations; 0: only after the last")
 
@@ -112,6 +113,7 @@ class TrainConfig:
         for name in ("lora_dropout", "adam_b1", "adam_b2"):
             self._check(name, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
         self._check("epochs", lambda value: value > 0, "must be above 0")
+        self._check("positions_per_row", lambda value: value >= self.max_length, "must be at least --max-length")
         if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
             raise InputError(f"--lora-targets {', '.join(unknown)}: only {', '.join(LORA_TARGETS)}")
         if self.tune == "lora" and not self.lora_targets:

@@ -254,13 +254,13 @@ class BadSamples:
     of its own what only it knows: pictures of its rows that turn out broken.
 
     Attributes:
-      count: bad samples met, those met again included.
+      count, seen: bad samples met, among so many conversations; those met again count again.
     """
 
     def __init__(self, config: TrainConfig, samples: Samples, folder: Path | None, process: int = 0):
         """`folder` is where the list goes; None for nowhere."""
         self._config, self._samples, self._process = config, samples, process
-        self.count = self._seen = self._told = 0
+        self.count = self.seen = self._told = 0
         name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
         self._file = folder and folder / name
         self._listed = self._read()
@@ -271,7 +271,7 @@ class BadSamples:
         Raises:
           InputError: the run is to stop at a bad sample, or has met too many; the list cannot be written.
         """
-        self._seen += seen
+        self.seen += seen
         self.count += len(bad)
         if not known_to_all or self._process == 0:
             for one in bad:
@@ -279,11 +279,11 @@ class BadSamples:
         if bad and self._config.on_bad_sample == "fail":
             raise InputError(self._samples.name(bad[0]))
         # Of a few conversations one alone would be a large share.
-        allowed = self._config.max_bad_share * max(self._seen, min(len(self._samples), ENOUGH))
+        allowed = self._config.max_bad_share * max(self.seen, min(len(self._samples), ENOUGH))
         if self.count > allowed:
             where = f"; {self._file} lists them" if self._file else ""
             raise InputError(
-                f"{self._samples.path}: {self.count} bad samples among the first {max(self._seen, self.count)}, more "
+                f"{self._samples.path}: bad samples: {self.count} among the first {max(self.seen, self.count)}, more "
                 f"than --max-bad-share {self._config.max_bad_share:g} allows{where}"
             )
 

@@ -1,0 +1,167 @@
+"""What batching wastes, and whether a training step waits for its data.
+
+    python benchmarks/train_data.py --json data.json
+
+Lengths are drawn like mix665k's (40 % short answers about a picture, 6 % text only, the rest conversations about a
+picture), for v1.5 at 336 pixels. Padding: packed rows, bucketed ones, and packed by grain's first fit. Waiting: a loop
+that takes a batch, then sleeps for as long as a step is said to take; pictures are JPEGs of COCO's sizes.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# ruff: noqa: E402
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # in front of this directory: `train` is the package, not the file beside this one
+
+import grain
+import numpy as np
+from PIL import Image
+
+from llava_jax.config import preset
+from llava_jax.prompts import encode_conversation, get_template
+from llava_jax.tokenizer import load_tokenizer
+from train.config import TrainConfig
+from train.data import WINDOW, open_data
+from train.packing import fill_rows
+
+ROOT = Path(__file__).parents[1]
+PICTURES = 32
+COMPILE_SECONDS = 5  # between the first batch and the second, as when a step is compiled
+GOALS = {"padding": 0.05, "waiting": 0.02}
+TEMPLATE = "mistral_instruct"  # no system text, so that any length can be had
+WORD = "the"  # one token of the tests' tokenizer
+
+
+def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of n conversations after splicing, and whether each has a picture."""
+    random = np.random.default_rng(seed)
+    kind = random.choice(3, n, p=[0.40, 0.54, 0.06])
+    short = features + 45 + random.integers(8, 60, n)
+    long = features + 45 + np.maximum(random.lognormal(5.5, 0.6, n), 30)
+    text = 45 + np.maximum(random.lognormal(6.8, 0.8, n), 20)
+    return np.minimum(np.choose(kind, [short, long, text]), max_length).astype(int), kind < 2
+
+
+def conversation(has_image: bool, words: int) -> list[dict[str, str]]:
+    question = "<image>\nHi" if has_image else "Hi"
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": " ".join([WORD] * words)}]
+
+
+def write_data(folder: Path, tokenizer, lengths: np.ndarray, has_image: np.ndarray, features: int) -> Path:
+    """A data file of conversations that take these positions, and pictures for it."""
+    random = np.random.default_rng(0)
+    for i in range(PICTURES):
+        width, height = [(640, 480), (480, 640), (640, 427), (500, 375)][i % 4]
+        small = Image.fromarray(random.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
+        small.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    rows = []
+    for i, (length, picture) in enumerate(zip(lengths.tolist(), has_image.tolist(), strict=True)):
+        ids, _ = encode_conversation(conversation(picture, 1), get_template(TEMPLATE), tokenizer)
+        words = max(1, length - (len(ids) - 1) - (features - 1) * picture)
+        row = {"id": i, "conversations": conversation(picture, words)}
+        rows.append(row | ({"image": f"{i % PICTURES}.jpg"} if picture else {}))
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def packed(sizes: list[tuple[int, int]], length: int, tiles: int) -> float:
+    """Padding of our packing, window after window as training packs."""
+    rows = sum(len(fill_rows(sizes[i : i + WINDOW], length, tiles)) for i in range(0, len(sizes), WINDOW))
+    return 1 - sum(n for n, _ in sizes) / (length * rows)
+
+
+def first_fit(sizes: list[tuple[int, int]], length: int, tiles: int) -> float:
+    """Padding of grain's own packing on the same conversations."""
+    source = grain.MapDataset.source([{"positions": np.zeros(n, bool), "tiles": np.zeros(t, bool)} for n, t in sizes])
+    rows = grain.experimental.FirstFitPackIterDataset(
+        source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
+        length_struct={"positions": length, "tiles": tiles},
+        num_packing_bins=256,
+    )
+    return 1 - sum(n for n, _ in sizes) / (length * sum(1 for _ in rows))
+
+
+def wait_share(data, steps: int, seconds: float) -> dict[str, float]:
+    """Share of the time that a loop of steps of a fixed length spends waiting for batches, once it runs."""
+    begun = time.monotonic()
+    next(data)
+    first, waited, conversations = time.monotonic() - begun, 0.0, 0
+    time.sleep(COMPILE_SECONDS)
+    worked = time.process_time()
+    for _ in range(steps):
+        time.sleep(seconds)
+        begun = time.monotonic()
+        _, info = next(data)
+        waited += time.monotonic() - begun
+        conversations += info["conversations"]
+    return {
+        "waiting": waited / (waited + steps * seconds),
+        "first_batch_seconds": first,
+        "conversations_per_second": conversations / (waited + steps * seconds),
+        "cpu_milliseconds_per_conversation": 1000 * (time.process_time() - worked) / conversations,
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="What batching wastes, and whether a step waits for its data.")
+    p.add_argument("--conversations", type=int, default=8192, help="in the data file")
+    p.add_argument("--batch-size", type=int, default=128, help="of the global batch, for padding")
+    p.add_argument("--host-batch-size", type=int, default=16, help="conversations a step of this process, for waiting")
+    p.add_argument("--step-seconds", type=float, default=0.5)
+    p.add_argument("--steps", type=int, default=100)
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--aspect-ratio", default="pad", choices=["square", "pad", "anyres"])
+    p.add_argument("--max-length", type=int, default=2048)
+    p.add_argument("--json", metavar="FILE", help="write the figures there")
+    args = p.parse_args()
+    model = preset("v1.6-vicuna-7b" if args.aspect_ratio == "anyres" else "v1.5-7b")
+    features = 2340 if args.aspect_ratio == "anyres" else 576
+    tokenizer = load_tokenizer(ROOT / "tests" / "golden" / "tokenizer")
+    result = {"settings": vars(args), "goals": GOALS}
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = draw_lengths(args.conversations, 0, features, args.max_length)
+        path = write_data(Path(folder), tokenizer, *drawn, features)
+        config = TrainConfig(
+            data=str(path), image_folder=folder, template=TEMPLATE, max_length=args.max_length,
+            global_batch_size=args.batch_size, workers=args.workers, aspect_ratio=args.aspect_ratio,
+        )  # fmt: skip
+        data = open_data(config, model, tokenizer)
+        sizes = [(one.length, one.tiles) for one in map(data.samples.measure, range(len(data.samples)))]
+        result["row"] = {"positions": data.length, "tiles": data.tiles}
+        padding = {
+            "packed": packed(sizes, data.length, data.tiles),
+            "first_fit": first_fit(sizes, data.length, data.tiles),
+            "packed_tiles": data.estimate()["tile_padding"],
+        }
+        data.close()
+        data = open_data(config.replace(batching="bucketed"), model, tokenizer)
+        padding |= {"bucketed": data.estimate()["padding"], "bucketed_tiles": data.estimate()["tile_padding"]}
+        data.close()
+        result["padding"] = padding
+        print(
+            f"padding of positions: packed, rows of {result['row']['positions']}, {padding['packed']:.1%} (goal "
+            f"{GOALS['padding']:.0%}; by grain's first fit {padding['first_fit']:.1%}); bucketed "
+            f"{padding['bucketed']:.1%}; of tiles: {padding['packed_tiles']:.1%} and {padding['bucketed_tiles']:.1%}"
+        )
+        data = open_data(config.replace(global_batch_size=args.host_batch_size), model, tokenizer)
+        found = result["waiting"] = wait_share(data, args.steps, args.step_seconds)
+        data.close()
+    print(
+        f"{args.workers} workers, steps of {args.step_seconds} s: {found['waiting']:.2%} of the time is waiting "
+        f"(goal {GOALS['waiting']:.0%}); {found['conversations_per_second']:.1f} conversations/s, "
+        f"{found['cpu_milliseconds_per_conversation']:.1f} ms of a core each"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

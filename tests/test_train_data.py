@@ -1,0 +1,704 @@
+"""Data of training: from a file of conversations and a folder of pictures to batches."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.console import InputError
+from llava_jax.splice import IGNORE, IMAGE, TEXT
+from train import preview, scienceqa
+from train.config import TrainConfig
+from train.data import open_data
+from train.packing import fill_rows
+from train.samples import BadSample, Samples, read_rows
+
+SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]
+SAME = ("ids", "labels", "positions", "segments", "feature_rows", "tiles")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures 0.png ... 11.png, all different, and broken ones."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for i in range(12):
+        width, height = SIZES[i % len(SIZES)]
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{i}.png")
+    whole = (folder / "3.png").read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    Image.open(folder / "3.png").save(folder / "truncated.jpg")  # unlike that of a PNG, its header stands alone
+    whole = (folder / "truncated.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").touch()
+    Image.new("RGB", (1, 600)).save(folder / "thin.png")
+    (folder / "directory.png").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models():
+    found = {name: open_checkpoint(GOLDEN / "checkpoints" / name) for name in ("v1.5-llama", "v1.6-mistral")}
+    return {name: (one.config, one.tokenizer) for name, one in found.items()}
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def good_row(i: int) -> dict:
+    """A conversation, about one picture, two, or none; no two are alike."""
+    answer = f"{i} " + "the " * (i * 7 % 23)
+    if i % 10 == 3:
+        return {"id": f"row{i}", "conversations": turns(f"Say {i}", answer, "More?", "is and")}
+    if i % 10 == 7:
+        images = [f"{i % 12}.png", f"{i * 5 % 12}.png"]
+        return {"id": f"row{i}", "image": images, "conversations": turns("From <image> to <image>?", answer)}
+    return {"id": f"row{i}", "image": f"{i % 12}.png", "conversations": turns("<image>\nWhat?", answer)}
+
+
+# What may be wrong with a line of the data file, and what is said about it.
+PICTURE = {"image": "0.png"}
+BROKEN = {
+    "{": "not JSON",
+    '"text"': "not a JSON object",
+    "[1]": "not a JSON object",
+    '{"id": 1}': "conversations must be a list",
+    '{"conversations": []}': "conversations must be a list",
+    '{"conversations": [1]}': "each turn of conversations must have from and value",
+    '{"conversations": [{"from": "human"}]}': "each turn of conversations must have from and value",
+    '{"conversations": [{"from": "human", "value": 3}]}': "each turn of conversations must have from and value",
+    json.dumps({"conversations": turns("\ud800", "x")}): "text that is no Unicode",
+    json.dumps({"conversations": [{"from": "human", "value": "a"}] * 2}): "speakers must take turns",
+    json.dumps({"conversations": [{"from": "system", "value": "a"}]}): "speakers must take turns",
+    json.dumps({"conversations": turns("a")}): "no answer",
+    json.dumps({"conversations": turns("a", "")}): "no answer",
+    json.dumps({"conversations": turns("<image>\na", "x")}): "1 <image> marks for 0 images",
+    json.dumps(PICTURE | {"conversations": turns("a", "x")}): "0 <image> marks for 1 images",
+    json.dumps(PICTURE | {"conversations": turns("<image>\na", "x", "<image>", "y")}): "2 <image> marks for 1 images",
+    json.dumps({"image": ["0.png"] * 2, "conversations": turns("<image>", "x")}): "1 <image> marks for 2 images",
+    json.dumps({"image": 3, "conversations": turns("<image>", "x")}): "image must be a file name",
+    json.dumps({"image": [""], "conversations": turns("<image>", "x")}): "image must be a file name",
+} | {
+    json.dumps({"image": name, "conversations": turns("<image>\nWhat?", "x")}): says
+    for name, says in {
+        "missing.png": "no such image",
+        "missing/0.png": "no such image",
+        "truncated.png": "broken image",
+        "truncated.jpg": "broken image",
+        "text.png": "not an image",
+        "empty.png": "not an image",
+        "directory.png": "a directory",
+        "thin.png": "cannot be looked at",
+        "/etc/passwd": "leads out of the image folder",
+        "../0.png": "leads out of the image folder",
+        "a/../../0.png": "leads out of the image folder",
+        "nul\0.png": "cannot be read",
+        "https://example.com/a.png": "no such image",
+    }.items()
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="data.json"):
+        path = tmp_path / name
+        if name.endswith("l"):
+            path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+        else:
+            path.write_text(json.dumps(rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    def config(data, **changes):
+        kept = dict(
+            data=data, image_folder=str(folder), output=str(tmp_path / "run"), max_length=240, global_batch_size=12,
+            workers=2, seed=3,
+        )  # fmt: skip
+        return TrainConfig(**kept | changes)
+
+    return config
+
+
+def take(data, n=None):
+    """The first n batches of the data, or all there are."""
+    found = [next(data) for _ in range(n)] if n else list(data)
+    data.close()
+    return found
+
+
+def same(ours, theirs):
+    assert [info["ids"] for _, info in ours] == [info["ids"] for _, info in theirs]
+    for (a, _), (b, _) in zip(ours, theirs, strict=True):
+        for name in SAME:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+# ---------------------------------------------------------------- packing
+
+
+def test_rows_are_filled_as_full_as_can_be():
+    sizes = [(6, 1), (5, 1), (4, 1), (3, 0), (2, 0), (2, 0), (8, 1)]
+    assert fill_rows(sizes, 10, 2) == [[6, 4], [0, 2], [1, 5, 3]]
+    assert fill_rows(sizes, 10, 1) == [[6, 4], [0, 3], [1, 5], [2]]
+    assert fill_rows([], 10, 1) == []
+    assert fill_rows([(10, 0)] * 2, 10, 0) == [[0], [1]]
+    assert [len(row) for row in fill_rows([(2, 0)] * 10, 7, 1)] == [3, 3, 3, 1]
+
+
+def test_every_conversation_has_one_row_with_room_for_it():
+    random = np.random.default_rng(1)
+    for length, tiles in [(300, 3), (1000, 12), (64, 64)]:
+        n = random.integers(1, length + 1, 700)
+        sizes = list(zip(n.tolist(), random.integers(0, tiles + 1, 700).tolist(), strict=True))
+        rows = fill_rows(sizes, length, tiles)
+        assert sorted(i for row in rows for i in row) == list(range(700))
+        for row in rows:
+            assert sum(sizes[i][0] for i in row) <= length
+            assert sum(sizes[i][1] for i in row) <= tiles
+
+
+def test_padding_of_lengths_like_mix665k_is_below_five_percent():
+    random = np.random.default_rng(0)
+    kind = random.choice(3, 1024, p=[0.40, 0.54, 0.06])
+    short = 621 + random.integers(8, 60, 1024)
+    long = 621 + np.maximum(random.lognormal(5.5, 0.6, 1024), 30)
+    text = 45 + np.maximum(random.lognormal(6.8, 0.8, 1024), 20)
+    n = np.minimum(np.choose(kind, [short, long, text]), 2048).astype(int)
+    rows = fill_rows(list(zip(n.tolist(), (kind < 2).tolist(), strict=True)), 2048, 3)
+    assert 1 - n.sum() / (2048 * len(rows)) < 0.05
+
+
+# ---------------------------------------------------------------- the data file
+
+
+def test_lists_and_lines_are_read_alike(write, tmp_path):
+    rows = [good_row(i) for i in range(4)]
+    assert read_rows(write(rows)) == read_rows(write(rows, "data.jsonl")) == rows
+    lines = tmp_path / "odd.jsonl"
+    lines.write_bytes(b"\r\n\n  \n".join(json.dumps(row).encode() for row in rows))
+    assert read_rows(str(lines)) == rows
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    assert read_rows(str(marked)) == rows
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        (None, "missing.json: cannot be read"),
+        (b"", "no conversations in it"),
+        (b"[]", "no conversations in it"),
+        (b'[{"id": 1}, {"id": ]', "not JSON .*line 1 column"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path, contents, says):
+    path = tmp_path / "missing.json"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(InputError, match=says):
+        read_rows(str(path))
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_what_is_wrong_with_a_sample(line, write, folder, models):
+    samples = Samples(write([line], "data.jsonl"), str(folder), *models["v1.6-mistral"])
+    found = samples.measure(0)
+    found = found if isinstance(found, BadSample) else samples.load(found)
+    assert BROKEN[line] in found.reason
+    assert samples.name(found).startswith(f"{samples.path} row 0")
+    about_picture = any(text in found.reason for text in ("image folder", "no such", "broken", "not an", "cannot be"))
+    assert bool(found.file) == (about_picture or "a directory" in found.reason)
+
+
+def test_a_picture_is_at_fault_by_name(write, folder, models):
+    rows = [{"id": 9, "image": ["0.png", "truncated.jpg"], "conversations": turns("<image><image>", "x")}]
+    samples = Samples(write(rows), str(folder), *models["v1.5-llama"])
+    found = samples.load(samples.measure(0))
+    assert (found.id, found.file) == (9, "truncated.jpg")
+    assert samples.name(found) == f"{samples.path} row 0 (id 9): {folder}/truncated.jpg: {found.reason.split(': ')[1]}"
+
+
+def test_a_long_conversation_is_cut_and_pictures_behind_the_cut_are_forgotten(write, folder, models):
+    model, tokenizer = models["v1.5-llama"]
+    row = {"image": ["0.png", "missing.png"], "conversations": turns("<image> a", "the", "b <image>", "is")}
+    path = write([row])
+    whole = Samples(path, str(folder), model, tokenizer, template="llava_llama_2").measure(0)
+    for room in (whole.length, whole.length - 1, whole.length - 25, 60):
+        samples = Samples(path, str(folder), model, tokenizer, template="plain", max_length=room)
+        assert isinstance(samples.measure(0), BadSample)
+        samples = Samples(path, str(folder), model, tokenizer, template="llava_llama_2", max_length=room)
+        cut = samples.measure(0)
+        if isinstance(cut, BadSample):
+            assert cut.reason == f"no answer within {room} positions"
+            continue
+        assert (cut.length, cut.cut) == (min(room, whole.length), max(0, whole.length - room))
+        assert cut.tiles == len(cut.images) == (cut.row.ids == IMAGE).sum()
+    answer = int(np.flatnonzero(whole.row.labels != IGNORE)[0])
+    before = answer + 15  # positions before it: 16 features for one mark
+    short = Samples(path, str(folder), model, tokenizer, template="llava_llama_2", max_length=before + 2)
+    cut = short.measure(0)
+    assert (cut.images, cut.length) == (("0.png",), before + 2)
+    assert (cut.row.labels != IGNORE).sum() == 2
+    assert short.load(cut).tile_count == 1
+    too_short = Samples(path, str(folder), model, tokenizer, template="llava_llama_2", max_length=before)
+    assert too_short.measure(0).reason == f"no answer within {before} positions"
+
+
+def test_random_order_of_image_and_question(write, folder, models):
+    path = write([{"image": "0.png", "conversations": turns("<image>\nWhat?", "x")}] * 40)
+
+    def places(seed, epoch):
+        samples = Samples(path, str(folder), *models["v1.5-llama"], template="v1", image_first="random", seed=seed)
+        np.random.seed(epoch)  # of no importance
+        return [int(np.flatnonzero(samples.measure(i, epoch).row.ids == IMAGE)[0]) for i in range(40)]
+
+    first = places(0, 0)
+    assert len(set(first)) == 2
+    assert 8 < first.count(min(first)) < 32
+    assert places(0, 0) == first
+    assert places(0, 1) != first != places(1, 0)
+    as_is = Samples(path, str(folder), *models["v1.5-llama"], template="v1").measure(0)
+    assert int(np.flatnonzero(as_is.row.ids == IMAGE)[0]) == min(first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(template="vicuna"), "unknown template 'vicuna'"),
+        (dict(template="chatml_direct"), r"--template chatml_direct: its answers end in <\|im_end\|>"),
+        (dict(template="plain"), r"nothing in it can be trained on; .*data.json row 0 \(id row0\): the plain template"),
+        (dict(image_folder="nowhere"), "--image-folder nowhere: no such directory"),
+        (dict(data="nowhere.json"), "nowhere.json: cannot be read"),
+        (dict(max_length=40), r"nothing in it can be trained on; .*row 0 .*no answer within 40 positions"),
+        (dict(tiles_per_row=0), r"bad samples: \d+ among the first .*--max-bad-share 0.01"),
+        (dict(batching="bucketed", global_batch_size=6), "--global-batch-size 6: .* want a multiple of 4"),
+    ],
+)
+def test_what_is_refused_beforehand(write, config, models, changes, says):
+    path = write([good_row(3 if "template" not in changes and i == 3 else i) for i in range(20)])
+    if changes.get("template") == "plain":
+        path = write([{"id": "row0", "image": "0.png", "conversations": turns("<image>", "a", "b", "c")}] * 3)
+    with pytest.raises(InputError, match=says):
+        open_data(config(path, template="v1").replace(**changes), *models["v1.5-llama"], rows_multiple=4)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def conversations(batches, model):
+    """{id: what the model sees of a conversation, pixels included}"""
+    found = {}
+    P, side = model.vision.features_per_tile, model.vision.patches_per_side
+    patch = model.vision.patch_size
+    for batch, info in batches:
+        ids = iter(info["ids"])
+        B, T = batch.tiles.shape[:2]
+        patches = batch.tiles.reshape(B, T, side, patch, side, patch, 3).swapaxes(3, 4).reshape(B, T * P, -1)
+        newline = np.full((B, 1, patches.shape[-1]), -1)
+        table = np.concatenate([patches, newline], axis=1)
+        for b in range(B):
+            for segment in range(1, batch.segments[b].max() + 1):
+                at = np.flatnonzero(batch.segments[b] == segment)
+                assert (np.diff(at) == 1).all()
+                rows = batch.feature_rows[b, at]
+                pixels = np.where((rows == TEXT)[:, None], -2, table[b, rows])
+                found[next(ids)] = (batch.ids[b, at], batch.labels[b, at], batch.positions[b, at], pixels)
+        assert next(ids, None) is None
+    return found
+
+
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+def test_packed_and_bucketed_hold_the_same_conversations(name, write, config, models):
+    model, tokenizer = models[name]
+    path = write([good_row(i) for i in range(60)])
+    seen = {}
+    for batching in ("packed", "bucketed"):
+        batches = take(open_data(config(path, batching=batching), model, tokenizer, train=False))
+        seen[batching] = conversations(batches, model)
+        assert any((batch.segments == 2).any() for batch, _ in batches) == (batching == "packed")
+    assert seen["packed"].keys() == seen["bucketed"].keys() == {f"row{i}" for i in range(60)}
+    for key, packed in seen["packed"].items():
+        for ours, theirs in zip(packed, seen["bucketed"][key], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert packed[2].tolist() == list(range(len(packed[2])))
+        assert (packed[1] != IGNORE).any()
+    pixels = {key: one[3][one[3][:, 0] >= 0].tobytes() for key, one in seen["packed"].items()}
+    assert pixels["row0"] == pixels["row12"] == pixels["row24"]  # 0.png
+    assert len({pixels[f"row{i}"] for i in (0, 1, 2, 4, 5, 6, 8, 9, 10, 11)}) == 10
+
+
+@pytest.mark.parametrize("batching", ["packed", "bucketed"])
+def test_a_thousand_rows_thirty_of_them_broken(batching, write, config, models, capsys):
+    lines = [json.dumps(good_row(i)) for i in range(1000)]
+    broken = {i * 33 + 5: line for i, line in enumerate((list(BROKEN) * 2)[:30])}
+    for i, line in broken.items():
+        lines[i] = line
+    path = write(lines, "data.jsonl")
+    runs = {}
+    for workers in (2, 0, 5):
+        settings = config(path, batching=batching, workers=workers, max_bad_share=0.04, global_batch_size=32)
+        data = open_data(settings.replace(output=f"{settings.output}{workers}"), *models["v1.6-mistral"])
+        runs[workers] = [next(data) for _ in range(data.steps_per_epoch + 1 if workers == 2 else 4)]
+        data.close()
+    assert {i for _, info in runs[2] for i in info["ids"]} == {f"row{i}" for i in range(1000) if i not in broken}
+    same(runs[2][:4], runs[0])
+    same(runs[2][:4], runs[5])
+    listed = list(map(json.loads, Path(f"{settings.output}2", "bad_samples.jsonl").read_text().splitlines()))
+    assert sorted(row["index"] for row in listed) == sorted(broken)
+    assert all(BROKEN[broken[row["index"]]] in row["reason"] for row in listed)
+    assert all(row["data"] == path for row in listed)
+    said = capsys.readouterr().err
+    assert said.count("bad sample: ") == 3 * 10
+    assert said.count("more bad samples are listed in") == 3
+
+
+def test_bad_samples_are_listed_once_over_restarts(write, config, models, capsys):
+    rows = [good_row(i) for i in range(40)] + [{"image": "missing.png", "conversations": turns("<image>", "x")}]
+    settings = config(write(rows), max_bad_share=0.1)
+    model = models["v1.6-mistral"]
+    take(open_data(settings, *model), 8)
+    file = Path(settings.output, "bad_samples.jsonl")
+    once = file.read_text()
+    assert json.loads(once)["index"] == json.loads(once)["id"] == 40
+    with file.open("a") as cut_off:
+        cut_off.write('{"data": "da')
+    take(open_data(settings, *model), 8)
+    assert file.read_text() == once
+    assert capsys.readouterr().err.count("bad sample") == 1
+    take(open_data(settings, *model, process=1, processes=2), 8)
+    assert file.read_text() == once  # process 0 knows it too
+    assert not file.with_name("bad_samples.1.jsonl").exists()
+
+
+def test_each_process_lists_the_broken_pictures_of_its_own_rows(write, config, models):
+    rows = [good_row(i) | ({"image": "truncated.jpg"} if i % 5 == 1 else {}) for i in range(40)]
+    settings = config(write(rows), max_bad_share=0.3)
+    for process in (0, 1):
+        take(open_data(settings, *models["v1.6-mistral"], process=process, processes=2, train=False))
+    files = [Path(settings.output, name) for name in ("bad_samples.jsonl", "bad_samples.1.jsonl")]
+    listed = [{json.loads(line)["index"] for line in file.read_text().splitlines()} for file in files]
+    assert listed[0] | listed[1] == set(range(1, 40, 5))
+    assert listed[0]
+    assert listed[1]
+    assert len(listed[0] & listed[1]) <= 1  # but one that both looked at beforehand
+
+
+def test_too_many_bad_samples_stop_a_run(write, config, models):
+    rows = [good_row(i) for i in range(100)]
+    for i in (5, 50):
+        rows[i] = {"image": "missing.png", "conversations": turns("<image>", "x")}
+    with pytest.raises(
+        InputError, match="bad samples: 2 among the first 100, more than --max-bad-share 0.01 allows; .*l"
+    ):
+        open_data(config(write(rows)), *models["v1.6-mistral"])
+    with pytest.raises(InputError, match="row 5: .*missing.png: no such image"):
+        open_data(config(write(rows), on_bad_sample="fail"), *models["v1.6-mistral"])
+    rows[5], rows[50] = good_row(5), good_row(50) | {"image": "truncated.jpg"}
+    open_data(config(write(rows)), *models["v1.6-mistral"]).close()
+    data = open_data(config(write(rows), on_bad_sample="fail"), *models["v1.6-mistral"])
+    with pytest.raises(InputError, match=r"row 50 \(id row50\): .*truncated.jpg: broken image"):
+        take(data, 30)
+    rows[9] = good_row(9) | {"image": "truncated.jpg"}
+    data = open_data(config(write(rows)), *models["v1.6-mistral"])
+    with pytest.raises(InputError, match="bad samples: 2 among the first 100"):
+        take(data, 30)
+
+
+def test_nothing_but_broken_pictures(write, config, models):
+    path = write([good_row(0) | {"image": "truncated.jpg"}] * 3)
+    with pytest.raises(InputError, match=r"nothing in it can be trained on; .*row 0 \(id row0\): .*broken image"):
+        open_data(config(path), *models["v1.6-mistral"])
+
+
+@pytest.mark.parametrize("batching", ["packed", "bucketed"])
+@pytest.mark.parametrize("made", [1, 4, 9])
+def test_resume_bit_for_bit(batching, made, write, config, models):
+    model = models["v1.6-mistral"]
+    settings = config(write([good_row(i) for i in range(40)]), batching=batching, image_first="random")
+    whole = take(open_data(settings, *model), made + 7)  # over the end of an epoch
+    data = open_data(settings, *model)
+    same(take(data, made), whole[:made])
+    state = json.loads(json.dumps(data.get_state()))
+    again = open_data(settings.replace(workers=0, prefetch=1), *model)
+    again.set_state(state)
+    assert again.get_state() == state
+    same(take(again, 7), whole[made:])
+
+
+def test_resume_with_another_number_of_processes_and_another_mesh(write, config, models):
+    model = models["v1.5-llama"]
+    settings = config(write([good_row(i) for i in range(70)]), template="v1")
+    data = open_data(settings, *model, rows_multiple=4)
+    whole = [next(data) for _ in range(6)]
+    state = data.get_state()
+    rest = take(data, 3)
+    halves = []
+    for process in (0, 1):
+        half = open_data(settings, *model, rows_multiple=2, process=process, processes=2)
+        half.set_state(state)
+        assert (half.rows, half.steps_per_epoch) == (data.rows, data.steps_per_epoch)
+        halves.append(take(half, 3))
+    for (batch, info), (first, one), (second, two) in zip(rest, *halves, strict=True):
+        assert info["ids"] == one["ids"] == two["ids"]
+        for name in SAME:
+            joined = np.concatenate([getattr(first, name), getattr(second, name)])
+            np.testing.assert_array_equal(getattr(batch, name), joined)
+    seen = {i for _, info in whole for i in info["ids"]}
+    odd = open_data(settings, *model, rows_multiple=3)  # cannot keep its rows, goes on from the same one
+    odd.set_state(state)
+    assert odd.rows % 3 == 0
+    assert odd.rows != data.rows
+    (_, info), (_, first) = take(odd, 1)[0], rest[0]
+    assert info["ids"][:3] == first["ids"][:3]
+    assert len(seen) > 30
+
+
+@pytest.mark.parametrize("batching", ["packed", "bucketed"])
+def test_processes_share_the_rows_of_each_batch(batching, write, config, models):
+    model = models["v1.6-mistral"]
+    settings = config(write([good_row(i) for i in range(50)]), batching=batching)
+    for train in (True, False):
+        n = 9 if train else None
+        whole = take(open_data(settings, *model, rows_multiple=2, train=train), n)
+        parts = [take(open_data(settings, *model, process=p, processes=2, train=train), n) for p in (0, 1)]
+        assert len(whole) == len(parts[0]) == len(parts[1])
+        for (batch, info), (first, one), (second, two) in zip(whole, *parts, strict=True):
+            assert info["ids"] == one["ids"] == two["ids"]
+            for name in SAME:
+                assert getattr(first, name).shape == getattr(second, name).shape
+                joined = np.concatenate([getattr(first, name), getattr(second, name)])
+                np.testing.assert_array_equal(getattr(batch, name), joined)
+
+
+def test_epochs(write, config, models):
+    """A small file is one window: each pass has each conversation once, in another order."""
+    n = 30
+    settings = config(write([good_row(i) for i in range(n)]), global_batch_size=1)
+    data = open_data(settings, *models["v1.6-mistral"])
+    assert data.rows == 1
+    passes = []
+    for epoch in range(3):
+        infos = [next(data)[1] for _ in range(data.steps_per_epoch)]
+        assert {info["epoch"] for info in infos} == {epoch}
+        passes.append([i for info in infos for i in info["ids"]])
+        assert sorted(passes[-1]) == sorted(f"row{i}" for i in range(n))
+    data.close()
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    other = take(open_data(settings.replace(seed=4), *models["v1.6-mistral"]), 3)
+    assert [i for _, info in other for i in info["ids"]] != passes[0][: sum(len(info["ids"]) for _, info in other)]
+
+
+def test_bucketed_batches_have_pictures_throughout_or_nowhere(write, config, models):
+    settings = config(write([good_row(i) for i in range(95)]), batching="bucketed", global_batch_size=4)
+    data = open_data(settings, *models["v1.6-mistral"])
+    assert data.steps_per_epoch == 24  # 10 texts, 85 pictures: 2 and 21 batches, one of what is left
+    orders = []
+    for _ in range(2):
+        found = [next(data) for _ in range(24)]
+        orders.append([i for _, info in found for i in info["ids"]])
+        kinds = [[int(i[3:]) % 10 == 3 for i in info["ids"]] for _, info in found]
+        assert sum(all(kind) for kind in kinds) == 2
+        assert sum(not any(kind) for kind in kinds) == 21
+        assert sorted(kinds[-1]) == [False, True, True]
+        assert sorted(orders[-1]) == sorted(f"row{i}" for i in range(95))
+        for batch, info in found:
+            assert batch.ids.shape[1] in (128, 240)
+            assert (batch.tiles.shape[1] == 0) == (info["images"] == 0)
+            assert batch.segments.max() == 1
+    data.close()
+    assert orders[0] != orders[1]
+    assert sum(int(a[3:]) < int(b[3:]) for a, b in itertools.pairwise(orders[0])) < 70
+
+
+def test_what_is_told_of_a_batch(write, config, models):
+    settings = config(write([good_row(i) for i in range(40)]), tiles_per_row=10)
+    data = open_data(settings, *models["v1.6-mistral"])
+    assert "40 conversations, template mistral_instruct" in data.describe()
+    assert f"a batch is {data.rows} rows of 240 positions and 10 tiles" in data.describe()
+    for batch, info in take(data, 5):
+        used = batch.segments > 0
+        assert info["tokens"] == used.sum()
+        assert info["padding"] == pytest.approx(1 - used.mean())
+        assert info["conversations"] == len(info["ids"]) == batch.segments.max(axis=1).sum()
+        rows = [good_row(int(i[3:])).get("image", []) for i in info["ids"]]
+        assert info["images"] == sum(len(images) if isinstance(images, list) else 1 for images in rows)
+        assert info["tile_padding"] == pytest.approx((batch.tiles == 0).all(axis=(2, 3, 4)).mean())
+        assert info["bad"] == 0
+
+
+def test_the_batch_holds_about_as_many_conversations_as_asked_for(write, config, models):
+    settings = config(write([good_row(i) for i in range(200)]), global_batch_size=32)
+    infos = [info for _, info in take(open_data(settings, *models["v1.6-mistral"]), 12)]
+    assert np.mean([info["conversations"] for info in infos]) == pytest.approx(32, rel=0.15)
+
+
+def test_tiles_of_a_row_are_few_but_hardly_decide_what_fits(write, config, models):
+    settings = config(write([good_row(i) for i in range(200)]), max_length=480)
+    found = {}
+    for tiles in (14, None, 60):
+        data = open_data(settings.replace(tiles_per_row=tiles), *models["v1.6-mistral"])
+        found[tiles] = (data.tiles, data.estimate()["padding"])
+        data.close()
+    assert 14 < found[None][0] < 22  # without a limit the fullest row has 24
+    assert found[60][1] <= found[None][1] < found[60][1] + 0.01 < found[14][1]
+
+
+def test_longer_rows_where_pictures_leave_too_much_of_short_ones(write, config, models):
+    model, tokenizer = models["v1.5-llama"]
+    row = {"image": "0.png", "conversations": turns("<image>", " ".join(["the"] * 540))}
+    settings = config(write([row] * 8), template="plain", max_length=1024, global_batch_size=4)
+    data = open_data(settings, model, tokenizer)
+    length = data.samples.measure(0).length
+    assert 1024 < 2 * length <= 1152
+    assert (data.length, data.estimate()["conversations"]) == (1152, 4)
+    data.close()
+    data = open_data(settings.replace(positions_per_row=1024), model, tokenizer)
+    assert (data.length, data.tiles) == (1024, 1)
+    data.close()
+
+
+def test_changed_data_is_refused(write, config, models):
+    data = open_data(config(write([good_row(i) for i in range(40)])), *models["v1.6-mistral"])
+    next(data)
+    state = data.get_state()
+    data.close()
+    other = open_data(config(write([good_row(i) for i in range(41)])), *models["v1.6-mistral"])
+    with pytest.raises(InputError, match="has 41 conversations; the run that is to go on had 40"):
+        other.set_state(state)
+    other.close()
+
+
+def test_one_pass_can_be_made_again(write, config, models):
+    data = open_data(config(write([good_row(i) for i in range(25)])), *models["v1.6-mistral"], train=False)
+    first, second = list(data), list(data)
+    data.close()
+    same(first, second)
+    assert len(first) == data.steps_per_epoch
+    assert {batch.ids.shape for batch, _ in first} == {(data.rows, 240)}
+
+
+# ---------------------------------------------------------------- preview
+
+
+def test_preview_for_people(write, folder, models, run_cli):
+    path = write([good_row(0), good_row(7), good_row(3), {"id": "x", "conversations": turns("a")}])
+    checkpoint = GOLDEN / "checkpoints" / "v1.6-mistral"
+    args = ["--data", path, "--checkpoint", checkpoint, "--image-folder", folder]
+    status, out, err = run_cli(preview.main, *args, "-n", "3")
+    assert (status, err) == (0, "")
+    assert "row 0 (id row0), template mistral_instruct: " in out
+    assert "  0.png: 3 tiles, grid 1x2, 36 features\n" in out
+    assert "<s> [INST] <image>\nWhat? [/INST][[ 0  </s>]]\n" in out
+    assert "<s> [INST] From <image> to <image>? [/INST][[ 7 the the the" in out
+    assert "[[ 3 the the the the the the the the the the the the the the the the the the the the the  </s>]]" in out
+    status, out, err = run_cli(preview.main, *args)
+    assert status == 1
+    assert f"{path} row 3 (id x): no answer" in err
+    status, out, err = run_cli(preview.main, *args, "--start", "4")
+    assert (status, err) == (1, f"error: {path} has 4 rows; there is none to show from --start 4\n")
+
+
+def test_preview_in_json_is_what_a_batch_holds(write, config, models, run_cli):
+    rows = [good_row(i) for i in range(8)]
+    rows[7]["conversations"] += turns("And then?", "is and " * 40)
+    rows[6] |= {"image": ["6.png", "3.png"], "conversations": turns("<image>", "the " * 100, "<image>", "x")}
+    settings = config(write(rows), batching="bucketed", global_batch_size=8, max_length=200)
+    [(batch, info)] = take(open_data(settings, *models["v1.6-mistral"], train=False))
+    checkpoint = GOLDEN / "checkpoints" / "v1.6-mistral"
+    status, out, _ = run_cli(
+        preview.main, "--data", settings.data, "--checkpoint", checkpoint, "--image-folder", settings.image_folder,
+        "-n", 8, "--json", "--max-length", 200,
+    )  # fmt: skip
+    shown = {row["id"]: row for row in map(json.loads, out.splitlines())}
+    assert status == 0
+    assert shown.keys() == set(info["ids"])
+    for b, name in enumerate(info["ids"]):
+        n = batch.lengths[b]
+        assert shown[name]["length"] == n <= 200
+        assert shown[name]["labels"] == batch.labels[b, :n].tolist()
+        assert shown[name]["positions"] == batch.positions[b, :n].tolist()
+        text = batch.feature_rows[b, :n] == TEXT
+        assert shown[name]["ids"] == np.where(text, batch.ids[b, :n], IMAGE).tolist()
+        assert sum(image["features"] for image in shown[name]["images"]) >= (~text).sum()
+    assert shown["row7"]["cut"] > 0
+    assert shown["row6"]["ids"][-1] == IMAGE  # cut through a picture
+    assert [image["file"] for image in shown["row1"]["images"]] == ["1.png"]
+    assert shown["row1"]["trained"] == sum(label != IGNORE for label in shown["row1"]["labels"])
+
+
+# ---------------------------------------------------------------- ScienceQA
+
+PROBLEM = {
+    "question": "Which is  a cat?", "choices": ["a dog", "a cat"], "answer": 1, "hint": "Look at the picture.",
+    "image": "image.png", "lecture": "Cats meow.\nDogs bark.", "solution": "It meows.",
+}  # fmt: skip
+ASKED = "Which is a cat?\nContext: Look at the picture.\nOptions: (A) a dog (B) a cat"
+
+
+@pytest.mark.parametrize(
+    ("prompt_format", "changes", "question", "answer"),
+    [
+        ("QCM-LEA", {}, ASKED, "Cats meow.\nDogs bark. It meows. The answer is B."),
+        ("QCM-LEA", {"lecture": "", "hint": " "}, ASKED.replace("Look at the picture.", "N/A"),
+         "It meows. The answer is B."),
+        ("QCM-LEA", {"lecture": "", "solution": ""}, ASKED, " The answer is B."),
+        ("QCM-A", {}, ASKED, "The answer is B."),
+        ("QCM-AL", {}, ASKED, "The answer is B. BECAUSE: It meows."),
+        ("QCM-AE", {"lecture": ""}, ASKED, "The answer is B."),
+        ("QCM-ALE", {}, ASKED, "The answer is B. BECAUSE: Cats meow.\nDogs bark. It meows."),
+        ("QCM-AEL", {}, ASKED, "The answer is B. BECAUSE: It meows. Cats meow.\nDogs bark."),
+        ("QCM-LA", {}, ASKED, "Cats meow.\nDogs bark. The answer is B."),
+        ("QCM-EA", {}, ASKED, "It meows. The answer is B."),
+        ("QCM-ELA", {}, ASKED, "It meows. Cats meow.\nDogs bark. The answer is B."),
+        ("QCM-LEPA", {}, ASKED, "LECTURE: Cats meow.\nDogs bark.\nSOLUTION: It meows.\n###\nANSWER: B."),
+        ("QCM-LEPA", {"lecture": " ", "solution": ""}, ASKED, "###\nANSWER: B."),
+        ("CQM-A", {}, "Context: Look at the picture.\nQuestion: Which is a cat?\nOptions: (A) a dog (B) a cat",
+         "The answer is B."),
+        ("QCML-A", {"lecture": ""}, ASKED, "The answer is B."),
+        ("QCMLE-A", {}, f"{ASKED}\nBECAUSE: Cats meow.\nDogs bark. It meows.", "The answer is B."),
+        ("QCEM-A", {}, ASKED.replace("\nOptions", "\nBECAUSE: It meows.\nOptions"), "The answer is B."),
+    ],
+)  # fmt: skip
+def test_scienceqa_prompts(prompt_format, changes, question, answer):
+    """To the space, as scripts/convert_sqa_to_llava.py of the reference writes them."""
+    assert scienceqa.question_and_answer(PROBLEM | changes, prompt_format) == (question, answer)
+
+
+def test_scienceqa_file(tmp_path, run_cli, models, folder):
+    (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM, "8": PROBLEM | {"image": None}, "9": {}}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["8", "7"], "test": ["9"]}))
+    status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
+    path = tmp_path / "llava_train_QCM-LEA.json"
+    assert (status, err) == (0, f"2 conversations, 1 of them with a picture, in {path}\n")
+    answer = "Cats meow.\nDogs bark. It meows. The answer is B."
+    assert json.loads(path.read_text()) == [
+        {"id": "8", "conversations": turns(ASKED, answer)},
+        {"id": "7", "image": "7/image.png", "conversations": turns(f"{ASKED}\n<image>", answer)},
+    ]
+    (tmp_path / "7").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "7" / "image.png")
+    samples = Samples(str(path), str(tmp_path), *models["v1.5-llama"])
+    assert samples.measure(1).tiles == samples.load(samples.measure(1)).tile_count == 1
+    for args, says in [
+        (["--split", "train", "--prompt-format", "QCM-X"], "--prompt-format 'QCM-X'"),
+        (["--split", "dev"], "--split dev: .*pid_splits.json has train, test"),
+        (["--split", "test"], "problem 9 is not ScienceQA's"),
+        (["--split", "train", "--base-dir", str(folder)], "problems.json: no such file"),
+    ]:
+        status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, *args)
+        assert status == 1
+        assert err.startswith("error: ")
+        assert re.search(says, err)
