@@ -103,7 +103,8 @@ def test_merged_weights_and_every_mesh_give_the_same_loss():
     untouched = float(loss(frozen | {"projector": state.trained["projector"]}, batch, model, CONFIG, one_device()))
     state = trained_a_while(state)
     flat = flatten_dict(frozen, sep="/") | flatten_dict(state.trained, sep="/")
-    want = float(loss(unflatten_dict(flat, sep="/"), batch, model, CONFIG, one_device()))
+    both = unflatten_dict(flat, sep="/")
+    want = float(loss(both, batch, model, CONFIG, one_device()))
     assert abs(want - untouched) > 1
 
     for path in list(flat):
@@ -114,13 +115,16 @@ def test_merged_weights_and_every_mesh_give_the_same_loss():
     got = float(loss(unflatten_dict(flat, sep="/"), batch, model, CONFIG, one_device()))
     assert got == pytest.approx(want, rel=1e-6)
 
+    dropout = jax.random.key(0)
+    want = float(loss(both, batch, model, CONFIG, one_device(), dropout))
+    assert abs(got - want) > 0.1
     mesh = make_mesh(parse_mesh("fsdp=4,tensor=2"))
     frozen, state = start(mesh=mesh)
     state = trained_a_while(state)
     assert frozen["decoder"]["layers"]["mlp"]["down"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
     assert state.trained["decoder"]["layers"]["mlp"]["down"]["lora_a"].sharding.spec == P(None, "tensor", "fsdp")
     both = unflatten_dict(flatten_dict(frozen, sep="/") | flatten_dict(state.trained, sep="/"), sep="/")
-    assert float(loss(both, batch, model, CONFIG, mesh)) == pytest.approx(want, rel=1e-6)
+    assert float(loss(both, batch, model, CONFIG, mesh, dropout)) == pytest.approx(want, rel=1e-6)
 
 
 def test_files_of_an_adapter(tmp_path):

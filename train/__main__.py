@@ -16,7 +16,7 @@ import types
 from llava_jax.console import InputError, enable_compilation_cache, hush, note, run_main
 from train.processes import are_several, connect, watched
 
-PATHS = ("checkpoint", "data", "image_folder", "eval_data", "output")
+PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "output")
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,7 +103,8 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
         if value is not None:
             given[field.name] = parse(field, value) if isinstance(value, str) else value
     for name in PATHS:  # so that the same run is known as such from another directory
-        if given.get(name) and "://" not in given[name] and (name != "checkpoint" or os.path.exists(given[name])):
+        hub_name = name in ("checkpoint", "vision_tower") and not os.path.exists(given.get(name) or "")
+        if given.get(name) and "://" not in given[name] and not hub_name:
             given[name] = os.path.abspath(given[name])
     config = (PRESETS[args.preset] if args.preset else TrainConfig()).replace(**given)
     for name in ("checkpoint", "data", "output"):

@@ -52,6 +52,7 @@ class TrainConfig:
 
     # model
     checkpoint: str = _("", "the model to start from: a directory, or a name of the hub")
+    vision_tower: str | None = _(None, "CLIP directory, for an original checkpoint that comes without its tower")
     tune: str = _("projector,decoder", "what is trained: " + " | ".join(TUNE))
     lora_rank: int = _(128, "rank of LoRA's matrices")
     lora_alpha: float = _(256.0, "LoRA's product is scaled by alpha / rank")
@@ -83,7 +84,6 @@ class TrainConfig:
     keep: int = _(3, "checkpoints kept, the best aside")
     log_every: int = _(1, "updates between lines of metrics")
     profile_steps: str | None = _(None, "A:B: write a trace of updates A to B")
-    export_hf: bool = _(False, "export the model in transformers' format too")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -29,7 +29,7 @@ from llava_jax.console import InputError
 from llava_jax.splice import Batch, Row, pack
 from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.packing import fill_rows
+from train.packing import enough_tiles, fill_rows, good_length
 from train.samples import BadSample, BadSamples, Sample, Samples
 
 WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
@@ -80,7 +80,7 @@ def open_data(
     )
     folder = folder or (Path(config.output) if config.output else None)
     bad = BadSamples(config, samples, folder, process)
-    return Data(config, model, samples, bad, math.lcm(rows_multiple, processes), process, processes, train)
+    return Data(config, samples, bad, math.lcm(rows_multiple, processes), process, processes, train)
 
 
 class Data:
@@ -104,7 +104,6 @@ class Data:
     def __init__(
         self,
         config: TrainConfig,
-        model: LlavaConfig,
         samples: Samples,
         bad: BadSamples,
         multiple: int,
@@ -112,7 +111,7 @@ class Data:
         processes: int,
         train: bool,
     ):
-        self.config, self.model, self.samples, self.train = config, model, samples, train
+        self.config, self.samples, self.train = config, samples, train
         self._bad, self._multiple, self._process, self._processes = bad, multiple, process, processes
         self.packed = config.batching == "packed"
         self.length = config.max_length
@@ -121,10 +120,15 @@ class Data:
         self._pools = [concurrent.futures.ThreadPoolExecutor(config.workers) for _ in range(2 * bool(config.workers))]
         self._map_measure, self._map_load = (pool.map for pool in self._pools) if self._pools else (map, map)
         self._looked_at = range(0, len(samples), -(-len(samples) // WINDOW))
-        self._sample = self._look()
+        sample = self._look()
         if self.packed:
-            self.length = config.positions_per_row or self._good_length()
-            self.tiles = self._enough_tiles() if config.tiles_per_row is None else config.tiles_per_row
+            sizes = [(one.length, one.tiles) for one in sample]
+            self.length = config.positions_per_row or good_length(sizes, self.length, samples.model.text.width)
+            if config.tiles_per_row is None:
+                self.tiles = enough_tiles(sizes, self.length, self._picture_tiles())
+            self._sample = self._fill(sample)
+        else:
+            self._sample = [[one] for one in sorted(sample, key=lambda one: bool(one.images))]
         self._set_rows(self._wanted_rows())
 
     # ------------------------------------------------------------ beforehand
@@ -143,40 +147,18 @@ class Data:
         self._bad.count = self._bad.seen = 0  # these come again in their windows
         return good
 
-    def _good_length(self) -> int:
-        """Positions of a packed row: `max_length`, or up to half as many more if a twentieth of the work is saved.
-
-        How well conversations with pictures share rows depends on the length: of pictures with 2,340 features each,
-        rows of 4,096 positions hold one, rows of 5,120 two. Work is counted as 12 width^2 multiplications a position
-        and layer, and as many for attention as it has keys, width for each.
-        """
-        sizes, least = [(one.length, 0) for one in self._sample], self.config.max_length
-
-        def work(length: int) -> float:
-            return len(fill_rows(sizes, length, 0)) * length * (1 + length / (12 * self.model.text.width))
-
-        step = 128  # what accelerators cut sequences into
-        candidates = range(-(-least // step) * step, least + least // 2 + 1, step) if least >= 1024 else []
-        best = min(candidates, key=work, default=least)
-        return best if work(best) < 0.95 * work(least) else least
-
-    def _enough_tiles(self) -> int:
-        """The fewest tiles a row that cost no more than a hundredth of the positions, and hold any one picture."""
-        sizes = [(one.length, one.tiles) for one in self._sample]
-        rows = fill_rows([(length, 0) for length, _ in sizes], self.length, 0)
-        most = max(sum(sizes[i][1] for i in row) for row in rows)
-        grids = self.model.grid_pinpoints if self.model.aspect_ratio == "anyres" else ()
-        side = self.model.vision.image_size
-        picture = max([1, *(1 + (w // side) * (h // side) for w, h in grids)]) if self.samples.has_image.any() else 0
-        least = max(picture, *(tiles for _, tiles in sizes))
-        fits = lambda tiles: len(fill_rows(sizes, self.length, tiles)) <= 1.01 * len(rows)  # noqa: E731
-        return least + bisect.bisect_left(range(least, max(least, most)), True, key=fits)
+    def _picture_tiles(self) -> int:
+        """Tiles that any one picture may have."""
+        model = self.samples.model
+        if model.aspect_ratio != "anyres" or not self.samples.has_image.any():
+            return int(self.samples.has_image.any())
+        side = model.vision.image_size
+        return max(1 + (w // side) * (h // side) for w, h in model.grid_pinpoints)
 
     def _wanted_rows(self) -> int:
         wanted, multiple = self.config.global_batch_size, self._multiple
         if self.packed:
-            per_row = len(self._sample) / len(self._fill(self._sample))
-            return max(1, round(wanted / per_row / multiple)) * multiple
+            return max(1, round(wanted / self._conversations_per_row / multiple)) * multiple
         if wanted % multiple:
             raise InputError(
                 f"--global-batch-size {wanted}: with one conversation a row, the mesh and the number of processes want "
@@ -184,27 +166,29 @@ class Data:
             )
         return wanted
 
+    @property
+    def _conversations_per_row(self) -> float:
+        return sum(map(len, self._sample)) / len(self._sample)
+
     def _set_rows(self, rows: int) -> None:
         """Take this many rows a batch, and start at the beginning."""
         self.rows = rows
         self._order = self._make_order()
         self.steps_per_epoch = len(self._order)
         if self.packed:
-            all_rows = len(self._fill(self._sample)) * len(self.samples) / len(self._looked_at)
+            all_rows = len(self._sample) * len(self.samples) / len(self._looked_at)
             self.steps_per_epoch = math.ceil(all_rows / rows)
         self._batches = iter(self._make_batches())
         self._start = self._batches.get_state()
 
     def estimate(self) -> dict[str, float]:
         """From the conversations looked at beforehand: `padding` and `tile_padding`, `conversations` of a batch."""
-        sample = sorted(self._sample, key=lambda one: bool(one.images))
-        rows = self._fill(sample) if self.packed else [[one] for one in sample]
-        batches = [rows[i : i + self.rows] for i in range(0, len(rows), self.rows)]
+        batches = [self._sample[i : i + self.rows] for i in range(0, len(self._sample), self.rows)]
         positions, tiles = np.sum([np.multiply(len(batch), self._shape(batch)) for batch in batches], axis=0)
         return {
-            "padding": _unused(sum(one.length for one in sample), positions),
-            "tile_padding": _unused(sum(one.tiles for one in sample), tiles),
-            "conversations": self.rows * len(sample) / len(rows),
+            "padding": _unused(sum(one.length for row in self._sample for one in row), positions),
+            "tile_padding": _unused(sum(one.tiles for row in self._sample for one in row), tiles),
+            "conversations": self.rows * self._conversations_per_row,
         }
 
     def describe(self) -> str:
@@ -298,7 +282,7 @@ class Data:
         spliced = [[next(loaded) for _ in row] for row in mine]
         batch = pack(
             [[one for one in row if isinstance(one, Row)] for row in spliced],
-            self.model,
+            self.samples.model,
             length=length,
             tiles=tiles,
             batch=share,

@@ -75,7 +75,7 @@ def _merged(
         if path.endswith("lora_a"):
             path = path.removesuffix("lora_a") + "kernel"
             factors = x, trained[path.removesuffix("kernel") + "lora_b"]
-            read = functools.partial(_read_adapted, tensors[path], *factors, lora.scale(config))
+            read = functools.partial(_read_adapted, tensors[path], *factors, config)
         elif path.endswith("lora_b"):
             continue
         else:
@@ -88,8 +88,10 @@ def _read_trained(stored: Tensor, x: np.ndarray | jax.Array) -> np.ndarray:
     return np.asarray(x).astype(stored.dtype)
 
 
-def _read_adapted(stored: Tensor, a: np.ndarray | jax.Array, b: np.ndarray | jax.Array, scale: float) -> np.ndarray:
-    return (stored.read().astype(np.float32) + scale * (np.asarray(a) @ np.asarray(b))).astype(stored.dtype)
+def _read_adapted(
+    stored: Tensor, a: np.ndarray | jax.Array, b: np.ndarray | jax.Array, config: TrainConfig
+) -> np.ndarray:
+    return lora.merged(stored.read(), np.asarray(a), np.asarray(b), config)
 
 
 def _write_adapter(output: Output, params: Params, model: LlavaConfig, config: TrainConfig) -> None:

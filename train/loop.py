@@ -97,7 +97,7 @@ def prepare(config: TrainConfig) -> Run:
 
     def open_all() -> str:
         parse_profile_steps(config.profile_steps)
-        opened["found"] = open_checkpoint(config.checkpoint)
+        opened["found"] = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
         opened["output"] = Output(config, first=first)
         return f"the configuration {json.dumps(opened['output'].described)}"
 

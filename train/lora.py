@@ -32,12 +32,12 @@ def is_lora(path: str) -> bool:
     return path.endswith(FACTORS)
 
 
-def init_lora(kernels: Mapping[str, jax.Array], config: TrainConfig, key: jax.Array) -> dict[str, jax.Array]:
+def init_lora(kernels: Mapping[str, jax.Array], config: TrainConfig) -> dict[str, jax.Array]:
     """Factors for stacked kernels `{".../q/kernel": [L, in, out]}`, by path, in float32.
 
     As PEFT: A uniform in +-1 / sqrt(in) (He's initialisation with a = sqrt(5)), B zero.
     """
-    made = {}
+    made, key = {}, jax.random.key(config.seed)
     for i, (path, kernel) in enumerate(kernels.items()):
         layers, wide, out = kernel.shape
         shape = (layers, wide, config.lora_rank)

@@ -1,23 +1,22 @@
 """Which conversations share a row: bin packing with two budgets, positions and tiles (host only).
 
 grain's `FirstFitPackIterDataset` packs with two budgets too, but conversations with a picture are a third of a row
-or more, and first fit then wastes what is left: 13 % of positions on lengths drawn like mix665k's, against 4 % here
-(`python benchmarks/train_data.py`). So rows are filled one after the other, each as full as can be
-(minimum bin slack, Gupta and Ho 1999): the longest conversation that is left, and with it the set of others that
-leaves the fewest positions free, found by dynamic programming over all sums that can be reached.
+or more, and first fit then wastes what is left: 13 % of positions on lengths drawn like mix665k's, against 5 % here
+(`python benchmarks/train_data.py`). So rows are filled one after the other, each as full as can be (minimum bin slack,
+Fleszar and Hindi 2002): the longest conversation that is left, and with it the set of others that leaves the fewest
+positions free, found by dynamic programming over all sums that can be reached.
 """
 
+import bisect
 from collections.abc import Sequence
 
 CANDIDATES = 256  # conversations among which the ones to fill a row are looked for
 
+Sizes = Sequence[tuple[int, int]]  # positions and tiles of each conversation
 
-def fill_rows(sizes: Sequence[tuple[int, int]], length: int, tiles: int) -> list[list[int]]:
-    """Distribute conversations over rows.
 
-    Args:
-      sizes: positions and tiles of each conversation; none is larger than a row.
-      length, tiles: of a row.
+def fill_rows(sizes: Sizes, length: int, tiles: int) -> list[list[int]]:
+    """Distribute conversations, none of them larger than a row, over rows of `length` positions and `tiles` tiles.
 
     Returns:
       For each row the indices of its conversations. It depends on nothing but the arguments.
@@ -37,7 +36,7 @@ def fill_rows(sizes: Sequence[tuple[int, int]], length: int, tiles: int) -> list
     return rows
 
 
-def _best_fill(sizes: list[tuple[int, int]], length: int, tiles: int) -> list[int]:
+def _best_fill(sizes: Sizes, length: int, tiles: int) -> list[int]:
     """The subset of `sizes` with most positions that fits `length` positions and `tiles` tiles.
 
     The sums that can be reached are bits of one integer: bit `t * stride + n` stands for n positions and t tiles.
@@ -62,3 +61,33 @@ def _best_fill(sizes: list[tuple[int, int]], length: int, tiles: int) -> list[in
             chosen.append(k)
             bit -= sizes[k][1] * stride + sizes[k][0]
     return chosen
+
+
+# ---------------------------------------------------------------- what rows suit the data
+
+
+def good_length(sizes: Sizes, least: int, width: int) -> int:
+    """Positions of a row: `least`, or up to half as many more if a twentieth of the work is saved.
+
+    How well conversations with pictures share rows depends on the length: of pictures with 2,340 features each, rows of
+    4,096 positions hold one, rows of 5,120 two. For each position a layer of a decoder multiplies about 12 width^2
+    times, and length x width times for attention.
+    """
+    if least < 1024:
+        return least
+    step = 128  # accelerators cut sequences into pieces of that
+
+    def work(length: int) -> float:
+        return len(fill_rows([(n, 0) for n, _ in sizes], length, 0)) * length * (1 + length / (12 * width))
+
+    best = min(range(-(-least // step) * step, least + least // 2 + 1, step), key=work)
+    return best if work(best) < 0.95 * work(least) else least
+
+
+def enough_tiles(sizes: Sizes, length: int, least: int) -> int:
+    """The fewest tiles of a row, from `least` on, that hold each conversation and cost a hundredth of rows at most."""
+    rows = fill_rows([(n, 0) for n, _ in sizes], length, 0)
+    most = max(sum(sizes[i][1] for i in row) for row in rows)
+    least = max(least, *(tiles for _, tiles in sizes))
+    fits = lambda tiles: len(fill_rows(sizes, length, tiles)) <= 1.01 * len(rows)  # noqa: E731
+    return least + bisect.bisect_left(range(least, max(least, most)), True, key=fits)

@@ -62,7 +62,8 @@ class Samples:
 
     Attributes:
       path: the file.
-      rows: what it holds; an `InputError` for a line that is no JSON.
+      model: whose pictures and tokens they become.
+      rows: what the file holds; an `InputError` for a line that is no JSON.
       has_image: bool [n].
       template: the name of the conversation template.
     """
@@ -99,7 +100,7 @@ class Samples:
         self.rows = read_rows(path)
         self.has_image = np.array([isinstance(row, dict) and bool(row.get("image")) for row in self.rows])
         prepare_tokenizer(tokenizer, model)
-        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self._random_order, self._seed = image_first == "random", seed
 
     def __len__(self) -> int:
@@ -124,12 +125,12 @@ class Samples:
                 turns,
                 self._template,
                 self._tokenizer,
-                self._model,
+                self.model,
                 images=len(images),
                 image_last=self._random_order and np.random.default_rng((self._seed, epoch, index)).random() < 0.5,
             )
-            if len(ids) and ids.max() >= self._model.text.vocab_size:
-                raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self._model.text.vocab_size}")
+            if len(ids) and ids.max() >= self.model.text.vocab_size:
+                raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.model.text.vocab_size}")
             layouts = []
             for image in images:
                 layouts.append(self._layout(self._find(image)))
@@ -152,7 +153,7 @@ class Samples:
                 image = open_image(self._find(name))
                 if place.grid and image.size != place.size:
                     raise InputError(f"{name}: {image.size} pixels, though its header says {place.size}")
-                cut.append(tiles(image, place, self._model))
+                cut.append(tiles(image, place, self.model))
             except InputError as error:
                 return BadSample(sample.index, sample.id, name, str(error))
         return dataclasses.replace(sample.row, tiles=tuple(cut))
@@ -170,7 +171,7 @@ class Samples:
 
         Pictures that the cut leaves nothing of are not read, and take no room.
         """
-        taken = widths(row, self._model)
+        taken = widths(row, self.model)
         length = int(taken.sum())
         if self._max_length is None or length <= self._max_length:
             return row, length
@@ -187,8 +188,8 @@ class Samples:
     def _layout(self, path: Path) -> TileLayout:
         """Only anyres asks for a picture's size. Other pictures are not touched before their batch is made, so that
         each process touches only its own."""
-        side = self._model.vision.image_size
-        return layout(image_size(path) if self._model.aspect_ratio == "anyres" else (side, side), self._model)
+        side = self.model.vision.image_size
+        return layout(image_size(path) if self.model.aspect_ratio == "anyres" else (side, side), self.model)
 
 
 def check_row(row: Any) -> tuple[list[dict[str, str]], tuple[str, ...]]:
@@ -198,7 +199,7 @@ def check_row(row: Any) -> tuple[list[dict[str, str]], tuple[str, ...]]:
       InputError: it is no conversation.
     """
     if isinstance(row, InputError):
-        raise row
+        raise InputError(str(row))
     if not isinstance(row, dict):
         raise InputError("not a JSON object")
     images = row.get("image")

@@ -7,6 +7,7 @@ Both trees are those of `llava_jax.llava`, layers stacked along a leading axis, 
 model sees their union. Only the masters are differentiated, so nothing else has a gradient or optimiser state.
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -32,6 +33,7 @@ from train.optim import make_optimizer, part_of, peak, schedule
 
 PIECE = 512  # positions of a row whose logits are computed at once, at most
 PIECE_LOGITS = 2**26  # logits that a device holds at once
+LAYER = re.compile(r"/layers/\d+/")  # in a path, which loses the number when layers are stacked
 
 Metrics = dict[str, jax.Array]
 
@@ -41,7 +43,7 @@ Metrics = dict[str, jax.Array]
     data_fields=["step", "trained", "opt_state", "skipped", "skipped_total"],
     meta_fields=[],
 )
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """What an update changes.
 
@@ -234,7 +236,8 @@ def _head_loss(params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: L
 
     @jax.checkpoint
     def piece(params, x_BSD, order_Bn, targets_Bn):
-        picked_BnD = constrain(jnp.take_along_axis(x_BSD, order_Bn[..., None], axis=1), mesh, BATCH, None, None)
+        picked_BnD = jnp.take_along_axis(x_BSD, order_Bn[..., None], axis=1, mode="promise_in_bounds")
+        picked_BnD = constrain(picked_BnD, mesh, BATCH, None, None)
         logits_BnV = constrain(decoder.logits(params, model, picked_BnD), mesh, BATCH, None, TENSOR)
         wanted = jnp.arange(logits_BnV.shape[-1]) == targets_Bn[..., None]
         right_Bn = jnp.sum(jnp.where(wanted, logits_BnV, 0), axis=-1)
@@ -265,15 +268,11 @@ def _place(params: Params, model: LlavaConfig, config: TrainConfig, mesh: Mesh):
     """Frozen and trained parameters by path: layers stacked, each cast and cut. Empties `params` on the way."""
     flat = flatten_dict(params, sep="/")
     params.clear()
-    members: dict[str, list[tuple[int, str]]] = {}
-    for path in flat:
-        number = re.search(r"(?<=/layers/)\d+/", path)
-        stacked = path.replace(number[0], "", 1) if number else path
-        members.setdefault(stacked, []).append((int(number[0][:-1]) if number else 0, path))
+    layers_of = collections.Counter(LAYER.sub("/layers/", path) for path in flat)
     frozen, trained = {}, {}
-    for path, numbered in members.items():
-        leaves = [flat.pop(member) for _, member in sorted(numbered)]
+    for path, layers in layers_of.items():
         stacked, dtype = "/layers/" in path, jnp.dtype(load_dtype(path, config))
+        leaves = [flat.pop(path.replace("/layers/", f"/layers/{i}/")) for i in range(layers)]
         shape = ((len(leaves),) if stacked else ()) + leaves[0].shape
         cut = _cut(path, shape, model, mesh)
         if isinstance(leaves[0], jax.ShapeDtypeStruct):
@@ -307,7 +306,7 @@ def _cut(path: str, shape: tuple[int, ...], model: LlavaConfig, mesh: Mesh) -> N
 
 def _start_lora(frozen: dict[str, jax.Array], model: LlavaConfig, config: TrainConfig, mesh: Mesh):
     kernels = {path: frozen[path] for path in lora.adapted_kernels(frozen, config)}
-    make = functools.partial(lora.init_lora, config=config, key=jax.random.key(config.seed))
+    make = functools.partial(lora.init_lora, config=config)
     cuts = {path: _cut(path, x.shape, model, mesh) for path, x in jax.eval_shape(make, kernels).items()}
     return _made(make, cuts, kernels)
 

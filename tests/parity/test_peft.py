@@ -1,5 +1,7 @@
 """An adapter of ours in PEFT and torch: the same logits, and every tensor found."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -25,7 +27,8 @@ def adapter(tmp_path_factory):
     found, params = load_golden("v1.5-llama")
     frozen, state, _, _ = setup(dict(params), found.config, CONFIG, one_device(), 8)
     rng = np.random.default_rng(0)
-    state.trained = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), state.trained)
+    trained = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), state.trained)
+    state = dataclasses.replace(state, trained=trained)
     directory = tmp_path_factory.mktemp("adapter")
     lora.save_adapter(directory, export_params({}, state), found.config, CONFIG)
     return directory, found.config, export_params(frozen, state)
