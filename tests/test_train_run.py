@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from conftest import GOLDEN, golden_tensors, write_checkpoint
 from train_processes import start, wait_for_updates
 
@@ -22,6 +23,7 @@ from llava_jax.console import InputError
 from llava_jax.sharding import make_mesh
 from train import __main__ as command
 from train import loop, step, tensorboard
+from train import output as output_module
 from train.checkpoints import Checkpoints
 from train.config import PRESETS, TrainConfig
 from train.export import export
@@ -300,6 +302,22 @@ def test_told_to_stop_a_run_loses_no_update(train, finished, one_device, monkeyp
     assert steps_and_losses(output) == steps_and_losses(finished[0])
 
 
+def test_an_object_store_gets_copies_of_what_is_appended_to(train, finished, one_device, monkeypatch, tmp_path):
+    """A directory stands for the bucket: all that differs is where small files are kept meanwhile."""
+    monkeypatch.setattr(output_module, "is_remote", lambda path: True)
+    bucket = tmp_path / "bucket"
+    monkeypatch.setattr(loop.StopSignal, "at", lambda self, step: signal.SIGTERM if step == 3 else 0)
+    assert train(bucket)[0] == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    monkeypatch.setattr(output_module, "is_remote", lambda path: True)
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+    assert [line["step"] for line in read_metrics(bucket)] == [1, 2, 3]
+    assert train(bucket)[0] == 0
+    assert steps_and_losses(bucket) == steps_and_losses(finished[0])
+    assert len(list((bucket / "events").iterdir())) == 2
+    assert {"checkpoints", "config.json", "metrics.jsonl", "model"} <= {path.name for path in bucket.iterdir()}
+
+
 def test_another_configuration_is_refused_with_its_differences(train, finished, data, tmp_path):
     output = finished[0]
     status, _, err = train(output, "--seed", "3", "--warmup-ratio", "0.5", "--workers", "2", "--log-every", "5")
@@ -494,6 +512,44 @@ def test_list_presets(run_cli):
     assert header == list(PRESETS)
     table = {row[0]: row[1:] for row in rows if len(row) == len(PRESETS) + 1}
     assert table["learning_rate"] == [command.show(preset.learning_rate) for preset in PRESETS.values()]
+
+
+def test_the_table_of_presets_in_the_documentation():
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs/training.md").read_text().splitlines()]
+    written = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in PRESETS}
+    assert written.keys() == PRESETS.keys()
+    for name, (trains, template, pictures, rate, batch, epochs, length) in written.items():
+        preset = PRESETS[name]
+        parts = "lora,projector" if preset.tune == "lora" else preset.tune
+        own = {"projector": preset.projector_learning_rate, "vision": preset.vision_learning_rate}
+        shown = [f"{part} ({own[part]})" if own.get(part) else part for part in parts.split(",")]
+        assert trains.lower() == ", ".join(shown)
+        assert template == (preset.template or "the checkpoint's")
+        assert (pictures, rate, batch, epochs, length) == tuple(
+            f"{value:g}" if isinstance(value, float) else str(value)
+            for value in (
+                preset.aspect_ratio, preset.learning_rate, preset.global_batch_size, preset.epochs, preset.max_length
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["docs/training.md", "docs/tpu-pod.md", "train/__main__.py"])
+def test_commands_in_the_documentation_can_be_given(file):
+    text = (ROOT / file).read_text().replace("\\\n", " ")
+    commands = [line.partition("-m train ")[2].split(">")[0] for line in text.splitlines() if "-m train " in line]
+    for given in commands:
+        words = [word for word in given.split("`")[0].split() if word not in ("...", "[--FIELD", "VALUE", "...]", "&")]
+        flags = [word for word in words if word.startswith("--")]
+        assert set(flags) <= {flag for action in command.parser()._actions for flag in action.option_strings}
+        if "--preset" in words and "NAME" not in words:
+            command.read_config(words)
+
+
+def test_the_manifest_runs_a_command_that_can_be_given():
+    [job] = yaml.safe_load((ROOT / "deploy/jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:3] == ["python", "-m", "train"]
+    command.read_config(container["command"][3:])
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)

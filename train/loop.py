@@ -162,6 +162,12 @@ def _train(run: Run) -> int:
     config, mesh = run.config, run.mesh
     params = run.found.load(mesh, lambda path: load_dtype(path, config))
     frozen, state, step_fn, eval_fn = setup(params, run.model, config, mesh, run.total)
+    trained, kept = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, frozen))
+    axes = ",".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+    note(
+        f"{trained:,} parameters are trained, {kept:,} are not; {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}; "
+        "the first update takes a while to compile"
+    )
     if run.progress:
         state = run.checkpoints.restore(state)
         note(f"going on after update {run.start} of {run.total}")

@@ -43,7 +43,7 @@ class Output:
         """`first` is for the one process that writes; the others only look."""
         self.root = epath.Path(config.output)
         self.first = first
-        self.remote = "://" in config.output
+        self.remote = is_remote(config.output)
         self.files = Path(tempfile.mkdtemp(prefix="train-")) if self.remote else Path(config.output)
         self.described = describe(config)
         try:
@@ -100,6 +100,11 @@ class Output:
         self.held.truncate(0)
         self.held.write(f"process {os.getpid()} on {os.uname().nodename}")
         self.held.flush()
+
+
+def is_remote(path: str) -> bool:
+    """Whether it is in an object store."""
+    return "://" in path
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m train.preview", description="Show what the model will see.")
     p.add_argument("--data", required=True, metavar="FILE", help="a JSON list or JSON lines of conversations")
     p.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint directory or a hub name")
+    p.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
     p.add_argument("--preset", choices=PRESETS, help="take template, length and aspect ratio from a preset")
     p.add_argument("--template", metavar="NAME", help="conversation template; default: the preset's or checkpoint's")
@@ -45,7 +46,7 @@ def main() -> int:
 
     from llava_jax.checkpoint import open_checkpoint  # takes its time, which --help need not wait for
 
-    found = open_checkpoint(args.checkpoint)
+    found = open_checkpoint(args.checkpoint, vision_tower=args.vision_tower)
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
     samples = Samples(
         args.data, args.image_folder, model, found.tokenizer, template=config.template, max_length=config.max_length

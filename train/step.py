@@ -234,7 +234,6 @@ def _head_loss(params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: L
         for name in ("norm", "embed" if model.text.tied_head else "head")
     }
 
-    @jax.checkpoint
     def piece(params, x_BSD, order_Bn, targets_Bn):
         picked_BnD = jnp.take_along_axis(x_BSD, order_Bn[..., None], axis=1, mode="promise_in_bounds")
         picked_BnD = constrain(picked_BnD, mesh, BATCH, None, None)
@@ -243,12 +242,14 @@ def _head_loss(params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: L
         right_Bn = jnp.sum(jnp.where(wanted, logits_BnV, 0), axis=-1)
         return jnp.sum(jnp.where(targets_Bn != IGNORE, jax.nn.logsumexp(logits_BnV, axis=-1) - right_Bn, 0))
 
-    def add(total, part):
-        number, order_Bn, targets_Bn = part
-        loss = jax.lax.cond(number * n < most, piece, lambda *_: 0.0, params, x_BSD, order_Bn, targets_Bn)
-        return total + loss, None
+    @jax.checkpoint  # around the condition: from within one, what it is given would be saved once more for each piece
+    def piece_if_any(needed, *args):
+        return jax.lax.cond(needed, piece, lambda *_: 0.0, *args)
 
-    return jax.lax.scan(add, jnp.zeros(()), (jnp.arange(pieces), order_pBn, targets_pBn))[0]
+    def add(total, part):
+        return total + piece_if_any(part[0], params, x_BSD, *part[1:]), None
+
+    return jax.lax.scan(add, jnp.zeros(()), (jnp.arange(pieces) * n < most, order_pBn, targets_pBn))[0]
 
 
 # ---------------------------------------------------------------- parameters in and out
