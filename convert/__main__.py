@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         usage="python -m convert to-orbax SRC DST [options]",
         epilog="SRC is a directory or a hub name: a whole LLaVA (original or transformers; .safetensors or .bin), a "
         "plain language model (with --vision-tower), a LoRA adapter (with --base), a first stage's mm_projector.bin "
-        "(with --base), or a delta (with --base; --base DIR --delta DIR without SRC means the same).",
+        "(with --base), or nothing, with --base DIR --delta DIR.",
     )
     c.add_argument("paths", nargs="+", metavar="SRC DST", help="what to convert, and the directory to write")
     c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory or hub name, for what comes without its tower")
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--part", choices=["model", "projector"], default="model", help="(default: model)")
     c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
+    c.add_argument("--allow-nonfinite", action="store_true", help="write tensors with NaN or infinity too")
     c.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file, e.g. 500MB (default 5GB)")
     c.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     c.set_defaults(run=run_to_hf)
@@ -108,6 +109,7 @@ def run_to_hf(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         shard_bytes=parse_size(args.max_shard_size),
         vision_tower=args.vision_tower,
+        allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
     )
     note(f"wrote {args.destination}")
@@ -119,7 +121,7 @@ def parse_size(text: str) -> int:
     Raises:
       InputError: it is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
     unit = (match[2] or "").lower() if match else ""
     step = 1024 if unit.endswith("i") else 1000
     size = int(float(match[1]) * step ** ("kmgt".index(unit[0]) + 1 if unit else 0)) if match else 0
@@ -139,7 +141,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from convert.verify import verify
 
     counts: dict[str, int] = {}
-    for row in verify(args.a, args.b, vision_tower=args.vision_tower):
+    for row in list(verify(args.a, args.b, vision_tower=args.vision_tower)):  # a bar is shown meanwhile
         counts[row.result] = counts.get(row.result, 0) + 1
         if args.json:
             print(json.dumps(row._asdict()))
@@ -147,7 +149,7 @@ def run_verify(args: argparse.Namespace) -> int:
             print(f"{row.path}: {row.result}")
         else:
             gap = f", at most {row.absolute:.3g}, relative {row.relative:.3g}" if row.absolute else ""
-            print(f"{row.path}: {row.result}{gap}")
+            print(f"{row.path}: {row.result}{gap}" + (f" ({row.note})" if row.note else ""))
     note("; ".join(f"{n} {result}" for result, n in counts.items()))
     return 1 if counts.get("different") else 0
 

@@ -18,7 +18,11 @@ from llava_jax.console import InputError
 from llava_jax.sources import Found, Source, Tensor, find_tower, has_tensors, open_file, open_source
 
 PEFT = re.compile(r"^base_model\.model\.")
-LORA = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.\w+)*$")
+LORA = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)"
+    r"\.lora_(?:(?P<side>[AB])(?:\.\w+)?\.weight|embedding_(?P<embedding_side>[AB])(?:\.\w+)?)$"
+)
+OTHER_STARTS = ("pissa", "olora", "loftq", "corda")  # of factors, that change the base too
 
 
 def combine(
@@ -41,20 +45,23 @@ def combine(
     Raises:
       InputError: it does not make a whole LLaVA.
     """
+    fields = read_json(source / "config.json") or {}
+    fresh = projector or projector_type or aspect_ratio
+    if fresh and (delta or (source / "adapter_config.json").exists()):
+        raise InputError("--projector, --projector-type and --aspect-ratio do not go with an adapter or a delta")
     if base and delta:
         return add_delta(base, delta, vision_tower), delta
-    fields = read_json(source / "config.json") or {}
     if (source / "adapter_config.json").exists():
         if base is None:
             raise InputError(f"{source}: a LoRA adapter; give the model that it was trained on with --base")
         return merge_lora(base, source, vision_tower), _with_tokenizer(source, base)
     if base and has_tensors(source):
-        return add_delta(base, source, vision_tower), source
+        raise InputError(f"{source}: a whole model, which needs no --base; a delta is named with --delta")
     trained = [source / f"mm_projector{suffix}" for suffix in (".safetensors", ".bin")]
     if base and (found := [file for file in trained if file.exists()]):  # what the original's first stage leaves
         return from_parts(base, vision_tower, projector or found[0], fields=fields), base
     if base:
-        raise InputError(f"{source}: neither an adapter, nor a projector, nor a delta for --base {base}")
+        raise InputError(f"{source}: neither an adapter nor a projector for --base {base}")
     plain = bool(fields) and not any(key in fields for key in ("text_config", "mm_vision_tower", "mm_hidden_size"))
     if plain:
         options = _mm_fields(vision_tower, projector, projector_type, aspect_ratio)
@@ -93,7 +100,7 @@ def _mm_fields(tower: Path | None, projector: Path | None, projector_type: str |
 def _read_type(projector: Path) -> str:
     """The type of a trained projector, from its tensors' names."""
     inner = [name.rsplit("mm_projector.", 1)[-1] for name in open_file(projector).tensors]
-    layers = sum(name.endswith("weight") for name in inner if name[0].isdigit())
+    layers = sum(name.endswith("weight") for name in inner if name[:1].isdigit())
     return f"mlp{layers}x_gelu" if layers else "linear"
 
 
@@ -146,13 +153,13 @@ def _add_projector(found: Found, path: Path) -> None:
                 f"{path}: holds {name} for the tokens <im_start> and <im_end>, which a language model without them "
                 "cannot take; convert the whole checkpoint that was trained with it"
             )
-        bare = inner in ("weight", "bias") or inner[0].isdigit()
+        bare = inner in ("weight", "bias") or inner[:1].isdigit()
         found.add(name, file, path.name, called=f"model.mm_projector.{inner}" if bare else name, replace=True)
 
 
 def fresh_tensors(config: LlavaConfig, seed: int, dtype: np.dtype) -> dict[str, Tensor]:
     """A projector as torch initialises one (uniform within 1 / sqrt(inputs), bit for bit), and a newline."""
-    random = np.random.RandomState(seed)  # torch's CPU generator is this one, seeded the same
+    random = np.random.RandomState(seed & 0xFFFFFFFF)  # torch's CPU generator is this one, seeded the same
 
     def uniform(shape: tuple[int, ...], bound: float) -> np.ndarray:
         bits = random.randint(0, 2**32, math.prod(shape), dtype=np.uint32) & np.uint32(2**24 - 1)
@@ -197,6 +204,11 @@ def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
     settings = read_json(adapter / "adapter_config.json") or {}
     if settings.get("peft_type", "LORA") != "LORA" or settings.get("use_dora"):
         raise InputError(f"{adapter}: only plain LoRA adapters can be merged, not {settings.get('peft_type')} or DoRA")
+    if str(settings.get("init_lora_weights", "")).startswith(OTHER_STARTS):
+        raise InputError(
+            f"{adapter}: init_lora_weights {settings['init_lora_weights']} changed the base too; merge it with PEFT, "
+            "or save it there as a plain LoRA"
+        )
     fields = read_json(adapter / "config.json")
     directory = base if fields is None else adapter
     fields = fields or read_json(base / "config.json") or {}
@@ -238,7 +250,8 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
             if "lora_" in name:
                 problems.append(f"{name}: not of a plain LoRA")
             else:  # `modules_to_save`, biases
-                found.add(name, file, path.name, called=PEFT.sub("", name), replace=True)
+                called = PEFT.sub("", name).replace(".base_layer.", ".")
+                found.add(name, file, path.name, called=called, replace=True)
             continue
         module = match["module"]
         known = names.read_name(f"{module}.weight", config)
@@ -247,7 +260,7 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
             continue
         pair = pairs.setdefault(known[0], _Pair(module))
         tensor = Tensor(name, path.name, shape, dtype, lambda name=name: file.read(name))
-        setattr(pair, match["side"], tensor)
+        setattr(pair, match["side"] or match["embedding_side"], tensor)
     for ours, pair in pairs.items():
         kernel = found.tensors.get(ours) or found.unused[ours]
         rank = _pattern(settings.get("rank_pattern"), pair.module, settings.get("r", 8))

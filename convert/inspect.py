@@ -9,7 +9,7 @@ import numpy as np
 from llava_jax import names
 from llava_jax.checkpoint import find_directory, open_ours
 from llava_jax.config import LlavaConfig, read_config, read_json, tiny
-from llava_jax.console import InputError
+from llava_jax.console import InputError, printable
 from llava_jax.sources import open_file, tensor_files
 
 PARTS = ("vision", "projector", "newline", "decoder", "adapter", "other")
@@ -120,7 +120,12 @@ def describe(config: LlavaConfig) -> str:
 def table(found: dict[str, Any]) -> str:
     """The report for people."""
     rows = [
-        (row["path"] or row["name"], "x".join(map(str, row["shape"])) or "()", row["dtype"], _size(row["bytes"]))
+        (
+            printable(row["path"] or row["name"]),
+            "x".join(map(str, row["shape"])) or "()",
+            row["dtype"],
+            _size(row["bytes"]),
+        )
         for row in found["tensors"]
     ]
     lines = _columns([("tensor", "shape", "dtype", "size"), *rows])

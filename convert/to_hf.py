@@ -2,10 +2,9 @@
 
 import os
 
-import numpy as np
-
+from convert.finite import finite
 from convert.to_orbax import DTYPES
-from llava_jax.checkpoint import open_any
+from llava_jax.checkpoint import find_directory, open_any
 from llava_jax.export import write_hf, write_projector
 from llava_jax.tokenizer import load_tokenizer
 
@@ -19,6 +18,7 @@ def to_hf(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     vision_tower: str | os.PathLike | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint in the format of `transformers` or of the `original`, or its projector alone.
@@ -30,14 +30,16 @@ def to_hf(
       dtype: "bfloat16", "float16" or "float32"; None stores each tensor as it is.
       shard_bytes: of a file, at most.
       vision_tower: a CLIP directory, for originals that come without their tower.
+      allow_nonfinite: say which tensors hold NaN or infinity, and go on.
 
     Raises:
       InputError: the format cannot express the model, or the destination exists or cannot be written.
     """
-    opened = open_any(source, vision_tower=vision_tower)
-    kind: np.dtype | None = dtype and DTYPES[dtype]
+    tower = vision_tower and find_directory(vision_tower)
+    opened = finite(open_any(source, vision_tower=tower), dtype and DTYPES[dtype], allow_nonfinite)
+    kept = dict(overwrite=overwrite, sources=[opened.directory, *([tower] if tower else [])])
     if part == "projector":
-        write_projector(destination, opened, dtype=kind, overwrite=overwrite)
+        write_projector(destination, opened, **kept)
         return
     tokenizer = load_tokenizer(opened.directory)
-    write_hf(destination, opened, tokenizer, form=form, dtype=kind, shard_bytes=shard_bytes, overwrite=overwrite)
+    write_hf(destination, opened, tokenizer, form=form, shard_bytes=shard_bytes, **kept)

@@ -1,6 +1,5 @@
 """Foreign checkpoints to our Orbax directory, one tensor at a time."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -8,20 +7,11 @@ import ml_dtypes
 import numpy as np
 
 from convert.combine import combine
+from convert.finite import finite
 from llava_jax.checkpoint import find_directory, save
-from llava_jax.console import InputError, note
-from llava_jax.sources import Tensor
 from llava_jax.tokenizer import load_tokenizer
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-# Of each float type: the unsigned integer of its width, and the exponent's bits, all set in NaN and infinity alone.
-EXPONENTS = {
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
-    np.dtype(np.float16): (np.uint16, 0x7C00),
-    np.dtype(np.float32): (np.uint32, 0x7F800000),
-    np.dtype(np.float64): (np.uint64, 0x7FF0000000000000),
-}
-STRIP = 2**18  # elements that are looked at together: they stay in a core's cache
 
 
 def to_orbax(
@@ -72,35 +62,7 @@ def to_orbax(
         seed=seed,
         name="" if os.path.exists(source) else os.fspath(source),
     )
-    tensors, unused = (
-        {path: _looked_at(tensor, allow_nonfinite) for path, tensor in part.items()}
-        for part in (opened.tensors, opened.unused)
-    )
+    opened = finite(opened, dtype and DTYPES[dtype], allow_nonfinite)
     files = load_tokenizer(tokenizer).files
-    cast = dtype and DTYPES[dtype]
-    sources = [path for path in (start, base, delta, vision_tower, opened.directory) if path]
-    save(
-        destination, tensors, opened.config, files, unused=unused, dtype=cast, overwrite=overwrite, sources=sources
-    )  # fmt: skip
-
-
-def _looked_at(tensor: Tensor, allow: bool) -> Tensor:
-    """The tensor, which complains of NaN and infinity when it is read."""
-
-    def read() -> np.ndarray:
-        array = tensor.read()
-        if not is_finite(array):
-            where = f"{tensor.file}: tensor {tensor.name} holds NaN or infinity"
-            if not allow:
-                raise InputError(f"{where}; --allow-nonfinite converts it all the same")
-            note(f"warning: {where}")
-        return array
-
-    return dataclasses.replace(tensor, read=read)
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether no element of a float array (C order) is NaN or infinite."""
-    kind, exponent = EXPONENTS[array.dtype]
-    bits, magnitude = array.reshape(-1).view(kind), kind(~(1 << (8 * array.itemsize - 1)) & np.iinfo(kind).max)
-    return all(np.max(bits[i : i + STRIP] & magnitude) < exponent for i in range(0, bits.size, STRIP))
+    sources = [path for path in (start, base, delta, vision_tower, projector and Path(projector)) if path]
+    save(destination, opened.tensors, opened.config, files, unused=opened.unused, overwrite=overwrite, sources=sources)

@@ -33,6 +33,7 @@ from llava_jax.images import fetch, image_size, layout, open_image, tiles
 from llava_jax.prompts import (
     choose_template,
     encode_prompt,
+    end_ids,
     get_template,
     prepare_tokenizer,
     with_images,
@@ -255,8 +256,7 @@ class Engine:
         self.template = get_template(self.template_name)
         self.buckets = buckets or Buckets()
         prepare_tokenizer(tokenizer, config)
-        ends = {*config.text.eos_ids, tokenizer.eos_id, self.template.stop and tokenizer.token_id(self.template.stop)}
-        self.eos_ids = tuple(sorted(ends - {None}))
+        self.eos_ids = end_ids(config, tokenizer, self.template)
 
     @classmethod
     def load(

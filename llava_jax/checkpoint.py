@@ -234,7 +234,7 @@ def _open_tree(directory: epath.Path) -> dict[str, Tensor]:
     import tensorstore as ts
 
     base = os.fspath(_absolute(directory))
-    store = {"driver": "ocdbt", "base": base if "://" in base else f"file://{base}/"}
+    store = {"driver": "ocdbt", "base": base if "://" in base else {"driver": "file", "path": f"{base}/"}}
 
     def read(path: str) -> np.ndarray:
         spec = {"driver": "zarr3", "kvstore": store | {"path": path.replace("/", ".") + "/"}}
@@ -306,12 +306,13 @@ def new_directory(
     if directory.exists():
         if not overwrite:
             raise InputError(f"{given}: exists already; --overwrite replaces it")
-        if any(directory in (path.resolve(), *path.resolve().parents) for path in sources if "://" not in str(path)):
+        read = [Path(path).resolve() for path in sources if "://" not in os.fspath(path)]
+        if any(directory in (path, *path.parents) or path in directory.parents for path in read):
             raise InputError(f"{given}: holds what is to be read; write elsewhere")
         if not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.json").exists()):
             raise InputError(f"{given}: no checkpoint (there is no config.json), so it is not replaced")
-    staged = directory if remote else directory.parent / f".{directory.name}.incomplete"
-    replaced = staged.parent / f".{directory.name}.replaced"
+    staged = directory if remote else directory.parent / f".{directory.name[:200]}.incomplete"
+    replaced = staged.parent / f".{directory.name[:200]}.replaced"
     try:
         staged.rmtree(missing_ok=True)
         staged.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,13 @@ class LlavaConfig:
             if value not in known:
                 raise InputError(f"config: {field} {value!r} is not supported, only {', '.join(known)}")
         projector_depth(self.projector)
+        for part in (self.text, self.vision):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if field.type is int and (type(value) is not int or value <= 0):
+                    raise InputError(f"config: {field.name} {value!r} must be a whole number above 0")
+                if field.type is float and type(value) not in (int, float):
+                    raise InputError(f"config: {field.name} {value!r} must be a number")
         if self.vision.keep_class_token and self.merge != "flat":
             raise InputError(
                 f"config: a class token among the features does not go with mm_patch_merge_type {self.merge}"
@@ -344,6 +351,7 @@ def _read_config(config, vision, preprocessor, generation, name) -> LlavaConfig:
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
         read = read.replace(text=dataclasses.replace(read.text, eos_ids=ids))
     hints = (str(config.get("_name_or_path") or ""), name)
+    read = read.replace(template=config.get("conversation_template"))
     return read.replace(name=" ".join(hint.rstrip("/").rsplit("/", 1)[-1] for hint in hints).strip())
 
 
@@ -407,6 +415,9 @@ def _from_original(config: dict[str, Any], vision: dict[str, Any] | None, prepro
     kind = " ".join([config.get("model_type", ""), *(config.get("architectures") or [])]).lower()
     if "mpt" in kind:
         raise InputError("config.json: MPT decoders are not supported, only LLaMA, Mistral, Yi and Qwen2")
+    decoder = config.get("model_type", "llama").lower()
+    if "llava" not in decoder and decoder not in ("llama", "mistral", "qwen2", "yi"):
+        raise InputError(f"config.json: decoder {decoder!r} is not supported, only LLaMA, Mistral, Yi and Qwen2")
     family = "mistral" if "mistral" in kind else "qwen2" if "qwen" in kind else "llama"
     tower = config.get("mm_vision_tower")
     if vision is None:

@@ -1,6 +1,7 @@
 """What commands share: one-line errors, notes on standard error, progress, compiled programs kept between runs."""
 
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -21,7 +22,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
     except InputError as error:
         status = 1
-        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        print("error: " + printable(str(error)), file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
         print("interrupted", file=sys.stderr)
@@ -52,6 +53,11 @@ def hush() -> None:
     """From now on no notes and no progress: another process of the same run tells them. Errors remain."""
     global _hushed
     _hushed = True
+
+
+def printable(text: str) -> str:
+    """Text on one line that a terminal shows as it is, and does nothing else with."""
+    return "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def note(message: str) -> None:
@@ -121,6 +127,7 @@ class Progress:
         )
         if self.terminal:
             width = 24
+            text = text[: max(shutil.get_terminal_size().columns - width - 2, 0)]  # a line of its own, never two
             full = min(width, int(share * width))
             print(
                 f"\r\x1b[K{'█' * full}{'░' * (width - full)} {text}",

@@ -7,10 +7,13 @@ What a format cannot say is an error: transformers' LLaVA has a two-layer projec
 only `flat` (v1, v1.5) and `spatial_unpad` (v1.6).
 """
 
+import collections
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +23,9 @@ from llava_jax import names, safetensors
 from llava_jax.checkpoint import new_directory
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.console import InputError, Progress
-from llava_jax.llava import param_shapes
-from llava_jax.prompts import MARK, choose_template, get_template, jinja
+from llava_jax.prompts import MARK, choose_template, end_ids, get_template, jinja
 from llava_jax.safetensors import Pending
-from llava_jax.sharding import path_of
-from llava_jax.sources import Source, Tensor, contiguous, read_ahead
+from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
 from llava_jax.tokenizer import Tokenizer
 
 FORMATS = ("transformers", "original")
@@ -39,9 +40,9 @@ def write_hf(
     tokenizer: Tokenizer,
     *,
     form: str = "transformers",
-    dtype: np.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    sources: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint in the format of `transformers` or of the `original`. It appears whole, or not at all.
 
@@ -50,8 +51,8 @@ def write_hf(
     old ones, so that the same input gives the same files (and no new token is ever the likeliest).
 
     Args:
-      dtype: to store; None for each tensor's own.
       shard_bytes: of a file, at most; a larger tensor has one of its own.
+      overwrite, sources: as in `checkpoint.new_directory`.
 
     Raises:
       InputError: the format cannot express the model, or the destination exists or cannot be written.
@@ -64,11 +65,13 @@ def write_hf(
     else:
         extra = None
         files = _original_files(config, tokenizer)
-    tensors = _named_tensors(source, form, dtype, extra)
-    with new_directory(destination, overwrite=overwrite, sources=[source.directory]) as staged:
+    tensors = _named_tensors(source, form, extra)
+    common = collections.Counter(tensor.dtype.name for tensor in tensors.values()).most_common(1)[0][0]
+    files["config.json"]["torch_dtype"] = common
+    with new_directory(destination, overwrite=overwrite, sources=sources) as staged:
         _write_tensors(staged, tensors, shard_bytes)
         if form == "original" and config.vision_tower not in KNOWN_TOWERS:
-            _write_tower(staged / "vision_tower", source, dtype)
+            _write_tower(staged / "vision_tower", source)
         for name, contents in files.items():
             if isinstance(contents, bytes):
                 (staged / name).write_bytes(contents)
@@ -78,7 +81,7 @@ def write_hf(
 
 
 def write_projector(
-    destination: str | os.PathLike, source: Source, *, dtype: np.dtype | None = None, overwrite: bool = False
+    destination: str | os.PathLike, source: Source, *, overwrite: bool = False, sources: Sequence[Path] = ()
 ) -> None:
     """Write `mm_projector.safetensors` (and `config.json`) as the original's first stage names them.
 
@@ -87,12 +90,12 @@ def write_projector(
     """
     tensors = {
         name: pending
-        for name, pending in _named_tensors(source, "original", dtype, None).items()
+        for name, pending in _named_tensors(source, "original", None).items()
         if "mm_projector" in name or "image_newline" in name
     }
     if not tensors:
         raise InputError(f"{source.directory}: has no projector")
-    with new_directory(destination, overwrite=overwrite, sources=[source.directory]) as staged:
+    with new_directory(destination, overwrite=overwrite, sources=sources) as staged:
         safetensors.write(staged / "mm_projector.safetensors", tensors)
         (staged / "config.json").write_text(json.dumps(_original_config(source.config), indent=2) + "\n")
 
@@ -100,7 +103,7 @@ def write_projector(
 # ---------------------------------------------------------------- tensors
 
 
-def _named_tensors(source: Source, form: str, dtype, extra: "_Vocabulary | None") -> dict[str, Pending]:
+def _named_tensors(source: Source, form: str, extra: "_Vocabulary | None") -> dict[str, Pending]:
     """Their name -> what is to be written, layers that LLaVA does not use included."""
     config = source.config
     tensors = source.tensors | _whole_tower(source)
@@ -108,33 +111,22 @@ def _named_tensors(source: Source, form: str, dtype, extra: "_Vocabulary | None"
     named = {}
     for path, tensor in tensors.items():
         name, (_, to_theirs) = names.write_name(path, form, config)
-        kind = np.dtype(dtype or tensor.dtype)
         shape = names.shape_after(to_theirs, tensor.shape)
         read = lambda tensor=tensor, to_theirs=to_theirs: contiguous(to_theirs(tensor.read()))  # noqa: E731
         if extra and path in ("decoder/embed/embedding", "decoder/head/kernel"):
             shape, read = (extra.rows, *shape[1:]), lambda read=read: extra.grow(read())
-        named[name] = Pending(shape, kind, lambda read=read, kind=kind: read().astype(kind, copy=False))
+        named[name] = Pending(shape, tensor.dtype, read)
     return named
 
 
 def _whole_tower(source: Source) -> dict[str, Tensor]:
     """The tower's tensors that LLaVA does not need but CLIP's own class wants: as they came, or neutral ones."""
-    vision = source.config.vision
-    all_layers = dataclasses.replace(vision, feature_layers=(-1,))
-    import jax
-
-    leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(source.config.replace(vision=all_layers))["vision"])
-    wanted = {f"vision/{path_of(path)}": leaf.shape for path, leaf in leaves}
-    wanted |= {f"vision/post_norm/{name}": (vision.width,) for name in ("scale", "bias")}
+    wanted = {p: shape for p, shape in optional_shapes(source.config).items() if p.startswith("vision/")}
     like = source.tensors["vision/pre_norm/scale"].dtype
     neutral = lambda path, shape: Tensor(  # noqa: E731
         path, "", shape, like, lambda: (np.ones if path.endswith("scale") else np.zeros)(shape, like)
     )
-    return {
-        path: source.unused.get(path) or neutral(path, shape)
-        for path, shape in wanted.items()
-        if path not in source.tensors
-    }
+    return {path: source.unused.get(path) or neutral(path, shape) for path, shape in wanted.items()}
 
 
 def _write_tensors(directory: epath.Path, tensors: dict[str, Pending], shard_bytes: int) -> None:
@@ -222,7 +214,8 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
         "vision_feature_layer": layers,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": config.text.tied_head,
-        "image_aspect_ratio": config.aspect_ratio,  # ours, for the way back
+        "image_aspect_ratio": config.aspect_ratio,  # this and the next are ours, for the way back
+        "conversation_template": choose_template(config),
         "text_config": _text_fields(config.text) | {"vocab_size": extra.rows, "pad_token_id": extra.pad_id},
         "vision_config": _vision_fields(vision),
     }
@@ -250,14 +243,23 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
         "preprocessor_config.json": pixels,
         "processor_config.json": processor,
         "chat_template.jinja": jinja(template, config),
-        "generation_config.json": _generation_fields(config.text) | {"pad_token_id": extra.pad_id},
+        "generation_config.json": _generation_fields(config, tokenizer) | {"pad_token_id": extra.pad_id},
         "config.json": model,
     }
 
 
-def _generation_fields(text: TextConfig) -> dict[str, Any]:
-    ends = text.eos_ids[0] if len(text.eos_ids) == 1 else list(text.eos_ids) or None
-    return {"bos_token_id": text.bos_id, "eos_token_id": ends, "pad_token_id": text.pad_id}
+def _generation_fields(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """With every token that ends an answer here, the template's among them."""
+    ends = end_ids(config, tokenizer, get_template(choose_template(config)))
+    return _special_ids(config.text) | {"eos_token_id": _one_or_all(ends)}
+
+
+def _special_ids(text: TextConfig) -> dict[str, Any]:
+    return {"bos_token_id": text.bos_id, "eos_token_id": _one_or_all(text.eos_ids), "pad_token_id": text.pad_id}
+
+
+def _one_or_all(ids: tuple[int, ...]) -> int | list[int] | None:
+    return ids[0] if len(ids) == 1 else list(ids) or None
 
 
 def _text_fields(text: TextConfig) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def _text_fields(text: TextConfig) -> dict[str, Any]:
         "intermediate_size": text.ffn_width, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
         "num_key_value_heads": text.kv_heads, "head_dim": text.head_width, "hidden_act": text.activation,
         "max_position_embeddings": text.max_positions, "rms_norm_eps": text.norm_eps, "rope_theta": text.rope_theta,
-        "tie_word_embeddings": text.tied_head, **_generation_fields(text),
+        "tie_word_embeddings": text.tied_head, **_special_ids(text),
     }  # fmt: skip
     if text.rope_scaling:
         fields["rope_scaling"] = _scaling_fields(text.rope_scaling)
@@ -305,7 +307,7 @@ def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
 def _original_files(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         **tokenizer.files,
-        "generation_config.json": _generation_fields(config.text),
+        "generation_config.json": _generation_fields(config, tokenizer),
         "config.json": _original_config(config),
     }
 
@@ -329,6 +331,7 @@ def _original_config(config: LlavaConfig) -> dict[str, Any]:
         "unfreeze_mm_vision_tower": True,  # the tower's weights are here: take them, not the published ones
         "tokenizer_padding_side": config.padding_side,
         "use_mm_proj": True,
+        "conversation_template": choose_template(config),  # ours, for the way back
     }
     if config.aspect_ratio == "anyres":
         fields["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
@@ -339,13 +342,13 @@ def _original_config(config: LlavaConfig) -> dict[str, Any]:
     return fields
 
 
-def _write_tower(directory: epath.Path, source: Source, dtype) -> None:
+def _write_tower(directory: epath.Path, source: Source) -> None:
     """A CLIP directory, for a tower that is not one of those that the original fetches by name."""
     directory.mkdir()
     prefix = "model.vision_tower.vision_tower."
     tensors = {
         name.removeprefix(prefix): pending
-        for name, pending in _named_tensors(source, "original", dtype, None).items()
+        for name, pending in _named_tensors(source, "original", None).items()
         if name.startswith(prefix)
     }
     _write_tensors(directory, tensors, SHARD_BYTES)

@@ -155,7 +155,7 @@ def read_name(name: str, config: LlavaConfig) -> tuple[str, Layout] | None:
             number = None
             if part == "projector":
                 number, inner = _read_projector(inner, prefix, config)
-            elif match := re.match(r"((?:encoder\.)?layers\.)(\d+)(\..+)", inner):
+            elif match := re.match(r"((?:encoder\.)?layers\.)([0-9]{1,4})(\..+)", inner):
                 number, inner = int(match[2]), f"{match[1]}{{i}}{match[3]}"
             if found := _BY_NAME.get((part, inner)):
                 return found[0].replace("{i}", str(number)), found[1]
@@ -167,7 +167,7 @@ def _read_projector(inner: str, prefix: str, config: LlavaConfig) -> tuple[int |
     if inner in ("weight", "bias") and prefix.endswith("mm_projector."):
         return 0, "{i}." + inner
     number, _, tail = inner.partition(".")
-    if not number.isdigit():
+    if not re.fullmatch("[0-9]{1,3}", number):
         return None, inner
     if prefix.endswith("linear_"):
         return int(number) - 1, "{i}." + tail

@@ -183,6 +183,12 @@ def choose_template(config: LlavaConfig) -> str:
     return "llava_v1"
 
 
+def end_ids(config: LlavaConfig, tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
+    """The tokens that end an answer: the configuration's, the tokenizer's, the template's where it is one token."""
+    ends = {*config.text.eos_ids, tokenizer.eos_id, template.stop and tokenizer.token_id(template.stop)}
+    return tuple(sorted(ends - {None, ""}))
+
+
 # ---------------------------------------------------------------- writing a conversation out
 
 Span = tuple[int, int]

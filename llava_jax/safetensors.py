@@ -27,6 +27,8 @@ DTYPES = {
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100 * 2**20  # as the format says
+MAX_NAME = 1000
+MAX_SIDE = 2**48
 INDEX = "model.safetensors.index.json"
 
 
@@ -68,11 +70,11 @@ class File:
         try:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             first, last = entry["data_offsets"]
-            ok = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+            ok = all(type(n) is int and 0 <= n < MAX_SIDE for n in (*shape, first, last)) and len(name) <= MAX_NAME
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
-            raise InputError(f"{self.path}: tensor {name!r} has a broken header entry: {str(entry)[:200]}")
+            raise InputError(f"{self.path}: tensor {name[:100]!r} has a broken header entry: {str(entry)[:200]}")
         if last - first != math.prod(shape) * dtype.itemsize:
             raise InputError(
                 f"{self.path}: tensor {name!r} of shape {list(shape)} and type {entry['dtype']} wants "

@@ -117,8 +117,9 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     Raises:
       InputError: there are none, or the index names one that is not there.
     """
+    safe = sorted(f for f in directory.glob("*.safetensors") if f.stem not in ("adapter_model", "mm_projector"))
     for index in (directory / name for name in INDEXES):
-        if not index.exists():
+        if not index.exists() or (safe and index.name != safetensors.INDEX):  # an index of files that were replaced
             continue
         listed = (read_json(index) or {}).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
@@ -127,8 +128,7 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         if missing := [file.name for file in files if not file.exists()]:
             raise InputError(f"{directory}: the index names files that are not there: {', '.join(missing)}")
         return files, listed
-    files = sorted(f for f in directory.glob("*.safetensors") if f.stem not in ("adapter_model", "mm_projector"))
-    files = files or sorted(directory.glob("pytorch_model*.bin"))
+    files = safe or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"{directory}: no *.safetensors and no pytorch_model*.bin in it")
     return files, {}
@@ -149,6 +149,7 @@ class Found:
         self.config, self.dialect = config, dialect
         shapes, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
         self.wanted = {path_of(path): leaf.shape for path, leaf in shapes}
+        self.optional = optional_shapes(config)
         self.tensors: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
         self.unknown: list[str] = []
@@ -198,7 +199,7 @@ class Found:
             self.doubled.append(f"{tensor.name} ({tensor.file}) and {other.name} ({other.file})")
         elif path in self.wanted:
             self.tensors[path] = tensor
-        elif _is_optional(path, self.config):
+        elif path in self.optional:
             self.unused[path] = tensor
         else:
             self.unknown.append(f"{tensor.name} ({tensor.file})")
@@ -217,9 +218,9 @@ class Found:
             )
         misshapen = [
             f"{t.name} ({t.file}) {self._theirs(path, t.shape)} {t.dtype} should be "
-            f"{self._theirs(path, self.wanted[path])}"
-            for path, t in self.tensors.items()
-            if t.shape != self.wanted[path] or t.dtype not in FLOATS
+            f"{self._theirs(path, (self.wanted | self.optional)[path])}"
+            for path, t in (self.tensors | self.unused).items()
+            if t.shape != (self.wanted | self.optional)[path] or t.dtype not in FLOATS
         ]
         problems = [
             f"{what}: {', '.join(which)}"
@@ -245,15 +246,19 @@ class Found:
             return list(shape)
 
 
-def _is_optional(path: str, config: LlavaConfig) -> bool:
-    """Whether a tensor may be there although the model has no use for it."""
-    if path.startswith("vision/layers/"):
-        return config.vision.layers_used <= int(path.split("/")[2]) < config.vision.layers
-    return (
-        path.startswith("vision/post_norm/")
-        or path == "newline"
-        or (path == "decoder/head/kernel" and config.text.tied_head)
-    )
+def optional_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of what may be there although the model has no use for it."""
+    vision, text = config.vision, config.text
+    whole = config.replace(vision=dataclasses.replace(vision, feature_layers=(-1,)))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(whole)["vision"]["layers"])
+    shapes = {f"vision/layers/{path_of(path)}": leaf.shape for path, leaf in leaves}
+    shapes = {path: shape for path, shape in shapes.items() if int(path.split("/")[2]) >= vision.layers_used}
+    shapes |= {f"vision/post_norm/{name}": (vision.width,) for name in ("scale", "bias")}
+    if not config.has_newline:
+        shapes["newline"] = (text.width,)
+    if text.tied_head:
+        shapes["decoder/head/kernel"] = (text.width, text.vocab_size)
+    return shapes
 
 
 # ---------------------------------------------------------------- reading

@@ -26,10 +26,12 @@ STORAGES = {
     "LongStorage": np.dtype(np.int64), "IntStorage": np.dtype(np.int32), "ShortStorage": np.dtype(np.int16),
     "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
 }  # fmt: skip
-LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how files from before torch 1.6 begin
-MAX_PICKLE = 100 * 2**20
-MAX_TENSORS = 2**20
+# More than any file of tensors needs: about a hundred bytes of pickle describe a tensor.
+MAX_PICKLE = 4 * 2**20
+MAX_STACK = 2**17
+MAX_NAME = 1000
 MAX_RANK = 16
+MAX_SIDE = 2**48
 BROKEN = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, OSError, EOFError,
     ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError, RuntimeError, OverflowError,
@@ -81,7 +83,7 @@ class File:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         except BROKEN as error:
-            raise InputError(f"{self.path}: broken, or no file of torch.save ({_line(error)})") from None
+            raise InputError(f"{self.path}: truncated or broken ({_line(error)}); fetch it again") from None
         self.metadata: dict[str, str] = {}
         self.tensors = {}
         for name, view in self._views.items():
@@ -91,10 +93,10 @@ class File:
                 raise InputError(f"{self.path}: tensor {name!r} {error}") from None
 
     def _refuse_others(self, file) -> None:
-        head = file.read(len(LEGACY))
-        if head.startswith(LEGACY[:-1]):
+        head = file.read(2)
+        if head.startswith(b"\x80"):
             raise InputError(
-                "saved by a torch older than 1.6; with torch at hand save it anew: "
+                "a bare pickle, as torch saved before version 1.6; with torch at hand save it anew: "
                 "torch.save(torch.load(file, weights_only=True), file)"
             )
         if not head.startswith(b"PK"):
@@ -104,11 +106,14 @@ class File:
     def _storages(self, archive: zipfile.ZipFile, file) -> tuple[str, dict[str, tuple[int, int]]]:
         """The archive's root folder, and of each storage its first byte and its length."""
         infos = {info.filename: info for info in archive.infolist()}
+        if len(infos) < len(archive.infolist()):
+            raise InputError("its archive has entries of the same name")
         roots = [name.removesuffix("data.pkl") for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise InputError("no file of torch.save: there is no data.pkl in it")
         root = roots[0]
-        if f"{root}byteorder" in infos and archive.read(f"{root}byteorder")[:6] != b"little":
+        order = infos.get(f"{root}byteorder")
+        if order and (order.file_size != 6 or order.compress_size != 6 or archive.read(order) != b"little"):
             raise InputError("its bytes are in big-endian order, which is not supported")
         starts = {}
         for name, info in infos.items():
@@ -124,6 +129,11 @@ class File:
             if start + info.file_size > self.size:
                 raise InputError(f"truncated: its entry {name} goes beyond the end; fetch the file again")
             starts[name.removeprefix(f"{root}data/")] = start, info.file_size
+        at, before = 0, ""
+        for key, (start, length) in sorted(starts.items(), key=lambda item: item[1]):
+            if start < at and length:
+                raise InputError(f"its storages {before!r} and {key!r} overlap")
+            at, before = start + length, key
         return root, starts
 
     def _read_pickle(self, archive: zipfile.ZipFile, root: str) -> bytes:
@@ -141,6 +151,8 @@ class File:
         if storage.size * width != length:
             raise InputError(f"lies in a storage of {storage.size} x {width} bytes, which has {length} in the file")
         if len(view.shape) != len(view.strides) or min((*view.shape, *view.strides, view.offset, 0)) < 0:
+            raise InputError(f"has a broken layout: shape {view.shape}, strides {view.strides}, offset {view.offset}")
+        if max((*view.shape, *view.strides, view.offset, 0)) > MAX_SIDE:
             raise InputError(f"has a broken layout: shape {view.shape}, strides {view.strides}, offset {view.offset}")
         if math.prod(view.shape) > storage.size:  # also: memory for it is never more than the file's size
             raise InputError(f"of shape {list(view.shape)} has more elements than its storage ({storage.size})")
@@ -173,24 +185,26 @@ def _span(view: View) -> int:
 
 
 def _named(contents: Any) -> dict[str, View]:
-    """The tensors of a dictionary, or of dictionaries in it (`{"state_dict": {...}}`) by dotted names."""
+    """The tensors of a dictionary, or of the one dictionary in it that has any: `{"state_dict": {...}, "step": 3}`."""
     if not isinstance(contents, dict):
         raise InputError("holds no dictionary of tensors")
-    found: dict[str, View] = {}
-    for name, value in contents.items():
-        if isinstance(value, View):
-            found[str(name)] = value
-        elif isinstance(value, dict):
-            found |= {f"{name}.{inner}": view for inner, view in value.items() if isinstance(view, View)}
-        if len(found) > MAX_TENSORS:
-            raise InputError(f"holds more than {MAX_TENSORS} tensors")
+    inner = [value for value in contents.values() if isinstance(value, dict) and _views(value)]
+    found = _views(contents) or (_views(inner[0]) if len(inner) == 1 else {})
+    if too_long := next((name for name in found if len(name) > MAX_NAME), None):
+        raise InputError(f"has a tensor whose name is {len(too_long)} characters long: {too_long[:60]!r}...")
     return found
+
+
+def _views(contents: dict) -> dict[str, View]:
+    return {name: value for name, value in contents.items() if isinstance(value, View)}
 
 
 # ---------------------------------------------------------------- the pickle
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> View:
+def _rebuild_tensor(storage, offset, shape, strides, _requires_grad=None, _hooks=None, marks=None) -> View:
+    if marks:
+        raise InputError(f"has a tensor that is a view of another kind ({', '.join(map(str, marks))}); save a clone")
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     if max(len(shape), len(strides)) > MAX_RANK:
@@ -221,6 +235,8 @@ class _Global(NamedTuple):
 
 
 def _allowed(module: str, name: str) -> _Global:
+    if type(module) is not str or type(name) is not str:
+        raise ValueError("asks for what has no name")
     is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
     if (module, name) not in CALLABLES and not is_storage:
         raise InputError(f"refused: its pickle asks for {module}.{name}, and a file of tensors has no need to")
@@ -240,6 +256,8 @@ class _Machine:
 
     def run(self) -> Any:
         for opcode, argument, _ in pickletools.genops(io.BytesIO(self.program)):
+            if len(self.stack) > MAX_STACK:
+                raise InputError("its pickle is not one of tensors: it piles up too much")
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in _CONSTANTS:
@@ -321,6 +339,10 @@ class _Machine:
     def _set(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict):
             raise ValueError("sets an item of what is no dictionary")
+        if not all(type(key) in (str, int) for key in items[::2]) or any(
+            abs(k) > MAX_STACK for k in items[::2] if type(k) is int
+        ):
+            raise InputError("its pickle has a dictionary whose keys are no names")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def _global(self, names: str):
@@ -329,12 +351,16 @@ class _Machine:
 
     def _stack_global(self, _):
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(_allowed(str(module), str(name)))
+        self.stack.append(_allowed(module, name))
+
+    _inst = _global
 
     def _reduce(self, _):
         arguments, callee = self.stack.pop(), self.stack.pop()
-        if not isinstance(callee, _Global) or callee not in CALLABLES:
+        if not isinstance(callee, _Global) or callee not in CALLABLES or type(arguments) is not tuple:
             raise ValueError("calls what cannot be called")
+        if len(arguments) > MAX_RANK:
+            raise ValueError(f"calls {callee.name} with {len(arguments)} arguments")
         self.stack.append(CALLABLES[callee](*arguments))
 
     def _build(self, _):
@@ -342,13 +368,15 @@ class _Machine:
 
     def _binpersid(self, _):
         kind, storage, key, _device, size = self.stack.pop()
+        if type(key) is not str:
+            raise ValueError("a storage without a name")
         if kind != "storage" or not isinstance(storage, _Global) or storage.module not in ("torch", "torch.storage"):
             raise InputError("refused: it refers to something that is no storage of a tensor")
         if storage.name not in STORAGES:
             raise InputError(f"has tensors of type {storage.name}, which are not supported")
         if type(size) is not int or size < 0:
             raise ValueError("a storage of no size")
-        self.stack.append(Storage(str(key), STORAGES[storage.name], size))
+        self.stack.append(Storage(key, STORAGES[storage.name], size))
 
 
 _CONSTANTS = {

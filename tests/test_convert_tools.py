@@ -1,5 +1,6 @@
 """The conversion tool as a command: what it shows, compares and refuses; nothing half-done, whatever happens."""
 
+import dataclasses
 import json
 import os
 import random
@@ -19,13 +20,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import load_file
 
 from convert import __main__ as cli
-from convert.to_orbax import is_finite, to_orbax
+from convert.finite import is_finite
+from convert.to_orbax import to_orbax
 from convert.verify import compare
 from llava_jax import config as c
 from llava_jax import safetensors
 from llava_jax.checkpoint import open_any
 from llava_jax.console import InputError
+from llava_jax.export import write_hf
 from llava_jax.prompts import TEMPLATES, jinja, render
+from llava_jax.tokenizer import load_tokenizer
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"
 
@@ -108,6 +112,8 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
         (np.float32([1e-7]), np.float32([1e-7]).astype(np.float16), "equal within rounding"),
         (np.float32([1.0]), np.float32([1.0 + 2**-20]), "different"),
         (np.float32([1.0]), np.float32([np.nan]), "different"),
+        (np.float32([1.0]), np.float32([np.inf]), "different"),
+        (np.float32([-np.inf]), np.float32([np.inf]), "different"),
         (np.float32([1.0, 2.0]), np.float32([1.0]), "different"),
         (np.float32([100.0]), np.float32([101.0]).astype(BF16), "different"),
     ],
@@ -183,7 +189,7 @@ def test_chat_templates_write_what_we_write(name):
         (("to-orbax", "a", "b", "c"), "takes SRC and DST, not 3"),
         (("to-orbax", "DST", "--delta", "SRC"), "--delta wants --base"),
         (("to-orbax", "SRC", "DST", "--projector-type", "linear"), "plain language models"),
-        (("to-orbax", "SRC", "DST", "--base", "EMPTY"), "the base lacks|no \\*.safetensors"),
+        (("to-orbax", "SRC", "DST", "--base", "EMPTY"), "a whole model, which needs no --base"),
         (("to-orbax", "EMPTY", "DST"), "no config.json"),
         (("to-orbax", "nowhere", "DST"), "no such directory"),
         (("to-hf", "SRC", "SRC"), "exists already"),
@@ -216,12 +222,74 @@ def test_nonfinite_tensors_are_named(run_cli, tmp_path):
     source = write_checkpoint(tmp_path / "c", tensors, "v1.6-mistral")
     status, _, err = run_cli(cli.main, "to-orbax", source, tmp_path / "o")
     assert (status, err.count("\n")) == (1, 1)
-    assert "model.safetensors: tensor model.norm.weight holds NaN or infinity" in err
+    assert f"{source}/model.safetensors: tensor model.norm.weight holds NaN or infinity" in err
+    status, _, err = run_cli(cli.main, "to-hf", source, tmp_path / "h", "--format", "original")
+    assert (status, err.count("\n")) == (1, 1) and "model.norm.weight holds NaN" in err
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     status, _, err = run_cli(cli.main, "to-orbax", source, tmp_path / "o", "--allow-nonfinite")
     assert status == 0
-    assert "warning: model.safetensors: tensor model.norm.weight" in err
+    assert f"warning: {source}/model.safetensors: tensor model.norm.weight" in err
     assert np.isnan(open_any(tmp_path / "o").tensors["decoder/norm/scale"].read()[3])
+
+
+def test_numbers_that_a_type_has_no_room_for_are_named(run_cli, tmp_path):
+    tensors = golden_tensors("v1.6-mistral")
+    tensors["model.norm.weight"][3] = 1e6
+    source = write_checkpoint(tmp_path / "c", tensors, "v1.6-mistral")
+    for kind in ("to-orbax", "to-hf"):
+        status, _, err = run_cli(cli.main, kind, source, tmp_path / "o", "--dtype", "float16")
+        assert (status, err.count("\n")) == (1, 1) and "numbers too large for float16" in err
+        assert run_cli(cli.main, kind, source, tmp_path / kind, "--dtype", "bfloat16")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["we%20ird", "a#b?c|d", "sp ace ü"])
+def test_any_name_will_do(run_cli, tmp_path, name):
+    assert run_cli(cli.main, "to-orbax", MISTRAL, tmp_path / name)[0] == 0
+    assert run_cli(cli.main, "verify", MISTRAL, tmp_path / name)[0] == 0
+
+
+def test_what_is_read_is_not_overwritten(run_cli, tmp_path):
+    shutil.copytree(MISTRAL, tmp_path / "m")
+    shutil.copytree(MISTRAL / "vision_tower", tmp_path / "tower")
+    for arguments in (
+        ("to-orbax", tmp_path / "m", tmp_path / "m" / "vision_tower"),
+        ("to-hf", tmp_path / "m", tmp_path / "tower", "--vision-tower", tmp_path / "tower"),
+    ):
+        status, _, err = run_cli(cli.main, *arguments, "--overwrite")
+        assert (status, err.count("\n")) == (1, 1) and "holds what is to be read" in err
+    assert (tmp_path / "tower" / "model.safetensors").exists()
+
+
+def test_the_template_finds_its_way_back(tmp_path):
+    found = open_any(GOLDEN / "checkpoints" / "v1.5-llama")
+    tokenizer = load_tokenizer(found.directory)
+    for form in ("transformers", "original"):
+        for template in ("mpt", "llava_v0", "llava_llama_2"):
+            source = dataclasses.replace(found, config=found.config.replace(template=template))
+            write_hf(tmp_path / "h", source, tokenizer, form=form, overwrite=True)
+            assert open_any(tmp_path / "h").config.template == template
+
+
+def test_every_token_that_ends_an_answer_goes_along(tmp_path):
+    found = open_any(GOLDEN / "checkpoints" / "v1.5-llama")
+    text = dataclasses.replace(found.config.text, eos_ids=(7,))
+    source = dataclasses.replace(found, config=found.config.replace(text=text))
+    write_hf(tmp_path / "h", source, load_tokenizer(found.directory))
+    assert json.loads((tmp_path / "h" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+
+
+def test_unused_tensors_are_checked_too(tmp_path):
+    tensors = golden_tensors("v1.6-mistral")
+    name = "model.vision_tower.vision_tower.vision_model.post_layernorm.weight"
+    tensors[name] = np.zeros((3, 2), np.float32)
+    with pytest.raises(InputError, match=r"post_layernorm\.weight .*should be \[32\]"):
+        to_orbax(write_checkpoint(tmp_path / "c", tensors, "v1.6-mistral"), tmp_path / "o")
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "granite", "phi3", "qwen3"])
+def test_decoders_of_other_kinds_are_refused(model_type):
+    with pytest.raises(InputError, match=f"decoder '{model_type}' is not supported"):
+        c.read_config({"model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336"})
 
 
 def test_an_index_that_names_what_is_not_there(tmp_path):

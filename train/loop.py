@@ -165,8 +165,8 @@ def _train(run: Run) -> int:
     trained, kept = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, frozen))
     axes = ",".join(f"{axis}={n}" for axis, n in mesh.shape.items())
     note(
-        f"{trained:,} parameters are trained, {kept:,} are not; {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}; "
-        "the first update takes a while to compile"
+        f"{trained:,} parameters are trained, {kept:,} are not; "
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}; the first update takes a while to compile"
     )
     if run.progress:
         state = run.checkpoints.restore(state)

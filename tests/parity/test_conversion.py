@@ -5,7 +5,10 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from llava_jax import config as c
 from llava_jax import names, torch_files
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
+from llava_jax.prompts import choose_template
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPRESSIBLE = ("v1.5-llama", "v1.6-mistral")  # of the golden checkpoints, those that transformers' classes can hold
@@ -67,7 +71,9 @@ def test_original_there_and_back_is_bit_exact(tmp_path, name, dtype):
     to_hf(tmp_path / "orbax", tmp_path / "back", form="original")
     assert_same_bits(tensors, tensors_of(tmp_path / "back"))
     before, after = open_any(source).config, open_any(tmp_path / "back").config
-    assert before.replace(name="", vision_tower="") == after.replace(name="", vision_tower="")
+    assert after.template == choose_template(before)
+    apart = dict(name="", vision_tower="", template=None)
+    assert before.replace(**apart) == after.replace(**apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -312,6 +318,7 @@ def test_faulty_adapters(tmp_path, language_model):
         r"should be \[4, 64\]": {f"{q}.lora_A.weight": torch.zeros(3, 64), f"{q}.lora_B.weight": torch.zeros(64, 3)},
         "no such module": {f"{q}x.lora_A.weight": torch.zeros(4, 64)},
         "not of a plain LoRA": {f"{q}.lora_magnitude_vector": torch.zeros(64)},
+        "lora_B.bias: not of a plain": {f"{q}.lora_B.bias": torch.zeros(64)},
     }
     for says, tensors in cases.items():
         torch.save(tensors, adapter / "adapter_model.bin")
@@ -359,14 +366,14 @@ def test_torch_files_hold_what_torch_saved(tmp_path):
         "whole numbers": torch.arange(5), "bytes": torch.arange(7, dtype=torch.uint8), "nothing": torch.zeros(0, 4),
         "flags": torch.tensor([True, False]), "doubles": torch.randn(2, dtype=torch.float64),
     }  # fmt: skip
-    for contents, prefix in ((tensors, ""), ({"state_dict": tensors, "step": 3}, "state_dict.")):
+    for contents in (tensors, {"state_dict": tensors, "step": 3}):
         torch.save(contents, tmp_path / "file.bin")
         file = torch_files.File(tmp_path / "file.bin")
-        assert file.tensors.keys() == {prefix + name for name in tensors}
+        assert file.tensors.keys() == tensors.keys()
         for name, x in tensors.items():
             x = x.detach()
             want = x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()
-            np.testing.assert_array_equal(file.read(prefix + name).astype(want.dtype), want)
+            np.testing.assert_array_equal(file.read(name).astype(want.dtype), want)
     torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "file.bin")  # with its `_metadata`
     assert torch_files.File(tmp_path / "file.bin").tensors.keys() == {"weight", "bias"}
 
@@ -391,11 +398,57 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
 
 def test_older_formats_say_how_to_go_on(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match=r"older than 1\.6; .*torch\.save"):
+    with pytest.raises(InputError, match=r"before version 1\.6; .*torch\.save"):
         torch_files.File(tmp_path / "old.bin")
-    (tmp_path / "other.bin").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(InputError, match="no file of torch"):
-        torch_files.File(tmp_path / "other.bin")
+    for data in (pickle.dumps({"a": 1}), b"GIF89a", b""):
+        (tmp_path / "other.bin").write_bytes(data)
+        with pytest.raises(InputError, match=r"bare pickle|no file of torch"):
+            torch_files.File(tmp_path / "other.bin")
+
+
+def with_pickle(path: Path, program: bytes, **entries: bytes) -> Path:
+    """A file of torch's whose pickle is another."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {"data.pkl": program, "data/0": b"\0" * 16, **entries}.items():
+            archive.writestr(f"archive/{name}", data)
+    return path
+
+
+PAIRS = b")" + b"q\x00h\x00\x86" * 60  # a tuple of itself and itself, 60 times over
+BOMBS = {
+    "deep key": b"})" + b"\x85" * 200_000 + b"K\x01s.",
+    "wide key": b"}" + PAIRS + b"K\x01s.",
+    "numbers that hash alike": b"}(" + b"".join(
+        b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 30_000)) + b"u.",
+    "wide name": PAIRS + b"q\x01h\x01\x93.",
+    "many arguments": b"ctorch._utils\n_rebuild_parameter\nq\x00(" + b"K\x01" * 30_000 + b"tq\x01"
+    + b"h\x00h\x01R0" * 30_000 + b".",
+    "many lists": b"]" * 3_000_000 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", BOMBS.values(), ids=BOMBS)
+def test_pickles_that_would_take_for_ever(tmp_path, program):
+    begun = time.monotonic()
+    with pytest.raises(InputError):
+        torch_files.File(with_pickle(tmp_path / "bomb.bin", b"\x80\x02" + program))
+    assert time.monotonic() - begun < 60  # each of these took minutes, or the interpreter's life
+
+
+def test_archives_that_lie(tmp_path):
+    torch.save({"a": torch.randn(4), "b": torch.randn(4)}, tmp_path / "a.bin")
+    data = (tmp_path / "a.bin").read_bytes()
+    entries = [m.start() for m in re.finditer(b"PK\x01\x02", data)]
+    offsets = {data[e + 46 : e + 46 + int.from_bytes(data[e + 28 : e + 30], "little")]: e + 42 for e in entries}
+    first, second = (offsets[name] for name in sorted(offsets) if name.endswith((b"data/0", b"data/1")))
+    (tmp_path / "lies.bin").write_bytes(data[:second] + data[first : first + 4] + data[second + 4 :])
+    with pytest.raises(InputError, match="overlap"):
+        torch_files.File(tmp_path / "lies.bin")
+    with pytest.raises(InputError, match="big-endian"):
+        torch_files.File(with_pickle(tmp_path / "order.bin", b"}.", byteorder=b"big"))
+    torch.save({"a": torch._neg_view(torch.randn(3))}, tmp_path / "negated.bin")
+    with pytest.raises(InputError, match="save a clone"):
+        torch_files.File(tmp_path / "negated.bin")
 
 
 def test_damaged_torch_files_are_refused_or_read(tmp_path):
