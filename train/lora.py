@@ -1,10 +1,11 @@
 """LoRA (Hu et al. 2021) on the linear layers of the decoder: parameters, their use, adapters in PEFT's format.
 
 An adapted kernel W [in, out] has two more parameters beside it in the tree, `lora_a` [in, rank] and `lora_b`
-[rank, out]: the layer computes x W + alpha / rank * drop(x) A B. Nothing of the model knows of that: `adapted` steps in
+[rank, out]: the layer computes x W + alpha / rank * drop(x) A B. The model's modules do not know: `adapted` steps in
 where a Dense layer is called whose parameters hold them.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -25,11 +26,7 @@ from llava_jax.llava import Params
 from llava_jax.names import write_name
 from train.config import TrainConfig
 
-FACTORS = ("lora_a", "lora_b")
-
-
-def is_lora(path: str) -> bool:
-    return path.endswith(FACTORS)
+FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # here, and in PEFT
 
 
 def init_lora(kernels: Mapping[str, jax.Array], config: TrainConfig) -> dict[str, jax.Array]:
@@ -64,7 +61,7 @@ def add_dropout(layers: dict, key: jax.Array) -> dict:
     return unflatten_dict(flat, sep="/")
 
 
-def adapted(config: TrainConfig):
+def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
     """While this context lasts, Dense layers whose parameters hold factors use them."""
 
     def step_in(call, args, kwargs, context):
@@ -83,6 +80,7 @@ def adapted(config: TrainConfig):
 
 
 def scale(config: TrainConfig) -> float:
+    """Of the factors' product."""
     return config.lora_alpha / config.lora_rank
 
 
@@ -108,10 +106,10 @@ def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfi
     """
     adapter, others = {}, {}
     for path, leaf in flatten_dict(params, sep="/").items():
-        if is_lora(path):
-            base, _, factor = path.rpartition("/")
+        base, _, last = path.rpartition("/")
+        if last in FACTORS:
             name, _ = write_name(f"{base}/kernel", "original", model)
-            adapter[f"base_model.model.{name.removesuffix('weight')}{_THEIRS[factor]}.weight"] = _host(leaf).T
+            adapter[f"base_model.model.{name.removesuffix('weight')}{FACTORS[last]}.weight"] = _host(leaf).T
         elif path.startswith("projector/"):
             name, (_, to_theirs) = write_name(path, "original", model)
             others[f"base_model.model.{name}"] = to_theirs(_host(leaf))
@@ -127,9 +125,6 @@ def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfi
         target_modules=sorted({name.split(".")[-3] for name in adapter}),
     )  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
-
-
-_THEIRS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 
 def _host(x: jax.Array) -> np.ndarray:
