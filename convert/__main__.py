@@ -1,37 +1,162 @@
-"""Convert checkpoints.
+"""Convert, inspect and compare checkpoints.
 
-python -m convert to-orbax SRC DST [--vision-tower DIR] [--dtype bfloat16|float32]
+python -m convert to-orbax SRC DST      whatever LLaVA weights there are, to our Orbax format
+python -m convert to-hf SRC DST         ours, or anybody's, to transformers' format or the original's
+python -m convert inspect DIR           what is in it
+python -m convert verify A B            whether two are the same
 """
 
 import argparse
+import json
+import re
 from pathlib import Path
 
-from llava_jax.console import note, run_main
+from llava_jax.console import InputError, note, run_main
+
+TYPES = ["bfloat16", "float16", "float32"]
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m convert", description="Convert LLaVA checkpoints.")
+    p = argparse.ArgumentParser(prog="python -m convert", description="Convert, inspect and compare checkpoints.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    to_orbax = commands.add_parser("to-orbax", help="from safetensors, original or transformers, to our Orbax format")
-    to_orbax.add_argument("source", metavar="SRC", help="directory with config.json and *.safetensors, or a hub name")
-    to_orbax.add_argument("destination", metavar="DST", help="directory to write")
-    to_orbax.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
-    to_orbax.add_argument("--dtype", choices=["bfloat16", "float32"], help="what to store; default: as it is")
-    to_orbax.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    to_orbax.set_defaults(run=run_to_orbax)
+
+    c = commands.add_parser(
+        "to-orbax",
+        help="from any LLaVA weights to our Orbax format",
+        usage="python -m convert to-orbax SRC DST [options]",
+        epilog="SRC is a directory or a hub name: a whole LLaVA (original or transformers; .safetensors or .bin), a "
+        "plain language model (with --vision-tower), a LoRA adapter (with --base), a first stage's mm_projector.bin "
+        "(with --base), or nothing, with --base DIR --delta DIR.",
+    )
+    c.add_argument("paths", nargs="+", metavar="SRC DST", help="what to convert, and the directory to write")
+    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory or hub name, for what comes without its tower")
+    c.add_argument("--base", metavar="DIR", help="the model that an adapter, a delta or a projector was trained on")
+    c.add_argument("--delta", metavar="DIR", help="weights that are the difference to --base")
+    c.add_argument("--projector", metavar="FILE", help="mm_projector.bin or .safetensors to put in")
+    c.add_argument("--projector-type", metavar="TYPE", help="of a fresh projector: linear, mlp2x_gelu (default), ...")
+    c.add_argument("--aspect-ratio", choices=["square", "pad", "anyres"], help="for language models; default: pad")
+    c.add_argument("--seed", type=int, default=0, metavar="N", help="of a fresh projector (default 0)")
+    c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
+    c.add_argument("--allow-nonfinite", action="store_true", help="convert tensors with NaN or infinity too")
+    c.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    c.set_defaults(run=run_to_orbax)
+
+    c = commands.add_parser("to-hf", help="to transformers' format or the original's")
+    c.add_argument("source", metavar="SRC", help="our directory, or any whole LLaVA")
+    c.add_argument("destination", metavar="DST", help="directory to write")
+    c.add_argument(
+        "--format", choices=["transformers", "original"], default="transformers", help="(default: the first)"
+    )
+    c.add_argument("--part", choices=["model", "projector"], default="model", help="(default: model)")
+    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
+    c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
+    c.add_argument("--allow-nonfinite", action="store_true", help="write tensors with NaN or infinity too")
+    c.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file, e.g. 500MB (default 5GB)")
+    c.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    c.set_defaults(run=run_to_hf)
+
+    c = commands.add_parser("inspect", help="every tensor, totals by part, the configuration in words")
+    c.add_argument("directory", metavar="DIR", help="any checkpoint, whole or not, or one file; only headers are read")
+    c.add_argument("--json", action="store_true", help="print one JSON object")
+    c.set_defaults(run=run_inspect)
+
+    c = commands.add_parser("verify", help="compare two checkpoints of any dialects, tensor by tensor")
+    c.add_argument("a", metavar="A")
+    c.add_argument("b", metavar="B")
+    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
+    c.add_argument("--json", action="store_true", help="print one JSON object for each tensor")
+    c.set_defaults(run=run_verify)
     return p
 
 
 def run_to_orbax(args: argparse.Namespace) -> None:
+    *source, destination = args.paths
+    if len(source) > 1:
+        raise InputError(f"to-orbax takes SRC and DST, not {len(args.paths)} paths")
+    if args.delta and not args.base:
+        raise InputError("--delta wants --base, the model that it is the difference to")
+    if args.delta and source and Path(source[0]) not in (Path(args.base), Path(args.delta)):
+        raise InputError("with --base and --delta there is no SRC; give DST alone")
+    if not source and not args.delta:
+        raise InputError("to-orbax takes SRC and DST")
     from convert.to_orbax import to_orbax
 
-    to_orbax(args.source, args.destination, vision_tower=args.vision_tower, dtype=args.dtype, overwrite=args.overwrite)
-    note(f"wrote {Path(args.destination)}")
+    to_orbax(
+        source[0] if source else args.delta,
+        destination,
+        base=args.base,
+        delta=args.delta,
+        vision_tower=args.vision_tower,
+        projector=args.projector,
+        projector_type=args.projector_type,
+        aspect_ratio=args.aspect_ratio,
+        seed=args.seed,
+        dtype=args.dtype,
+        allow_nonfinite=args.allow_nonfinite,
+        overwrite=args.overwrite,
+    )
+    note(f"wrote {destination}")
 
 
-def main() -> None:
+def run_to_hf(args: argparse.Namespace) -> None:
+    from convert.to_hf import to_hf
+
+    to_hf(
+        args.source,
+        args.destination,
+        form=args.format,
+        part=args.part,
+        dtype=args.dtype,
+        shard_bytes=parse_size(args.max_shard_size),
+        vision_tower=args.vision_tower,
+        allow_nonfinite=args.allow_nonfinite,
+        overwrite=args.overwrite,
+    )
+    note(f"wrote {args.destination}")
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB`, `1GiB` or plain bytes, as a number of bytes.
+
+    Raises:
+      InputError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
+    unit = (match[2] or "").lower() if match else ""
+    step = 1024 if unit.endswith("i") else 1000
+    size = int(float(match[1]) * step ** ("kmgt".index(unit[0]) + 1 if unit else 0)) if match else 0
+    if size <= 0:
+        raise InputError(f"--max-shard-size {text!r}: write it as 5GB or 500MB")
+    return size
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from convert.inspect import inspect, table
+
+    found = inspect(args.directory)
+    print(json.dumps(found) if args.json else table(found))
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from convert.verify import verify
+
+    counts: dict[str, int] = {}
+    for row in list(verify(args.a, args.b, vision_tower=args.vision_tower)):  # a bar is shown meanwhile
+        counts[row.result] = counts.get(row.result, 0) + 1
+        if args.json:
+            print(json.dumps(row._asdict()))
+        elif row.result.startswith("only"):
+            print(f"{row.path}: {row.result}")
+        else:
+            gap = f", at most {row.absolute:.3g}, relative {row.relative:.3g}" if row.absolute else ""
+            print(f"{row.path}: {row.result}{gap}" + (f" ({row.note})" if row.note else ""))
+    note("; ".join(f"{n} {result}" for result, n in counts.items()))
+    return 1 if counts.get("different") else 0
+
+
+def main() -> int | None:
     args = parser().parse_args()
-    args.run(args)
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -6,34 +6,63 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from convert.combine import combine
+from convert.finite import finite
 from llava_jax.checkpoint import find_directory, save
-from llava_jax.sources import open_source
 from llava_jax.tokenizer import load_tokenizer
 
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), None: None}
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 def to_orbax(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     *,
+    base: str | os.PathLike | None = None,
+    delta: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
+    projector: str | os.PathLike | None = None,
+    projector_type: str | None = None,
+    aspect_ratio: str | None = None,
+    seed: int = 0,
     dtype: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Convert a directory of safetensors (or a hub name) to an Orbax directory.
+    """Convert any LLaVA to an Orbax directory.
 
-    Memory stays within the interpreter's own and the largest tensor, whatever the model's size.
+    Memory stays within the interpreter's own, 1 GB and the largest tensor, whatever the model's size.
 
     Args:
-      vision_tower: a CLIP directory, for originals that come without their tower.
-      dtype: "bfloat16" or "float32"; None stores each tensor as it is.
+      source: a whole LLaVA, a plain language model, a LoRA adapter, or a delta; a directory or a hub name.
+      base: the model that an adapter, a delta or a first stage's projector belongs to.
+      delta: the difference to `base`; then `source` is of no account.
+      vision_tower: a CLIP directory or hub name, for what comes without its tower.
+      projector: a trained projector's file, to put in.
+      projector_type: of a fresh projector, for a plain language model: linear, mlpNx_gelu.
+      aspect_ratio: for a plain language model: square, pad or anyres.
+      seed: of a fresh projector.
+      dtype: "bfloat16", "float16" or "float32"; None stores each tensor as it is.
+      allow_nonfinite: say which tensors hold NaN or infinity, and go on.
       overwrite: replace the destination.
 
     Raises:
-      InputError: the source is not a whole LLaVA, or the destination exists or cannot be written.
+      InputError: the source does not make a whole LLaVA, or the destination exists or cannot be written.
     """
-    directory = find_directory(source)
-    opened = open_source(directory, vision_tower=vision_tower and Path(vision_tower), name=str(source).rstrip("/"))
-    files = load_tokenizer(directory).files
-    save(destination, opened.tensors, opened.config, files, dtype=DTYPES[dtype], overwrite=overwrite)
+    find = lambda where: where and find_directory(where)  # noqa: E731
+    start, base, delta, vision_tower = find_directory(source), find(base), find(delta), find(vision_tower)
+    opened, tokenizer = combine(
+        start,
+        base=base,
+        delta=delta,
+        vision_tower=vision_tower,
+        projector=projector and Path(projector),
+        projector_type=projector_type,
+        aspect_ratio=aspect_ratio,
+        seed=seed,
+        name="" if os.path.exists(source) else os.fspath(source),
+    )
+    opened = finite(opened, dtype and DTYPES[dtype], allow_nonfinite)
+    files = load_tokenizer(tokenizer).files
+    sources = [path for path in (start, base, delta, vision_tower, projector and Path(projector)) if path]
+    save(destination, opened.tensors, opened.config, files, unused=opened.unused, overwrite=overwrite, sources=sources)

@@ -29,10 +29,11 @@ from llava_jax import decoder, llava
 from llava_jax.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
-from llava_jax.images import image_size, layout, open_image, tiles
+from llava_jax.images import fetch, image_size, layout, open_image, tiles
 from llava_jax.prompts import (
     choose_template,
     encode_prompt,
+    end_ids,
     get_template,
     prepare_tokenizer,
     with_images,
@@ -54,7 +55,7 @@ class Buckets:
         *(12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072),
     )  # fmt: skip
     tiles: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
-    new_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    new_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
     def up(self, ladder: str, n: int) -> int:
@@ -255,8 +256,7 @@ class Engine:
         self.template = get_template(self.template_name)
         self.buckets = buckets or Buckets()
         prepare_tokenizer(tokenizer, config)
-        ends = {*config.text.eos_ids, tokenizer.eos_id, self.template.stop and tokenizer.token_id(self.template.stop)}
-        self.eos_ids = tuple(sorted(ends - {None}))
+        self.eos_ids = end_ids(config, tokenizer, self.template)
 
     @classmethod
     def load(
@@ -285,7 +285,7 @@ class Engine:
           InputError: whatever is wrong with any of these.
         """
         found = open_checkpoint(checkpoint, vision_tower=vision_tower)
-        config = found.config.replace(image_rules=image_rules) if image_rules else found.config
+        config = found.config.with_image_rules(image_rules) if image_rules else found.config
         get_template(template or choose_template(config))
         placed = mesh or inference_mesh(config)
         placed = make_mesh(parse_mesh(placed)) if isinstance(placed, str) else placed
@@ -337,9 +337,11 @@ class Engine:
 
     def _settled(self, answer: Answer) -> str:
         """The part of an unfinished answer's text that more tokens cannot change."""
-        text = answer.text.rstrip("\ufffd").rstrip()
-        stop = self.template.stop
-        if stop and answer.stopped_by == "":
+        if answer.stopped_by:
+            return answer.text
+        text = self.tokenizer.decode(self.tokenizer.without_open_bytes(answer.token_ids)).strip().rstrip("\ufffd")
+        text, stop = text.rstrip(), self.template.stop
+        if stop:
             held = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
             text = text[: len(text) - held]
         return text
@@ -352,7 +354,7 @@ class Engine:
         While the device works on a batch, threads read the pictures of the next.
 
         Args:
-          rows: of a batch, at most.
+          rows: of a batch, at most; no more than the ladder's highest rung.
 
         Yields:
           The question's index and its answer, or what is wrong with the question; the others go on.
@@ -363,6 +365,7 @@ class Engine:
                 prepared.append((i, self._prepare(request)))
             except InputError as error:
                 yield i, error
+        rows = min(rows, self.buckets.rows[-1])
         prepared.sort(key=lambda item: (self.buckets.up("tiles", item[1].row.tile_count), item[1].length))
         batches = [prepared[i : i + rows] for i in range(0, len(prepared), rows)]
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -426,6 +429,7 @@ class Engine:
         """Tokenize a request and lay its images out, from their sizes alone."""
         images = len(request.images)
         try:
+            request = dataclasses.replace(request, images=tuple(fetch(image) for image in request.images))
             turns = list(request.turns)
             marked = sum(turn.count("<image>") for turn in turns if turn)
             if marked == 0:
@@ -440,6 +444,11 @@ class Engine:
             ids = encode_prompt(
                 self.template, [*turns, None] if reply else turns, self.tokenizer, system=request.system
             )
+            if (highest := int(ids.max(initial=0))) >= self.config.text.vocab_size:
+                raise InputError(
+                    f"the tokenizer gives id {highest}, and the model has {self.config.text.vocab_size} embeddings: "
+                    "they do not belong together"
+                )
             layouts = tuple(layout(image_size(image), self.config) for image in request.images)
             row = Row(ids, layouts, name=request.name)
             length = spliced_length(row, self.config)
@@ -449,16 +458,22 @@ class Engine:
                     f"the prompt is {length} positions long ({length - int((ids != IMAGE).sum())} of them image), "
                     f"{length - room} more than fit the model's context of {self.context}"
                 )
+            self.buckets.up("lengths", length), self.buckets.up("tiles", row.tile_count)  # or complain
             return _Prepared(request, row, length)
         except InputError as error:
             raise InputError(f"{request.name}: {error}" if request.name else str(error)) from None
 
     def _pixels(self, item: _Prepared) -> tuple[np.ndarray, ...]:
         try:
+            pictures = [open_image(image) for image in item.request.images]
+            for picture, place in zip(pictures, item.row.layouts, strict=True):
+                if picture.size != place.size:
+                    raise InputError(f"an image has {picture.size} pixels where its header says {place.size}")
             return tuple(
-                tiles(open_image(image), place, self.config)
-                for image, place in zip(item.request.images, item.row.layouts, strict=True)
+                tiles(picture, place, self.config) for picture, place in zip(pictures, item.row.layouts, strict=True)
             )
+        except MemoryError:
+            raise InputError(f"{item.request.name or 'image'}: not enough memory for its pixels") from None
         except InputError as error:
             raise InputError(f"{item.request.name}: {error}" if item.request.name else str(error)) from None
 
@@ -489,7 +504,8 @@ class Engine:
         return _prefill(
             self.params, self._embed(batch), self._put(batch.lengths), self._put(limits),
             row_keys(sampling.seed, numbers), sampling.knobs(), config=self.config, mesh=self.mesh,
-            eos_ids=self.eos_ids, new_tokens=self.buckets.up("new_tokens", sampling.max_new_tokens),
+            eos_ids=self.eos_ids,
+            new_tokens=self.buckets.up("new_tokens", min(sampling.max_new_tokens, self.context)),
         )  # fmt: skip
 
     def _continue(self, state: State, stopped: np.ndarray, steps: int, sampling: Sampling) -> State:
@@ -548,5 +564,7 @@ class Engine:
 
 def _request(prompt: str | Sequence[str], images: Sequence, system: str | None) -> Request:
     turns = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    if not turns or not all(isinstance(turn, str) for turn in turns) or len(turns) % 2 == 0:
+        raise InputError("a prompt is a question, or a conversation: question, answer, ..., question")
     images = (images,) if isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert") else tuple(images)
     return Request(turns, images, system)

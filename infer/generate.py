@@ -73,17 +73,21 @@ def main() -> int:
 
     if args.template:
         get_template(args.template)
+    from infer.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
     questions = None
     if args.questions:
         from infer.questions import read_questions
 
         questions = read_questions(args)
+        if not questions.rows and not questions.errors:
+            note(f"all {questions.answered} questions are answered already")
+            return 0
 
     enable_compilation_cache()
     from infer.engine import Engine
-    from infer.sampling import Sampling
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
     if questions is None:
         check_images(args.image)
     engine = Engine.load(
@@ -119,10 +123,10 @@ def main() -> int:
 
 def check_images(images: list[str]) -> None:
     """Complain about a picture before the weights are loaded."""
-    from llava_jax.images import image_size
+    from llava_jax.images import image_size, is_url
 
     for image in images:
-        if not image.startswith(("http://", "https://")):
+        if not is_url(image):
             image_size(image)
 
 

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.console import InputError, Progress, note
+from llava_jax.images import is_url
 
 TOLD = 10  # broken questions that are named; the rest are counted
 
@@ -38,24 +40,22 @@ def read_questions(args: argparse.Namespace) -> Questions:
     if not folder.is_dir():
         raise InputError(f"--image-folder {folder}: no such directory")
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     done = _answered(Path(args.answers))
-    rows, numbers, errors, skipped, seen = [], [], [], 0, set()
+    rows, numbers, errors, skipped = [], [], [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = _question(line)
-            key = _key(row["question_id"])
-            if key in seen:
-                raise InputError(f"question_id {row['question_id']!r} occurs twice")
-            seen.add(key)
         except InputError as error:
             errors.append(f"{path} line {number}: {error}")
             continue
-        if key in done:
+        key = _key(row["question_id"], row["text"])
+        if done[key]:
+            done[key] -= 1
             skipped += 1
             continue
         rows.append(row)
@@ -63,7 +63,8 @@ def read_questions(args: argparse.Namespace) -> Questions:
     if not (rows or errors or skipped):
         raise InputError(f"{path}: no questions in it")
     try:
-        Path(args.answers).touch()
+        with open(args.answers, "a"):
+            pass
     except OSError as error:
         raise InputError(f"--answers {args.answers}: cannot be written ({error.strerror})") from None
     return Questions(rows, numbers, errors, skipped)
@@ -76,27 +77,35 @@ def _question(line: str) -> dict[str, Any]:
         raise InputError(f"not JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "question_id" not in row:
         raise InputError("a question needs question_id and text")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("its text is not Unicode: half a character in it") from None
     images = row.get("image")
     images = [] if images is None else images if isinstance(images, list) else [images]
     if not all(isinstance(image, str) for image in images):
         raise InputError("image must be a file name or a list of them")
+    if url := next((image for image in images if is_url(image)), None):
+        raise InputError(f"{url} is a URL; images of a questions file are files of --image-folder")
     return row | {"image": images}
 
 
-def _key(question_id) -> str:
-    return json.dumps(question_id, sort_keys=True)
+def _key(question_id, prompt: str) -> str:
+    """What an answer belongs to. Some benchmarks (MME) ask several questions under one id."""
+    return json.dumps([question_id, prompt], sort_keys=True)
 
 
-def _answered(path: Path) -> set[str]:
-    """Ids in an answers file. A last line that was cut off while being written is taken away."""
+def _answered(path: Path) -> collections.Counter[str]:
+    """The questions that an answers file answers. A last line that was cut off while being written is taken away."""
     if not path.exists():
-        return set()
+        return collections.Counter()
     try:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             path.write_bytes(whole)
-        return {_key(json.loads(line)["question_id"]) for line in whole.splitlines() if line.strip()}
+        answers = [json.loads(line) for line in whole.split(b"\n") if line.strip()]
+        return collections.Counter(_key(answer["question_id"], answer["prompt"]) for answer in answers)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
@@ -124,7 +133,7 @@ def answer_questions(engine, questions: Questions, sampling, args: argparse.Name
     ]
     failed = len(questions.errors)
     model = str(args.checkpoint).rstrip("/").rsplit("/", 1)[-1]
-    with Progress("answering", len(requests), "questions") as bar, open(args.answers, "a") as out:
+    with Progress("answering", len(requests), "questions") as bar, open(args.answers, "a", encoding="utf-8") as out:
         for i, answer in engine.generate(requests, sampling, rows=args.batch_size):
             bar.advance()
             if isinstance(answer, InputError):
@@ -146,5 +155,6 @@ def answer_questions(engine, questions: Questions, sampling, args: argparse.Name
             if args.json:
                 print(json.dumps({"question_id": row["question_id"]} | dataclasses.asdict(answer), ensure_ascii=False))
     if failed:
-        note(f"error: {failed} questions were not answered" + (f"; the first {TOLD} are named above" * (failed > TOLD)))
+        what = "1 question was" if failed == 1 else f"{failed} questions were"
+        note(f"error: {what} not answered" + (f"; the first {TOLD} are named above" * (failed > TOLD)))
     return 1 if failed else 0

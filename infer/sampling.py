@@ -28,7 +28,7 @@ class Sampling:
     def __post_init__(self):
         for ok, what in (
             (0 <= self.temperature < float("inf"), f"temperature {self.temperature} must be 0 or more"),
-            (self.top_k >= 0, f"top-k {self.top_k} must be 0 (off) or more"),
+            (0 <= self.top_k < 2**31, f"top-k {self.top_k} must be 0 (off) or more, and below 2**31"),
             (0 < self.top_p <= 1, f"top-p {self.top_p} must be above 0 and at most 1"),
             (0 <= self.seed < 2**31, f"seed {self.seed} must be from 0 to {2**31 - 1}"),
             (self.max_new_tokens > 0, f"max-new-tokens {self.max_new_tokens} must be 1 or more"),

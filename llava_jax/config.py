@@ -14,6 +14,7 @@ Three dialects are understood:
 import ast
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from llava_jax.console import InputError
@@ -112,6 +113,7 @@ class LlavaConfig:
     merge: str = "flat"
     grid_pinpoints: tuple[tuple[int, int], ...] = ()  # as the file has them; who reads them decides what is width
     image_rules: str = "original"
+    pads_in_transformers: bool = True  # whether transformers' processor pads, for `image_rules="transformers"`
     use_im_start_end: bool = False
     use_im_patch: bool = False
     max_length: int | None = None  # positions after splicing that the model was trained with
@@ -133,6 +135,17 @@ class LlavaConfig:
             if value not in known:
                 raise InputError(f"config: {field} {value!r} is not supported, only {', '.join(known)}")
         projector_depth(self.projector)
+        for part in (self.text, self.vision):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if field.type is int and (type(value) is not int or value <= 0):
+                    raise InputError(f"config: {field.name} {value!r} must be a whole number above 0")
+                if field.type is float and type(value) not in (int, float):
+                    raise InputError(f"config: {field.name} {value!r} must be a number")
+        if self.vision.keep_class_token and self.merge != "flat":
+            raise InputError(
+                f"config: a class token among the features does not go with mm_patch_merge_type {self.merge}"
+            )
         if self.aspect_ratio == "anyres" and not self.grid_pinpoints:
             raise InputError("config: image_aspect_ratio anyres needs image_grid_pinpoints")
         if self.text.heads % self.text.kv_heads:
@@ -160,6 +173,11 @@ class LlavaConfig:
 
     def replace(self, **changes) -> "LlavaConfig":
         return dataclasses.replace(self, **changes)
+
+    def with_image_rules(self, rules: str) -> "LlavaConfig":
+        """The model with pictures cut as the `original` or as `transformers` cuts them."""
+        unpadded = rules == "transformers" and self.aspect_ratio == "pad" and not self.pads_in_transformers
+        return self.replace(image_rules=rules, aspect_ratio="square" if unpadded else self.aspect_ratio)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "llava-jax", "version": 1} | dataclasses.asdict(self)
@@ -200,7 +218,7 @@ _LLAMA3 = TextConfig(
     vocab_size=128256, ffn_width=14336, kv_heads=8, rope_theta=5e5, max_positions=8192, bos_id=128000,
     eos_ids=(128001, 128009),
 )  # fmt: skip
-_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
 def _v15(text: TextConfig, **kw) -> LlavaConfig:
@@ -209,7 +227,7 @@ def _v15(text: TextConfig, **kw) -> LlavaConfig:
 
 def _v16(text: TextConfig, template: str) -> LlavaConfig:
     return LlavaConfig(
-        text=text, aspect_ratio="anyres", merge="spatial_unpad", grid_pinpoints=_PINPOINTS, max_length=4096,
+        text=text, aspect_ratio="anyres", merge="spatial_unpad", grid_pinpoints=PINPOINTS, max_length=4096,
         template=template,
     )  # fmt: skip
 
@@ -309,23 +327,32 @@ def read_config(
     Raises:
       InputError: the file is no LLaVA configuration, or asks for something that does not exist here.
     """
+    try:
+        return _read_config(config, vision, preprocessor or {}, generation or {}, name)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"config.json: a field is not what it should be ({what})") from None
+
+
+def _read_config(config, vision, preprocessor, generation, name) -> LlavaConfig:
     if config.get("format") == "llava-jax":
         return _from_ours(config)
     if isinstance(config.get("text_config"), dict):
-        read = _from_hugging_face(config, preprocessor or {})
+        read = _from_hugging_face(config, preprocessor)
     elif any(k in config for k in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
-        read = _from_original(config, vision, preprocessor or {})
+        read = _from_original(config, vision, preprocessor)
     else:
         raise InputError(
             f"config.json is not LLaVA's (model_type {config.get('model_type')!r}): it has neither a text_config "
             "nor mm_vision_tower"
         )
-    eos = (generation or {}).get("eos_token_id")
+    eos = generation.get("eos_token_id")
     if eos is not None:
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
         read = read.replace(text=dataclasses.replace(read.text, eos_ids=ids))
-    hint = " ".join(filter(None, (config.get("_name_or_path"), name)))
-    return read.replace(name=hint)
+    hints = (str(config.get("_name_or_path") or ""), name)
+    read = read.replace(template=config.get("conversation_template"))
+    return read.replace(name=" ".join(hint.rstrip("/").rsplit("/", 1)[-1] for hint in hints).strip())
 
 
 def _from_ours(config: dict[str, Any]) -> LlavaConfig:
@@ -369,9 +396,11 @@ def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> 
         vision=vision,
         projector="mlp2x_gelu",
         projector_bias=config.get("multimodal_projector_bias", True),
-        aspect_ratio="anyres" if following else "pad" if preprocessor.get("do_pad", True) else "square",
+        # The processor's own padding is off unless its file says otherwise; all v1.5 weights were trained with it.
+        aspect_ratio="anyres" if following else config.get("image_aspect_ratio", "pad"),
+        pads_in_transformers=following or bool(preprocessor.get("do_pad", False)),
         merge="spatial_unpad" if following else "flat",
-        grid_pinpoints=_pinpoints(config.get("image_grid_pinpoints") or _PINPOINTS) if following else (),
+        grid_pinpoints=_pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else (),
         max_length=None,
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
     )
@@ -386,6 +415,9 @@ def _from_original(config: dict[str, Any], vision: dict[str, Any] | None, prepro
     kind = " ".join([config.get("model_type", ""), *(config.get("architectures") or [])]).lower()
     if "mpt" in kind:
         raise InputError("config.json: MPT decoders are not supported, only LLaMA, Mistral, Yi and Qwen2")
+    decoder = config.get("model_type", "llama").lower()
+    if "llava" not in decoder and decoder not in ("llama", "mistral", "qwen2", "yi"):
+        raise InputError(f"config.json: decoder {decoder!r} is not supported, only LLaMA, Mistral, Yi and Qwen2")
     family = "mistral" if "mistral" in kind else "qwen2" if "qwen" in kind else "llama"
     tower = config.get("mm_vision_tower")
     if vision is None:
@@ -436,6 +468,10 @@ def _text(family: str, fields: dict[str, Any], more: dict[str, Any]) -> TextConf
     width, heads = get("hidden_size"), get("num_attention_heads")
     window = get("sliding_window")
     if family == "llama" or (family == "qwen2" and not get("use_sliding_window", False)):
+        window = None
+    if window and family == "qwen2" and (first := get("max_window_layers", 28)) > 0:
+        if first < get("num_hidden_layers"):
+            raise InputError("config.json: a sliding window in some layers only (max_window_layers) is not supported")
         window = None
     eos = get("eos_token_id", 2)
     rope = dict(get("rope_parameters") or get("rope_scaling") or {})
@@ -501,15 +537,20 @@ def _vision(vision: dict[str, Any], preprocessor: dict[str, Any], **more) -> Vis
     )
 
 
-def read_json(path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The contents of a JSON file, None where there is no such file.
 
     Raises:
-      InputError: the file is not JSON.
+      InputError: the file is no JSON object.
     """
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: no JSON object")
+    return value

@@ -1,6 +1,7 @@
 """What commands share: one-line errors, notes on standard error, progress, compiled programs kept between runs."""
 
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -17,15 +18,20 @@ def run_main(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # what matters about a picture is an error or a note of ours
     try:
         status = main() or 0
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except InputError as error:
         status = 1
-        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        print("error: " + printable(str(error)), file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
         print("interrupted", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         status = 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a permission
+        status = 1
+        print(f"error: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -49,6 +55,11 @@ def hush() -> None:
     _hushed = True
 
 
+def printable(text: str) -> str:
+    """Text on one line that a terminal shows as it is, and does nothing else with."""
+    return "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def note(message: str) -> None:
     """A line for the user that is not the result."""
     if _hushed:
@@ -68,7 +79,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0, done: int = 0):
         self.what, self.total, self.unit = what, total, unit
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.every = 0.1 if self.terminal else every
         self.done = self.first = done
         self.more = ""
@@ -116,6 +127,7 @@ class Progress:
         )
         if self.terminal:
             width = 24
+            text = text[: max(shutil.get_terminal_size().columns - width - 2, 0)]  # a line of its own, never two
             full = min(width, int(share * width))
             print(
                 f"\r\x1b[K{'█' * full}{'░' * (width - full)} {text}",

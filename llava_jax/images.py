@@ -20,6 +20,7 @@ Which pixels a file holds is decided in `open_image`:
 """
 
 import dataclasses
+import http.client
 import io
 import math
 import os
@@ -84,7 +85,7 @@ def image_size(source: str | os.PathLike | bytes | Image.Image) -> tuple[int, in
     """
     what, image = _open(source)
     try:
-        turned = image.getexif().get(0x0112, 1) >= 5
+        turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # TIFFs come turned
     except Exception as error:
         raise InputError(f"{what}: broken image ({_reason(error)})") from None
     return (image.height, image.width) if turned else image.size
@@ -94,12 +95,13 @@ def _open(source) -> tuple[str, Image.Image]:
     if isinstance(source, Image.Image):
         what, image = "image", source
     else:
+        source = fetch(source)
         if isinstance(source, bytes):
-            what, file = "image", io.BytesIO(source)
-        elif str(source).startswith(("http://", "https://")):
-            what, file = str(source), io.BytesIO(_download(str(source)))
-        else:
+            what, file = getattr(source, "url", "image"), io.BytesIO(source)
+        elif isinstance(source, (str, os.PathLike)):
             what = file = os.fspath(source)
+        else:
+            raise InputError(f"an image is a path, a URL, bytes or a Pillow image, not {type(source).__name__}")
         try:
             image = Image.open(file)
         except FileNotFoundError:
@@ -123,14 +125,37 @@ def _open(source) -> tuple[str, Image.Image]:
     return what, image
 
 
+class Download(bytes):
+    """The bytes of a file, and the URL that they came from."""
+
+    url: str
+
+
+def fetch(source):
+    """A picture behind an http(s) URL as `Download`, to be read more than once; anything else as it is.
+
+    Raises:
+      InputError: it cannot be fetched.
+    """
+    if not (isinstance(source, str) and is_url(source)):
+        return source
+    data = Download(_download(source))
+    data.url = source
+    return data
+
+
+def is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
 def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)
     except urllib.error.HTTPError as error:
         raise InputError(f"{url}: the server answers {error.code} {error.reason}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"{url}: cannot be fetched ({getattr(error, 'reason', error)})") from None
     if len(data) > MAX_DOWNLOAD:
         raise InputError(f"{url}: larger than {MAX_DOWNLOAD >> 20} MiB")
@@ -142,7 +167,8 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise InputError(f"{what}: 32-bit pixels; save it with 8 or 16 bits a channel")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        narrow = image.mode == "I" and values.max() <= 0xFF  # 8 bits in a wider format
+        image = Image.fromarray((values if narrow else values >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise InputError(f"{what}: floating-point pixels; save it with 8 or 16 bits a channel")
     return image.convert("RGB")
@@ -159,8 +185,10 @@ def layout(size: tuple[int, int], config: LlavaConfig) -> TileLayout:
     """How a picture of `size` (width, height) is cut into tiles.
 
     Raises:
-      InputError: no grid holds even one pixel of it.
+      InputError: no grid holds even one pixel of it, or it is too long to be padded to a square.
     """
+    if config.aspect_ratio == "pad":
+        _check_square(size)
     if config.aspect_ratio != "anyres":
         return TileLayout(size)
     width, height = best_resolution(size, config)
@@ -208,8 +236,14 @@ def tiles(image: Image.Image, place: TileLayout, config: LlavaConfig) -> np.ndar
     return np.concatenate([whole[None], grid])
 
 
+def _check_square(size: tuple[int, int]) -> None:
+    if max(size) ** 2 > MAX_PIXELS:
+        raise InputError(f"an image of {size[0]}x{size[1]} pixels is too long to be padded to a square; scale it down")
+
+
 def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """llava/mm_utils.py `expand2square`."""
+    _check_square(image.size)
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

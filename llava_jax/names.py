@@ -39,6 +39,16 @@ KEEP: Layout = (_keep, _keep)
 LINEAR: Layout = (_transpose, _transpose)
 CONV: Layout = (_to_hwio, _to_oihw)
 
+
+def shape_after(layout: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that one half of a layout makes of another.
+
+    Raises:
+      ValueError: it has too few or too many dimensions for the layout.
+    """
+    return layout(np.broadcast_to(np.False_, shape)).shape
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -145,7 +155,7 @@ def read_name(name: str, config: LlavaConfig) -> tuple[str, Layout] | None:
             number = None
             if part == "projector":
                 number, inner = _read_projector(inner, prefix, config)
-            elif match := re.match(r"((?:encoder\.)?layers\.)(\d+)(\..+)", inner):
+            elif match := re.match(r"((?:encoder\.)?layers\.)([0-9]{1,4})(\..+)", inner):
                 number, inner = int(match[2]), f"{match[1]}{{i}}{match[3]}"
             if found := _BY_NAME.get((part, inner)):
                 return found[0].replace("{i}", str(number)), found[1]
@@ -157,7 +167,7 @@ def _read_projector(inner: str, prefix: str, config: LlavaConfig) -> tuple[int |
     if inner in ("weight", "bias") and prefix.endswith("mm_projector."):
         return 0, "{i}." + inner
     number, _, tail = inner.partition(".")
-    if not number.isdigit():
+    if not re.fullmatch("[0-9]{1,3}", number):
         return None, inner
     if prefix.endswith("linear_"):
         return int(number) - 1, "{i}." + tail

@@ -10,6 +10,7 @@ does not go wrong, the labels here are the same.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 
@@ -182,6 +183,12 @@ def choose_template(config: LlavaConfig) -> str:
     return "llava_v1"
 
 
+def end_ids(config: LlavaConfig, tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
+    """The tokens that end an answer: the configuration's, the tokenizer's, the template's where it is one token."""
+    ends = {*config.text.eos_ids, tokenizer.eos_id, template.stop and tokenizer.token_id(template.stop)}
+    return tuple(sorted(ends - {None, ""}))
+
+
 # ---------------------------------------------------------------- writing a conversation out
 
 Span = tuple[int, int]
@@ -260,6 +267,53 @@ def mark(config: LlavaConfig) -> str:
     return f"{IMAGE_START}{MARK}{IMAGE_END}" if config.use_im_start_end else MARK
 
 
+def jinja(template: Template, config: LlavaConfig) -> str:
+    """The template as a chat template of transformers: a Jinja program that writes what `render` writes.
+
+    Messages have a role (`system`, `user`, `assistant`) and a content: text, or a list of `{"type": "image"}` and
+    `{"type": "text", "text": ...}`, whose images come first.
+    """
+    quote = json.dumps
+    head, tail = "{%- macro said(m) -%}", "{%- endmacro -%}"
+    said = (
+        f"{head}{{%- if m.content is string -%}}{{{{ m.content }}}}{{%- else -%}}{{%- for c in m.content "
+        f"if c.type == 'image' -%}}{{{{ {quote(mark(config))} + '\\n' }}}}{{%- endfor -%}}{{%- for c in m.content "
+        f"if c.type == 'text' -%}}{{{{ c.text }}}}{{%- endfor -%}}{{%- endif -%}}{tail}"
+    )
+    begin = template.with_system("\0").partition("\0")[0]  # what a template keeps of its own before another system text
+    system = (
+        "{%- if messages and messages[0].role == 'system' -%}"
+        f"{{%- set system = {quote(begin)} + said(messages[0]) -%}}{{%- set turns = messages[1:] -%}}"
+        f"{{%- else -%}}{{%- set system = {quote(template.system)} -%}}{{%- set turns = messages -%}}{{%- endif -%}}"
+    )
+    user, assistant = template.roles
+    if template.style == "llama_2":
+        body = (
+            "{%- for m in turns -%}{%- if m.role == 'user' -%}"
+            f"{{%- if not loop.first -%}}{{{{ {quote(template.sep)} }}}}{{%- endif -%}}{{{{ '[INST] ' }}}}"
+            "{%- if loop.first and system -%}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{%- endif -%}"
+            "{{ said(m) + ' [/INST]' }}{%- else -%}"
+            f"{{{{ ' ' + said(m) + {quote(' ' + template.sep2)} }}}}"
+            "{%- endif -%}{%- endfor -%}"
+        )
+        return said + system + body
+    spoken = "said(m) | trim" if template.style == "llama_3" else "said(m)"
+    gap = ": " if template.style in ("single", "two") else ""
+    ends = template.sep, template.sep2 if template.style == "two" else template.sep
+    shots = "".join(
+        template.roles[i % 2] + gap + turn + ends[i % 2] for i, turn in enumerate(template.shots)
+    )  # fmt: skip
+    start = "" if template.style == "plain" else f"{{{{ system + {quote(template.sep + shots)} }}}}"
+    body = (
+        "{%- for m in turns -%}{%- if m.role == 'user' -%}"
+        f"{{{{ {quote(user + gap)} + ({spoken}) + {quote(ends[0])} }}}}{{%- else -%}}"
+        f"{{{{ {quote(assistant + gap)} + ({spoken}) + {quote(ends[1])} }}}}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{ {quote(assistant + gap.rstrip())} }}}}{{%- endif -%}}"
+    )
+    return said + system + start + body
+
+
 # ---------------------------------------------------------------- token ids
 
 
@@ -268,7 +322,14 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       ids int32 [n], `IMAGE` for each mark; offsets int32 [n, 2], where in `text` each token comes from.
+
+    Raises:
+      InputError: the text cannot be written as UTF-8.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not Unicode: {text[error.start : error.end]!a} is half a character") from None
     ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     offsets: list[Span] = [(0, 0)] * len(ids)
     at = 0

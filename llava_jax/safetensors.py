@@ -1,4 +1,4 @@
-"""Reading safetensors files: the header whole and checked, tensors one at a time by plain reads.
+"""Safetensors files: read with the header whole and checked, tensors one at a time by plain reads; written likewise.
 
 The format is a length, a JSON header and bytes (https://github.com/huggingface/safetensors). The library of that
 name maps files into memory, where every page that was touched counts as ours until the file is closed; with
@@ -8,6 +8,9 @@ plain reads a checkpoint of any size passes through the memory of its largest te
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +25,11 @@ DTYPES = {
     "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100 * 2**20  # as the format says
+MAX_NAME = 1000
+MAX_SIDE = 2**48
+INDEX = "model.safetensors.index.json"
 
 
 class File:
@@ -63,11 +70,11 @@ class File:
         try:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             first, last = entry["data_offsets"]
-            ok = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+            ok = all(type(n) is int and 0 <= n < MAX_SIDE for n in (*shape, first, last)) and len(name) <= MAX_NAME
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
-            raise InputError(f"{self.path}: tensor {name!r} has a broken header entry: {str(entry)[:200]}")
+            raise InputError(f"{self.path}: tensor {name[:100]!r} has a broken header entry: {str(entry)[:200]}")
         if last - first != math.prod(shape) * dtype.itemsize:
             raise InputError(
                 f"{self.path}: tensor {name!r} of shape {list(shape)} and type {entry['dtype']} wants "
@@ -103,3 +110,62 @@ class File:
                     raise InputError(f"{self.path}: truncated within tensor {name!r}; fetch it again")
                 done += n
         return out.reshape(shape)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Pending(NamedTuple):
+    """A tensor to be written: what the header must know now, and its elements when their turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(path: Path, tensors: Mapping[str, Pending]) -> None:
+    """Write a file, tensor after tensor.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    for name, tensor in tensors.items():
+        code, offsets = CODES[tensor.dtype], [at, at + tensor.nbytes]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            array = np.ascontiguousarray(tensor.read(), tensor.dtype)
+            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+
+
+def write_shards(directory: Path, tensors: Mapping[str, Pending], limit: int) -> None:
+    """Write `model.safetensors`, or shards of at most `limit` bytes (or one tensor) with their index.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    shards: list[dict[str, Pending]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write(directory / "model.safetensors", shards[0])
+        return
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write(directory / file, shard)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -11,6 +11,7 @@ runs every model; `tensor` beyond the number of key/value heads keeps copies of 
 """
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -36,8 +37,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     """
     sizes = {}
     for part in filter(None, text.split(",")):
-        axis, _, size = part.strip().partition("=")
-        if axis not in AXES or axis in sizes or not size.lstrip("-").isdigit() or int(size) in (0, *range(-99, -1)):
+        match = re.fullmatch(r"([a-z]+)=(-1|[1-9][0-9]{0,5})", part.strip())
+        axis, size = match.groups() if match else ("", "")
+        if axis not in AXES or axis in sizes:
             raise InputError(f"mesh {text!r}: write it as data=1,fsdp=8,tensor=1 with positive sizes (one may be -1)")
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:

@@ -1,25 +1,31 @@
-"""Checkpoints of others, opened lazily: a configuration, a tokenizer, and tensors that are read when asked for.
+"""Checkpoints of others, opened lazily: a configuration, and tensors that are read when asked for.
 
 `open_source` looks at headers only, checks that every tensor of the model is there once and in shape, and hands
 out a `Source` whose tensors have our paths, layouts and shapes. Conversion streams it to Orbax, `checkpoint.load`
-to its place on a mesh.
+to its place on a mesh. What is no whole LLaVA (a language model, an adapter, a projector) is met as `Found`, which
+`convert` completes.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from llava_jax import names, safetensors
+from llava_jax import names, safetensors, torch_files
 from llava_jax.config import LlavaConfig, read_config, read_json
 from llava_jax.console import InputError
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of
 
 FLOATS = {np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
+INDEXES = (safetensors.INDEX, "pytorch_model.bin.index.json")
+AHEAD = 2  # threads that read tensors while one is being written
+AHEAD_BYTES = 256 * 2**20  # so much may wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +45,10 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A foreign checkpoint.
+    """A checkpoint whose tensors have our paths.
 
     tensors  path -> tensor, exactly the parameters of the model
-    unused   path -> tensor of the vision tower that LLaVA does not need (its last layer and norm)
+    unused   path -> tensor that LLaVA does not need but others expect (the tower's last layer and norm)
     """
 
     directory: Path
@@ -52,130 +58,175 @@ class Source:
 
 
 def open_source(directory: Path, *, vision_tower: Path | None = None, name: str = "") -> Source:
-    """Open a directory of safetensors in the original's or transformers' dialect.
+    """Open a directory of safetensors or `.bin` files in the original's or transformers' dialect.
 
     Args:
-      directory: with `config.json` and `*.safetensors`.
+      directory: with `config.json` and the tensors' files.
       vision_tower: a CLIP directory, for originals that come without their tower.
       name: what the checkpoint is called, if not as its directory.
 
     Raises:
       InputError: something is missing, broken, doubled, misshapen, or not understood; all such tensors are named.
     """
-    config_json = read_json(directory / "config.json")
-    if config_json is None:
+    fields = read_json(directory / "config.json")
+    if fields is None:
         raise InputError(f"{directory}: no checkpoint (there is no config.json)")
-    original = not isinstance(config_json.get("text_config"), dict)
-    tower = _tower_directory(directory, config_json, vision_tower) if original else vision_tower
+    original = not isinstance(fields.get("text_config"), dict)
+    tower = find_tower(directory, fields, vision_tower) if original else vision_tower
     config = read_config(
-        config_json,
+        fields,
         vision=read_json(tower / "config.json") if tower else None,
         preprocessor=read_json((tower if original and tower else directory) / "preprocessor_config.json"),
         generation=read_json(directory / "generation_config.json"),
-        name=name or directory.name,
+        name=name or directory.resolve().name,
     )
-    found = _Found(config, "original" if original else "transformers")
-    for file in tensor_files(directory):
-        found.add_file(file)
-    if not found.has_tower() and tower is not None and (vision_tower or any(tower.glob("*.safetensors"))):
-        for file in tensor_files(tower):
-            found.add_file(file, ignore=names.CLIP_TEXT)
+    found = Found(config, "original" if original else "transformers")
+    found.add_directory(directory)
+    if tower is not None:
+        found.add_tower(tower, asked=vision_tower is not None)
     return found.check(directory)
 
 
-def _tower_directory(directory: Path, config_json: dict, given: Path | None) -> Path | None:
+def find_tower(directory: Path, fields: dict, given: Path | None) -> Path | None:
     """Where the vision tower of an original checkpoint is: as given, or where config.json says. None: nowhere here."""
     if given is not None:
         if not (given / "config.json").exists():
             raise InputError(f"--vision-tower {given}: no CLIP directory (there is no config.json)")
         return given
-    tower = config_json.get("mm_vision_tower")
+    tower = fields.get("mm_vision_tower")
     if not isinstance(tower, str) or not tower:
         return None
     beside = directory / tower  # or elsewhere, where the name is an absolute path
     return beside if (beside / "config.json").exists() else None
 
 
-def tensor_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index where it has one.
+# ---------------------------------------------------------------- files
+
+
+AnyFile = safetensors.File | torch_files.File
+
+
+def open_file(path: Path) -> AnyFile:
+    """A file of tensors: `.safetensors`, or anything else as `torch.save` writes it."""
+    return (safetensors if path.suffix == ".safetensors" else torch_files).File(path)
+
+
+def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that hold a model's tensors, and name -> file as the index says, where there is one.
 
     Raises:
       InputError: there are none, or the index names one that is not there.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
+    safe = sorted(f for f in directory.glob("*.safetensors") if f.stem not in ("adapter_model", "mm_projector"))
+    for index in (directory / name for name in INDEXES):
+        if not index.exists() or (safe and index.name != safetensors.INDEX):  # an index of files that were replaced
+            continue
         listed = (read_json(index) or {}).get("weight_map")
-        if not isinstance(listed, dict):
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise InputError(f"{index}: no weight_map in it")
         files = [directory / name for name in sorted(set(listed.values()))]
         if missing := [file.name for file in files if not file.exists()]:
             raise InputError(f"{directory}: the index names files that are not there: {', '.join(missing)}")
-        return files
-    files = sorted(directory.glob("*.safetensors"))
+        return files, listed
+    files = safe or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
-        raise InputError(f"{directory}: no *.safetensors files")
-    return files
+        raise InputError(f"{directory}: no *.safetensors and no pytorch_model*.bin in it")
+    return files, {}
 
 
-class _Found:
-    """The tensors met so far, and what is wrong with them."""
+def has_tensors(directory: Path) -> bool:
+    """Whether there are files of a model's tensors."""
+    try:
+        return bool(tensor_files(directory))
+    except InputError:
+        return False
 
-    def __init__(self, config: LlavaConfig, dialect: str):
+
+class Found:
+    """Tensors met so far, by our paths, and what is wrong with them."""
+
+    def __init__(self, config: LlavaConfig, dialect: str = "original"):
         self.config, self.dialect = config, dialect
         shapes, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
         self.wanted = {path_of(path): leaf.shape for path, leaf in shapes}
+        self.optional = optional_shapes(config)
         self.tensors: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
         self.unknown: list[str] = []
         self.doubled: list[str] = []
+        self.absent: list[str] = []
 
     def has_tower(self) -> bool:
         return any(path.startswith("vision/") for path in self.tensors)
 
-    def add_file(self, path: Path, ignore=None) -> None:
-        file = safetensors.File(path)
-        for name, (dtype, shape, _, _) in file.tensors.items():
-            if names.COMPUTED.search(name) or (ignore and ignore.search(name)):
-                continue
-            known = names.read_name(name, self.config)
-            if known is None:
-                self.unknown.append(f"{name} ({path.name})")
-                continue
-            ours, (to_ours, _) = known
-            tensor = Tensor(
-                name=name,
-                file=path.name,
-                shape=_shape_after(to_ours, shape),
-                dtype=dtype,
-                read=lambda name=name, to_ours=to_ours: to_ours(file.read(name)),
-            )
-            if ours in self.tensors or ours in self.unused:
-                other = self.tensors.get(ours) or self.unused[ours]
-                self.doubled.append(f"{name} ({path.name}) and {other.name} ({other.file})")
-            elif ours in self.wanted:
-                self.tensors[ours] = tensor
-            elif _is_optional(ours, self.config):
-                self.unused[ours] = tensor
-            else:
-                self.unknown.append(f"{name} ({path.name})")
+    def add_directory(self, directory: Path, *, ignore=None) -> None:
+        """Take the tensors of all files of a directory; names that match `ignore` are passed over."""
+        files, index = tensor_files(directory)
+        for path in files:
+            file = open_file(path)
+            self.absent += [f"{name} ({path.name})" for name, f in index.items()
+                            if f == path.name and name not in file.tensors]  # fmt: skip
+            for name in file.tensors:
+                if not (ignore and ignore.search(name)):
+                    self.add(name, file, path.name)
+
+    def add_tower(self, directory: Path, *, asked: bool) -> None:
+        """Take the vision tower of a CLIP directory, unless there is one already."""
+        if not self.has_tower() and (asked or has_tensors(directory)):
+            self.add_directory(directory, ignore=names.CLIP_TEXT)
+
+    def add(self, name: str, file: AnyFile, file_name: str, *, called: str = "", replace: bool = False) -> None:
+        """Take one tensor of a file, known by its name there or by what it is `called` otherwise."""
+        dtype, shape, *_ = file.tensors[name]
+        if names.COMPUTED.search(name):
+            return
+        known = names.read_name(called or name, self.config)
+        if known is None:
+            self.unknown.append(f"{name} ({file_name})")
+            return
+        path, (to_ours, _) = known
+        try:
+            shape = names.shape_after(to_ours, shape)
+        except ValueError:  # too few or too many dimensions for its layout: reported with the misshapen ones
+            to_ours = lambda x: x  # noqa: E731
+        tensor = Tensor(name, file_name, shape, dtype, lambda: contiguous(to_ours(file.read(name))))
+        self.put(path, tensor, replace=replace)
+
+    def put(self, path: str, tensor: Tensor, *, replace: bool = False) -> None:
+        """Take a tensor at its path."""
+        other = self.tensors.get(path) or self.unused.get(path)
+        if other and not replace:
+            self.doubled.append(f"{tensor.name} ({tensor.file}) and {other.name} ({other.file})")
+        elif path in self.wanted:
+            self.tensors[path] = tensor
+        elif path in self.optional:
+            self.unused[path] = tensor
+        else:
+            self.unknown.append(f"{tensor.name} ({tensor.file})")
 
     def check(self, directory: Path) -> Source:
+        """The whole checkpoint.
+
+        Raises:
+          InputError: it is not whole; everything that is wrong is named.
+        """
         missing = [path for path in self.wanted if path not in self.tensors]
-        tower = [path for path in missing if path.startswith("vision/")]
-        if tower and not self.has_tower():
+        if any(path.startswith("vision/") for path in missing) and not self.has_tower():
             raise InputError(
                 f"{directory}: the checkpoint has no vision tower (config.json names "
                 f"{self.config.vision_tower or 'none'}); give the CLIP directory with --vision-tower"
             )
         misshapen = [
-            f"{t.name} {list(t.shape)} should be {list(self.wanted[path])}"
-            for path, t in self.tensors.items()
-            if t.shape != self.wanted[path] or t.dtype not in FLOATS
+            f"{t.name} ({t.file}) {self._theirs(path, t.shape)} {t.dtype} should be "
+            f"{self._theirs(path, (self.wanted | self.optional)[path])}"
+            for path, t in (self.tensors | self.unused).items()
+            if t.shape != (self.wanted | self.optional)[path] or t.dtype not in FLOATS
         ]
         problems = [
             f"{what}: {', '.join(which)}"
             for what, which in [
                 ("missing tensors", [names.write_name(p, self.dialect, self.config)[0] for p in missing]),
+                ("tensors that the index names and their file lacks", self.absent),
                 ("unknown tensors", self.unknown),
                 ("tensors twice", self.doubled),
                 ("tensors of the wrong shape or type", misshapen),
@@ -186,20 +237,62 @@ class _Found:
             raise InputError(f"{directory}: {'; '.join(problems)}")
         return Source(directory, self.config, self.tensors, self.unused)
 
+    def _theirs(self, path: str, shape: tuple[int, ...]) -> list[int]:
+        """A shape as their file has it."""
+        _, (_, to_theirs) = names.write_name(path, self.dialect, self.config)
+        try:
+            return list(names.shape_after(to_theirs, shape))
+        except ValueError:
+            return list(shape)
 
-def _shape_after(to_ours, shape: tuple[int, ...]) -> tuple[int, ...]:
-    try:
-        return to_ours(np.broadcast_to(np.False_, shape)).shape
-    except ValueError:  # too few or too many dimensions for its layout: reported with the misshapen ones
-        return shape
+
+def optional_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of what may be there although the model has no use for it."""
+    vision, text = config.vision, config.text
+    whole = config.replace(vision=dataclasses.replace(vision, feature_layers=(-1,)))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(whole)["vision"]["layers"])
+    shapes = {f"vision/layers/{path_of(path)}": leaf.shape for path, leaf in leaves}
+    shapes = {path: shape for path, shape in shapes.items() if int(path.split("/")[2]) >= vision.layers_used}
+    shapes |= {f"vision/post_norm/{name}": (vision.width,) for name in ("scale", "bias")}
+    if not config.has_newline:
+        shapes["newline"] = (text.width,)
+    if text.tied_head:
+        shapes["decoder/head/kernel"] = (text.width, text.vocab_size)
+    return shapes
 
 
-def _is_optional(path: str, config: LlavaConfig) -> bool:
-    """Whether a tensor may be there although the model has no use for it."""
-    if path.startswith("vision/layers/"):
-        return config.vision.layers_used <= int(path.split("/")[2]) < config.vision.layers
-    return (
-        path.startswith("vision/post_norm/")
-        or path == "newline"
-        or (path == "decoder/head/kernel" and config.text.tied_head)
-    )
+# ---------------------------------------------------------------- reading
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order. A transposed matrix is copied in strips, several times as fast as NumPy does it."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    out, strip = np.empty(array.shape, array.dtype), 128
+    for i in range(0, array.shape[1], strip):
+        out[:, i : i + strip] = array[:, i : i + strip]
+    return out
+
+
+def read_ahead(reads: Sequence[tuple[int, Callable[[], np.ndarray]]]) -> Iterator[np.ndarray]:
+    """What the functions return, in order, while threads run the next few: `(bytes, function)` each.
+
+    Of arrays that wait there are at most `AHEAD_BYTES`, or one.
+    """
+    waiting: collections.deque = collections.deque()
+    held, todo = 0, collections.deque(reads)
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
+        try:
+            while todo or waiting:
+                while todo and (not waiting or held + todo[0][0] <= AHEAD_BYTES):
+                    nbytes, read = todo.popleft()
+                    held += nbytes
+                    waiting.append((nbytes, pool.submit(read)))
+                nbytes, future = waiting.popleft()
+                array = [future.result()]
+                del future  # and with it the array, once it has been dealt with
+                yield array.pop()
+                held -= nbytes
+        finally:
+            for _, future in waiting:
+                future.cancel()

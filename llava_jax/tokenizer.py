@@ -12,11 +12,13 @@ kind of file: newer transformers ignore what `tokenizer.json` says there, older 
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from llava_jax.config import read_json
 from llava_jax.console import InputError
@@ -44,15 +46,16 @@ class Tokenizer:
         engine: tokenizers.Tokenizer,
         settings: dict[str, Any],
         *,
-        prepend: bool,
+        legacy: bool | None = None,
         files: dict[str, bytes] | None = None,
     ):
-        """`prepend`: put a space before the text here, since `engine` puts none anywhere."""
+        """`legacy`: where spaces go before text; None for engines that are not LLaMA's, or know by themselves."""
         self._engine = engine
-        self._prepend = prepend
+        self._legacy = legacy
+        self._prepend = legacy is False  # then `engine` puts none anywhere, and `encode` does
         self.files = files or {}  # the files it was read from, to go along with a checkpoint
         token = {k: _content(settings.get(f"{k}_token")) for k in ("bos", "eos", "unk", "pad")}
-        ids = {k: engine.token_to_id(t) if t else None for k, t in token.items()}
+        ids = self._ids = {k: engine.token_to_id(t) if t else None for k, t in token.items()}
         self.bos_id = ids["bos"] if settings["add_bos_token"] else None
         self.eos_id, self.unk_id = ids["eos"], ids["unk"]
         self.pad_id = ids["pad"] if ids["pad"] is not None else ids["unk"]
@@ -76,6 +79,13 @@ class Tokenizer:
         """The text of ids; special tokens are left out unless `special`."""
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=not special)
 
+    def without_open_bytes(self, ids: Sequence[int]) -> Sequence[int]:
+        """Ids up to where more of them could change the text: a run of single bytes may become another character."""
+        n = len(ids)
+        while n and _is_byte(self._engine.id_to_token(int(ids[n - 1]))):
+            n -= 1
+        return ids[:n]
+
     def token_id(self, token: str) -> int | None:
         return self._engine.token_to_id(token)
 
@@ -84,6 +94,55 @@ class Tokenizer:
         self._engine.add_special_tokens(
             [tokenizers.AddedToken(t, normalized=False, special=True) for t in tokens if self.token_id(t) is None]
         )
+
+    def transformers_files(self, new_tokens: Sequence[str] = (), *, pad: str | None = None) -> dict[str, Any]:
+        """This tokenizer for transformers, by file name: `tokenizer.json` holds all of it, and is taken as it is.
+
+        Whole prompts get the ids there that `prompts.encode` gives them here piece by piece: in legacy style anyway,
+        otherwise wherever a newline follows the image, as in every template.
+
+        Args:
+          new_tokens: special tokens to add at the end.
+          pad: the token to pad with; None for the tokenizer's own.
+        """
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        if self._prepend:
+            # A space goes before the text, and before a piece that begins with a newline: it stands behind an image.
+            engine.normalizer = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
+            engine.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        name = {key: i if i is None else engine.id_to_token(i) for key, i in self._ids.items()}
+        if self.bos_id is not None and engine.encode("a").ids[:1] != [self.bos_id]:
+            bos = name["bos"]
+            engine.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
+            )
+        engine.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in new_tokens])
+        settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        for gone in ("auto_map", "chat_template", "add_prefix_space", "extra_special_tokens", "use_fast", "backend"):
+            settings.pop(gone, None)
+        settings |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "added_tokens_decoder": {
+                str(i): {
+                    "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
+                    "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special,
+                }
+                for i, token in sorted(engine.get_added_tokens_decoder().items())
+            },
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": self.bos_id is not None,
+        }  # fmt: skip
+        name["pad"] = pad or name["pad"]
+        settings |= {f"{key}_token": token for key, token in name.items() if token is not None}
+        if self._legacy is not None:
+            settings["legacy"] = self._legacy
+        kept = {file: self.files[file] for file in ("tokenizer.model",) if file in self.files}
+        return {**kept, "tokenizer.json": engine.to_str(pretty=True), "tokenizer_config.json": settings}
+
+
+def _is_byte(token: str | None) -> bool:
+    return token is not None and re.fullmatch(r"<0x[0-9A-F]{2}>", token) is not None
 
 
 def _content(token) -> str | None:
@@ -97,7 +156,10 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
       InputError: there is none, or its files cannot be read.
     """
     directory = Path(directory)
-    files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
+    try:
+        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
+    except OSError as error:
+        raise InputError(f"{directory}: its tokenizer cannot be read ({error})") from None
     settings = (read_json(directory / "special_tokens_map.json") or {}) | {
         k: v for k, v in (read_json(directory / "tokenizer_config.json") or {}).items() if v is not None
     }
@@ -111,15 +173,22 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
             engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:
             raise InputError(f"{directory / 'tokenizer.json'}: cannot be read ({error})") from None
-        legacy = settings.get("legacy") if _is_llama(engine) else None
-        first = engine.encode("a", add_special_tokens=True).tokens[:1]
-        settings.setdefault("add_bos_token", first == [_content(settings.get("bos_token"))])
+        is_llama = _is_llama(engine)
+        legacy = settings.get("legacy") if is_llama else None
+        encoded = engine.encode("a", add_special_tokens=True)
+        first = encoded.tokens[0] if encoded.special_tokens_mask[:1] == [1] else None
+        plain = {"bos_token": first, "add_bos_token": first is not None}
+        if is_llama:
+            usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            plain |= {key: token for key, token in usual.items() if engine.token_to_id(token) is not None}
+            plain["add_bos_token"] = True
+        settings = plain | settings
     else:
         raise InputError(f"{directory}: no tokenizer (neither tokenizer.model nor tokenizer.json)")
     if legacy is not None:
         _set_spaces(engine, legacy)
     _add_tokens(engine, settings, read_json(directory / "added_tokens.json") or {}, directory)
-    return Tokenizer(engine, settings, prepend=legacy is False, files=files)
+    return Tokenizer(engine, settings, legacy=legacy, files=files)
 
 
 def _is_llama(engine: tokenizers.Tokenizer) -> bool:

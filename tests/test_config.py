@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+from conftest import GOLDEN
 
 from llava_jax import config as c
 from llava_jax.console import InputError
@@ -173,3 +174,38 @@ def test_projectors():
     for name in ("mlp0x_gelu", "mlpx_gelu", "mlp2x_relu", ""):
         with pytest.raises(InputError):
             c.projector_depth(name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", None), ("hidden_size", "64"), ("num_attention_heads", 0), ("rope_scaling", {"type": "linear"}),
+     ("image_grid_pinpoints", [3]), ("mm_projector_type", None), ("image_grid_pinpoints", "[(1, 2")],
+)  # fmt: skip
+def test_fields_of_the_wrong_kind_are_one_line(field, value):
+    fields = json.loads((GOLDEN / "checkpoints" / "v1.6-mistral" / "config.json").read_text()) | {field: value}
+    vision = json.loads((GOLDEN / "checkpoints" / "v1.6-mistral" / "vision_tower" / "config.json").read_text())
+    with pytest.raises(InputError, match=r"config"):
+        c.read_config(fields, vision=vision)
+
+
+def test_what_processors_do_is_done_under_their_rules_only():
+    fields = {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    config = c.read_config(fields, preprocessor={"do_pad": False})
+    assert config.aspect_ratio == "pad"
+    assert config.with_image_rules("transformers").aspect_ratio == "square"
+    assert c.read_config(fields, preprocessor={"do_pad": True}).with_image_rules("transformers").aspect_ratio == "pad"
+
+
+def test_a_window_in_some_layers_only_is_refused():
+    text = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 4}
+    read = lambda **more: c.read_config({"text_config": text | more}).text.sliding_window  # noqa: E731
+    assert read(max_window_layers=0) == 64
+    assert read(max_window_layers=4) is None
+    with pytest.raises(InputError, match="max_window_layers"):
+        read(max_window_layers=2)
+
+
+def test_the_name_is_the_last_part_of_a_path():
+    fields = json.loads((GOLDEN / "checkpoints" / "v1.5-llama" / "config.json").read_text())
+    config = c.read_config(fields | {"_name_or_path": "/m/llama-2/vicuna-7b/"}, vision={}, name="org/llava-7b")
+    assert config.name == "vicuna-7b llava-7b"

@@ -201,8 +201,9 @@ def test_missing_unknown_doubled_and_misshapen_tensors_are_all_named(tmp_path):
         "missing tensors: model.layers.1.mlp.up_proj.weight, model.norm.weight;",
         "unknown tensors:", "resampler.query (model.safetensors)", "model.layers.9.mlp.up_proj.weight",
         "tensors twice:", "language_model.model.embed_tokens.weight",
-        "wrong shape or type:", "lm_head.weight", "model.image_newline [64, 1] should be [64]",
-        "model.layers.0.mlp.gate_proj.weight [64, 3] should be [64, 128]",
+        "wrong shape or type:", "lm_head.weight",
+        "model.image_newline (model.safetensors) [64, 1] float32 should be [64]",
+        "model.layers.0.mlp.gate_proj.weight (model.safetensors) [3, 64] float32 should be [128, 64]",
     ):  # fmt: skip
         assert part in message
     assert "\n" not in message
@@ -339,15 +340,41 @@ def test_loading_onto_a_mesh_from_either_format(tmp_path, mesh):
 def test_existing_destination_is_kept_unless_told(tmp_path, run_cli):
     destination = tmp_path / "o"
     destination.mkdir()
-    (destination / "thesis.txt").write_text("years of work")
+    (destination / "config.json").write_text("{}")
     source = GOLDEN / "checkpoints/v1.5-llama"
     status, _, err = run_cli(cli.main, "to-orbax", source, destination)
     assert status == 1
     assert err.count("\n") == 1
     assert "--overwrite" in err
-    assert (destination / "thesis.txt").exists()
+    assert (destination / "config.json").read_text() == "{}"
     assert run_cli(cli.main, "to-orbax", source, destination, "--overwrite")[0] == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o"]
+
+
+def test_overwriting_replaces_checkpoints_only_and_never_the_source(tmp_path, run_cli):
+    source = tmp_path / "models" / "model"
+    shutil.copytree(GOLDEN / "checkpoints" / "v1.6-mistral", source)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for destination, says in (
+        (source, "holds what is to be read"),
+        (tmp_path / "models", "holds what is to be read"),
+        (tmp_path / "models" / "model" / ".." / "..", "holds what is to be read"),
+        (tmp_path / "mine", "no checkpoint"),
+    ):
+        status, _, err = run_cli(cli.main, "to-orbax", source, destination, "--overwrite")
+        assert (status, err.count("\n")) == (1, 1) and says in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    to_orbax(GOLDEN / "checkpoints" / "v1.5-llama", "here")
+    for where in ("here", "./here/", "../" + tmp_path.name + "/here"):
+        found = open_checkpoint(where)
+        assert_same(found.load(one_device(), np.float32), load_golden("v1.5-llama")[1])
+    assert checkpoint.open_any("here").tensors["decoder/norm/scale"].read().ndim == 1
 
 
 def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from PIL import Image
 from convert.to_orbax import to_orbax
 from infer.engine import Answer, Buckets, Engine, Request, compilations
 from infer.sampling import Sampling, choose, row_keys
-from llava_jax import decoder, llava
+from llava_jax import decoder, images, llava
 from llava_jax.console import InputError
 from llava_jax.splice import IMAGE, TEXT, Row, splice
+from llava_jax.tokenizer import load_tokenizer
 
 NEW = 24
 
@@ -247,7 +248,7 @@ def test_token_by_token_streaming_shows_no_half_characters(monkeypatch):
     ids, _ = engine.tokenizer.encode(want)
     shown = ""
     for n in range(1, len(ids) + 1):
-        text = engine._settled(Answer(engine.tokenizer.decode(ids[:n]), [], 0, 0, 0, 0, 0, 0, ""))
+        text = engine._settled(Answer(engine.tokenizer.decode(ids[:n]), ids[:n], 0, 0, 0, 0, 0, 0, ""))
         assert want.startswith(text)
         assert "\ufffd" not in text
         shown = text
@@ -255,6 +256,48 @@ def test_token_by_token_streaming_shows_no_half_characters(monkeypatch):
 
 
 # ---------------------------------------------------------------- logits
+
+
+def test_streams_of_single_bytes_never_take_back_what_was_shown():
+    """Byte tokens turn into other characters as more of them come: they wait until their run has ended."""
+    engine = golden_engine("v1.5-llama")
+    for seed in range(12):
+        *pieces, answer = engine.stream("Hi", temperature=1.5, seed=seed, max_new_tokens=40)
+        assert "".join(pieces) == answer.text
+
+
+def test_questions_that_are_none():
+    engine = golden_engine("v1.5-llama")
+    for turns in ([], ["Hi", "Hello"], [None]):
+        with pytest.raises(InputError, match="a prompt is a question"):
+            engine.ask(turns)
+    with pytest.raises(InputError, match="half a character"):
+        engine.ask("a\ud83d")
+    with pytest.raises(InputError, match="not NoneType"):
+        engine.ask("a", [None])
+
+
+def test_a_tokenizer_of_another_model_is_noticed():
+    found, params = load_golden("v1.5-llama")
+    config = found.config.replace(use_im_start_end=True)  # whose tokens the model has no embeddings for
+    engine = Engine(params, config, load_tokenizer(found.directory), one_device())
+    with pytest.raises(InputError, match="id 1001, and the model has 1000 embeddings"):
+        engine.ask("Hi", [picture(0)])
+
+
+def test_longer_answers_than_the_context_are_cut_there():
+    engine = golden_engine("v1.5-llama")
+    answer = engine.ask("Hi", max_new_tokens=10**6, temperature=1.0, top_k=1)
+    assert answer.prompt_tokens + len(answer.token_ids) <= engine.context
+
+
+def test_a_picture_is_fetched_once(monkeypatch):
+    data, asked = (GOLDEN / "images" / "0_64x48.png").read_bytes(), []
+    monkeypatch.setattr(images, "_download", lambda url: asked.append(url) or data)
+    engine = golden_engine("v1.5-llama")
+    answer = engine.ask("Hi", ["http://x/a.png"], max_new_tokens=4)
+    assert asked == ["http://x/a.png"]
+    assert answer.token_ids == engine.ask("Hi", [picture(0)], max_new_tokens=4).token_ids
 
 
 def test_logits_for_a_conversation():

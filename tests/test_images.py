@@ -124,6 +124,35 @@ def test_exif_rotation_is_applied(scene, orientation):
     assert image_size(data) == want.size
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 11))
+def test_the_header_gives_the_size_that_the_pixels_have(scene, format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(scene.resize((40, 12)), format, exif=exif)
+    assert image_size(data) == open_image(data).size
+
+
+def test_32_bit_files_that_hold_8_or_16_bits():
+    values = np.arange(200, dtype=np.int32).reshape(10, 20)
+    for scale in (1, 256):
+        data = save(Image.fromarray(values * scale, "I"), "TIFF")
+        np.testing.assert_array_equal(np.asarray(open_image(data))[..., 0], values)
+
+
+def test_what_is_no_image_is_named():
+    for what in (None, 3, np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(InputError, match=f"not {type(what).__name__}"):
+            open_image(what)
+
+
+def test_a_square_around_a_long_picture_has_a_limit():
+    config = c.tiny(aspect_ratio="pad", merge="flat")
+    layout((13000, 100), config)
+    with pytest.raises(InputError, match="too long to be padded"):
+        layout((20000, 100), config)
+
+
 def test_first_frame_of_an_animation(scene):
     data = save(scene.quantize(64), "GIF", save_all=True, append_images=[Image.new("L", scene.size, 255)] * 3)
     assert np.abs(np.asarray(open_image(data), int) - np.asarray(scene, int)).mean() < 20
@@ -198,6 +227,12 @@ def test_urls(server, scene):
     np.testing.assert_array_equal(open_image(f"{server}/a.png"), scene)
     with pytest.raises(InputError, match="404"):
         open_image(f"{server}/b.png")
+
+
+@pytest.mark.parametrize("url", ["http://h:1/a b.png", "http://[::1", "http://127.0.0.1:1/x.png"])
+def test_urls_that_are_none(url):
+    with pytest.raises(InputError, match="cannot be fetched"):
+        open_image(url)
 
 
 def test_url_that_nobody_answers():

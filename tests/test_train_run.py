@@ -18,7 +18,7 @@ import yaml
 from conftest import GOLDEN, golden_tensors, write_checkpoint
 from train_processes import start, wait_for_updates
 
-from llava_jax.checkpoint import open_checkpoint, open_ours
+from llava_jax.checkpoint import open_any, open_checkpoint, open_ours
 from llava_jax.config import tiny
 from llava_jax.console import InputError
 from llava_jax.sharding import make_mesh
@@ -249,6 +249,28 @@ def test_what_is_frozen_is_bit_for_bit_what_it_was_whatever_the_run_computes_in(
     assert frozen["decoder"]["embed"]["embedding"].dtype == jax.numpy.bfloat16
     export(Output(config), found, found.config, config, state)
     assert changed_paths(tmp_path / "out") == set()
+
+
+def test_the_result_in_transformers_format_is_the_same_model(train, one_device, tmp_path):
+    """It may be asked for afterwards."""
+    assert train(tmp_path / "out")[0] == 0
+    status, _, err = train(tmp_path / "out", "--export-hf")
+    assert status == 0, err
+    ours, theirs = (open_any(tmp_path / "out" / name) for name in ("model", "hf"))
+    assert ours.unused.keys() == theirs.unused.keys() != set()  # what LLaVA does not use came along
+    for tensors in ("tensors", "unused"):
+        for path, tensor in getattr(ours, tensors).items():
+            mine, other = tensor.read(), getattr(theirs, tensors)[path].read()
+            if path in ("decoder/embed/embedding", "decoder/head/kernel"):  # the vocabulary has grown
+                other = other[: mine.shape[0], : mine.shape[1]]
+            np.testing.assert_array_equal(mine, other, err_msg=path)
+
+
+def test_export_that_transformers_cannot_hold_is_refused_beforehand(train, one_device, tmp_path):
+    linear = GOLDEN / "checkpoints" / "v1-linear-llama"
+    status, _, err = train(tmp_path / "out", "--checkpoint", linear, "--export-hf")
+    assert status == 1
+    assert "linear projector" in err.splitlines()[-1]
 
 
 def test_the_model_answers(finished):
@@ -561,8 +583,10 @@ def test_every_field_is_a_flag(field, data):
         "tune": "lora", "mesh": "data=2,fsdp=4", "lora_targets": ("q", "v"), "profile_steps": "1:2",
         "batching": "bucketed", "schedule": "constant", "dtype": "float32", "remat": "none", "template": "plain",
         "on_bad_sample": "fail", "aspect_ratio": "anyres", "image_first": "random", "positions_per_row": 4096,
+        "export_hf": True,
     } | dict.fromkeys(command.PATHS, "/x")  # fmt: skip
     value = others.get(field.name, field.default or 2)
     flag = f"--{field.name.replace('_', '-')}"
-    _, config = command.read_config([*flags(data, "/out"), flag, command.show(value)])
+    given = [flag] if value is True else [flag, command.show(value)]
+    _, config = command.read_config([*flags(data, "/out"), *given])
     assert getattr(config, field.name) == value

@@ -84,6 +84,7 @@ class TrainConfig:
     keep: int = _(3, "checkpoints kept, the best aside")
     log_every: int = _(1, "updates between lines of metrics")
     profile_steps: str | None = _(None, "A:B: write a trace of updates A to B")
+    export_hf: bool = _(False, "export the model in transformers' format too")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

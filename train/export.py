@@ -1,4 +1,4 @@
-"""The result of a run: the model in our format, and with LoRA also the adapter.
+"""The result of a run: the model in our format, if asked for in transformers' too, and with LoRA also the adapter.
 
 What was not trained is copied from the input checkpoint's files, tensor by tensor, so it is the same bit for bit
 whatever the run computed in; what was trained is stored in the type that it had there.
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from llava_jax import checkpoint
 from llava_jax.checkpoint import Checkpoint
 from llava_jax.config import LlavaConfig
+from llava_jax.export import write_hf
 from llava_jax.llava import Params
 from llava_jax.sources import Tensor
 from train import lora
@@ -42,13 +43,22 @@ def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainC
     if not output.first:
         return
     kept = {} if config.template in (None, "plain") else {"template": config.template}
+    source = found.source()
+    result = dataclasses.replace(
+        source,
+        config=model.replace(max_length=config.max_length, **kept),
+        tensors=_merged(source.tensors, trained, config),
+    )
     checkpoint.save(
         output.root / "model",
-        _merged(found, trained, config),
-        model.replace(max_length=config.max_length, **kept),
+        result.tensors,
+        result.config,
         found.tokenizer.files,
+        unused=source.unused,
         overwrite=True,
     )
+    if config.export_hf:
+        write_hf(output.root / "hf", result, found.tokenizer, overwrite=True)
 
 
 def _whole(x: jax.Array) -> np.ndarray | jax.Array:
@@ -56,9 +66,11 @@ def _whole(x: jax.Array) -> np.ndarray | jax.Array:
     return x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
-def _merged(found: Checkpoint, trained: dict[str, np.ndarray | jax.Array], config: TrainConfig) -> dict[str, Tensor]:
+def _merged(
+    tensors: dict[str, Tensor], trained: dict[str, np.ndarray | jax.Array], config: TrainConfig
+) -> dict[str, Tensor]:
     """The tensors of the input, those that were trained replaced, none of them read yet."""
-    tensors = dict(found.source().tensors)
+    tensors = dict(tensors)
     for path, x in trained.items():
         if path.endswith("lora_a"):
             path = path.removesuffix("lora_a") + "kernel"

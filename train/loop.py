@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, note
+from llava_jax.export import check_expressible
 from llava_jax.sharding import FSDP, batch_sharding, make_mesh, parse_mesh, row_multiple
 from llava_jax.splice import Batch
 from train.checkpoints import Checkpoints
@@ -128,6 +129,8 @@ def prepare(config: TrainConfig) -> Run:
     together(f"checkpoints in {output.root}", open_rows)
     total = progress["total"] if progress else config.steps or math.ceil(config.epochs * opened["data"].steps_per_epoch)
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
+    if config.export_hf:
+        check_expressible(model)
     if first and not output.resumed:
         output.write_config()
     return Run(config, mesh, output, found, model, checkpoints, progress, opened["data"], opened["eval"], total)

@@ -3,7 +3,7 @@
     config.json           the TrainConfig in force, and a checksum of its data
     metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
     checkpoints/          states to go on from (checkpoints.py)
-    model/ adapter/       the result (export.py)
+    model/ hf/ adapter/   the result (export.py)
 
 Small files are appended to in `files`: the directory itself, or, where it is in an object store (`gs://`), which knows
 no appending, a copy on this machine that `push` carries there.
@@ -26,7 +26,7 @@ from train.config import TrainConfig
 # A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
 MAY_CHANGE = {
     "data", "image_folder", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
-    "on_bad_sample", "max_bad_share", "save_every", "keep", "log_every", "profile_steps",
+    "on_bad_sample", "max_bad_share", "save_every", "keep", "log_every", "profile_steps", "export_hf",
 }  # fmt: skip
 CHECKSUM = "data_sha256"  # `data` may move, but not change
 
@@ -59,8 +59,9 @@ class Output:
             raise InputError(f"--output {config.output}: cannot be used ({error.strerror or error})") from None
 
     def is_finished(self, total: int, latest: int | None) -> bool:
-        """Whether all updates were made and the model was written."""
-        return latest == total and (self.root / "model" / "config.json").exists()
+        """Whether all updates were made and the result was written."""
+        results = ["model", "hf"] if self.described["export_hf"] else ["model"]
+        return latest == total and all((self.root / name / "config.json").exists() for name in results)
 
     def write_config(self) -> None:
         """From now on the directory belongs to this run. (A first try that failed at its data leaves nothing.)"""

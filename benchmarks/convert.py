@@ -1,0 +1,185 @@
+"""Memory and speed of conversion, both ways, beside `cp -r` of the same files onto the same disk.
+
+    python benchmarks/convert.py [--gigabytes 6] [--rounds 3] [--directory DIR] [--json FILE]
+
+Makes a random checkpoint in the original's dialect (32 layers, bfloat16, shards of 2 GB), converts it to Orbax
+(`to-orbax`) and back (`to-hf --format original`), each in a child process of its own, in turns with `cp -r`. Source
+files have just been written or read when a round begins, so for both contestants they are in the page cache as far
+as it holds them. Memory is the child's peak resident set less that of a child that imports the same and stops.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+GOALS = {"memory": 1e9, "speed": 2.0}
+SHARD = 2 * 10**9
+TOKENIZER = ROOT / "tests" / "golden" / "tokenizer"
+
+
+def make_checkpoint(directory: Path, gigabytes: float) -> int:
+    """Write a random checkpoint, shard by shard. Returns the bytes of its largest tensor."""
+    import dataclasses
+
+    import jax
+    import ml_dtypes
+    import numpy as np
+
+    from llava_jax import config as c
+    from llava_jax import names, safetensors
+    from llava_jax.llava import param_shapes
+    from llava_jax.sharding import path_of
+
+    width = max(128, round(2560 * (gigabytes / 6) ** 0.5 / 128) * 128)
+    text = c.TextConfig(
+        width=width, ffn_width=round(width * 2.7 / 128) * 128, heads=width // 128, kv_heads=width // 128,
+        max_positions=4096,
+    )  # fmt: skip
+    config = dataclasses.replace(c.preset("v1.6-vicuna-7b"), text=text)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
+    tensors = {}
+    for keys, leaf in leaves:
+        name, (_, to_theirs) = names.write_name(path_of(keys), "original", config)
+        tensors[name] = names.shape_after(to_theirs, leaf.shape)
+    directory.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    read = lambda shape: (random.random(shape, np.float32) - 0.5).astype(bfloat16)  # noqa: E731
+    safetensors.write_shards(
+        directory,
+        {name: safetensors.Pending(shape, bfloat16, lambda s=shape: read(s)) for name, shape in tensors.items()},
+        SHARD,
+    )
+    fields = {
+        "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "vocab_size": text.vocab_size,
+        "hidden_size": width, "intermediate_size": text.ffn_width, "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads, "num_key_value_heads": text.kv_heads, "rms_norm_eps": text.norm_eps,
+        "max_position_embeddings": text.max_positions, "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": config.grid_pinpoints, "mm_hidden_size": 1024, "unfreeze_mm_vision_tower": True,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(fields))
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, directory)
+    return max(2 * int(np.prod(shape)) for shape in tensors.values())
+
+
+def child(*args: str) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a Python child, whose standard output is dropped."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *args], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(args)}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def copy(source: Path, destination: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, destination], check=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--gigabytes", type=float, default=6.0)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--directory", help="where to work; default: a temporary directory")
+    p.add_argument("--kills", type=int, default=0, metavar="N", help="instead kill conversions at N random moments")
+    p.add_argument("--json", metavar="FILE", help="write the figures there")
+    p.add_argument("--make", metavar="DIR", help=argparse.SUPPRESS)  # a child's task, so that our memory stays small
+    args = p.parse_args()
+    if args.make:
+        print(make_checkpoint(Path(args.make), args.gigabytes))
+        return
+    work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.directory))
+    try:
+        figures = measure(work, args)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def kill(source: Path, destination: Path, times: int) -> dict[str, int]:
+    """Kill conversions at random moments. What is left must be nothing or whole; a rerun must work."""
+    from llava_jax.checkpoint import open_any
+
+    command = [sys.executable, "-m", "convert", "to-orbax", str(source), str(destination)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    quiet = dict(env=env, cwd=ROOT, stderr=subprocess.DEVNULL)
+    start = time.perf_counter()
+    subprocess.run(command, check=True, **quiet)
+    whole, pick, left = time.perf_counter() - start, random.Random(0), {"nothing": 0, "whole": 0}
+    for _ in range(times):
+        shutil.rmtree(destination, ignore_errors=True)
+        process = subprocess.Popen(command, **quiet)
+        time.sleep(pick.random() * whole * 1.1)
+        process.kill()
+        process.wait()
+        if destination.exists():
+            open_any(destination)
+        left["whole" if destination.exists() else "nothing"] += 1
+    subprocess.run([*command, "--overwrite"], check=True, **quiet)
+    open_any(destination)
+    print(f"killed {times} times: left {left['nothing']} times nothing, {left['whole']} times a whole checkpoint")
+    return left
+
+
+def measure(work: Path, args) -> dict:
+    source, orbax, back = work / "source", work / "orbax", work / "back"
+    made = subprocess.run(
+        [sys.executable, __file__, "--make", str(source), "--gigabytes", str(args.gigabytes)],
+        check=True, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    largest = int(made.stdout)
+    if args.kills:
+        return kill(source, orbax, args.kills)
+    size = sum(f.stat().st_size for f in source.iterdir())
+    _, idle = child("-c", "import convert.__main__, convert.to_orbax, convert.to_hf, orbax.checkpoint")
+    runs = {
+        "to-orbax": (source, ["-m", "convert", "to-orbax", str(source), str(orbax)], orbax),
+        "to-hf": (orbax, ["-m", "convert", "to-hf", str(orbax), str(back), "--format", "original"], back),
+    }
+    found = {name: {"copy": [], "convert": [], "peak": []} for name in runs}
+    for _ in range(args.rounds):
+        shutil.rmtree(orbax, ignore_errors=True)
+        for name, (start, command, end) in runs.items():
+            shutil.rmtree(end, ignore_errors=True)
+            os.sync()
+            found[name]["copy"].append(copy(start, work / "copy"))
+            shutil.rmtree(work / "copy")
+            os.sync()
+            seconds, peak = child(*command)
+            found[name]["convert"].append(seconds)
+            found[name]["peak"].append(peak)
+    child("-m", "convert", "verify", str(source), str(back))
+    figures = {"bytes": size, "largest_tensor": largest, "idle_bytes": idle, "goals": GOALS}
+    print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, idle interpreter {idle / 1e6:.0f} MB")
+    print(f"{'':10} {'cp -r':>8} {'convert':>8} {'ratio':>7} {'goal':>5}   {'memory above idle':>18} {'goal':>9}")
+    for name, values in found.items():
+        ratios = [b / a for a, b in zip(values["copy"], values["convert"], strict=True)]
+        above = max(values["peak"]) - idle
+        figures[name] = values | {"ratio": statistics.median(ratios), "memory_above_idle": above}
+        print(
+            f"{name:10} {statistics.median(values['copy']):7.1f}s {statistics.median(values['convert']):7.1f}s "
+            f"{statistics.median(ratios):6.2f}x {GOALS['speed']:4.1f}x   {above / 1e6:15.0f} MB "
+            f"{(GOALS['memory'] + largest) / 1e6:6.0f} MB"
+        )
+    return figures
+
+
+if __name__ == "__main__":
+    main()

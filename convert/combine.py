@@ -1,0 +1,355 @@
+"""Whole models out of what people have instead: parts, adapters, deltas. All lazy, one tensor at a time.
+
+parts    a language model, a CLIP directory, a projector trained or fresh          how training starts
+LoRA     a base and an adapter of PEFT's with the original's non_lora_trainables   llava/model/builder.py
+delta    a base and the difference to it                                           llava/model/apply_delta.py
+"""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax import names
+from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth, read_config, read_json
+from llava_jax.console import InputError
+from llava_jax.sources import Found, Source, Tensor, find_tower, has_tensors, open_file, open_source
+
+PEFT = re.compile(r"^base_model\.model\.")
+LORA = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)"
+    r"\.lora_(?:(?P<side>[AB])(?:\.\w+)?\.weight|embedding_(?P<embedding_side>[AB])(?:\.\w+)?)$"
+)
+OTHER_STARTS = ("pissa", "olora", "loftq", "corda")  # of factors, that change the base too
+
+
+def combine(
+    source: Path,
+    *,
+    base: Path | None = None,
+    delta: Path | None = None,
+    vision_tower: Path | None = None,
+    projector: Path | None = None,
+    projector_type: str | None = None,
+    aspect_ratio: str | None = None,
+    seed: int = 0,
+    name: str = "",
+) -> tuple[Source, Path]:
+    """Open what `to-orbax` was given.
+
+    Returns:
+      The checkpoint, and the directory that its tokenizer is in.
+
+    Raises:
+      InputError: it does not make a whole LLaVA.
+    """
+    fields = read_json(source / "config.json") or {}
+    fresh = projector or projector_type or aspect_ratio
+    if fresh and (delta or (source / "adapter_config.json").exists()):
+        raise InputError("--projector, --projector-type and --aspect-ratio do not go with an adapter or a delta")
+    if base and delta:
+        return add_delta(base, delta, vision_tower), delta
+    if (source / "adapter_config.json").exists():
+        if base is None:
+            raise InputError(f"{source}: a LoRA adapter; give the model that it was trained on with --base")
+        return merge_lora(base, source, vision_tower), _with_tokenizer(source, base)
+    if base and has_tensors(source):
+        raise InputError(f"{source}: a whole model, which needs no --base; a delta is named with --delta")
+    trained = [source / f"mm_projector{suffix}" for suffix in (".safetensors", ".bin")]
+    if base and (found := [file for file in trained if file.exists()]):  # what the original's first stage leaves
+        return from_parts(base, vision_tower, projector or found[0], fields=fields), base
+    if base:
+        raise InputError(f"{source}: neither an adapter nor a projector for --base {base}")
+    plain = bool(fields) and not any(key in fields for key in ("text_config", "mm_vision_tower", "mm_hidden_size"))
+    if plain:
+        options = _mm_fields(vision_tower, projector, projector_type, aspect_ratio)
+        return from_parts(source, vision_tower, projector, fields=options, seed=seed), source
+    if projector_type or aspect_ratio:
+        raise InputError(f"{source}: a whole LLaVA; --projector-type and --aspect-ratio are for plain language models")
+    opened = open_source(source, vision_tower=vision_tower, name=name)
+    return (_with_projector(opened, projector) if projector else opened), source
+
+
+def _with_tokenizer(*directories: Path) -> Path:
+    files = ("tokenizer.model", "tokenizer.json")
+    return next((d for d in directories if any((d / file).exists() for file in files)), directories[-1])
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _mm_fields(tower: Path | None, projector: Path | None, projector_type: str | None, aspect: str | None) -> dict:
+    """What the original's config.json says of a model's eyes, for a language model that has none yet."""
+    aspect = aspect or "pad"
+    anyres = aspect == "anyres"
+    return {
+        "mm_vision_tower": str(tower) if tower else None,
+        "mm_projector_type": projector_type or (_read_type(projector) if projector else "mlp2x_gelu"),
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": aspect,
+        "mm_patch_merge_type": "spatial_unpad" if anyres else "flat",
+        "image_grid_pinpoints": list(PINPOINTS) if anyres else None,
+    }
+
+
+def _read_type(projector: Path) -> str:
+    """The type of a trained projector, from its tensors' names."""
+    inner = [name.rsplit("mm_projector.", 1)[-1] for name in open_file(projector).tensors]
+    layers = sum(name.endswith("weight") for name in inner if name[:1].isdigit())
+    return f"mlp{layers}x_gelu" if layers else "linear"
+
+
+def from_parts(
+    language_model: Path, tower: Path | None, projector: Path | None, *, fields: dict, seed: int = 0
+) -> Source:
+    """A language model that sees through a CLIP directory and a projector.
+
+    Args:
+      projector: `mm_projector.bin` or `.safetensors` as the original's first stage writes it; None for a fresh one.
+      fields: `mm_...` fields as in the original's config.json.
+      seed: of a fresh projector, which is then torch's own after `torch.manual_seed(seed)`.
+    """
+    if tower is None:
+        raise InputError(f"{language_model}: a language model without eyes; give a CLIP directory with --vision-tower")
+    config = read_config(
+        (read_json(language_model / "config.json") or {}) | fields,
+        vision=read_json(tower / "config.json"),
+        preprocessor=read_json(tower / "preprocessor_config.json"),
+        generation=read_json(language_model / "generation_config.json"),
+        name=language_model.name,
+    )
+    found = Found(config)
+    found.add_directory(language_model)
+    found.add_tower(tower, asked=True)
+    like = next(iter(found.tensors.values()), None)
+    fresh = fresh_tensors(config, seed, like.dtype if like else np.dtype(np.float32))
+    if projector:
+        _add_projector(found, projector)
+    for path, tensor in fresh.items():
+        if path not in found.tensors and (path == "newline" or not projector):
+            found.put(path, tensor)
+    return found.check(language_model)
+
+
+def _with_projector(source: Source, projector: Path) -> Source:
+    found = Found(source.config)
+    for path, tensor in {**source.tensors, **source.unused}.items():
+        found.put(path, tensor)
+    _add_projector(found, projector)
+    return found.check(source.directory)
+
+
+def _add_projector(found: Found, path: Path) -> None:
+    file = open_file(path)
+    for name in file.tensors:
+        inner = name.rpartition("mm_projector.")[2]
+        if "embed_tokens" in name:
+            raise InputError(
+                f"{path}: holds {name} for the tokens <im_start> and <im_end>, which a language model without them "
+                "cannot take; convert the whole checkpoint that was trained with it"
+            )
+        bare = inner in ("weight", "bias") or inner[:1].isdigit()
+        found.add(name, file, path.name, called=f"model.mm_projector.{inner}" if bare else name, replace=True)
+
+
+def fresh_tensors(config: LlavaConfig, seed: int, dtype: np.dtype) -> dict[str, Tensor]:
+    """A projector as torch initialises one (uniform within 1 / sqrt(inputs), bit for bit), and a newline."""
+    random = np.random.RandomState(seed & 0xFFFFFFFF)  # torch's CPU generator is this one, seeded the same
+
+    def uniform(shape: tuple[int, ...], bound: float) -> np.ndarray:
+        bits = random.randint(0, 2**32, math.prod(shape), dtype=np.uint32) & np.uint32(2**24 - 1)
+        low, high = np.float32(-bound), np.float32(bound)
+        return ((bits * np.float32(2**-24)) * (high - low) + low).reshape(shape)
+
+    made = {}
+    inputs, width = config.projector_in, config.text.width
+    for i in range(projector_depth(config.projector)):
+        made[f"projector/linear_{i}/kernel"] = uniform((width, inputs), 1 / math.sqrt(inputs)).T
+        made[f"projector/linear_{i}/bias"] = uniform((width,), 1 / math.sqrt(inputs))
+        inputs = width
+    if config.has_newline:
+        made["newline"] = random.standard_normal(width).astype(np.float32) / np.float32(math.sqrt(width))
+    return {
+        path: Tensor(path, f"seed {seed}", x.shape, dtype, lambda x=x: np.ascontiguousarray(x.astype(dtype)))
+        for path, x in made.items()
+    }
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+@dataclasses.dataclass
+class _Pair:
+    """The two factors of a module's update: A [r, in], B [out, r]; for an embedding A [r, V], B [D, r]."""
+
+    module: str
+    scale: float = 0.0
+    A: Tensor | None = None
+    B: Tensor | None = None
+
+
+def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
+    """A base with an adapter of PEFT's merged into it: W + scale * B A, in float32.
+
+    Args:
+      base: the language model that was tuned, or a whole LLaVA.
+      adapter: `adapter_config.json`, `adapter_model.safetensors` or `.bin`, and where the original trained it
+        `config.json` and `non_lora_trainables.bin`.
+    """
+    settings = read_json(adapter / "adapter_config.json") or {}
+    if settings.get("peft_type", "LORA") != "LORA" or settings.get("use_dora"):
+        raise InputError(f"{adapter}: only plain LoRA adapters can be merged, not {settings.get('peft_type')} or DoRA")
+    if str(settings.get("init_lora_weights", "")).startswith(OTHER_STARTS):
+        raise InputError(
+            f"{adapter}: init_lora_weights {settings['init_lora_weights']} changed the base too; merge it with PEFT, "
+            "or save it there as a plain LoRA"
+        )
+    fields = read_json(adapter / "config.json")
+    directory = base if fields is None else adapter
+    fields = fields or read_json(base / "config.json") or {}
+    original = not isinstance(fields.get("text_config"), dict)
+    tower = find_tower(directory, fields, vision_tower) if original else vision_tower
+    config = read_config(
+        fields,
+        vision=read_json(tower / "config.json") if tower else None,
+        preprocessor=read_json((tower or directory) / "preprocessor_config.json"),
+        generation=read_json(base / "generation_config.json"),
+        name=adapter.name,
+    )
+    found = Found(config, "original" if original else "transformers")
+    found.add_directory(base)
+    if tower is not None:
+        found.add_tower(tower, asked=vision_tower is not None)
+    weights = [adapter / f"adapter_model{suffix}" for suffix in (".safetensors", ".bin")]
+    if not any(file.exists() for file in weights):
+        raise InputError(f"{adapter}: has adapter_config.json, but no adapter_model.safetensors or adapter_model.bin")
+    for path in (adapter / "non_lora_trainables.bin", adapter / "non_lora_trainables.safetensors"):
+        if path.exists():
+            file = open_file(path)
+            for name in file.tensors:
+                found.add(name, file, path.name, called=PEFT.sub("", name), replace=True)
+    path = next(file for file in weights if file.exists())
+    for ours, pair in _read_pairs(path, settings, config, found).items():
+        found.put(ours, _merged(found.tensors.get(ours) or found.unused[ours], pair), replace=True)
+    return found.check(adapter)
+
+
+def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -> dict[str, _Pair]:
+    """Path of each tuned kernel -> its factors. Tensors of the adapter that are whole ones replace the base's."""
+    file = open_file(path)
+    pairs: dict[str, _Pair] = {}
+    problems = []
+    for name, (dtype, shape, *_) in file.tensors.items():
+        match = LORA.match(name)
+        if not match:
+            if "lora_" in name:
+                problems.append(f"{name}: not of a plain LoRA")
+            else:  # `modules_to_save`, biases
+                called = PEFT.sub("", name).replace(".base_layer.", ".")
+                found.add(name, file, path.name, called=called, replace=True)
+            continue
+        module = match["module"]
+        known = names.read_name(f"{module}.weight", config)
+        if known is None or not (known[0] in found.tensors or known[0] in found.unused):
+            problems.append(f"{name}: the base has no such module")
+            continue
+        pair = pairs.setdefault(known[0], _Pair(module))
+        tensor = Tensor(name, path.name, shape, dtype, lambda name=name: file.read(name))
+        setattr(pair, match["side"] or match["embedding_side"], tensor)
+    for ours, pair in pairs.items():
+        kernel = found.tensors.get(ours) or found.unused[ours]
+        rank = _pattern(settings.get("rank_pattern"), pair.module, settings.get("r", 8))
+        alpha = _pattern(settings.get("alpha_pattern"), pair.module, settings.get("lora_alpha", 8))
+        pair.scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        is_embedding = ours.endswith("embedding")
+        wide, narrow = kernel.shape if is_embedding else kernel.shape[:2]
+        if pair.A is None or pair.B is None:
+            problems.append(f"{pair.module}: only one of its two factors is there")
+        elif pair.A.shape != (rank, wide) or pair.B.shape != (narrow, rank):
+            problems.append(
+                f"{pair.module}: factors of shapes {list(pair.A.shape)} and {list(pair.B.shape)} "
+                f"should be {[rank, wide]} and {[narrow, rank]}"
+            )
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}")
+    return pairs
+
+
+def _pattern(patterns: dict | None, module: str, default: float) -> float:
+    """PEFT's `rank_pattern` and `alpha_pattern`: regular expressions for the end of a module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _merged(kernel: Tensor, pair: _Pair) -> Tensor:
+    def read() -> np.ndarray:
+        A, B = (factor.read().astype(np.float32) for factor in (pair.A, pair.B))
+        update = A.T @ B.T
+        update *= np.float32(pair.scale)
+        update += kernel.read()
+        return update.astype(kernel.dtype, copy=False)
+
+    return dataclasses.replace(kernel, read=read)
+
+
+# ---------------------------------------------------------------- deltas
+
+
+def add_delta(base: Path, delta: Path, vision_tower: Path | None) -> Source:
+    """The model whose difference to a base was published: v0 and v1.1.
+
+    Added in float32. A delta with more rows (new tokens) adds the base to its first ones; what the base lacks
+    (the projector) is taken as it is.
+    """
+    fields = read_json(delta / "config.json")
+    if fields is None:
+        raise InputError(f"{delta}: no delta (there is no config.json)")
+    tower = find_tower(delta, fields, vision_tower)
+    config = read_config(
+        fields,
+        vision=read_json(tower / "config.json") if tower else None,
+        preprocessor=read_json((tower or delta) / "preprocessor_config.json"),
+        generation=read_json(delta / "generation_config.json"),
+        name=delta.name,
+    )
+    found, below = Found(config), Found(config)
+    found.add_directory(delta)
+    below.add_directory(base)
+    if below.unknown:
+        raise InputError(f"{base}: unknown tensors: {', '.join(below.unknown)}")
+    if missing := [
+        tensor.name
+        for path, tensor in found.tensors.items()
+        if path.startswith("decoder/") and path not in below.tensors
+    ]:
+        raise InputError(f"{base}: the base lacks tensors of the delta: {', '.join(missing)}")
+    for path, tensor in below.tensors.items():
+        if path not in found.tensors:
+            raise InputError(f"{delta}: the delta lacks {tensor.name}, which the base has")
+        found.put(path, _sum(found.tensors[path], tensor, path, base), replace=True)
+    if tower is not None:
+        found.add_tower(tower, asked=vision_tower is not None)
+    return found.check(delta)
+
+
+def _sum(delta: Tensor, base: Tensor, path: str, directory: Path) -> Tensor:
+    grows = path in ("decoder/embed/embedding", "decoder/head/kernel")
+    fits = base.shape == delta.shape or (grows and all(b <= d for b, d in zip(base.shape, delta.shape, strict=True)))
+    if not fits:
+        raise InputError(
+            f"{directory}: {base.name} {list(base.shape)} does not go with the delta's {list(delta.shape)}"
+        )
+
+    def read() -> np.ndarray:
+        total = delta.read().astype(np.float32)
+        total[tuple(slice(n) for n in base.shape)] += base.read()
+        return total.astype(delta.dtype)
+
+    return dataclasses.replace(delta, read=read)

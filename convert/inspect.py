@@ -1,0 +1,160 @@
+"""What is in a checkpoint, of any dialect, whole or not: from headers alone."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_jax import names
+from llava_jax.checkpoint import find_directory, open_ours
+from llava_jax.config import LlavaConfig, read_config, read_json, tiny
+from llava_jax.console import InputError, printable
+from llava_jax.sources import open_file, tensor_files
+
+PARTS = ("vision", "projector", "newline", "decoder", "adapter", "other")
+LOOSE = ("adapter_model", "mm_projector", "non_lora_trainables")  # files that stand beside a model's, or alone
+
+
+def inspect(where: str | os.PathLike) -> dict[str, Any]:
+    """Everything about a checkpoint that its headers tell.
+
+    Returns:
+      `dialect`, `config` (a line in words, None where it has none of LLaVA's), `tensors` (list of `name`, `path`,
+      `file`, `shape`, `dtype`, `bytes`, `part`), `parts` (part -> `tensors`, `parameters`, `bytes`).
+
+    Raises:
+      InputError: there is no checkpoint, or a file is broken.
+    """
+    path = Path(where)
+    if path.is_file():
+        directory, fields, files = path.parent, None, [path]
+    else:
+        directory = find_directory(where)
+        fields, files = read_json(directory / "config.json"), []
+    if fields and fields.get("format") == "llava-jax":
+        source = open_ours(directory)
+        dialect, config = "llava-jax", source.config
+        rows = [
+            _row(p, p, f"{t.file}/", t.shape, t.dtype)
+            for tree in (source.tensors, source.unused)
+            for p, t in tree.items()
+        ]
+    else:
+        dialect, config = _read_fields(fields, directory)
+        rows = []
+        for file in files or _files(directory):
+            opened = open_file(file)
+            for name, (dtype, shape, *_) in opened.tensors.items():
+                known = names.read_name(name, config or tiny())
+                rows.append(_row(name, known and known[0], file.name, shape, dtype))
+    parts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        total = parts.setdefault(row["part"], {"tensors": 0, "parameters": 0, "bytes": 0})
+        total["tensors"] += 1
+        total["parameters"] += int(np.prod(row["shape"]))
+        total["bytes"] += row["bytes"]
+    return {
+        "dialect": dialect,
+        "config": config and describe(config),
+        "tensors": rows,
+        "parts": {part: parts[part] for part in PARTS if part in parts},
+    }
+
+
+def _files(directory: Path) -> list[Path]:
+    loose = sorted(
+        file for file in directory.iterdir() if file.stem in LOOSE and file.suffix in (".bin", ".safetensors")
+    )
+    try:
+        return [*tensor_files(directory)[0], *loose]
+    except InputError:
+        if loose:
+            return loose
+        raise
+
+
+def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig | None]:
+    """Dialect and configuration, None where the configuration is no LLaVA's or does not stand by itself."""
+    if fields is None:
+        return "none", None
+    if isinstance(fields.get("text_config"), dict):
+        dialect = "transformers"
+    elif any(key in fields for key in ("mm_vision_tower", "mm_hidden_size")):
+        dialect = "original"
+    else:
+        return f"none ({fields.get('model_type', 'unknown model')})", None
+    tower = fields.get("mm_vision_tower") if dialect == "original" else None
+    try:
+        vision = read_json(directory / tower / "config.json") if isinstance(tower, str) and tower else None
+        return dialect, read_config(fields, vision=vision, name=directory.name)
+    except InputError:
+        return dialect, None
+
+
+def _row(name: str, path: str | None, file: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    part = (path or "").split("/")[0]
+    if part not in PARTS:
+        part = "adapter" if ".lora_" in name else "other"
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    return {
+        "name": name, "path": path, "file": file, "shape": list(shape), "dtype": str(dtype), "bytes": nbytes,
+        "part": part,
+    }  # fmt: skip
+
+
+def describe(config: LlavaConfig) -> str:
+    """A configuration in words."""
+    text, vision = config.text, config.vision
+    heads = f"{text.heads} heads" + (f" ({text.kv_heads} of keys and values)" if text.kv_heads != text.heads else "")
+    grids = f", {len(config.grid_pinpoints)} grids" if config.grid_pinpoints else ""
+    return (
+        f"{text.family} decoder: {text.layers} layers, width {text.width}, feed-forward {text.ffn_width}, {heads}, "
+        f"vocabulary {text.vocab_size}, context {text.max_positions}; "
+        f"CLIP tower: {vision.layers} layers ({vision.layers_used} used), width {vision.width}, "
+        f"{vision.image_size} px in patches of {vision.patch_size}; projector {config.projector}; "
+        f"pictures {config.aspect_ratio}, merged {config.merge}{grids}"
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report for people."""
+    rows = [
+        (
+            printable(row["path"] or row["name"]),
+            "x".join(map(str, row["shape"])) or "()",
+            row["dtype"],
+            _size(row["bytes"]),
+        )
+        for row in found["tensors"]
+    ]
+    lines = _columns([("tensor", "shape", "dtype", "size"), *rows])
+    parts = [
+        (part, str(total["tensors"]), f"{total['parameters']:,}", _size(total["bytes"]))
+        for part, total in found["parts"].items()
+    ]
+    whole = found["parts"].values()
+    parts.append(
+        ("all", str(sum(t["tensors"] for t in whole)), f"{sum(t['parameters'] for t in whole):,}",
+         _size(sum(t["bytes"] for t in whole)))
+    )  # fmt: skip
+    lines += ["", *_columns([("part", "tensors", "parameters", "size"), *parts]), "", f"dialect: {found['dialect']}"]
+    if found["config"]:
+        lines += [part.strip() for part in found["config"].split(";")]
+    return "\n".join(lines)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def _size(nbytes: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"

@@ -1,0 +1,393 @@
+"""Reading what `torch.save` wrote, without torch and without running anything that the file asks for.
+
+Such a file is a zip archive (stored, never compressed) of `data.pkl`, a pickle that says how to build the tensors,
+and `data/0`, `data/1`, ..., the bytes of their storages (torch/serialization.py). A pickle is a program. This reads
+its few harmless instructions itself, with a table of the only callables that it knows; a file that names another is
+refused, and nothing of it runs. Tensors are read one at a time, when asked for.
+"""
+
+import io
+import math
+import os
+import pickletools
+import struct
+import zipfile
+import zlib
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from llava_jax.console import InputError
+
+STORAGES = {
+    "DoubleStorage": np.dtype(np.float64), "FloatStorage": np.dtype(np.float32), "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64), "IntStorage": np.dtype(np.int32), "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
+}  # fmt: skip
+# More than any file of tensors needs: about a hundred bytes of pickle describe a tensor.
+MAX_PICKLE = 4 * 2**20
+MAX_STACK = 2**17
+MAX_NAME = 1000
+MAX_RANK = 16
+MAX_SIDE = 2**48
+BROKEN = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, OSError, EOFError,
+    ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError, RuntimeError, OverflowError,
+)  # fmt: skip  # what Python's zip and pickle parsers raise on damaged files
+
+
+class Storage(NamedTuple):
+    """Elements of one type that tensors are views of."""
+
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+class View(NamedTuple):
+    """A tensor: a storage, and which of its elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class File:
+    """An open file of tensors, with the interface of `safetensors.File`.
+
+    Attributes:
+      tensors: name -> (dtype, shape, first byte, last byte + 1); the bytes are those of the elements from the
+        tensor's first to its last, which are more than its own where it is no contiguous view.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Read the directory of the archive, and the pickle.
+
+        Raises:
+          InputError: the file is truncated or broken, is of the format before torch 1.6, or asks for anything but
+            tensors.
+        """
+        self.path = os.fspath(path)
+        try:
+            self.size = os.path.getsize(self.path)
+            with open(self.path, "rb") as file:
+                self._refuse_others(file)
+                with zipfile.ZipFile(file) as archive:
+                    root, self._starts = self._storages(archive, file)
+                    self._views = _named(_Machine(self._read_pickle(archive, root)).run())
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        except BROKEN as error:
+            raise InputError(f"{self.path}: truncated or broken ({_line(error)}); fetch it again") from None
+        self.metadata: dict[str, str] = {}
+        self.tensors = {}
+        for name, view in self._views.items():
+            try:
+                self.tensors[name] = self._entry(view)
+            except InputError as error:
+                raise InputError(f"{self.path}: tensor {name!r} {error}") from None
+
+    def _refuse_others(self, file) -> None:
+        head = file.read(2)
+        if head.startswith(b"\x80"):
+            raise InputError(
+                "a bare pickle, as torch saved before version 1.6; with torch at hand save it anew: "
+                "torch.save(torch.load(file, weights_only=True), file)"
+            )
+        if not head.startswith(b"PK"):
+            raise InputError(f"no file of torch.save, or a truncated one ({self.size} bytes)")
+        file.seek(0)
+
+    def _storages(self, archive: zipfile.ZipFile, file) -> tuple[str, dict[str, tuple[int, int]]]:
+        """The archive's root folder, and of each storage its first byte and its length."""
+        infos = {info.filename: info for info in archive.infolist()}
+        if len(infos) < len(archive.infolist()):
+            raise InputError("its archive has entries of the same name")
+        roots = [name.removesuffix("data.pkl") for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise InputError("no file of torch.save: there is no data.pkl in it")
+        root = roots[0]
+        order = infos.get(f"{root}byteorder")
+        if order and (order.file_size != 6 or order.compress_size != 6 or archive.read(order) != b"little"):
+            raise InputError("its bytes are in big-endian order, which is not supported")
+        starts = {}
+        for name, info in infos.items():
+            if not name.startswith(f"{root}data/"):
+                continue
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise InputError(f"its entry {name} is compressed, which torch.save never does")
+            file.seek(info.header_offset)
+            header = file.read(30)
+            if len(header) < 30 or header[:4] != b"PK\x03\x04":
+                raise InputError(f"its entry {name} has no header where the archive says; fetch the file again")
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+            if start + info.file_size > self.size:
+                raise InputError(f"truncated: its entry {name} goes beyond the end; fetch the file again")
+            starts[name.removeprefix(f"{root}data/")] = start, info.file_size
+        at, before = 0, ""
+        for key, (start, length) in sorted(starts.items(), key=lambda item: item[1]):
+            if start < at and length:
+                raise InputError(f"its storages {before!r} and {key!r} overlap")
+            at, before = start + length, key
+        return root, starts
+
+    def _read_pickle(self, archive: zipfile.ZipFile, root: str) -> bytes:
+        info = archive.getinfo(f"{root}data.pkl")
+        if info.compress_type != zipfile.ZIP_STORED or not 0 < info.file_size <= min(self.size, MAX_PICKLE):
+            raise InputError("its data.pkl is compressed, empty or too large for a file of tensors")
+        return archive.read(info)
+
+    def _entry(self, view: View):
+        storage = view.storage
+        first, length = self._starts.get(storage.key, (0, -1))
+        if length < 0:
+            raise InputError(f"lies in storage {storage.key!r}, which is not in the file")
+        width = storage.dtype.itemsize
+        if storage.size * width != length:
+            raise InputError(f"lies in a storage of {storage.size} x {width} bytes, which has {length} in the file")
+        if len(view.shape) != len(view.strides) or min((*view.shape, *view.strides, view.offset, 0)) < 0:
+            raise InputError(f"has a broken layout: shape {view.shape}, strides {view.strides}, offset {view.offset}")
+        if max((*view.shape, *view.strides, view.offset, 0)) > MAX_SIDE:
+            raise InputError(f"has a broken layout: shape {view.shape}, strides {view.strides}, offset {view.offset}")
+        if math.prod(view.shape) > storage.size:  # also: memory for it is never more than the file's size
+            raise InputError(f"of shape {list(view.shape)} has more elements than its storage ({storage.size})")
+        end = view.offset + _span(view)
+        if end > storage.size:
+            raise InputError(f"of shape {list(view.shape)} ends at element {end} of a storage of {storage.size}")
+        return storage.dtype, view.shape, first + view.offset * width, first + end * width
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own."""
+        dtype, shape, first, last = self.tensors[name]
+        out = np.empty((last - first) // dtype.itemsize, dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(first)
+            view, done = memoryview(out.view(np.uint8)), 0
+            while done < last - first:
+                n = file.readinto(view[done:])
+                if not n:
+                    raise InputError(f"{self.path}: truncated within tensor {name!r}; fetch it again")
+                done += n
+        strides = [s * dtype.itemsize for s in self._views[name].strides]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(out, shape, strides)).reshape(shape)
+
+
+def _span(view: View) -> int:
+    """Elements of the storage from the tensor's first to its last, both included."""
+    if 0 in view.shape:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
+
+
+def _named(contents: Any) -> dict[str, View]:
+    """The tensors of a dictionary, or of the one dictionary in it that has any: `{"state_dict": {...}, "step": 3}`."""
+    if not isinstance(contents, dict):
+        raise InputError("holds no dictionary of tensors")
+    inner = [value for value in contents.values() if isinstance(value, dict) and _views(value)]
+    found = _views(contents) or (_views(inner[0]) if len(inner) == 1 else {})
+    if too_long := next((name for name in found if len(name) > MAX_NAME), None):
+        raise InputError(f"has a tensor whose name is {len(too_long)} characters long: {too_long[:60]!r}...")
+    return found
+
+
+def _views(contents: dict) -> dict[str, View]:
+    return {name: value for name, value in contents.items() if isinstance(value, View)}
+
+
+# ---------------------------------------------------------------- the pickle
+
+
+def _rebuild_tensor(storage, offset, shape, strides, _requires_grad=None, _hooks=None, marks=None) -> View:
+    if marks:
+        raise InputError(f"has a tensor that is a view of another kind ({', '.join(map(str, marks))}); save a clone")
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor without a storage")
+    if max(len(shape), len(strides)) > MAX_RANK:
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
+    shape, strides = tuple(shape), tuple(strides)
+    if not all(type(n) is int for n in (offset, *shape, *strides)):
+        raise ValueError("a tensor's layout is not made of numbers")
+    return View(storage, offset, shape, strides)
+
+
+def _rebuild_parameter(tensor, *_) -> View:
+    return tensor
+
+
+CALLABLES = {
+    ("collections", "OrderedDict"): lambda: {},  # filled afterwards, by SETITEMS
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
+class _Global(NamedTuple):
+    """One of the names that a pickle may mention: a callable, or a class of storages."""
+
+    module: str
+    name: str
+
+
+def _allowed(module: str, name: str) -> _Global:
+    if type(module) is not str or type(name) is not str:
+        raise ValueError("asks for what has no name")
+    is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+    if (module, name) not in CALLABLES and not is_storage:
+        raise InputError(f"refused: its pickle asks for {module}.{name}, and a file of tensors has no need to")
+    return _Global(module, name)
+
+
+_MARK = object()
+
+
+class _Machine:
+    """Runs the instructions that pickles of tensors consist of (the `pickle` module's own, minus all the rest)."""
+
+    def __init__(self, program: bytes):
+        self.program = program
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        for opcode, argument, _ in pickletools.genops(io.BytesIO(self.program)):
+            if len(self.stack) > MAX_STACK:
+                raise InputError("its pickle is not one of tensors: it piles up too much")
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            if opcode.name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[opcode.name]())
+            elif opcode.name in _LITERALS:
+                self.stack.append(argument)
+            elif run := getattr(self, f"_{opcode.name.lower()}", None):
+                run(argument)
+            else:
+                raise InputError(f"its pickle has the instruction {opcode.name}, which files of tensors do not need")
+        raise ValueError("the pickle has no end")
+
+    def _marked(self) -> list[Any]:
+        at = next((i for i in reversed(range(len(self.stack))) if self.stack[i] is _MARK), None)
+        if at is None:
+            raise ValueError("no mark on the stack")
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
+
+    def _proto(self, _):
+        pass
+
+    _frame = _proto
+
+    def _mark(self, _):
+        self.stack.append(_MARK)
+
+    def _pop(self, _):
+        self.stack.pop()
+
+    def _binput(self, number):
+        self.memo[number] = self.stack[-1]
+
+    _long_binput = _binput
+
+    def _memoize(self, _):
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def _binget(self, number):
+        self.stack.append(self.memo[number])
+
+    _long_binget = _binget
+
+    def _tuple(self, _):
+        self.stack.append(tuple(self._marked()))
+
+    def _tuple1(self, _, n=1):
+        items = tuple(self.stack[-n:])
+        del self.stack[-n:]
+        self.stack.append(items)
+
+    def _tuple2(self, _):
+        self._tuple1(_, 2)
+
+    def _tuple3(self, _):
+        self._tuple1(_, 3)
+
+    def _append(self, _):
+        item = self.stack.pop()
+        self._list().append(item)
+
+    def _appends(self, _):
+        items = self._marked()
+        self._list().extend(items)
+
+    def _list(self) -> list:
+        if type(self.stack[-1]) is not list:
+            raise ValueError("appends to what is no list")
+        return self.stack[-1]
+
+    def _setitem(self, _):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def _setitems(self, _):
+        self._set(self._marked())
+
+    def _set(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], dict):
+            raise ValueError("sets an item of what is no dictionary")
+        if not all(type(key) in (str, int) for key in items[::2]) or any(
+            abs(k) > MAX_STACK for k in items[::2] if type(k) is int
+        ):
+            raise InputError("its pickle has a dictionary whose keys are no names")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _global(self, names: str):
+        module, name = names.split(" ", 1)
+        self.stack.append(_allowed(module, name))
+
+    def _stack_global(self, _):
+        name, module = self.stack.pop(), self.stack.pop()
+        self.stack.append(_allowed(module, name))
+
+    _inst = _global
+
+    def _reduce(self, _):
+        arguments, callee = self.stack.pop(), self.stack.pop()
+        if not isinstance(callee, _Global) or callee not in CALLABLES or type(arguments) is not tuple:
+            raise ValueError("calls what cannot be called")
+        if len(arguments) > MAX_RANK:
+            raise ValueError(f"calls {callee.name} with {len(arguments)} arguments")
+        self.stack.append(CALLABLES[callee](*arguments))
+
+    def _build(self, _):
+        self.stack.pop()  # attributes of the dictionary, such as the state dictionary's `_metadata`
+
+    def _binpersid(self, _):
+        kind, storage, key, _device, size = self.stack.pop()
+        if type(key) is not str:
+            raise ValueError("a storage without a name")
+        if kind != "storage" or not isinstance(storage, _Global) or storage.module not in ("torch", "torch.storage"):
+            raise InputError("refused: it refers to something that is no storage of a tensor")
+        if storage.name not in STORAGES:
+            raise InputError(f"has tensors of type {storage.name}, which are not supported")
+        if type(size) is not int or size < 0:
+            raise ValueError("a storage of no size")
+        self.stack.append(Storage(key, STORAGES[storage.name], size))
+
+
+_CONSTANTS = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict,
+}  # fmt: skip
+_LITERALS = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING",
+}  # fmt: skip
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
