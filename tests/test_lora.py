@@ -7,13 +7,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import one_device
+from conftest import GOLDEN, load_golden, one_device
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
+from convert.to_orbax import to_orbax
 from llava_jax import config as c
 from llava_jax import llava
+from llava_jax.checkpoint import open_checkpoint
 from llava_jax.layers import Dense
 from llava_jax.sharding import make_mesh, parse_mesh
 from llava_jax.splice import Batch
@@ -141,3 +143,22 @@ def test_files_of_an_adapter(tmp_path):
     a = tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
     np.testing.assert_array_equal(a, np.asarray(params["decoder"]["layers"]["1"]["attention"]["q"]["lora_a"]).T)
     assert tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"].shape == (32, 4)
+
+
+def test_convert_merges_an_adapter_as_we_do(tmp_path):
+    found, params = load_golden("v1.5-llama")
+    config = CONFIG.replace(lora_targets=("q", "down"))
+    before = flatten_dict(params, sep="/")
+    _, state, _, _ = setup(dict(params), found.config, config, one_device(), 8)
+    trained = export_params({}, trained_a_while(state))
+    lora.save_adapter(tmp_path / "adapter", trained, found.config, config)
+    to_orbax(tmp_path / "adapter", tmp_path / "model", base=GOLDEN / "checkpoints" / "v1.5-llama")
+    after = flatten_dict(open_checkpoint(tmp_path / "model").load(one_device(), np.float32), sep="/")
+
+    trained = flatten_dict(trained, sep="/")
+    assert after.keys() == before.keys()
+    for path, x in before.items():
+        base = path.removesuffix("kernel")
+        if base + "lora_a" in trained:
+            x = lora.merged(np.asarray(x), *(np.asarray(trained[base + name]) for name in lora.FACTORS), config)
+        np.testing.assert_allclose(after[path], trained.get(path, x), atol=1e-6, err_msg=path)
