@@ -441,27 +441,31 @@ def test_killed_at_any_moment_a_run_computes_the_same():
     assert [kill["too late"] for kill in report["kills"]] == [False] * 3
 
 
-def test_two_processes_are_one_run(train, finished, data, compilation_cache, tmp_path):
-    """Process 1 is killed; process 0 stops with one clear line; one process, on another mesh, goes on."""
+def test_two_processes_are_one_run(train, finished, one_device, monkeypatch, data, compilation_cache, tmp_path):
+    """They go on with what one process on one device began. Process 1 is killed; process 0 says so in one line, and
+    ends. Started again they end the run: the losses and the model of one process in one go."""
     output = tmp_path / "out"
-    started = start(
-        [*flags(data, output), "--heartbeat", 5],
-        environment={"JAX_COMPILATION_CACHE_DIR": compilation_cache}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for_updates(output, 3, started[0])
+    monkeypatch.setattr(loop.StopSignal, "at", lambda self, step: signal.SIGTERM if step == 3 else 0)
+    assert train(output)[0] == 128 + signal.SIGTERM
+    run = dict(environment={"JAX_COMPILATION_CACHE_DIR": compilation_cache}, stderr=subprocess.PIPE, text=True)
+    started = start([*flags(data, output), "--heartbeat", 5], **run)
+    wait_for_updates(output, 4, started[0])
     started[1].kill()
     begun = time.monotonic()
     said = started[0].communicate()[1]
     assert time.monotonic() - begun < 60
     assert started[0].returncode != 0
     assert said.splitlines()[-1].startswith("error: another process of this run is gone or out of reach"), said
-    made = len(read_metrics(output))
-    assert 3 <= made < 10
-    status, _, err = train(output, "--mesh", "data=2,fsdp=2,tensor=2")
-    assert status == 0, err
+    assert 4 <= len(read_metrics(output)) < 10
+    for process in start(flags(data, output), **run):
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
     (steps, got), (_, wanted) = (zip(*steps_and_losses(one), strict=True) for one in (output, finished[0]))
     assert steps == tuple(range(1, 11))
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    one, other = (open_ours(directory / "model").tensors for directory in (output, finished[0]))
+    for path in one:
+        np.testing.assert_allclose(one[path].read(), other[path].read(), rtol=1e-3, atol=1e-4, err_msg=path)
 
 
 # ---------------------------------------------------------------- bad input
