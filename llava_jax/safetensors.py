@@ -99,17 +99,26 @@ class File:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own."""
-        dtype, shape, first, last = self.tensors[name]
+        dtype, shape, first, _ = self.tensors[name]
         out = np.empty(math.prod(shape), dtype)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(first)
-            view, done = memoryview(out.view(np.uint8)), 0
-            while done < last - first:
-                n = file.readinto(view[done:])
-                if not n:
-                    raise InputError(f"{self.path}: truncated within tensor {name!r}; fetch it again")
-                done += n
+        read_into(out, self.path, first, name)
         return out.reshape(shape)
+
+
+def read_into(out: np.ndarray, path: str, first: int, name: str) -> None:
+    """Fill `out` with the bytes of a file from `first` on, by plain reads.
+
+    Raises:
+      InputError: the file ends before.
+    """
+    with open(path, "rb", buffering=0) as file:
+        file.seek(first)
+        view, done = memoryview(out.view(np.uint8)), 0
+        while done < len(view):
+            n = file.readinto(view[done:])
+            if not n:
+                raise InputError(f"{path}: truncated within tensor {name!r}; fetch it again")
+            done += n
 
 
 # ---------------------------------------------------------------- writing

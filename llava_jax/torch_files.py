@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.console import InputError
+from llava_jax.safetensors import read_into
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64), "FloatStorage": np.dtype(np.float32), "HalfStorage": np.dtype(np.float16),
@@ -165,14 +166,7 @@ class File:
         """One tensor, in memory of its own."""
         dtype, shape, first, last = self.tensors[name]
         out = np.empty((last - first) // dtype.itemsize, dtype)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(first)
-            view, done = memoryview(out.view(np.uint8)), 0
-            while done < last - first:
-                n = file.readinto(view[done:])
-                if not n:
-                    raise InputError(f"{self.path}: truncated within tensor {name!r}; fetch it again")
-                done += n
+        read_into(out, self.path, first, name)
         strides = [s * dtype.itemsize for s in self._views[name].strides]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(out, shape, strides)).reshape(shape)
 
