@@ -168,6 +168,14 @@ def test_several_feature_layers_and_the_class_token():
     assert llava.encode_tiles(params, config, tiles).shape == (2, 17, 32)
 
 
+def test_features_may_be_the_embeddings_before_the_first_layer():
+    base = c.tiny()
+    config = base.replace(vision=dataclasses.replace(base.vision, feature_layers=(0,)))
+    params = llava.init_params(config, jax.random.key(0))
+    assert params["vision"]["layers"] == {}
+    assert llava.encode_tiles(params, config, np.zeros((2, 1, 28, 28, 3), np.uint8)).shape == (2, 17, 32)
+
+
 @pytest.mark.parametrize("projector", ["identity", "linear", "mlp2x_gelu", "mlp3x_gelu"])
 def test_projectors(projector):
     config = c.tiny(projector=projector)
