@@ -1,11 +1,13 @@
 """Memory and speed of conversion, both ways, beside `cp -r` of the same files onto the same disk.
 
-    python benchmarks/convert.py [--gigabytes 6] [--rounds 3] [--directory DIR] [--json FILE]
+    python benchmarks/convert.py [--gigabytes 6] [--rounds 3] [--cached] [--directory DIR] [--json FILE]
 
 Makes a random checkpoint in the original's dialect (32 layers, bfloat16, shards of 2 GB), converts it to Orbax
-(`to-orbax`) and back (`to-hf --format original`), each in a child process of its own, in turns with `cp -r`. Source
-files have just been written or read when a round begins, so for both contestants they are in the page cache as far
-as it holds them. Memory is the child's peak resident set less that of a child that imports the same and stops.
+(`to-orbax`) and back (`to-hf --format original`), each in a child process of its own, in turns with `cp -r`. For both
+the files are not in the page cache (with `--cached`: all in it), and memory has been idle for some seconds (a virtual
+machine that hands idle memory to its host pays for it afterwards; `cp` at once after a deletion would not). Beside the
+time of the program stands the time until the disk has everything (`sync`). Memory is the child's peak resident set
+less that of a child that imports the same and stops.
 """
 
 import argparse
@@ -92,11 +94,33 @@ def copy(source: Path, destination: Path) -> float:
     return time.perf_counter() - start
 
 
+def settle(source: Path, cached: bool) -> None:
+    """Everything on the disk, the source's files out of the page cache (or all in it), memory idle."""
+    os.sync()
+    for path in source.rglob("*"):
+        if path.is_file() and cached:
+            with path.open("rb") as file:
+                while file.read(2**24):
+                    pass
+        elif path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+    time.sleep(5)
+
+
+def sync() -> float:
+    start = time.perf_counter()
+    os.sync()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gigabytes", type=float, default=6.0)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--directory", help="where to work; default: a temporary directory")
+    p.add_argument("--cached", action="store_true", help="leave the files in the page cache, for both")
     p.add_argument("--kills", type=int, default=0, metavar="N", help="instead kill conversions at N random moments")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
     p.add_argument("--make", metavar="DIR", help=argparse.SUPPRESS)  # a child's task, so that our memory stays small
@@ -153,31 +177,35 @@ def measure(work: Path, args) -> dict:
         "to-orbax": (source, ["-m", "convert", "to-orbax", str(source), str(orbax)], orbax),
         "to-hf": (orbax, ["-m", "convert", "to-hf", str(orbax), str(back), "--format", "original"], back),
     }
-    found = {name: {"copy": [], "convert": [], "peak": []} for name in runs}
+    found = {name: {"copy": [], "copy_sync": [], "convert": [], "convert_sync": [], "peak": []} for name in runs}
     for _ in range(args.rounds):
         shutil.rmtree(orbax, ignore_errors=True)
         for name, (start, command, end) in runs.items():
             shutil.rmtree(end, ignore_errors=True)
-            os.sync()
+            settle(start, args.cached)
             found[name]["copy"].append(copy(start, work / "copy"))
+            found[name]["copy_sync"].append(found[name]["copy"][-1] + sync())
             shutil.rmtree(work / "copy")
-            os.sync()
+            settle(start, args.cached)
             seconds, peak = child(*command)
             found[name]["convert"].append(seconds)
+            found[name]["convert_sync"].append(seconds + sync())
             found[name]["peak"].append(peak)
     child("-m", "convert", "verify", str(source), str(back))
     figures = {"bytes": size, "largest_tensor": largest, "idle_bytes": idle, "goals": GOALS}
     print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, idle interpreter {idle / 1e6:.0f} MB")
-    print(f"{'':10} {'cp -r':>8} {'convert':>8} {'ratio':>7} {'goal':>5}   {'memory above idle':>18} {'goal':>9}")
+    print(f"{'':22} {'cp -r':>8} {'convert':>8} {'ratio':>7} {'goal':>5}   {'memory above idle':>18} {'goal':>9}")
     for name, values in found.items():
-        ratios = [b / a for a, b in zip(values["copy"], values["convert"], strict=True)]
         above = max(values["peak"]) - idle
-        figures[name] = values | {"ratio": statistics.median(ratios), "memory_above_idle": above}
-        print(
-            f"{name:10} {statistics.median(values['copy']):7.1f}s {statistics.median(values['convert']):7.1f}s "
-            f"{statistics.median(ratios):6.2f}x {GOALS['speed']:4.1f}x   {above / 1e6:15.0f} MB "
-            f"{(GOALS['memory'] + largest) / 1e6:6.0f} MB"
-        )
+        figures[name] = values | {"memory_above_idle": above}
+        for end, what in (("", name), ("_sync", "  until on the disk")):
+            ratio = statistics.median(b / a for a, b in zip(values["copy" + end], values["convert" + end], strict=True))
+            figures[name]["ratio" + end] = ratio
+            print(
+                f"{what:22} {statistics.median(values['copy' + end]):7.1f}s "
+                f"{statistics.median(values['convert' + end]):7.1f}s {ratio:6.2f}x {GOALS['speed']:4.1f}x   "
+                + ("" if end else f"{above / 1e6:15.0f} MB {(GOALS['memory'] + largest) / 1e6:6.0f} MB")
+            )
     return figures
 
 

@@ -37,6 +37,7 @@ from llava_jax.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_BYTES = 64 * 2**20  # of a stored array, so that a host that wants a slice reads little more than that
 GROUP_BYTES = 2**30  # restored at a time
+COMMIT_BYTES = 64 * 2**20  # written at a time
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
@@ -313,6 +314,7 @@ def new_directory(
             raise InputError(f"{given}: no checkpoint (there is no config.json), so it is not replaced")
     staged = directory if remote else directory.parent / f".{directory.name[:200]}.incomplete"
     replaced = staged.parent / f".{directory.name[:200]}.replaced"
+    new_parents = [] if remote else [parent for parent in staged.parents if not parent.exists()]
     try:
         staged.rmtree(missing_ok=True)
         staged.mkdir(parents=True, exist_ok=True)
@@ -332,6 +334,9 @@ def new_directory(
     finally:
         if not remote:
             staged.rmtree(missing_ok=True)
+        with contextlib.suppress(OSError):  # of the first that holds something: the new directory
+            for parent in new_parents:
+                os.rmdir(parent)
 
 
 def save(
@@ -380,7 +385,11 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
     with Progress(f"writing {path.name}", sum(leaf.nbytes for leaf in leaves), "B") as bar:
 
         class Streamed(ocp.type_handlers.NumpyHandler):
-            """Reads a tensor, writes it, forgets it, then turns to the next; threads read ahead a little."""
+            """Reads a tensor, writes it, forgets it; threads read ahead a little.
+
+            Tensors are committed some at a time, while the next are prepared: a commit for each, which Orbax would
+            make, writes the store's tree anew every time.
+            """
 
             async def serialize(self, values, infos, args=None):
                 cast = lambda value: value.read().astype(dtype or value.dtype, copy=False)  # noqa: E731
@@ -388,12 +397,28 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
                 # Flushing every write to the disk, as is TensorStore's way, takes 20 times as long as the writes.
                 caches = {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#ocdbt": {"total_bytes_limit": 10**8}}
                 context = ts.Context(caches | {"file_io_sync": False})
+                self.transaction, staged, committing = ts.Transaction(), 0, None
                 for i, (value, info, array) in enumerate(zip(values, infos, arrays, strict=True)):
                     info.ts_context = context
                     for written in await super().serialize([array], [info], args and [args[i]]):
                         written.result()
-                    bar.advance(value.nbytes)
+                    del array
+                    staged += value.nbytes
+                    if staged >= COMMIT_BYTES or i + 1 == len(values):
+                        if committing:
+                            committing.result()
+                        committing = self.transaction.commit_async()
+                        bar.advance(staged)
+                        self.transaction, staged = ts.Transaction(), 0
+                if committing:
+                    committing.result()
                 return []
+
+            async def _open_and_write(self, array, spec, context):
+                store = await ts.open(
+                    ts.Spec(spec), create=True, open=True, context=context, transaction=self.transaction
+                )
+                await store.write(array, can_reference_source_data_indefinitely=True)
 
         handlers = ocp.type_handlers.create_type_handler_registry(
             (Tensor, Streamed(deepcopy_host_arrays=False)),

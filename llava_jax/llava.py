@@ -92,17 +92,21 @@ def init_params(config: LlavaConfig, key: jax.Array, dtype=jnp.float32) -> Param
     def made(module, *args):
         return module.init(next(keys), *args).get("params", {})
 
+    def layers(number, module, *args):
+        init = jax.jit(lambda key: module.init(key, *args)["params"])  # traced for the first layer alone
+        return {str(i): init(next(keys)) for i in range(number)}
+
     def first_of_three(q, k, v):
         return q
 
     tower = {
         "embed": made(vision.Embedding(c), jnp.zeros((1, c.image_size, c.image_size, 3))),
         "pre_norm": made(LayerNorm(c.norm_eps), x_1PC),
-        "layers": {str(i): made(vision.Block(c), x_1PC) for i in range(c.layers_used)},
+        "layers": layers(c.layers_used, vision.Block(c), x_1PC),
     }
     text = {
         "embed": {"embedding": 0.02 * jax.random.normal(next(keys), (t.vocab_size, t.width))},
-        "layers": {str(i): made(decoder.Block(t), x_11D, first_of_three) for i in range(t.layers)},
+        "layers": layers(t.layers, decoder.Block(t), x_11D, first_of_three),
         "norm": made(RMSNorm(t.norm_eps), x_11D),
     }
     if not t.tied_head:

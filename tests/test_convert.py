@@ -392,6 +392,16 @@ def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_leaves_no_parents_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError), checkpoint.new_directory(tmp_path / "a" / "b" / "c") as staged:
+        (staged / "file").write_text("x")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with checkpoint.new_directory(tmp_path / "a" / "b" / "c") as staged:
+        (staged / "file").write_text("x")
+    assert (tmp_path / "a" / "b" / "c" / "file").read_text() == "x" and len(list(tmp_path.rglob("*"))) == 4
+
+
 def test_faults_in_our_own_format(tmp_path):
     to_orbax(GOLDEN / "checkpoints/v1.5-llama", tmp_path / "o")
     settings = json.loads((tmp_path / "o/config.json").read_text())
