@@ -1,6 +1,6 @@
 """Kill a training run again and again, and see that it computes what it computes undisturbed.
 
-    python benchmarks/train_kill.py                 # 10 kills, about five minutes
+    python benchmarks/train_kill.py                 # 10 kills: a minute or a few
     python benchmarks/train_kill.py --kills 3 --seed 7 --json report.json
 
 A run of a tiny model on one device is made twice: once in one go, once ended by SIGKILL at random moments: some as it

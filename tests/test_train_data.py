@@ -545,6 +545,15 @@ def test_the_batch_holds_about_as_many_conversations_as_asked_for(write, config,
     assert np.mean([info["conversations"] for info in infos]) == pytest.approx(32, rel=0.15)
 
 
+def test_batches_larger_than_asked_for_are_told(write, config, models):
+    settings = config(write([good_row(i) for i in range(64)]), global_batch_size=4, max_length=2048)
+    shorter = settings.replace(max_length=256)
+    for changed, told in ((settings, True), (shorter, False), (settings.replace(batching="bucketed"), False)):
+        data = open_data(changed, *models["v1.6-mistral"])
+        assert (data.estimate()["conversations"] > 6) == ("warning: " in data.describe()) == told
+        data.close()
+
+
 def test_tiles_of_a_row_are_few_but_hardly_decide_what_fits(write, config, models):
     settings = config(write([good_row(i) for i in range(200)]), max_length=480)
     found = {}

@@ -192,17 +192,23 @@ class Data:
         }
 
     def describe(self) -> str:
-        """A line about the data and its batches."""
+        """A line about the data and its batches, and one more if these are larger than was asked for."""
         found = self.estimate()
         if self.packed:
             shape = f"{self.length} positions and {self.tiles} tiles"
         else:
             shape = f"up to {self.length} positions, one conversation each"
-        return (
+        line = (
             f"{len(self.samples):,} conversations, template {self.samples.template}, {self.steps_per_epoch:,} steps an "
             f"epoch; a batch is {self.rows} rows of {shape}, about {found['conversations']:.0f} conversations; "
             f"padding: {found['padding']:.1%} of positions, {found['tile_padding']:.1%} of tiles"
         )
+        if found["conversations"] > 1.5 * self.config.global_batch_size:  # short ones, or a mesh that wants many rows
+            line += (
+                f"\nwarning: that is more than --global-batch-size {self.config.global_batch_size}: give "
+                "a smaller --max-length (longer conversations are cut), or --batching bucketed"
+            )
+        return line
 
     # ------------------------------------------------------------ order
 
