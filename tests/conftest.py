@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import functools
 import importlib.util
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -106,3 +107,19 @@ def run_cli(monkeypatch, capsys):
         return stopped.value.code, out, err
 
     return run
+
+
+def damage(data: bytes, pick: random.Random) -> bytes:
+    """A few bytes changed, put in or cut off."""
+    data = bytearray(data)
+    for _ in range(pick.choice([1, 1, 2, 8])):
+        at, what = pick.randrange(len(data)), pick.random()
+        if what < 0.7:
+            data[at] = pick.randrange(256)
+        elif what < 0.85:
+            data[at:at] = pick.randbytes(pick.randrange(9))
+        else:
+            del data[at : at + pick.choice([1, 8, len(data)])]
+        if not data:
+            return b""
+    return bytes(data)

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, GOLDEN, golden_tensors, write_checkpoint
+from conftest import CHECKPOINTS, GOLDEN, damage, golden_tensors, write_checkpoint
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import load_file
 
@@ -354,15 +354,7 @@ def test_damaged_safetensors_are_refused_or_read(tmp_path):
     whole, path, pick = (tmp_path / "w").read_bytes(), tmp_path / "damaged.safetensors", random.Random(0)
     read = refused = 0
     for _ in range(3000):
-        data = bytearray(whole)
-        for _ in range(pick.choice([1, 1, 2, 8])):
-            at, what = pick.randrange(len(data)), pick.random()
-            if what < 0.7:
-                data[at] = pick.randrange(256)
-            elif what < 0.85:
-                data[at:at] = pick.randbytes(pick.randrange(9))
-            else:
-                del data[at : at + pick.choice([1, 8])]
+        data = damage(whole, pick)
         path.write_bytes(data)
         try:
             file = safetensors.File(path)

@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from conftest import CHECKPOINTS, GOLDEN, golden_tensors, load_golden, one_device
+from conftest import CHECKPOINTS, GOLDEN, damage, golden_tensors, load_golden, one_device
 from parity.test_transformers import make_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -467,19 +467,3 @@ def test_damaged_torch_files_are_refused_or_read(tmp_path):
             assert "\n" not in str(error)
             refused += 1
     assert read > 100 and refused > 100
-
-
-def damage(data: bytes, pick: random.Random) -> bytes:
-    """A few bytes changed, put in or cut off."""
-    data = bytearray(data)
-    for _ in range(pick.choice([1, 1, 2, 8])):
-        at, what = pick.randrange(len(data)), pick.random()
-        if what < 0.7:
-            data[at] = pick.randrange(256)
-        elif what < 0.85:
-            data[at:at] = pick.randbytes(pick.randrange(9))
-        else:
-            del data[at : at + pick.choice([1, 8, len(data)])]
-        if not data:
-            return b""
-    return bytes(data)
