@@ -28,7 +28,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig, read_config, read_json
-from llava_jax.console import InputError, Progress
+from llava_jax.console import InputError, Progress, first_line
 from llava_jax.llava import Params, param_shapes
 from llava_jax.prompts import choose_template
 from llava_jax.sharding import param_shardings, path_of
@@ -107,7 +107,7 @@ def find_directory(where: str | os.PathLike) -> Path:
             return path
         exists = path.exists()
     except Exception as error:  # an object store without its client, without permission
-        raise InputError(f"{where}: cannot be read ({_line(error)})") from None
+        raise InputError(f"{where}: cannot be read ({first_line(error)})") from None
     if exists:
         raise InputError(f"{where}: a file, not a checkpoint directory")
     if not HUB_NAME.fullmatch(where):
@@ -120,7 +120,7 @@ def find_directory(where: str | os.PathLike) -> Path:
             directory = Path(huggingface_hub.snapshot_download(where, allow_patterns=[*HUB_FILES, "*.bin"]))
         return directory
     except Exception as error:  # connection, permission, validation: the hub's own hierarchy of errors
-        raise InputError(f"{where}: no such directory, and the hub did not give it ({_line(error)})") from None
+        raise InputError(f"{where}: no such directory, and the hub did not give it ({first_line(error)})") from None
 
 
 def default_dtype(mesh: Mesh):
@@ -184,7 +184,7 @@ def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype=No
                     directory, args=ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
                 )
             except Exception as error:
-                raise InputError(f"{directory}: cannot be read ({_line(error)})") from None
+                raise InputError(f"{directory}: cannot be read ({first_line(error)})") from None
             loaded |= _flatten(part)
             bar.advance(sum(leaf.size * leaf.dtype.itemsize for leaf in group.values()))
     return _unflatten(loaded)
@@ -201,7 +201,7 @@ def _stored(directory: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]
             leaves = _flatten(dict(getattr(stored, "tree", stored)))
             return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
         except Exception as error:
-            raise InputError(f"{directory}: no Orbax checkpoint, or a broken one ({_line(error)})") from None
+            raise InputError(f"{directory}: no Orbax checkpoint, or a broken one ({first_line(error)})") from None
 
 
 def open_ours(directory: epath.Path) -> Source:
@@ -242,7 +242,7 @@ def _open_tree(directory: epath.Path) -> dict[str, Tensor]:
         try:
             return np.asarray(ts.open(spec, open=True).result().read().result())
         except Exception as error:
-            raise InputError(f"{directory}: {path} cannot be read ({_line(error)})") from None
+            raise InputError(f"{directory}: {path} cannot be read ({first_line(error)})") from None
 
     return {
         path: Tensor(path, directory.name, shape, dtype, functools.partial(read, path))
@@ -444,7 +444,7 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
         except (InputError, OSError):
             raise
         except Exception as error:  # TensorStore's errors: a full disk, no permission
-            raise InputError(f"{directory}: cannot be written ({_line(error)})") from None
+            raise InputError(f"{directory}: cannot be written ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------- trees
@@ -467,10 +467,6 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 class _quiet:

@@ -55,6 +55,11 @@ def hush() -> None:
     _hushed = True
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's library says, as part of a line of ours."""
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
 def printable(text: str) -> str:
     """Text on one line that a terminal shows as it is, and does nothing else with."""
     return "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llava_jax.console import InputError
+from llava_jax.console import InputError, first_line
 from llava_jax.safetensors import read_into
 
 STORAGES = {
@@ -84,7 +84,7 @@ class File:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         except BROKEN as error:
-            raise InputError(f"{self.path}: truncated or broken ({_line(error)}); fetch it again") from None
+            raise InputError(f"{self.path}: truncated or broken ({first_line(error)}); fetch it again") from None
         self.metadata: dict[str, str] = {}
         self.tensors = {}
         for name, view in self._views.items():
@@ -381,7 +381,3 @@ _LITERALS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
     "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING",
 }  # fmt: skip
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

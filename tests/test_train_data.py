@@ -417,6 +417,35 @@ def test_too_many_bad_samples_stop_a_run(write, config, models):
         take(data, 30)
 
 
+def test_processes_stop_together_at_what_each_of_them_found(write, config, models):
+    """Ten of a hundred pictures are broken. Either process knows of some, and goes on until both know of all."""
+    rows = [good_row(i) | ({"image": "truncated.jpg"} if i % 10 == 1 else {}) for i in range(100)]
+
+    def stop(**changes) -> set[str]:
+        settings, said = config(write(rows), **changes), set()
+        both = [open_data(settings, *models["v1.6-mistral"], process=i, processes=2, train=False) for i in (0, 1)]
+        for data in both:
+            take(data)
+        assert all(0 < data.bad.own < 10 for data in both)
+        reports = []
+        for data in both:
+            data.bad.agree(lambda text: [reports.append(text), text, text][1:])
+        for data in both:
+            with pytest.raises(InputError) as error:
+                data.bad.agree(lambda text: reports)
+            said.add(str(error.value).split("; ")[0])
+            assert data.bad.total == 10
+        return said
+
+    share = dict(max_bad_share=0.08)  # neither alone has met so many
+    (one,) = stop(**share)
+    assert "bad samples: 10 among the first 100, more than --max-bad-share 0.08 allows" in one
+    data = open_data(config(write(rows), max_bad_share=0.19), *models["v1.6-mistral"])
+    data.bad.set_state([20, 50])  # of the run that goes on
+    with pytest.raises(InputError, match="bad samples: (29|30) among the first 150"):
+        take(data, 30)
+
+
 def test_nothing_but_broken_pictures(write, config, models):
     path = write([good_row(0) | {"image": "truncated.jpg"}] * 3)
     with pytest.raises(InputError, match=r"nothing in it can be trained on; .*row 0 \(id row0\): .*broken image"):

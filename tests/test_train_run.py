@@ -28,7 +28,7 @@ from train import output as output_module
 from train.checkpoints import Checkpoints
 from train.config import PRESETS, TrainConfig
 from train.export import export
-from train.metrics import device_peak, flops_of_batch
+from train.metrics import MetricsFiles, device_peak, flops_of_batch
 from train.output import Output
 
 ROOT = Path(__file__).parents[1]
@@ -340,6 +340,46 @@ def test_an_object_store_gets_copies_of_what_is_appended_to(train, finished, one
     assert {"checkpoints", "config.json", "metrics.jsonl", "model"} <= {path.name for path in bucket.iterdir()}
 
 
+def test_an_object_store_that_fails_for_a_while_ends_no_run(train, one_device, monkeypatch, tmp_path):
+    monkeypatch.setattr(output_module, "is_remote", lambda path: True)
+    mine, calls = output_module.Output._is_mine, []
+
+    def fails_at_first(self, file):
+        calls.append(file)
+        if len(calls) < 3:
+            raise ConnectionError("503")
+        return mine(self, file)
+
+    monkeypatch.setattr(output_module.Output, "_is_mine", fails_at_first)
+    status, _, err = train(tmp_path / "bucket", "--steps", 3, "--save-every", 1)
+    assert status == 0, err
+    assert err.count("metrics and lists cannot be written (503); the run goes on") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "bucket")] == [1, 2, 3]
+
+
+def test_metrics_on_a_full_disk_end_no_run(capsys, tmp_path):
+    files = MetricsFiles(tmp_path, 0)
+    files.file = open("/dev/full", "a")  # noqa: SIM115
+    for i in (1, 2):
+        files.write({"step": i, "loss": 1.0})
+    files.close()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "metrics cannot be written (No space left on device); the run goes on" in err
+    assert list((tmp_path / "events").iterdir())
+
+
+def test_an_evaluation_that_cannot_be_made_ends_no_run(train, data, one_device, tmp_path):
+    rows = json.loads((data / "eval.json").read_text())
+    shutil.copytree(data / "images", tmp_path / "images")
+    (tmp_path / "images" / "cut.png").write_bytes((data / "images" / rows[0]["image"]).read_bytes()[:60])
+    (tmp_path / "eval.json").write_text(json.dumps([rows[0], *[row | {"image": "cut.png"} for row in rows[1:]]]))
+    more = ("--eval-data", tmp_path / "eval.json", "--image-folder", tmp_path / "images", "--steps", 2)
+    status, _, err = train(tmp_path / "out", *more)
+    assert status == 0, err
+    assert "warning: no evaluation: " in err and "bad samples: " in err
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
 def test_another_configuration_is_refused_with_its_differences(train, finished, data, tmp_path):
     output = finished[0]
     status, _, err = train(output, "--seed", "3", "--warmup-ratio", "0.5", "--workers", "2", "--log-every", "5")
@@ -468,6 +508,22 @@ def test_two_processes_are_one_run(train, finished, one_device, monkeypatch, dat
         np.testing.assert_allclose(one[path].read(), other[path].read(), rtol=1e-3, atol=1e-4, err_msg=path)
 
 
+def test_a_picture_that_one_process_cannot_read_stops_both(data, compilation_cache, tmp_path):
+    """Each says which, and ends with status 1: not aborted, and not with the advice to start again."""
+    rows = json.loads((data / "plain.json").read_text())
+    shutil.copytree(data / "images", tmp_path / "images")
+    (tmp_path / "images" / "cut.png").write_bytes((data / "images" / rows[0]["image"]).read_bytes()[:60])
+    rows[-1]["image"] = "cut.png"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    more = ("--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--on-bad-sample", "fail")
+    run = dict(environment={"JAX_COMPILATION_CACHE_DIR": compilation_cache}, stderr=subprocess.PIPE, text=True)
+    started = start(flags(data, tmp_path / "out", *more), **run)
+    for process in started:
+        said = process.communicate()[1]
+        assert process.returncode == 1, said
+    assert "cut.png: broken image" in said
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -499,6 +555,8 @@ BAD = {
     "parts": (lambda t: ("--batching", "bucketed", "--accumulate", "4"), "a multiple of 32"),
     "template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "profile": (lambda t: ("--profile-steps", "5"), "write A:B"),
+    "profile of figures": (lambda t: ("--profile-steps", "\u00b2:\u00b3"), "write A:B"),
+    "profile of nothing": (lambda t: ("--profile-steps", "11:12"), "--profile-steps 11:12: the run has 10 updates"),
     "output": (lambda t: ("--output", other_directory(t)), "holds something else"),
     "output is a file": (lambda t: ("--output", CHECKPOINT / "config.json"), "cannot be used"),
     "processes": (lambda t: ("--process-id", "1"), "go together"),
@@ -514,7 +572,7 @@ def test_bad_input_is_one_line_and_status_1(train, monkeypatch, tmp_path, name):
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("error: ")
     assert says in err
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_in_use_is_refused(train, tmp_path):

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llava_jax.console import InputError, note
+from llava_jax.console import InputError, first_line, note
 
 _policies = ocp.checkpoint_managers
 
@@ -115,7 +115,7 @@ class Checkpoints:
             return self.manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:
             raise InputError(
-                f"{self.manager.directory / str(self.latest)}: cannot be read ({_line(error)}); "
+                f"{self.manager.directory / str(self.latest)}: cannot be read ({first_line(error)}); "
                 "without this directory the run goes on from the checkpoint before it"
             ) from None
 
@@ -129,7 +129,7 @@ class Checkpoints:
         self.manager.close()
 
     def _tell(self, step: int | None, error: Exception) -> None:
-        self.failed = _line(error)
+        self.failed = first_line(error)
         if jax.process_index():
             return
         directory = self.manager.directory
@@ -141,7 +141,3 @@ class Checkpoints:
 
     def _left(self) -> str:
         return "there is none yet" if self.latest is None else f"the last one is that of step {self.latest}"
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

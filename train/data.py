@@ -79,7 +79,7 @@ def open_data(
         seed=config.seed,
     )
     folder = folder or (Path(config.output) if config.output else None)
-    bad = BadSamples(config, samples, folder, process)
+    bad = BadSamples(config, samples, folder, process, processes)
     return Data(config, samples, bad, math.lcm(rows_multiple, processes), process, processes, train)
 
 
@@ -99,6 +99,7 @@ class Data:
       length, tiles: of a row; where batching is bucketed, the most that they can be.
       steps_per_epoch: global batches of one pass; of packed ones an estimate, unless the file has at most `WINDOW`
         conversations.
+      bad: its bad samples.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Data:
         train: bool,
     ):
         self.config, self.samples, self.train = config, samples, train
-        self._bad, self._multiple, self._process, self._processes = bad, multiple, process, processes
+        self.bad, self._multiple, self._process, self._processes = bad, multiple, process, processes
         self.packed = config.batching == "packed"
         self.length = config.max_length
         self.tiles = TILES[-1] if config.tiles_per_row is None else config.tiles_per_row
@@ -143,8 +144,8 @@ class Data:
             bad.append(loaded)
         else:
             raise InputError(f"nothing in it can be trained on; first of all, {self.samples.name(bad[0])}")
-        self._bad.add(bad, seen=len(self._looked_at), known_to_all=True)
-        self._bad.count = self._bad.seen = 0  # these come again in their windows
+        self.bad.add(bad, seen=len(self._looked_at), known_to_all=True)
+        self.bad.set_state((0, 0))  # these come again in their windows
         return good
 
     def _picture_tiles(self) -> int:
@@ -240,7 +241,7 @@ class Data:
         order = self._order.repeat() if self.train else self._order
         windows = order.map_with_index(self._plan)
         windows = windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        rows = grain.experimental.FlatMapIterDataset(windows, _Rows(self._bad))
+        rows = grain.experimental.FlatMapIterDataset(windows, _Rows(self.bad))
         batches = rows.batch(self.rows, batch_fn=list).map(self._load)
         return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.config.prefetch)
 
@@ -295,7 +296,7 @@ class Data:
             max_length=self.config.max_length,
         )
         bad = [one for row in spliced for one in row if isinstance(one, BadSample)]
-        self._bad.add(bad)
+        self.bad.add(bad)
         lost = {one.index for one in bad}
         kept = [one for row in rows for one in row if one.index not in lost]
         tokens = sum(one.length for one in kept)
@@ -306,7 +307,7 @@ class Data:
             "padding": _unused(tokens, self.rows * length),
             "tile_padding": _unused(sum(one.tiles for one in kept), self.rows * tiles),
             "epoch": max((one.epoch for one in kept), default=0),
-            "bad": self._bad.count,
+            "bad": self.bad.total,
             "ids": [one.id for one in kept],
         }
 

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import json
 import math
+import re
 import signal
 import time
 from typing import Any
@@ -27,9 +28,10 @@ from train.data import Data, open_data
 from train.export import export
 from train.metrics import MetricsFiles, device_memory, device_peak, flops_of_batch
 from train.output import Output
-from train.processes import AGAIN, StopSignal, together
+from train.processes import AGAIN, StopSignal, share, together
 from train.step import TrainState, load_dtype, setup
 
+AGREE_EVERY = 50  # updates after which processes tell each other which pictures of theirs are broken
 MOST_SKIPPED = 10  # updates in a row that may be left out for a loss or gradient that is not finite
 
 
@@ -68,6 +70,9 @@ def train(run: Run) -> int:
         return 0
     try:
         return _train(run)
+    except InputError:
+        run.checkpoints.settle()  # a save under way is worth waiting for
+        raise
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().split("\n")[0][:300]
         if "RESOURCE_EXHAUSTED" in reason:
@@ -98,13 +103,22 @@ def prepare(config: TrainConfig) -> Run:
             f"--global-batch-size {config.global_batch_size}: the mesh ({_axes(mesh)}) cuts a batch into "
             f"{row_multiple(mesh)} parts; give it a multiple of that, or another --mesh"
         )
-    first = jax.process_index() == 0
     opened: dict[str, Any] = {}
+    try:
+        return _open(config, mesh, opened)
+    except InputError:
+        if "output" in opened:
+            opened["output"].withdraw()
+        raise
+
+
+def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
+    """The rest of `prepare`. `opened` keeps what has been opened so far."""
 
     def open_all() -> str:
         parse_profile_steps(config.profile_steps)
         opened["found"] = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
-        opened["output"] = Output(config, first=first)
+        opened["output"] = Output(config, process=jax.process_index())
         return json.dumps(opened["output"].described)
 
     together("a configuration or data", open_all)
@@ -123,15 +137,24 @@ def prepare(config: TrainConfig) -> Run:
             arguments |= dict(path=config.eval_data, train=False)
             opened["eval"] = open_data(config, found.config, found.tokenizer, **arguments)
         if progress:
+            rows = opened["data"].rows
             opened["data"].set_state(progress["data"])
+            opened["data"].bad.set_state(progress["bad"])
+            if opened["data"].rows != progress["data"]["rows"]:
+                note(
+                    f"warning: batches had {progress['data']['rows']} rows, which this mesh does not divide; they have "
+                    f"{rows} from here on, in the {progress['total']} updates that the run was to have"
+                )
         return str(checkpoints.latest)
 
     together(f"checkpoints in {output.root}", open_rows)
     total = progress["total"] if progress else config.steps or math.ceil(config.epochs * opened["data"].steps_per_epoch)
+    if (traced := parse_profile_steps(config.profile_steps)) and traced[0] > total:
+        raise InputError(f"--profile-steps {config.profile_steps}: the run has {total} updates")
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
     if config.export_hf:
         check_expressible(model)
-    if first and not output.resumed:
+    if output.first and not output.resumed:
         output.write_config()
     return Run(config, mesh, output, found, model, checkpoints, progress, opened["data"], opened["eval"], total)
 
@@ -159,10 +182,11 @@ def parse_profile_steps(text: str | None) -> range:
     """
     if text is None:
         return range(0)
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    first, last = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= first <= last:
         raise InputError(f"--profile-steps {text}: write A:B, the first and the last update to trace, counted from 1")
-    return range(int(first), int(last) + 1)
+    return range(first, last + 1)
 
 
 # ---------------------------------------------------------------- updates
@@ -202,20 +226,26 @@ def _train(run: Run) -> int:
                 recorder.read()
                 eval_loss = evaluate(run, frozen, state, eval_fn)
                 best = recorder.evaluated(eval_loss)
-            if number or last or best or (config.save_every and step % config.save_every == 0):
+            saving = number or last or best or (config.save_every and step % config.save_every == 0)
+            if jax.process_count() > 1 and (saving or step % AGREE_EVERY == 0):
+                run.data.bad.agree(share)
+            if saving:
                 recorder.catch_up()  # so that what is written of updates is never behind the state to go on from
-                progress = dict(step=step, total=run.total, data=run.data.get_state())
+                progress = dict(step=step, total=run.total, data=run.data.get_state(), bad=run.data.bad.get_state())
                 run.checkpoints.save(step, state, progress, eval_loss if math.isfinite(eval_loss) else None)
                 run.output.push()
             if number and not last:
                 break
+        if tracing:
+            recorder.read()
+            jax.profiler.stop_trace()
     run.checkpoints.finish()
     if step < run.total:
         name = signal.Signals(number).name
         note(f"stopped by {name} after update {step} of {run.total}; the same command goes on from there")
         return 128 + number
     export(run.output, run.found, run.model, config, state)
-    run.output.push()
+    run.output.push(last=True)
     note(f"{run.total} updates done; the model is in {run.output.root / 'model'}")
     return 0
 
@@ -227,11 +257,15 @@ def put_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 
 
 def evaluate(run: Run, frozen: Any, state: TrainState, eval_fn) -> float:
-    """Mean loss over the labelled positions of the evaluation data."""
+    """Mean loss over the labelled positions of the evaluation data; NaN, and a word about it, if it cannot be used."""
     loss = labelled = 0.0
-    for batch, _ in run.eval_data:
-        sums = jax.device_get(eval_fn(frozen, state, put_batch(batch, run.mesh, run.eval_data.rows)))
-        loss, labelled = loss + float(sums["loss_sum"]), labelled + float(sums["labelled"])
+    try:
+        for batch, _ in run.eval_data:
+            sums = jax.device_get(eval_fn(frozen, state, put_batch(batch, run.mesh, run.eval_data.rows)))
+            loss, labelled = loss + float(sums["loss_sum"]), labelled + float(sums["labelled"])
+    except InputError as error:  # on all processes: what only one knows of is raised by `agree`, not asked for here
+        note(f"warning: no evaluation: {error}")
+        return math.nan
     return loss / max(labelled, 1.0)
 
 
@@ -289,9 +323,11 @@ class Recorder:
 
     def evaluated(self, loss: float) -> bool:
         """The evaluation after the update read last gave this. Whether it is the best so far."""
+        self.last_read = time.monotonic()  # it is no part of the next update
+        if math.isnan(loss):
+            return False
         self.record["eval_loss"] = loss
         note(f"evaluation after update {self.record['step']}: loss {loss:.4f}")
-        self.last_read = time.monotonic()  # it is no part of the next update
         better = math.isfinite(loss) and (self.best is None or loss < self.best)
         self.best = loss if better else self.best
         return better

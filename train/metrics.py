@@ -1,5 +1,6 @@
 """What is written down about each update: metrics.jsonl, TensorBoard events; and what it is measured against."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError, note
 from train.config import TrainConfig
 from train.tensorboard import EventWriter
 
@@ -48,28 +50,53 @@ def device_memory() -> float | None:
 
 
 class MetricsFiles:
-    """`metrics.jsonl` and `events/`, appended to. A run that goes on forgets what it had written beyond its state."""
+    """`metrics.jsonl` and `events/`, appended to. A run that goes on forgets what it had written beyond its state.
+
+    A disk that is full, perhaps for a while, ends no run: it is told, and what could not be written follows later.
+    """
 
     def __init__(self, directory: Path, step: int):
-        path = directory / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["step"] <= step]
-        written = path.with_suffix(".new")
-        written.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        written.replace(path)
-        self.file = path.open("a")
-        self.events = EventWriter(directory / "events", step + 1)
+        """Open the files.
+
+        Raises:
+          InputError: they cannot be written.
+        """
+        self.path, self.told = directory / "metrics.jsonl", False
+        try:
+            kept = [line for line in _lines(self.path) if line["step"] <= step]
+            written = self.path.with_suffix(".new")
+            written.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            written.replace(self.path)
+            self.file = self.path.open("a")
+            self.events = EventWriter(directory / "events", step + 1)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
 
     def write(self, record: dict[str, Any]) -> None:
         """`record` has `step`, and numbers; one that is not finite becomes null."""
         plain = {name: value if _is_finite(value) else None for name, value in record.items()}
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
         scalars = {name: float(value) for name, value in plain.items() if name != "step" and value is not None}
-        self.events.write(record["step"], scalars)
+        with self._told():
+            self.file.write(json.dumps(plain) + "\n")
+            self.file.flush()
+        with self._told():
+            self.events.write(record["step"], scalars)
 
     def close(self) -> None:
-        self.file.close()
-        self.events.close()
+        with self._told():
+            self.file.close()
+        with self._told():
+            self.events.close()
+
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except OSError as error:
+            if not self.told:
+                reason = error.strerror or error
+                note(f"warning: {self.path.parent}: metrics cannot be written ({reason}); the run goes on")
+            self.told = True
 
 
 def _is_finite(value: Any) -> bool:

@@ -14,13 +14,14 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from llava_jax.console import InputError
+from llava_jax.console import InputError, first_line, note
 from train.config import TrainConfig
 
 # A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
@@ -39,15 +40,19 @@ class Output:
         different configuration, whose every difference is named.
     """
 
-    def __init__(self, config: TrainConfig, *, first: bool = True):
-        """`first` is for the one process that writes; the others only look."""
+    def __init__(self, config: TrainConfig, *, process: int = 0):
+        """The first `process` writes; the others only list what is wrong with pictures of theirs."""
         self.root = epath.Path(config.output)
-        self.first = first
+        self.process, self.first = process, process == 0
         self.remote = is_remote(config.output)
-        self.files = Path(tempfile.mkdtemp(prefix="train-")) if self.remote else Path(config.output)
+        if self.remote:
+            self.held = tempfile.TemporaryDirectory(prefix="train-")
+        self.files = Path(self.held.name if self.remote else config.output)
         self.described = describe(config)
+        self.unsaid = False  # what could not be carried to the object store has been told
+        self.new = not self.root.exists()
         try:
-            if first:
+            if self.first:
                 self.root.mkdir(parents=True, exist_ok=True)
                 self._lock()
             path = self.root / "config.json"
@@ -70,19 +75,49 @@ class Output:
         written.write_text(json.dumps(self.described, indent=2) + "\n")
         written.replace(path)
 
-    def push(self) -> None:
-        """Carry the small files to the object store, if that is where the directory is."""
-        if self.remote and self.first:
-            for file in filter(Path.is_file, self.files.rglob("*")):
+    def withdraw(self) -> None:
+        """Input was refused: nothing that was made for this run stays, unless an earlier process made some of it."""
+        if self.resumed or not self.first:
+            return
+        for path in (*self.files.glob("bad_samples*.jsonl"), self.files / ".lock"):
+            path.unlink(missing_ok=True)
+        for directory in (self.root / "checkpoints", *[self.root] * self.new):
+            if directory.exists() and not any(directory.iterdir()):
+                directory.rmdir()
+
+    def push(self, *, last: bool = False) -> None:
+        """Carry the small files to the object store, if that is where the directory is.
+
+        If that fails it is told, and the next time may do better.
+
+        Raises:
+          InputError: it fails, and there is no next time.
+        """
+        if not self.remote:
+            return
+        try:
+            for file in filter(self._is_mine, self.files.rglob("*")):
                 target = self.root / file.relative_to(self.files)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
+            self.unsaid = False
+        except Exception as error:  # whatever the store's client has to complain about
+            problem = f"{self.root}: metrics and lists cannot be written ({first_line(error)})"
+            if last:
+                raise InputError(problem) from None
+            if not self.unsaid:
+                note(f"warning: {problem}; the run goes on")
+            self.unsaid = True
 
     def _pull(self) -> None:
-        if self.remote and self.first:
-            for file in self.root.iterdir():
-                if file.is_file():
-                    (self.files / file.name).write_bytes(file.read_bytes())
+        if self.remote:
+            for file in filter(self._is_mine, self.root.iterdir()):
+                (self.files / file.name).write_bytes(file.read_bytes())
+
+    def _is_mine(self, file: epath.Path | Path) -> bool:
+        """Whether this process writes that file: the first all, but for the others' lists of bad samples."""
+        listed = re.fullmatch(r"bad_samples\.(\d+)\.jsonl", file.name)
+        return file.is_file() and (int(listed[1]) if listed else 0) == self.process
 
     def _lock(self) -> None:
         """A record lock goes with its process, however that ends, and is not inherited by data workers.

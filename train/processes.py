@@ -46,8 +46,16 @@ def watched(main: Callable[[], int | None]) -> int | None:
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
         return main()
+    told = []
+
+    def pass_on(number: int, _) -> None:
+        # Ctrl-C asks to stop as preemption does, after an update and with a checkpoint; once more, at once.
+        asks = number == signal.SIGINT and not told
+        told.append(number)
+        os.kill(child, signal.SIGTERM if asks else number)
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(child, number))
+        signal.signal(number, pass_on)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:

@@ -12,7 +12,7 @@ broken one instead of raising it.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -251,40 +251,88 @@ def _read_line(line: bytes) -> Any:
 class BadSamples:
     """Bad samples of a run: named, listed, counted, and a reason to stop when they are too many.
 
-    `bad_samples.jsonl` has each of them once, over epochs and restarts. A process other than the first lists in a file
-    of its own what only it knows: pictures of its rows that turn out broken.
+    `bad_samples.jsonl` has each of them once, over epochs and restarts. Of several processes each finds out for itself
+    about the pictures of its own rows; it lists them in a file of its own, and stops nothing before `agree`, which all
+    call at the same update: one that stopped alone would leave the others waiting for it.
 
     Attributes:
-      count, seen: bad samples met, among so many conversations; those met again count again.
+      count, seen: bad samples that all processes know of, among so many conversations; those met again count again.
+      own, others: the pictures that this process found broken; that the others did, as of the last `agree`.
     """
 
-    def __init__(self, config: TrainConfig, samples: Samples, folder: Path | None, process: int = 0):
+    def __init__(
+        self, config: TrainConfig, samples: Samples, folder: Path | None, process: int = 0, processes: int = 1
+    ):
         """`folder` is where the list goes; None for nowhere."""
-        self._config, self._samples, self._process = config, samples, process
-        self.count = self.seen = self._told = 0
+        self._config, self._samples, self._process, self._alone = config, samples, process, processes == 1
+        self.count = self.seen = self.own = self.others = self._told = 0
+        self._failed = ""  # what is to stop all processes
         name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
         self._file = folder and folder / name
         self._listed = self._read()
+
+    @property
+    def total(self) -> int:
+        """Bad samples met, as far as this process knows."""
+        return self.count + self.own + self.others
 
     def add(self, bad: Sequence[BadSample], seen: int = 0, *, known_to_all: bool = False) -> None:
         """Count `bad` of `seen` more conversations.
 
         Raises:
-          InputError: the run is to stop at a bad sample, or has met too many; the list cannot be written.
+          InputError: the run is to stop at a bad sample, or has met too many. If not all processes know of these, only
+            `agree` raises it.
         """
         self.seen += seen
-        self.count += len(bad)
+        if known_to_all:
+            self.count += len(bad)
+        else:
+            self.own += len(bad)
         if not known_to_all or self._process == 0:
             for one in bad:
                 self._list(one)
-        if bad and self._config.on_bad_sample == "fail":
-            raise InputError(self._samples.name(bad[0]))
+        problem = self._samples.name(bad[0]) if bad and self._config.on_bad_sample == "fail" else ""
+        if known_to_all or self._alone:
+            if problem:
+                raise InputError(problem)
+            self._check(self.count + (self.own if self._alone else 0), self.seen)
+        else:
+            self._failed = self._failed or problem
+
+    def agree(self, share: Callable[[str], list[str]]) -> None:
+        """Tell the other processes what only this one knows, and learn what they do. All call it at the same update.
+
+        Args:
+          share: a text of this process -> those of all.
+
+        Raises:
+          InputError: on all of them, for the reasons of `add`.
+        """
+        own = self.own  # threads go on counting
+        reports = [
+            json.loads(text) for text in share(json.dumps([self._process, own, self.count, self.seen, self._failed]))
+        ]
+        parts, owns, counts, seens, failures = zip(*reports, strict=True)
+        of_all = sum(dict(zip(parts, owns, strict=True)).values())  # processes may have the same part of the rows
+        self.others = of_all - own
+        if any(failures):
+            raise InputError(next(filter(None, failures)))
+        self._check(max(counts) + of_all, max(seens))
+
+    def get_state(self) -> list[int]:
+        """What a run that goes on begins to count from."""
+        return [self.total, self.seen]
+
+    def set_state(self, state: Sequence[int]) -> None:
+        self.count, self.seen = state
+
+    def _check(self, count: int, seen: int) -> None:
         # Of a few conversations one alone would be a large share.
-        allowed = self._config.max_bad_share * max(self.seen, min(len(self._samples), ENOUGH))
-        if self.count > allowed:
+        allowed = self._config.max_bad_share * max(seen, min(len(self._samples), ENOUGH))
+        if count > allowed:
             where = f"; {self._file} lists them" if self._file else ""
             raise InputError(
-                f"{self._samples.path}: bad samples: {self.count} among the first {max(self.seen, self.count)}, more "
+                f"{self._samples.path}: bad samples: {count} among the first {max(seen, count)}, more "
                 f"than --max-bad-share {self._config.max_bad_share:g} allows{where}"
             )
 
@@ -304,8 +352,9 @@ class BadSamples:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except OSError as error:
-            raise InputError(f"{self._file}: cannot be written ({error.strerror or error})") from None
+        except OSError as error:  # a full disk, perhaps for a while
+            note(f"warning: {self._file}: cannot be written ({error.strerror or error}); the run goes on without it")
+            self._file = None
 
     def _read(self) -> set[tuple[str, int]]:
         """What is listed already. A last line that was cut off while being written is taken away."""

@@ -140,8 +140,9 @@ def setup(
 
     def evaluate(frozen: Params, state: TrainState, batch: Batch) -> Metrics:
         params = _union(frozen, state.trained)
+        sum_of_part = lambda part: loss_sum(params, part, model, config, mesh)  # noqa: E731
         return {
-            "loss_sum": loss_sum(params, batch, model, config, mesh),
+            "loss_sum": jnp.sum(jax.lax.map(sum_of_part, _parts(batch, config.accumulate, mesh))),
             "labelled": jnp.sum(next_tokens(batch) != IGNORE),
         }
 
@@ -152,6 +153,23 @@ def setup(
 
 def _gradients(loss_of_part, trained: Params, batch: Batch, parts: int, mesh: Mesh, cuts: Any):
     """Loss and gradient, summed over the parts that the batch's rows are computed in, one after the other."""
+
+    def of_part(part, number):
+        loss, grads = jax.value_and_grad(loss_of_part)(trained, part, number)
+        return loss, jax.lax.with_sharding_constraint(grads, cuts)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of_part(*part)), None
+
+    split = _parts(batch, parts, mesh)
+    if parts == 1:
+        return of_part(batch, 0)
+    none = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+    return jax.lax.scan(add, none, (split, jnp.arange(parts)))[0]
+
+
+def _parts(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """Leaves [B, ...] as [parts, B / parts, ...]: every device cuts up its own rows."""
     rows = batch.ids.shape[0]
     if rows % (row_multiple(mesh) * parts):
         raise InputError(
@@ -159,22 +177,11 @@ def _gradients(loss_of_part, trained: Params, batch: Batch, parts: int, mesh: Me
             "shards of rows"
         )
 
-    def of_part(part, number):
-        loss, grads = jax.value_and_grad(loss_of_part)(trained, part, number)
-        return loss, jax.lax.with_sharding_constraint(grads, cuts)
-
-    if parts == 1:
-        return of_part(batch, 0)
-
-    def split(x):  # [B, ...] to [parts, B / parts, ...]: every device cuts up its own rows
+    def split(x):
         x = x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
         return constrain(x, mesh, None, BATCH, *(None,) * (x.ndim - 2))
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, of_part(*part)), None
-
-    none = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-    return jax.lax.scan(add, none, (jax.tree.map(split, batch), jnp.arange(parts)))[0]
+    return jax.tree.map(split, batch)
 
 
 # ---------------------------------------------------------------- loss
