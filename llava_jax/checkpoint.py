@@ -64,8 +64,12 @@ def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike
     """
     directory = find_directory(where)
     config_json = read_json(directory / "config.json")
+    if config_json is None and (directory / "adapter_config.json").exists():
+        raise InputError(f"{directory}: an adapter; `python -m convert to-orbax` merges it into its --base")
     if config_json is None:
         raise InputError(f"{directory}: no checkpoint (there is no config.json)")
+    if "model_type" not in config_json and (directory / "model" / "config.json").exists():
+        raise InputError(f"{directory}: a training run; the model that it made is {directory / 'model'}")
     if config_json.get("format") == "llava-jax":
         if vision_tower is not None:
             raise InputError(f"{directory}: has its vision tower; --vision-tower is for originals that come without")

@@ -281,6 +281,11 @@ def test_the_model_answers(finished):
     assert model.ask("What is this?", [GOLDEN / "images/0_64x48.png"], max_new_tokens=2).token_ids
 
 
+def test_a_run_is_no_checkpoint_but_its_model_is(finished):
+    with pytest.raises(InputError, match=r"out: a training run; the model that it made is .*out/model$"):
+        open_checkpoint(finished[0])
+
+
 def test_lora_gives_an_adapter_and_the_merged_model(train, one_device, data, tmp_path):
     from safetensors.numpy import load_file
 
@@ -299,6 +304,8 @@ def test_lora_gives_an_adapter_and_the_merged_model(train, one_device, data, tmp
     name, path = "base_model.model.model.layers.0.self_attn.q_proj", "decoder/layers/0/attention/q/kernel"
     update = 2.0 * (adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]).T
     np.testing.assert_allclose(after[path].read(), before[path].read() + update, rtol=1e-6, atol=1e-7)
+    with pytest.raises(InputError, match=r"adapter: an adapter; `python -m convert to-orbax` merges it"):
+        open_checkpoint(output / "adapter")
 
 
 # ---------------------------------------------------------------- going on
@@ -396,6 +403,22 @@ def test_another_configuration_is_refused_with_its_differences(train, finished, 
 
 def small_state(value: float):
     return {"a": jax.numpy.full((4, 4), value), "b": {"step": jax.numpy.int32(value)}}
+
+
+def test_the_input_checkpoint_may_move_but_not_change(train, one_device, monkeypatch, tmp_path):
+    golden, moved = tmp_path / "a", tmp_path / "b"
+    shutil.copytree(CHECKPOINT, golden)
+    monkeypatch.setattr(loop.StopSignal, "at", lambda self, step: signal.SIGTERM if step == 1 else 0)
+    assert train(tmp_path / "out", "--checkpoint", golden)[0] == 128 + signal.SIGTERM
+    golden.rename(moved)
+    (weights,) = moved.glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    status, _, err = train(tmp_path / "out", "--checkpoint", moved)
+    assert (status, err.count("\n")) == (1, 1) and "checkpoint_fingerprint is " in err
+    weights.write_bytes(whole)
+    monkeypatch.undo()
+    assert train(tmp_path / "out", "--checkpoint", moved, "--mesh", "fsdp=8", "--steps", 10)[0] == 0
 
 
 def test_latest_and_best_checkpoints_are_kept(tmp_path):

@@ -1,6 +1,6 @@
 """A run's directory: who uses it, what is run in it, what of it is there.
 
-    config.json           the TrainConfig in force, and a checksum of its data
+    config.json           the TrainConfig in force, checksums of its data and checkpoint
     metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
     checkpoints/          states to go on from (checkpoints.py)
     model/ hf/ adapter/   the result (export.py)
@@ -21,6 +21,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax.checkpoint import find_directory
 from llava_jax.console import InputError, first_line, note
 from train.config import TrainConfig
 
@@ -30,6 +31,8 @@ MAY_CHANGE = {
     "on_bad_sample", "max_bad_share", "save_every", "keep", "log_every", "profile_steps", "export_hf",
 }  # fmt: skip
 CHECKSUM = "data_sha256"  # `data` may move, but not change
+FINGERPRINT = "checkpoint_fingerprint"  # nor may `checkpoint`, whose frozen weights are not in the run's checkpoints
+PLACES, PLACE_BYTES = 16, 4096  # of each of its files that are looked at
 
 
 class Output:
@@ -152,7 +155,26 @@ def describe(config: TrainConfig) -> dict[str, Any]:
                 digest.update(piece)
     except OSError as error:
         raise InputError(f"--data {config.data}: cannot be read ({error.strerror or error})") from None
-    return json.loads(json.dumps(dataclasses.asdict(config) | {CHECKSUM: digest.hexdigest()}))
+    checksums = {CHECKSUM: digest.hexdigest(), FINGERPRINT: fingerprint(config.checkpoint)}
+    return json.loads(json.dumps(dataclasses.asdict(config) | checksums))
+
+
+def fingerprint(checkpoint: str) -> str:
+    """Of names, sizes and some bytes of a checkpoint's files: cheap, and another for another training's weights.
+
+    Empty for one in an object store, which is known by its name alone.
+    """
+    if is_remote(checkpoint):
+        return ""
+    directory, digest = find_directory(checkpoint), hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
+        with path.open("rb") as file:
+            for at in range(0, size, -(-size // PLACES) or 1):
+                file.seek(at)
+                digest.update(file.read(PLACE_BYTES))
+    return digest.hexdigest()
 
 
 def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
@@ -162,10 +184,11 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
         there = {}
     if CHECKSUM not in there:
         raise InputError(f"--output {path.parent}: holds something else (its config.json is not of a run)")
+    moved = {"checkpoint"} if wanted[FINGERPRINT] and there.get(FINGERPRINT) == wanted[FINGERPRINT] else set()
     differences = [
         f"{name} is {_shown(there.get(name))} there and {_shown(value)} here"
         for name, value in wanted.items()
-        if name not in MAY_CHANGE and there.get(name) != value
+        if name not in MAY_CHANGE | moved and there.get(name) != value
     ]
     if differences:
         raise InputError(
