@@ -419,8 +419,28 @@ def test_too_many_bad_samples_stop_a_run(write, config, models):
 
 def test_nothing_but_broken_pictures(write, config, models):
     path = write([good_row(0) | {"image": "truncated.jpg"}] * 3)
-    with pytest.raises(InputError, match=r"nothing in it can be trained on; .*row 0 \(id row0\): .*broken image"):
+    with pytest.raises(InputError, match=r"none of its pictures can be read; .*row 0 \(id row0\): .*broken image"):
         open_data(config(path), *models["v1.6-mistral"])
+
+
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+def test_text_does_not_hide_a_wrong_image_folder(name, write, config, models, tmp_path, monkeypatch):
+    """Of v1.5 no picture is touched before it is loaded; of v1.6 the head of each has been read."""
+    tried, load = [], Samples.load
+    monkeypatch.setattr(Samples, "load", lambda self, one: tried.append(one.index) or load(self, one))
+    path = write([good_row(3)] * 2 + [good_row(i) for i in range(98)])
+    (tmp_path / "elsewhere").mkdir()
+    settings = config(path, max_bad_share=1.0)
+    with pytest.raises(InputError, match=r"none of its pictures can be read; .*row 2 \(id row0\): .*no such image"):
+        open_data(settings.replace(image_folder=str(tmp_path / "elsewhere")), *models[name])
+    assert (len(tried), max(tried, default=0) > 80) == ((8, True) if name == "v1.5-llama" else (0, False))
+    tried.clear()
+    open_data(settings, *models[name]).close()
+    assert tried[0] == 2
+    rows = [good_row(i) for i in range(20)]
+    rows[0] |= {"image": "missing.png"}
+    open_data(config(write(rows), max_bad_share=1.0), *models[name]).close()
+    open_data(config(write([good_row(3)] * 20), image_folder=str(tmp_path / "elsewhere")), *models[name]).close()
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])

@@ -32,6 +32,7 @@ from train.config import TrainConfig
 from train.packing import enough_tiles, fill_rows, good_length
 from train.samples import BadSample, BadSamples, Sample, Samples
 
+PICTURES = 8  # conversations whose pictures are tried beforehand
 WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
 # What the longest row and the most tiles of a bucketed batch are rounded up to.
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -134,15 +135,24 @@ class Data:
     # ------------------------------------------------------------ beforehand
 
     def _look(self) -> list[Sample]:
-        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read."""
+        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read.
+
+        Text alone can always be read, and says nothing about the image folder.
+        """
         good, bad = _part(self._map_measure(self._measure, self._looked_at))
-        for one in good:
+        pictured = [one for one in good if one.images]
+        broken = [one for one in bad if one.file]
+        for one in pictured[:: -(-len(pictured) // PICTURES) or 1]:
             loaded = self.samples.load(one)
             if isinstance(loaded, Row):
                 break
+            broken.append(loaded)
             bad.append(loaded)
         else:
-            raise InputError(f"nothing in it can be trained on; first of all, {self.samples.name(bad[0])}")
+            if broken:
+                raise InputError(f"none of its pictures can be read; first of all, {self.samples.name(broken[0])}")
+            if not good:
+                raise InputError(f"nothing in it can be trained on; first of all, {self.samples.name(bad[0])}")
         self._bad.add(bad, seen=len(self._looked_at), known_to_all=True)
         self._bad.count = self._bad.seen = 0  # these come again in their windows
         return good
