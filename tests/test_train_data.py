@@ -231,6 +231,41 @@ def test_a_picture_is_at_fault_by_name(write, folder, models):
     assert samples.name(found) == f"{samples.path} row 0 (id 9): {folder}/truncated.jpg: {found.reason.split(': ')[1]}"
 
 
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+def test_links_are_followed_within_the_image_folder(name, write, folder, models, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (tmp_path / "pictures2").mkdir()
+    for place in (pictures, tmp_path, tmp_path / "pictures2"):
+        (place / "0.png").write_bytes((folder / "0.png").read_bytes())
+    (tmp_path / "link").symlink_to(pictures)
+    for link, target in {
+        "same.png": "0.png", "whole.png": str(pictures / "0.png"), "through.png": str(tmp_path / "link" / "0.png"),
+        "here": ".", "out.png": "../0.png", "beside": "../pictures2", "up": "..", "two.png": "out.png",
+        "loop.png": "loop.png", "gone.png": "missing.png",
+    }.items():  # fmt: skip
+        (pictures / link).symlink_to(target)
+    wanted = {"0.png": None, "same.png": None, "whole.png": None, "through.png": None, "here/0.png": None} | {
+        "here/out.png": "leads out of the image folder, by a link to",
+        "out.png": f"out.png: leads out of the image folder, by a link to {tmp_path.resolve()}/0.png",
+        "beside/0.png": "leads out of the image folder",
+        "up/pictures2/0.png": "leads out of the image folder",
+        "two.png": "leads out of the image folder",
+        "loop.png": "cannot be read",
+        "gone.png": "no such image",
+    }
+    path = write([{"image": image, "conversations": turns("<image>", "x")} for image in wanted])
+    for directory in (pictures, tmp_path / "link"):
+        samples = Samples(path, str(directory), *models[name], template="v1")
+        for i, (image, says) in enumerate(wanted.items()):
+            found = samples.measure(i)
+            found = found if isinstance(found, BadSample) else samples.load(found)
+            if says is None:
+                assert found.tile_count, image
+            else:
+                assert (found.file, says in found.reason) == (image, True), found
+
+
 def test_a_long_conversation_is_cut_and_pictures_behind_the_cut_are_forgotten(write, folder, models):
     model, tokenizer = models["v1.5-llama"]
     row = {"image": ["0.png", "missing.png"], "conversations": turns("<image> a", "the", "b <image>", "is")}
