@@ -703,6 +703,52 @@ def test_preview_in_json_is_what_a_batch_holds(write, config, models, run_cli):
     assert shown["row1"]["trained"] == sum(label != IGNORE for label in shown["row1"]["labels"])
 
 
+def test_preview_places_images_as_training_does(write, config, models, run_cli):
+    rows = [{"id": i, "image": "0.png", "conversations": turns("<image>\nWhat?", "x")} for i in range(12)]
+    settings = config(write(rows), template="v1", batching="bucketed", global_batch_size=12, image_first="random")
+    data = open_data(settings, *models["v1.5-llama"])
+    trained = []
+    for _ in range(2):
+        batch, info = next(data)
+        trained.append({i: batch.ids[b, : batch.lengths[b]].tolist() for b, i in enumerate(info["ids"])})
+    data.close()
+    assert trained[0] != trained[1]
+
+    def shown(*args):
+        status, out, err = run_cli(
+            preview.main, "--data", settings.data, "--image-folder", settings.image_folder, "-n", 12, "--json",
+            "--checkpoint", GOLDEN / "checkpoints" / "v1.5-llama", "--template", "v1", *args,
+        )  # fmt: skip
+        assert (status, err) == (0, "")
+        rows = map(json.loads, out.splitlines())
+        # A feature's id is 0 in a batch.
+        return {row["id"]: [0 if i == IMAGE else i for i in row["ids"]] for row in rows}
+
+    random = shown("--image-first", "random", "--seed", settings.seed)
+    assert random == trained[0]
+    assert shown("--image-first", "random", "--seed", settings.seed, "--epoch", 1) == trained[1]
+    assert shown("--preset", "v1-finetune", "--seed", settings.seed) == random
+    assert shown() == shown("--preset", "v1.5-finetune") != random
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--nothing"], "the following arguments are required: --data, --checkpoint (--help lists all flags)"),
+        (["--data", "a", "--checkpoint", "b", "--preset", "v2"], "argument --preset: invalid choice: 'v2'"),
+        (["--data", "a", "--checkpoint", "b", "-n", "x"], "argument -n: invalid int value: 'x'"),
+        (["--data", "a", "--checkpoint", "b", "-n", "0"], "-n 0: must be at least 1"),
+        (["--data", "a", "--checkpoint", "b", "--start", "-1"], "--start -1: must be at least 0"),
+        (["--data", "a", "--checkpoint", "b", "--epoch", "-1"], "--epoch -1: must be at least 0"),
+        (["--data", "a", "--checkpoint", "b", "--seed", "-1"], "--seed -1: must be at least 0"),
+    ],
+)
+def test_preview_refuses_wrong_flags_in_a_line(args, says, run_cli):
+    status, out, err = run_cli(preview.main, *args)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {says}")
+
+
 # ---------------------------------------------------------------- ScienceQA
 
 PROBLEM = {

@@ -13,6 +13,7 @@ from llava_jax.sharding import parse_mesh
 
 TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")
 BATCHING = ("packed", "bucketed")
+IMAGE_FIRST = ("as_is", "random")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("bfloat16", "float32")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -96,7 +97,7 @@ class TrainConfig:
             ("remat", REMAT),
             ("dtype", DTYPES),
             ("on_bad_sample", ("skip", "fail")),
-            ("image_first", ("as_is", "random")),
+            ("image_first", IMAGE_FIRST),
             ("aspect_ratio", (None, *ASPECT_RATIOS)),
         ):
             if getattr(self, name) not in known:
