@@ -114,7 +114,7 @@ class TrainConfig:
             self._check(name, lambda value: 0 <= value <= 1, "must be between 0 and 1")
         for name in ("lora_dropout", "adam_b1", "adam_b2"):
             self._check(name, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-        self._check("epochs", lambda value: value > 0, "must be above 0")
+        self._check("epochs", lambda value: 0 < value <= 1e6, "must be above 0, and at most 1000000")
         self._check("positions_per_row", lambda value: value >= self.max_length, "must be at least --max-length")
         if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
             raise InputError(f"--lora-targets {', '.join(unknown)}: only {', '.join(LORA_TARGETS)}")
