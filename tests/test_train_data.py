@@ -806,9 +806,52 @@ def test_scienceqa_file(tmp_path, run_cli, models, folder):
         (["--split", "train", "--prompt-format", "QCM-X"], "--prompt-format 'QCM-X'"),
         (["--split", "dev"], "--split dev: .*pid_splits.json has train, test"),
         (["--split", "test"], "problem 9 is not ScienceQA's"),
+        ([], "the following arguments are required: --split"),
+        (["--splits", "train"], "the following arguments are required: --split"),
+        (["--split", "train", "train"], "unrecognized arguments: train"),
+        (["--split", "train", "--output", str(folder)], "cannot be written"),
+        (["--split", "train", "--output", str(folder / "0.png" / "a.json")], "cannot be written"),
         (["--split", "train", "--base-dir", str(folder)], "problems.json: no such file"),
     ]:
         status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, *args)
         assert status == 1
         assert err.startswith("error: ")
+        assert err.count("\n") == 1
         assert re.search(says, err)
+
+
+@pytest.mark.parametrize("answer", [-1, 2, 7, None, "1", 0.5])
+def test_scienceqa_answer_that_is_no_choice(answer, tmp_path, run_cli):
+    (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM | {"answer": answer}}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
+    status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
+    says = f"{tmp_path}/problems.json: problem 7: answer {answer!r} is none of its 2 choices, counted from 0"
+    assert (status, err) == (1, f"error: {says}\n")
+    assert not (tmp_path / "llava_train_QCM-LEA.json").exists()
+
+
+@pytest.mark.parametrize("split", ["7", 7, None, {"7": 1}, [7], ["7", ["7"]]])
+def test_scienceqa_split_that_is_no_list(split, tmp_path, run_cli):
+    (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": split}))
+    status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
+    says = f"error: {tmp_path}/pid_splits.json: train must be a list of problems' numbers, as texts\n"
+    assert (status, err) == (1, says)
+
+
+def test_scienceqa_file_is_whole_or_as_it_was(tmp_path, run_cli, monkeypatch):
+    (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
+    path = tmp_path / "llava_train_QCM-LEA.json"
+    path.write_text("before")
+    write = Path.write_text
+
+    def full_disk(self, text):
+        write(self, text[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
+    assert (status, err) == (1, f"error: {path}: cannot be written (No space left on device)\n")
+    assert path.read_text() == "before"
+    assert {file.name for file in tmp_path.iterdir()} == {"problems.json", "pid_splits.json", path.name}
