@@ -13,10 +13,10 @@ from PIL import Image
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.splice import IGNORE, IMAGE, TEXT
-from train import preview, scienceqa
+from train import packing, preview, scienceqa
 from train.config import TrainConfig
 from train.data import open_data
-from train.packing import fill_rows
+from train.packing import fill_rows, good_length
 from train.samples import BadSample, Samples, read_rows
 
 SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]
@@ -178,6 +178,24 @@ def test_padding_of_lengths_like_mix665k_is_below_five_percent():
     n = np.minimum(np.choose(kind, [short, long, text]), 2048).astype(int)
     rows = fill_rows(list(zip(n.tolist(), (kind < 2).tolist(), strict=True)), 2048, 3)
     assert 1 - n.sum() / (2048 * len(rows)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("positions", "least", "chosen"),
+    [
+        (600, 1000, 1000), (600, 1024, 1280), (900, 2048, 2816), (1000, 2048, 2048), (2050, 4096, 4224),
+        (2500, 4096, 5120), (2700, 5000, 5632), (4500, 8192, 9216), (20000, 32768, 40960),
+    ],
+)  # fmt: skip
+def test_length_of_a_row_is_chosen_from_few(positions, least, chosen, monkeypatch):
+    """To try one fills all rows with it."""
+    tried = []
+    monkeypatch.setattr(packing, "fill_rows", lambda *args: tried.append(args[1]) or fill_rows(*args))
+    assert good_length([(positions, 1)] * 12, least, 4096) == chosen
+    assert len(tried) <= 18
+    tried.clear()
+    assert good_length([(least // 2, 1)] * 12, least, 4096) == least  # rows are full already
+    assert tried in ([], [least])
 
 
 # ---------------------------------------------------------------- the data file
