@@ -337,7 +337,14 @@ def test_random_order_of_image_and_question(write, folder, models):
         (dict(data="nowhere.json"), "nowhere.json: cannot be read"),
         (dict(max_length=40), r"nothing in it can be trained on; .*row 0 .*no answer within 40 positions"),
         (dict(tiles_per_row=0), r"bad samples: \d+ among the first .*--max-bad-share 0.01"),
-        (dict(batching="bucketed", global_batch_size=6), "--global-batch-size 6: .* want a multiple of 4"),
+        (
+            dict(batching="bucketed", global_batch_size=6),
+            "--global-batch-size 6: .*, the mesh and the number of processes want a multiple of 4",
+        ),
+        (
+            dict(batching="bucketed", global_batch_size=6, accumulate=4),
+            "--global-batch-size 6: .*, the mesh, the number of processes and --accumulate 4 want a multiple of 4",
+        ),
     ],
 )
 def test_what_is_refused_beforehand(write, config, models, changes, says):

@@ -170,9 +170,11 @@ class Data:
         if self.packed:
             return max(1, round(wanted / self._conversations_per_row / multiple)) * multiple
         if wanted % multiple:
+            causes = "the mesh and the number of processes"
+            if self.config.accumulate > 1:
+                causes = f"the mesh, the number of processes and --accumulate {self.config.accumulate}"
             raise InputError(
-                f"--global-batch-size {wanted}: with one conversation a row, the mesh and the number of processes want "
-                f"a multiple of {multiple}"
+                f"--global-batch-size {wanted}: with one conversation a row, {causes} want a multiple of {multiple}"
             )
         return wanted
 
