@@ -1,5 +1,6 @@
 """What commands share: one-line errors, notes on standard error, progress, compiled programs kept between runs."""
 
+import argparse
 import os
 import shutil
 import sys
@@ -11,6 +12,13 @@ from pathlib import Path
 
 class InputError(Exception):
     """Something that the user gave is wrong. The message is one line: what, where, and what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags are wrong input like any other: one line, status 1."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists all flags)")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

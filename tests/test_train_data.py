@@ -13,10 +13,10 @@ from PIL import Image
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.splice import IGNORE, IMAGE, TEXT
-from train import preview, scienceqa
+from train import packing, preview, scienceqa
 from train.config import TrainConfig
 from train.data import open_data
-from train.packing import fill_rows
+from train.packing import fill_rows, good_length
 from train.samples import BadSample, Samples, read_rows
 
 SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]
@@ -180,6 +180,24 @@ def test_padding_of_lengths_like_mix665k_is_below_five_percent():
     assert 1 - n.sum() / (2048 * len(rows)) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("positions", "least", "chosen"),
+    [
+        (600, 1000, 1000), (600, 1024, 1280), (900, 2048, 2816), (1000, 2048, 2048), (2050, 4096, 4224),
+        (2500, 4096, 5120), (2700, 5000, 5632), (4500, 8192, 9216), (20000, 32768, 40960),
+    ],
+)  # fmt: skip
+def test_length_of_a_row_is_chosen_from_few(positions, least, chosen, monkeypatch):
+    """To try one fills all rows with it."""
+    tried = []
+    monkeypatch.setattr(packing, "fill_rows", lambda *args: tried.append(args[1]) or fill_rows(*args))
+    assert good_length([(positions, 1)] * 12, least, 4096) == chosen
+    assert len(tried) <= 18
+    tried.clear()
+    assert good_length([(least // 2, 1)] * 12, least, 4096) == least  # rows are full already
+    assert tried in ([], [least])
+
+
 # ---------------------------------------------------------------- the data file
 
 
@@ -229,6 +247,46 @@ def test_a_picture_is_at_fault_by_name(write, folder, models):
     found = samples.load(samples.measure(0))
     assert (found.id, found.file) == (9, "truncated.jpg")
     assert samples.name(found) == f"{samples.path} row 0 (id 9): {folder}/truncated.jpg: {found.reason.split(': ')[1]}"
+
+
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+def test_links_are_followed_within_the_image_folder(name, write, folder, models, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (tmp_path / "pictures2").mkdir()
+    for place in (pictures, tmp_path, tmp_path / "pictures2"):
+        (place / "0.png").write_bytes((folder / "0.png").read_bytes())
+    (tmp_path / "link").symlink_to(pictures)
+    for link, target in {
+        "same.png": "0.png", "whole.png": str(pictures / "0.png"), "through.png": str(tmp_path / "link" / "0.png"),
+        "here": ".", "out.png": "../0.png", "beside": "../pictures2", "up": "..", "two.png": "out.png",
+        "loop.png": "loop.png", "gone.png": "missing.png",
+    }.items():  # fmt: skip
+        (pictures / link).symlink_to(target)
+    wanted = {"0.png": None, "same.png": None, "whole.png": None, "through.png": None, "here/0.png": None} | {
+        "here/out.png": "leads out of the image folder, by a link to",
+        "out.png": f"out.png: leads out of the image folder, by a link to {tmp_path.resolve()}/0.png",
+        "beside/0.png": "leads out of the image folder",
+        "up/pictures2/0.png": "leads out of the image folder",
+        "two.png": "leads out of the image folder",
+        "loop.png": "cannot be read",
+        "gone.png": "no such image",
+    }
+    path = write([{"image": image, "conversations": turns("<image>", "x")} for image in wanted])
+    for directory in (pictures, tmp_path / "link"):
+        samples = Samples(path, str(directory), *models[name], template="v1")
+        for i, (image, says) in enumerate(wanted.items()):
+            found = samples.measure(i)
+            found = found if isinstance(found, BadSample) else samples.load(found)
+            if says is None:
+                assert found.tile_count, image
+            else:
+                assert (found.file, says in found.reason) == (image, True), found
+    samples = Samples(path, str(pictures), *models[name], template="v1", follow_links=True)
+    for i, (image, says) in enumerate(wanted.items()):
+        found = samples.measure(i)
+        found = found if isinstance(found, BadSample) else samples.load(found)
+        assert isinstance(found, BadSample) == (image in ("loop.png", "gone.png")), (image, says)
 
 
 def test_a_long_conversation_is_cut_and_pictures_behind_the_cut_are_forgotten(write, folder, models):
@@ -284,7 +342,14 @@ def test_random_order_of_image_and_question(write, folder, models):
         (dict(data="nowhere.json"), "nowhere.json: cannot be read"),
         (dict(max_length=40), r"nothing in it can be trained on; .*row 0 .*no answer within 40 positions"),
         (dict(tiles_per_row=0), r"bad samples: \d+ among the first .*--max-bad-share 0.01"),
-        (dict(batching="bucketed", global_batch_size=6), "--global-batch-size 6: .* want a multiple of 4"),
+        (
+            dict(batching="bucketed", global_batch_size=6),
+            "--global-batch-size 6: .*, the mesh and the number of processes want a multiple of 4",
+        ),
+        (
+            dict(batching="bucketed", global_batch_size=6, accumulate=4),
+            "--global-batch-size 6: .*, the mesh, the number of processes and --accumulate 4 want a multiple of 4",
+        ),
     ],
 )
 def test_what_is_refused_beforehand(write, config, models, changes, says):
@@ -448,8 +513,28 @@ def test_processes_stop_together_at_what_each_of_them_found(write, config, model
 
 def test_nothing_but_broken_pictures(write, config, models):
     path = write([good_row(0) | {"image": "truncated.jpg"}] * 3)
-    with pytest.raises(InputError, match=r"nothing in it can be trained on; .*row 0 \(id row0\): .*broken image"):
+    with pytest.raises(InputError, match=r"none of its pictures can be read; .*row 0 \(id row0\): .*broken image"):
         open_data(config(path), *models["v1.6-mistral"])
+
+
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+def test_text_does_not_hide_a_wrong_image_folder(name, write, config, models, tmp_path, monkeypatch):
+    """Of v1.5 no picture is touched before it is loaded; of v1.6 the head of each has been read."""
+    tried, load = [], Samples.load
+    monkeypatch.setattr(Samples, "load", lambda self, one: tried.append(one.index) or load(self, one))
+    path = write([good_row(3)] * 2 + [good_row(i) for i in range(98)])
+    (tmp_path / "elsewhere").mkdir()
+    settings = config(path, max_bad_share=1.0)
+    with pytest.raises(InputError, match=r"none of its pictures can be read; .*row 2 \(id row0\): .*no such image"):
+        open_data(settings.replace(image_folder=str(tmp_path / "elsewhere")), *models[name])
+    assert (len(tried), max(tried, default=0) > 80) == ((8, True) if name == "v1.5-llama" else (0, False))
+    tried.clear()
+    open_data(settings, *models[name]).close()
+    assert tried[0] == 2
+    rows = [good_row(i) for i in range(20)]
+    rows[0] |= {"image": "missing.png"}
+    open_data(config(write(rows), max_bad_share=1.0), *models[name]).close()
+    open_data(config(write([good_row(3)] * 20), image_folder=str(tmp_path / "elsewhere")), *models[name]).close()
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])
@@ -677,6 +762,52 @@ def test_preview_in_json_is_what_a_batch_holds(write, config, models, run_cli):
     assert shown["row1"]["trained"] == sum(label != IGNORE for label in shown["row1"]["labels"])
 
 
+def test_preview_places_images_as_training_does(write, config, models, run_cli):
+    rows = [{"id": i, "image": "0.png", "conversations": turns("<image>\nWhat?", "x")} for i in range(12)]
+    settings = config(write(rows), template="v1", batching="bucketed", global_batch_size=12, image_first="random")
+    data = open_data(settings, *models["v1.5-llama"])
+    trained = []
+    for _ in range(2):
+        batch, info = next(data)
+        trained.append({i: batch.ids[b, : batch.lengths[b]].tolist() for b, i in enumerate(info["ids"])})
+    data.close()
+    assert trained[0] != trained[1]
+
+    def shown(*args):
+        status, out, err = run_cli(
+            preview.main, "--data", settings.data, "--image-folder", settings.image_folder, "-n", 12, "--json",
+            "--checkpoint", GOLDEN / "checkpoints" / "v1.5-llama", "--template", "v1", *args,
+        )  # fmt: skip
+        assert (status, err) == (0, "")
+        rows = map(json.loads, out.splitlines())
+        # A feature's id is 0 in a batch.
+        return {row["id"]: [0 if i == IMAGE else i for i in row["ids"]] for row in rows}
+
+    random = shown("--image-first", "random", "--seed", settings.seed)
+    assert random == trained[0]
+    assert shown("--image-first", "random", "--seed", settings.seed, "--epoch", 1) == trained[1]
+    assert shown("--preset", "v1-finetune", "--seed", settings.seed) == random
+    assert shown() == shown("--preset", "v1.5-finetune") != random
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--nothing"], "the following arguments are required: --data, --checkpoint (--help lists all flags)"),
+        (["--data", "a", "--checkpoint", "b", "--preset", "v2"], "argument --preset: invalid choice: 'v2'"),
+        (["--data", "a", "--checkpoint", "b", "-n", "x"], "argument -n: invalid int value: 'x'"),
+        (["--data", "a", "--checkpoint", "b", "-n", "0"], "-n 0: must be at least 1"),
+        (["--data", "a", "--checkpoint", "b", "--start", "-1"], "--start -1: must be at least 0"),
+        (["--data", "a", "--checkpoint", "b", "--epoch", "-1"], "--epoch -1: must be at least 0"),
+        (["--data", "a", "--checkpoint", "b", "--seed", "-1"], "--seed -1: must be at least 0"),
+    ],
+)
+def test_preview_refuses_wrong_flags_in_a_line(args, says, run_cli):
+    status, out, err = run_cli(preview.main, *args)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {says}")
+
+
 # ---------------------------------------------------------------- ScienceQA
 
 PROBLEM = {
@@ -734,9 +865,52 @@ def test_scienceqa_file(tmp_path, run_cli, models, folder):
         (["--split", "train", "--prompt-format", "QCM-X"], "--prompt-format 'QCM-X'"),
         (["--split", "dev"], "--split dev: .*pid_splits.json has train, test"),
         (["--split", "test"], "problem 9 is not ScienceQA's"),
+        ([], "the following arguments are required: --split"),
+        (["--splits", "train"], "the following arguments are required: --split"),
+        (["--split", "train", "train"], "unrecognized arguments: train"),
+        (["--split", "train", "--output", str(folder)], "cannot be written"),
+        (["--split", "train", "--output", str(folder / "0.png" / "a.json")], "cannot be written"),
         (["--split", "train", "--base-dir", str(folder)], "problems.json: no such file"),
     ]:
         status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, *args)
         assert status == 1
         assert err.startswith("error: ")
+        assert err.count("\n") == 1
         assert re.search(says, err)
+
+
+@pytest.mark.parametrize("answer", [-1, 2, 7, None, "1", 0.5])
+def test_scienceqa_answer_that_is_no_choice(answer, tmp_path, run_cli):
+    (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM | {"answer": answer}}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
+    status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
+    says = f"{tmp_path}/problems.json: problem 7: answer {answer!r} is none of its 2 choices, counted from 0"
+    assert (status, err) == (1, f"error: {says}\n")
+    assert not (tmp_path / "llava_train_QCM-LEA.json").exists()
+
+
+@pytest.mark.parametrize("split", ["7", 7, None, {"7": 1}, [7], ["7", ["7"]]])
+def test_scienceqa_split_that_is_no_list(split, tmp_path, run_cli):
+    (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": split}))
+    status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
+    says = f"error: {tmp_path}/pid_splits.json: train must be a list of problems' numbers, as texts\n"
+    assert (status, err) == (1, says)
+
+
+def test_scienceqa_file_is_whole_or_as_it_was(tmp_path, run_cli, monkeypatch):
+    (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
+    path = tmp_path / "llava_train_QCM-LEA.json"
+    path.write_text("before")
+    write = Path.write_text
+
+    def full_disk(self, text):
+        write(self, text[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
+    assert (status, err) == (1, f"error: {path}: cannot be written (No space left on device)\n")
+    assert path.read_text() == "before"
+    assert {file.name for file in tmp_path.iterdir()} == {"problems.json", "pid_splits.json", path.name}

@@ -354,6 +354,8 @@ def test_rows_that_do_not_go_into_the_parts():
         (dict(lora_targets=("q", "head")), "--lora-targets head: only q, k"),
         (dict(tune="lora", lora_targets=()), "--lora-targets: name at least one"),
         (dict(epochs=0.0), "--epochs 0.0: must be above 0"),
+        (dict(epochs=1e308), "--epochs 1e+308: must be above 0, and at most 1000000"),
+        (dict(epochs=float("inf")), "--epochs inf: must be a finite number"),
         (dict(mesh="model=8"), "mesh 'model=8': write it as"),
     ],
 )

@@ -13,17 +13,10 @@ import os
 import sys
 import types
 
-from llava_jax.console import InputError, enable_compilation_cache, hush, note, run_main
+from llava_jax.console import InputError, Parser, enable_compilation_cache, hush, note, run_main
 from train.processes import are_several, connect, watched
 
 PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "output")
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong flags are wrong input like any other: one line, status 1."""
-
-    def error(self, message: str):
-        raise InputError(f"{message} (--help lists all flags)")
 
 
 def parser() -> argparse.ArgumentParser:

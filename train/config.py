@@ -13,6 +13,7 @@ from llava_jax.sharding import parse_mesh
 
 TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")
 BATCHING = ("packed", "bucketed")
+IMAGE_FIRST = ("as_is", "random")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("bfloat16", "float32")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -33,6 +34,7 @@ class TrainConfig:
     # data
     data: str = _("", "conversations in the original's format: a JSON list or JSON lines")
     image_folder: str = _("", "where the images are that the data names")
+    follow_links: bool = _(False, "links in the image folder may lead out of it, to other disks")
     template: str | None = _(None, "conversation template; None: the checkpoint's")
     max_length: int = _(2048, "positions after splicing at which a conversation is cut")
     batching: str = _("packed", "packed: several conversations a row; bucketed: one a row, lengths grouped")
@@ -96,7 +98,7 @@ class TrainConfig:
             ("remat", REMAT),
             ("dtype", DTYPES),
             ("on_bad_sample", ("skip", "fail")),
-            ("image_first", ("as_is", "random")),
+            ("image_first", IMAGE_FIRST),
             ("aspect_ratio", (None, *ASPECT_RATIOS)),
         ):
             if getattr(self, name) not in known:
@@ -113,7 +115,7 @@ class TrainConfig:
             self._check(name, lambda value: 0 <= value <= 1, "must be between 0 and 1")
         for name in ("lora_dropout", "adam_b1", "adam_b2"):
             self._check(name, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-        self._check("epochs", lambda value: value > 0, "must be above 0")
+        self._check("epochs", lambda value: 0 < value <= 1e6, "must be above 0, and at most 1000000")
         self._check("positions_per_row", lambda value: value >= self.max_length, "must be at least --max-length")
         if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
             raise InputError(f"--lora-targets {', '.join(unknown)}: only {', '.join(LORA_TARGETS)}")

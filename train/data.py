@@ -32,6 +32,7 @@ from train.config import TrainConfig
 from train.packing import enough_tiles, fill_rows, good_length
 from train.samples import BadSample, BadSamples, Sample, Samples
 
+PICTURES = 8  # conversations whose pictures are tried beforehand
 WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
 # What the longest row and the most tiles of a bucketed batch are rounded up to.
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -77,6 +78,7 @@ def open_data(
         max_length=config.max_length,
         image_first=config.image_first if train else "as_is",
         seed=config.seed,
+        follow_links=config.follow_links,
     )
     folder = folder or (Path(config.output) if config.output else None)
     bad = BadSamples(config, samples, folder, process, processes)
@@ -135,15 +137,24 @@ class Data:
     # ------------------------------------------------------------ beforehand
 
     def _look(self) -> list[Sample]:
-        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read."""
+        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read.
+
+        Text alone can always be read, and says nothing about the image folder.
+        """
         good, bad = _part(self._map_measure(self._measure, self._looked_at))
-        for one in good:
+        pictured = [one for one in good if one.images]
+        broken = [one for one in bad if one.file]
+        for one in pictured[:: -(-len(pictured) // PICTURES) or 1]:
             loaded = self.samples.load(one)
             if isinstance(loaded, Row):
                 break
+            broken.append(loaded)
             bad.append(loaded)
         else:
-            raise InputError(f"nothing in it can be trained on; first of all, {self.samples.name(bad[0])}")
+            if broken:
+                raise InputError(f"none of its pictures can be read; first of all, {self.samples.name(broken[0])}")
+            if not good:
+                raise InputError(f"nothing in it can be trained on; first of all, {self.samples.name(bad[0])}")
         self.bad.add(bad, seen=len(self._looked_at), known_to_all=True)
         self.bad.set_state((0, 0))  # these come again in their windows
         return good
@@ -161,9 +172,11 @@ class Data:
         if self.packed:
             return max(1, round(wanted / self._conversations_per_row / multiple)) * multiple
         if wanted % multiple:
+            causes = "the mesh and the number of processes"
+            if self.config.accumulate > 1:
+                causes = f"the mesh, the number of processes and --accumulate {self.config.accumulate}"
             raise InputError(
-                f"--global-batch-size {wanted}: with one conversation a row, the mesh and the number of processes want "
-                f"a multiple of {multiple}"
+                f"--global-batch-size {wanted}: with one conversation a row, {causes} want a multiple of {multiple}"
             )
         return wanted
 

@@ -27,7 +27,7 @@ from train.config import TrainConfig
 
 # A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
 MAY_CHANGE = {
-    "data", "image_folder", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
+    "data", "image_folder", "follow_links", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
     "on_bad_sample", "max_bad_share", "save_every", "keep", "log_every", "profile_steps", "export_hf",
 }  # fmt: skip
 CHECKSUM = "data_sha256"  # `data` may move, but not change

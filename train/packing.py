@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Sequence
 
 CANDIDATES = 256  # conversations among which the ones to fill a row are looked for
+LENGTHS = 17  # of a row, that are tried: 4,096 and what is a multiple of 128 up to 6,144
 
 Sizes = Sequence[tuple[int, int]]  # positions and tiles of each conversation
 
@@ -75,13 +76,22 @@ def good_length(sizes: Sizes, least: int, width: int) -> int:
     """
     if least < 1024:
         return least
-    step = 128  # accelerators cut sequences into pieces of that
+    piece = 128  # accelerators cut sequences into pieces of that
+    lengths = range(-(-least // piece) * piece, least + least // 2 + 1, piece)
+    lengths = lengths[:: -(-len(lengths) // LENGTHS)]  # each costs filling all rows: 0.1 s and more where they are long
 
-    def work(length: int) -> float:
-        return len(fill_rows([(n, 0) for n, _ in sizes], length, 0)) * length * (1 + length / (12 * width))
+    def work(positions: int, length: int) -> float:
+        return positions * (1 + length / (12 * width))
 
-    best = min(range(-(-least // step) * step, least + least // 2 + 1, step), key=work)
-    return best if work(best) < 0.95 * work(least) else least
+    def work_of_rows(length: int) -> float:
+        return work(len(fill_rows([(n, 0) for n, _ in sizes], length, 0)) * length, length)
+
+    enough = 0.95 * work_of_rows(least)
+    used = sum(n for n, _ in sizes)
+    # A length that would not do without any padding need not be tried.
+    found = {length: work_of_rows(length) for length in lengths if work(used, length) < enough}
+    best = min(found, key=found.get, default=least)
+    return best if found.get(best, enough) < enough else least
 
 
 def enough_tiles(sizes: Sizes, length: int, least: int) -> int:

@@ -15,23 +15,27 @@ from typing import Any
 import numpy as np
 
 from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import InputError, note, run_main
+from llava_jax.console import InputError, Parser, note, run_main
 from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
 from llava_jax.tokenizer import Tokenizer
-from train.config import PRESETS, TrainConfig
+from train.config import IMAGE_FIRST, PRESETS, TrainConfig
 from train.samples import BadSample, Sample, Samples
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m train.preview", description="Show what the model will see.")
+    p = Parser(prog="python -m train.preview", description="Show what the model will see.")
     p.add_argument("--data", required=True, metavar="FILE", help="a JSON list or JSON lines of conversations")
     p.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint directory or a hub name")
     p.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
-    p.add_argument("--preset", choices=PRESETS, help="take template, length and aspect ratio from a preset")
+    p.add_argument("--preset", choices=PRESETS, help="take these from a preset: template, length, aspect ratio, order")
+    p.add_argument("--follow-links", action="store_true", help="links in the image folder may lead out of it")
     p.add_argument("--template", metavar="NAME", help="conversation template; default: the preset's or checkpoint's")
     p.add_argument("--max-length", type=int, metavar="N", help="positions at which a conversation is cut")
     p.add_argument("--aspect-ratio", choices=ASPECT_RATIOS, help="default: the preset's or checkpoint's")
+    p.add_argument("--image-first", choices=IMAGE_FIRST, help="default: the preset's or as_is")
+    p.add_argument("--seed", type=int, metavar="N", help="of --image-first random, as in training (default 0)")
+    p.add_argument("--epoch", type=int, default=0, metavar="N", help="of --image-first random (default 0, the first)")
     p.add_argument("-n", type=int, default=5, metavar="N", help="conversations to show (default 5)")
     p.add_argument("--start", type=int, default=0, metavar="ROW", help="the first of them (default 0)")
     p.add_argument("--json", action="store_true", help="one JSON object each: ids, labels, positions after splicing")
@@ -40,8 +44,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = parser().parse_args()
+    for flag, value, least in (("-n", args.n, 1), ("--start", args.start, 0), ("--epoch", args.epoch, 0)):
+        if value < least:
+            raise InputError(f"{flag} {value}: must be at least {least}")
     config = PRESETS[args.preset] if args.preset else TrainConfig()
-    given = {name: getattr(args, name) for name in ("template", "max_length", "aspect_ratio")}
+    given = {name: getattr(args, name) for name in ("template", "max_length", "aspect_ratio", "image_first", "seed")}
     config = config.replace(**{name: value for name, value in given.items() if value is not None})
 
     from llava_jax.checkpoint import open_checkpoint  # takes its time, which --help need not wait for
@@ -49,14 +56,22 @@ def main() -> int:
     found = open_checkpoint(args.checkpoint, vision_tower=args.vision_tower)
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
     samples = Samples(
-        args.data, args.image_folder, model, found.tokenizer, template=config.template, max_length=config.max_length
+        args.data,
+        args.image_folder,
+        model,
+        found.tokenizer,
+        template=config.template,
+        max_length=config.max_length,
+        image_first=config.image_first,
+        seed=config.seed,
+        follow_links=args.follow_links,
     )
     shown = range(args.start, min(args.start + args.n, len(samples)))
     if not shown:
         raise InputError(f"{args.data} has {len(samples)} rows; there is none to show from --start {args.start}")
     bad = 0
     for index in shown:
-        sample = samples.measure(index)
+        sample = samples.measure(index, args.epoch)
         row = samples.load(sample) if isinstance(sample, Sample) else sample
         if isinstance(row, BadSample):
             bad += 1

@@ -12,6 +12,7 @@ broken one instead of raising it.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -79,6 +80,7 @@ class Samples:
         max_length: int | None = None,
         image_first: str = "as_is",
         seed: int = 0,
+        follow_links: bool = False,
     ):
         """Read a data file.
 
@@ -87,6 +89,7 @@ class Samples:
           max_length: positions after splicing at which a conversation is cut, on the right.
           image_first: "as_is" puts the mark of a single image in front of its turn, as the reference does; "random"
             there or behind it, as the paper does (LLaVA, Liu et al. 2023, 4.2), drawn anew for each epoch.
+          follow_links: also those in the image folder that lead out of it.
 
         Raises:
           InputError: the file, the folder or the template cannot be used.
@@ -97,6 +100,7 @@ class Samples:
         self.path, self.folder = path, Path(image_folder or ".")
         if not self.folder.is_dir():
             raise InputError(f"--image-folder {self.folder}: no such directory")
+        self._real_folder = None if follow_links else os.path.realpath(self.folder)
         self.rows = read_rows(path)
         self.has_image = np.array([isinstance(row, dict) and bool(row.get("image")) for row in self.rows])
         prepare_tokenizer(tokenizer, model)
@@ -133,7 +137,7 @@ class Samples:
                 raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.model.text.vocab_size}")
             layouts = []
             for image in images:
-                layouts.append(self._layout(self._find(image)))
+                layouts.append(self._layout(image))
             image = None
             whole = Row(ids, tuple(layouts), labels=labels)
             row, length = self._cut(whole)
@@ -179,17 +183,33 @@ class Samples:
         ids, labels = row.ids[kept], row.labels[kept]
         return Row(ids, row.layouts[: int((ids == IMAGE).sum())], labels=labels), length
 
-    def _find(self, image: str) -> Path:
-        path = PurePath(image)
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"{image}: leads out of the image folder")
-        return self.folder / path
-
-    def _layout(self, path: Path) -> TileLayout:
+    def _layout(self, image: str) -> TileLayout:
         """Only anyres asks for a picture's size. Other pictures are not touched before their batch is made, so that
         each process touches only its own."""
+        _check_name(image)
         side = self.model.vision.image_size
-        return layout(image_size(path) if self.model.aspect_ratio == "anyres" else (side, side), self.model)
+        size = image_size(self._find(image)) if self.model.aspect_ratio == "anyres" else (side, side)
+        return layout(size, self.model)
+
+    def _find(self, image: str) -> Path:
+        """Where a picture is: in the image folder, and unless links may, whatever leads to it does not leave that."""
+        _check_name(image)
+        path = self.folder / image
+        if self._real_folder is None:
+            return path
+        try:
+            real = os.path.realpath(path)
+        except ValueError:  # no file can have such a name, which opening it says better
+            return path
+        if not PurePath(real).is_relative_to(self._real_folder):
+            raise InputError(f"{image}: leads out of the image folder, by a link to {real} (--follow-links allows it)")
+        return path
+
+
+def _check_name(image: str) -> None:
+    path = PurePath(image)
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(f"{image}: leads out of the image folder")
 
 
 def check_row(row: Any) -> tuple[list[dict[str, str]], tuple[str, ...]]:

@@ -5,7 +5,7 @@
 reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-LEA.json` beside them.
 """
 
-import argparse
+import contextlib
 import json
 import os
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config import read_json
-from llava_jax.console import InputError, note, run_main
+from llava_jax.console import InputError, Parser, note, run_main
 
 # Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
 QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
@@ -84,10 +84,18 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
     problems, splits = (_read(base_dir / name) for name in ("problems.json", "pid_splits.json"))
     if split not in splits:
         raise InputError(f"--split {split}: {base_dir / 'pid_splits.json'} has {', '.join(splits)}")
+    numbers = splits[split]
+    if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
+        raise InputError(f"{base_dir / 'pid_splits.json'}: {split} must be a list of problems' numbers, as texts")
     rows = []
-    for number in splits[split]:
+    for number in numbers:
         try:
             problem = problems[number]
+            if problem["answer"] not in range(len(problem["choices"])):
+                raise InputError(
+                    f"{base_dir / 'problems.json'}: problem {number}: answer {problem['answer']!r} is none of its "
+                    f"{len(problem['choices'])} choices, counted from 0"
+                )
             question, answer = question_and_answer(problem, prompt_format)
             image = problem["image"]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -110,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m train.scienceqa", description="ScienceQA as conversations to train on.")
+    p = Parser(prog="python -m train.scienceqa", description="ScienceQA as conversations to train on.")
     p.add_argument("--base-dir", required=True, metavar="DIR", help="where problems.json and pid_splits.json are")
     p.add_argument("--split", required=True, metavar="NAME", help="train, val, test, trainval, minival or minitest")
     p.add_argument(
@@ -121,9 +129,13 @@ def main() -> None:
     base_dir = Path(args.base_dir)
     rows = convert(base_dir, args.split, args.prompt_format)
     output = Path(args.output) if args.output else base_dir / f"llava_{args.split}_{args.prompt_format}.json"
+    written = Path(f"{output}.new")
     try:
-        output.write_text(json.dumps(rows, indent=2))
+        written.write_text(json.dumps(rows, indent=2))
+        written.replace(output)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            written.unlink()
         raise InputError(f"{output}: cannot be written ({error.strerror or error})") from None
     note(f"{len(rows)} conversations, {sum('image' in row for row in rows)} of them with a picture, in {output}")
 
