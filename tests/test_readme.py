@@ -27,11 +27,20 @@ def test_the_first_command_runs():
 
 def test_every_flag_in_the_documents_exists():
     from convert.__main__ import parser as convert
+    from infer.evaluate import parser as evaluate
     from infer.generate import parser as generate
     from train.__main__ import parser as train
     from train.preview import parser as preview
+    from train.shapes import parser as shapes
 
-    commands = [generate(), train(), preview(), *convert()._subparsers._group_actions[0].choices.values()]
+    commands = [
+        generate(),
+        evaluate(),
+        train(),
+        preview(),
+        shapes(),
+        *convert()._subparsers._group_actions[0].choices.values(),
+    ]
     known = {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]+", command.format_help())}
     known |= {"--help", "--check", "--logdir"}
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train" / "scienceqa.py").read_text()))

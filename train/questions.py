@@ -1,0 +1,298 @@
+"""Questions about scenes with the answers that follow from what is in them, by rule.
+
+A function for each kind of question. It gives a question and its answer, or None if the scene has no unambiguous one:
+an object is asked about only under a name that no other has, and "left" only said where nothing overlaps. Where an
+answer is one of few, which one is drawn first and the question then made to fit, so that guessing does not pay.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
+
+Turn = tuple[str, str]  # question, answer
+Rng = np.random.Generator
+
+
+def pick(rng: Rng, options: Sequence):
+    return options[int(rng.integers(len(options)))]
+
+
+# ---------------------------------------------------------------- names
+
+
+def plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
+
+
+def quantity(number: int, group: str) -> str:
+    """A number of objects of a group, which has its name in the plural."""
+    return f"{number} {group.removesuffix('es' if group.endswith('crosses') else 's') if number == 1 else group}"
+
+
+def names_of(thing: Thing, scene: Scene, without: str = "") -> list[str]:
+    """How to call an object so that no other is meant, leaving out its `without`: "red circle", "small object"."""
+    names = []
+    for keys in (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour", "shape")):
+        if without not in keys and len(scene.having(**{key: getattr(thing, key) for key in keys})) == 1:
+            words = [getattr(thing, key) for key in keys]
+            names.append(" ".join(words if "shape" in keys else [*words, "object"]))
+    return names
+
+
+def pick_named(rng: Rng, scene: Scene, without: str = "") -> tuple[Thing, str] | None:
+    """An object, and a name of its own."""
+    named = [(thing, names) for thing in scene.things if (names := names_of(thing, scene, without))]
+    if not named:
+        return None
+    thing, names = pick(rng, named)
+    return thing, pick(rng, names)
+
+
+def pick_group(rng: Rng) -> tuple[dict[str, str], str]:
+    """Properties that objects may have, and what such objects are called, in the plural."""
+    colour, shape, size = pick(rng, list(COLOURS)), pick(rng, SHAPES), pick(rng, list(SIZES))
+    return pick(
+        rng,
+        [
+            ({"colour": colour}, f"{colour} objects"),
+            ({"shape": shape}, plural(shape)),
+            ({"size": size}, f"{size} objects"),
+            ({"colour": colour, "shape": shape}, f"{colour} {plural(shape)}"),
+            ({"size": size, "shape": shape}, f"{size} {plural(shape)}"),
+        ],
+    )
+
+
+def pick_group_here(rng: Rng, scene: Scene, holds: Callable[[int], bool]) -> tuple[int, str] | None:
+    """A group with a number of objects that `holds`, that number and its name, if one is soon found."""
+    for _ in range(30):
+        wanted, name = pick_group(rng)
+        number = len(scene.having(**wanted))
+        if holds(number):
+            return number, name
+    return None
+
+
+# ---------------------------------------------------------------- one picture, a short answer
+
+
+def count(rng: Rng, scene: Scene) -> Turn | None:
+    number = len(scene.things)
+    group = "objects"
+    if rng.random() < 0.7:
+        fewest = int(rng.random() < 0.9)  # few questions about what is not there: `existence` has them
+        found = pick_group_here(rng, scene, lambda n: n >= fewest)
+        if found is None:
+            return None
+        number, group = found
+    asked = ("how many {} are there?", "count the {}.", "how many {} do you see?", "what is the number of {}?")
+    return pick(rng, asked).format(group), str(number)
+
+
+def colour(rng: Rng, scene: Scene) -> Turn | None:
+    if (found := pick_named(rng, scene, "colour")) is None:
+        return None
+    thing, name = found
+    asked = (
+        "what colour is the {}?",
+        "what color is the {}?",
+        "which colour does the {} have?",
+        "tell me the colour of the {}.",
+    )
+    return pick(rng, asked).format(name), thing.colour
+
+
+def shape(rng: Rng, scene: Scene) -> Turn | None:
+    if (found := pick_named(rng, scene, "shape")) is None:
+        return None
+    thing, name = found
+    asked = ("what shape is the {}?", "which shape does the {} have?", "tell me the shape of the {}.")
+    return pick(rng, asked).format(name), thing.shape
+
+
+def size(rng: Rng, scene: Scene) -> Turn | None:
+    if (found := pick_named(rng, scene, "size")) is None:
+        return None
+    thing, name = found
+    asked = ("is the {} small or large?", "is the {} large or small?", "what size is the {}?")
+    return pick(rng, asked).format(name), thing.size
+
+
+def existence(rng: Rng, scene: Scene) -> Turn | None:
+    there = rng.random() < 0.5
+    if (found := pick_group_here(rng, scene, lambda n: (n > 0) == there)) is None:
+        return None
+    asked = ("are there any {}?", "do you see any {}?", "does the picture show {}?")
+    return pick(rng, asked).format(found[1]), "yes" if there else "no"
+
+
+def position(rng: Rng, scene: Scene) -> Turn | None:
+    pairs = [(a, b) for a in scene.things for b in scene.things if side_of(a, b) and a is not b]
+    pairs = [(a, b) for a, b in pairs if names_of(a, scene) and names_of(b, scene)]
+    if not pairs:
+        return None
+    a, b = pick(rng, pairs)
+    side = pick(rng, side_of(a, b))
+    one, other = pick(rng, names_of(a, scene)), pick(rng, names_of(b, scene))
+    if rng.random() < 0.6:
+        choice = next(pair for pair in SIDES if side in pair)[:: 1 if rng.random() < 0.5 else -1]
+        return f"is the {one} {choice[0].removesuffix(' of')} or {choice[1]} the {other}?", side.removesuffix(" of")
+    there = rng.random() < 0.5
+    told = side if there else next(pair[1 - pair.index(side)] for pair in SIDES if side in pair)
+    return f"is the {one} {told} the {other}?", "yes" if there else "no"
+
+
+SIDES = (("left of", "right of"), ("above", "below"))
+
+
+def side_of(a: Thing, b: Thing) -> list[str]:
+    """On which sides of `b` all of `a` lies."""
+    sides = {
+        "left of": a.box[2] < b.box[0], "right of": b.box[2] < a.box[0],
+        "above": a.box[3] < b.box[1], "below": b.box[3] < a.box[1],
+    }  # fmt: skip
+    return [side for side, holds in sides.items() if holds]
+
+
+def largest(rng: Rng, scene: Scene) -> Turn | None:
+    """The one large object among small ones, or the one small object among large ones."""
+    options = [
+        (which, scene.having(size=size)[0])
+        for which, size in (("largest", "large"), ("smallest", "small"))
+        if len(scene.having(size=size)) == 1 < len(scene.things)
+    ]
+    if not options:
+        return None
+    which, thing = pick(rng, options)
+    asked = ("which object is the {}?", "what is the {} object?", "name the {} object.")
+    return pick(rng, asked).format(which), thing.name
+
+
+def comparison(rng: Rng, scene: Scene) -> Turn | None:
+    if (found := pick_compared(rng, scene)) is None:
+        return None
+    (one, a), (other, b) = found
+    if rng.random() < 0.5:
+        return f"are there more {one} than {other}?", "yes" if a > b else "no"
+    return f"are there fewer {one} than {other}?", "yes" if a < b else "no"
+
+
+def pick_compared(rng: Rng, scene: Scene) -> tuple[tuple[str, int], tuple[str, int]] | None:
+    """Two shapes, or two colours, at least one of them there: their names and numbers. They differ, mostly."""
+    key, options, called = pick(
+        rng, [("shape", SHAPES, plural), ("colour", list(COLOURS), lambda colour: f"{colour} objects")]
+    )
+    here = sorted({getattr(thing, key) for thing in scene.things})
+    for _ in range(20):
+        a = pick(rng, here)
+        b = pick(rng, here if rng.random() < 0.7 else options)
+        numbers = len(scene.having(**{key: a})), len(scene.having(**{key: b}))
+        if a != b and (numbers[0] != numbers[1] or rng.random() < 0.1):
+            pair = [(called(a), numbers[0]), (called(b), numbers[1])]
+            return tuple(pair if rng.random() < 0.5 else pair[::-1])
+    return None
+
+
+# ---------------------------------------------------------------- one picture, a longer answer
+
+
+def reasoning(rng: Rng, scene: Scene) -> Turn | None:
+    if rng.random() < 0.5:
+        if (found := pick_compared(rng, scene)) is None:
+            return None
+        (one, a), (other, b) = found
+        facts = f"there are {quantity(a, one)} and {quantity(b, other)}"
+        if rng.random() < 0.5:
+            return f"are there more {one} than {other}? explain.", f"{facts}, so {'yes' if a > b else 'no'}"
+        if a <= b:
+            return None
+        return f"how many more {one} than {other} are there? explain.", f"{facts}, so {a - b}"
+    if (found := pick_group_here(rng, scene, lambda n: 0 < n < len(scene.things))) is None:
+        return None
+    number, name = found
+    question = f"how many objects are left without the {name}? explain."
+    whole = len(scene.things)
+    return question, f"there are {whole} objects and {quantity(number, name)}, so {whole - number}"
+
+
+def described(thing: Thing) -> str:
+    return f"a {thing.size} {thing.colour} {thing.shape}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`"""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def place_of(thing: Thing, scene: Scene) -> str:
+    across = (thing.box[0] + thing.box[2]) / 2 / scene.width
+    down = (thing.box[1] + thing.box[3]) / 2 / scene.height
+    return f"{('top', 'middle', 'bottom')[int(3 * down)]} {('left', 'center', 'right')[int(3 * across)]}"
+
+
+def detail(rng: Rng, scene: Scene) -> Turn:
+    """All objects from left to right, with their places in thirds of the picture."""
+    asked = ("describe the picture in detail.", "what is in the picture, and where?", "describe everything you see.")
+    parts = [f"{described(thing)} at the {place_of(thing, scene)}" for thing in scene.things]
+    return pick(rng, asked), f"on a {scene.background} background, {listed(parts)}"
+
+
+def caption(rng: Rng, scene: Scene) -> Turn:
+    """As stage 1 wants it: all objects from left to right."""
+    asked = ("describe the picture.", "what is in the picture?", "what do you see?")
+    return pick(rng, asked), listed([described(thing) for thing in scene.things])
+
+
+# ---------------------------------------------------------------- two pictures, no picture
+
+
+def two_pictures(rng: Rng, first: Scene, second: Scene) -> Turn | None:
+    """A question about two pictures, whose marks the caller writes."""
+    scenes = (first, second)
+    kind = rng.random()
+    if kind < 0.35:
+        a, b = len(first.things), len(second.things)
+        if a == b:
+            return None
+        more = rng.random() < 0.5
+        asked = ("which picture has {} objects, the first or the second?", "which of the two pictures has {} objects?")
+        return pick(rng, asked).format("more" if more else "fewer"), "first" if (a > b) == more else "second"
+    if kind < 0.7:
+        one = int(rng.integers(2))
+        for _ in range(30):
+            wanted, name = pick_group(rng)
+            if scenes[one].having(**wanted) and not scenes[1 - one].having(**wanted):
+                asked = ("which picture shows {}, the first or the second?", "which of the two pictures has {}?")
+                return pick(rng, asked).format(name), ("first", "second")[one]
+        return None
+    one = int(rng.integers(2))
+    if (found := pick_named(rng, scenes[one], "colour")) is None:
+        return None
+    thing, name = found
+    return f"what colour is the {name} in the {('first', 'second')[one]} picture?", thing.colour
+
+
+def text(rng: Rng) -> Turn:
+    """What needs no picture."""
+    a, b = (int(n) for n in rng.integers(1, 7, 2))
+    low, high = sorted((a, b))
+    corners = {"triangle": 3, "square": 4, "circle": 0, "ring": 0}
+    called = pick(rng, list(corners))
+    return pick(
+        rng,
+        [
+            (f"what is {a} plus {b}?", str(a + b)),
+            (f"what is {high} minus {low}?", str(high - low)),
+            (f"which number comes after {a}?", str(a + 1)),
+            (f"is {a} more than {b}?", "yes" if a > b else "no"),
+            (f"how many corners does a {called} have?", str(corners[called])),
+        ],
+    )
+
+
+SHORT: dict[str, Callable[[Rng, Scene], Turn | None]] = {
+    "count": count, "colour": colour, "shape": shape, "size": size, "existence": existence, "position": position,
+    "largest": largest, "comparison": comparison,
+}  # fmt: skip

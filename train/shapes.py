@@ -1,0 +1,204 @@
+"""Draw pictures of shapes, and make conversations about them: a small data set that a small LLaVA learns in minutes.
+
+    python -m train.shapes --output shapes --examples 20000 --seed 0
+
+    images/             PNG files: train-N.png, test-N.png
+    captions.json       stage 1: each training picture, and what is in it
+    train.json          stage 2: conversations about the training pictures, two pictures, and none
+    test.json           questions about other pictures, one a row, as many of each kind
+    test_captions.json  captions of these
+
+All in the original's format, with the kind of each question beside it (`kinds`). The same seed gives the same files.
+"""
+
+import argparse
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_jax.console import InputError, Progress, note, run_main
+from train import questions
+from train.questions import Rng, Turn
+from train.scenes import Scene, draw, make_scene
+
+PICTURE, PICTURES = "<image>\n", "<image>\n<image>\n"
+SPLITS = ("train", "test")
+ASKED = 3  # questions about a test scene
+Row = dict[str, Any]
+
+
+def rng_for(seed: int, split: str, index: int, what: int) -> Rng:
+    """Each scene and each conversation has a random generator of its own: more of them change none of the others."""
+    return np.random.default_rng((seed, SPLITS.index(split), index, what))
+
+
+def make_scenes(split: str, number: int, seed: int, taken: set[Scene], folder: Path) -> list[Scene]:
+    """Scenes that are none of `taken`, which they join, and their pictures, in files."""
+    scenes = []
+    with Progress(f"drawing {split} pictures", number, "pictures") as bar:
+        for i in range(number):
+            rng = rng_for(seed, split, i, 0)
+            while (scene := make_scene(rng)) in taken:
+                pass
+            taken.add(scene)
+            scenes.append(scene)
+            draw(scene, rng).save(folder / file_name(split, i))
+            bar.advance()
+    return scenes
+
+
+def file_name(split: str, index: int) -> str:
+    return f"{split}-{index:06}.png"
+
+
+# ---------------------------------------------------------------- rows
+
+
+def make_row(name: str, images: list[str], turns: list[tuple[str, Turn]]) -> Row:
+    """A row of the original's format; `turns` are kinds, questions and answers."""
+    mark = PICTURES if len(images) == 2 else PICTURE if images else ""
+    said = []
+    for i, (_, (question, answer)) in enumerate(turns):
+        said += [{"from": "human", "value": (mark if i == 0 else "") + question}, {"from": "gpt", "value": answer}]
+    image = {"image": images if len(images) > 1 else images[0]} if images else {}
+    return {"id": name} | image | {"kinds": [kind for kind, _ in turns], "conversations": said}
+
+
+def caption_rows(split: str, scenes: list[Scene], seed: int) -> list[Row]:
+    return [
+        make_row(
+            f"{split}-{i}", [file_name(split, i)], [("caption", questions.caption(rng_for(seed, split, i, 1), scene))]
+        )
+        for i, scene in enumerate(scenes)
+    ]
+
+
+def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
+    """A conversation for each scene: of the three kinds of LLaVA's instruction data, one in eight with a second
+    picture; and one without a picture to every twenty of these."""
+    rows = []
+    for i, scene in enumerate(scenes):
+        rng = rng_for(seed, "train", i, 1)
+        images = [file_name("train", i)]
+        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.6, 0.1, 0.175, 0.125])
+        turns: list[tuple[str, Turn]] = []
+        if kind == "two" and len(scenes) > 1:
+            other = int(rng.integers(len(scenes) - 1))
+            other += other >= i
+            images.append(file_name("train", other))
+            turns = ask_about_two(rng, scene, scenes[other], int(rng.integers(4, 7)))
+        if kind == "detail":
+            turns = [("detail", questions.detail(rng, scene))]
+        if kind == "reasoning":
+            found = [questions.reasoning(rng, scene) for _ in range(3)]
+            turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))]
+        if len(images) == 1:
+            turns += ask(rng, scene, int(rng.integers(6, 10)) - 2 * len(turns))
+        rows.append(make_row(f"train-{i}", images, turns))
+    for i in range(0, len(scenes), 20):
+        rng = rng_for(seed, "train", i, 2)
+        turns = {questions.text(rng): "text" for _ in range(6)}
+        rows.append(make_row(f"train-text-{i}", [], [(kind, turn) for turn, kind in turns.items()]))
+    return rows
+
+
+def ask(rng: Rng, scene: Scene, number: int) -> list[tuple[str, Turn]]:
+    """Short questions of all kinds about a picture, now and then one that needs none."""
+    asked: dict[str, tuple[str, Turn]] = {}
+    while len(asked) < number:
+        kind = questions.pick(rng, [*questions.SHORT, "text"])
+        turn = questions.text(rng) if kind == "text" else questions.SHORT[kind](rng, scene)
+        if turn:
+            asked.setdefault(turn[0], (kind, turn))
+    return list(asked.values())
+
+
+def ask_about_two(rng: Rng, first: Scene, second: Scene, number: int) -> list[tuple[str, Turn]]:
+    asked: dict[str, tuple[str, Turn]] = {}
+    for _ in range(4 * number):
+        turn = questions.two_pictures(rng, first, second)
+        if turn and len(asked) < number:
+            asked.setdefault(turn[0], ("two", turn))
+    return list(asked.values())
+
+
+def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
+    """`ASKED` questions for each scene, of the kinds that have been asked least so far."""
+    rows, asked = [], collections.Counter(dict.fromkeys([*questions.SHORT, "reasoning", "two", "text"], 0))
+    for i, scene in enumerate(scenes):
+        rng, found = rng_for(seed, "test", i, 1), 0
+        for kind, _ in reversed(asked.most_common()):
+            images = [file_name("test", i)]
+            if kind == "text":
+                turn, images = questions.text(rng), []
+            elif kind == "two":
+                images.append(file_name("test", i - 1 if i else len(scenes) - 1))
+                turn = questions.two_pictures(rng, scene, scenes[i - 1])
+            else:
+                turn = (questions.SHORT | {"reasoning": questions.reasoning})[kind](rng, scene)
+            if turn and found < ASKED:
+                rows.append(make_row(f"test-{i}-{kind}", images, [(kind, turn)]))
+                asked[kind] += 1
+                found += 1
+    return rows
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m train.shapes", description="Pictures of shapes, and questions.")
+    p.add_argument("--output", required=True, metavar="DIR", help="a new directory")
+    p.add_argument("--examples", type=int, required=True, metavar="N", help="training pictures")
+    p.add_argument("--test-examples", type=int, metavar="N", help="test pictures (default: a tenth of --examples)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    tests = max(1, args.examples // 10) if args.test_examples is None else args.test_examples
+    for name, value, least in (("examples", args.examples, 1), ("test-examples", tests, 1), ("seed", args.seed, 0)):
+        if value < least:
+            raise InputError(f"--{name} {value}: must be at least {least}")
+    write(Path(args.output), args.examples, tests, args.seed)
+
+
+def write(output: Path, examples: int, tests: int, seed: int) -> None:
+    """Write a data set.
+
+    Raises:
+      InputError: the directory has something in it, or cannot be written.
+    """
+    images = output / "images"
+    try:
+        if output.is_dir() and any(output.iterdir()):
+            raise InputError(f"--output {output}: is not empty; name a new directory")
+        images.mkdir(parents=True)
+        taken: set[Scene] = set()
+        scenes = {
+            split: make_scenes(split, number, seed, taken, images)
+            for split, number in (("train", examples), ("test", tests))
+        }
+        files = {
+            "captions.json": caption_rows("train", scenes["train"], seed),
+            "train.json": train_rows(scenes["train"], seed),
+            "test.json": question_rows(scenes["test"], seed),
+            "test_captions.json": caption_rows("test", scenes["test"], seed),
+        }
+        for name, rows in files.items():
+            (output / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    asked = collections.Counter(kind for row in files["test.json"] for kind in row["kinds"])
+    note(
+        f"{examples:,} training pictures with {len(files['train.json']):,} conversations, {tests:,} test pictures with "
+        f"{len(files['test.json']):,} questions ({', '.join(f'{n} {kind}' for kind, n in asked.items())}), in {output}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
