@@ -11,13 +11,13 @@ import json
 import re
 from pathlib import Path
 
-from llava_jax.console import InputError, note, run_main
+from llava_jax.console import InputError, Parser, note, run_main
 
 TYPES = ["bfloat16", "float16", "float32"]
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m convert", description="Convert, inspect and compare checkpoints.")
+    p = Parser(prog="python -m convert", description="Convert, inspect and compare checkpoints.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     c = commands.add_parser(

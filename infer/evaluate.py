@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config import IMAGE_RULES
-from llava_jax.console import InputError, Progress, enable_compilation_cache, note, run_main
+from llava_jax.console import InputError, Parser, Progress, enable_compilation_cache, note, run_main
 from llava_jax.prompts import MARK
 
 TOLD = 10  # broken questions that are named; the rest are counted
@@ -162,7 +162,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m infer.evaluate", description="How many questions are answered right.")
+    p = Parser(prog="python -m infer.evaluate", description="How many questions are answered right.")
     p.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint directory or a hub name")
     p.add_argument("--data", required=True, metavar="FILE", help="conversations: a JSON list or JSON lines")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")

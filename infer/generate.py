@@ -11,11 +11,11 @@ import dataclasses
 import json
 
 from llava_jax.config import IMAGE_RULES
-from llava_jax.console import InputError, enable_compilation_cache, note, run_main
+from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m infer.generate", description="Answer questions about pictures.")
+    p = Parser(prog="python -m infer.generate", description="Answer questions about pictures.")
     model = p.add_argument_group("model")
     model.add_argument(
         "--checkpoint", required=True, metavar="DIR",

@@ -1,5 +1,6 @@
 """`python -m infer.generate` as people run it: answers, files of questions, and one clear line for bad input."""
 
+import importlib
 import json
 import os
 import shutil
@@ -129,6 +130,15 @@ def test_bad_input_is_one_line_and_status_1(answers, tmp_path, name):
     assert (status, out, len(lines)) == (1, "", 1), err
     assert lines[0].startswith("error: ")
     assert says in lines[0]
+
+
+@pytest.mark.parametrize("module", ["infer.generate", "infer.evaluate", "convert", "train.preview", "train.shapes"])
+@pytest.mark.parametrize("flags", [[], ["to-orbax"], ["--nope", "1"]])
+def test_wrong_flags_are_one_line(module, flags, run_cli):
+    main = importlib.import_module(f"{module}.__main__" if module == "convert" else module).main
+    status, out, err = run_cli(main, *flags)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: ") and "--help" in err
 
 
 def test_bad_checkpoint_is_one_line_too(answers, tmp_path):

@@ -1,4 +1,4 @@
-"""Draw pictures of shapes, and make conversations about them: a small data set that a small LLaVA learns in minutes.
+"""Draw pictures of shapes, and make conversations about them: a small data set to try things on.
 
     python -m train.shapes --output shapes --examples 20000 --seed 0
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.console import InputError, Progress, note, run_main
+from llava_jax.console import InputError, Parser, Progress, note, run_main
 from train import questions
 from train.questions import Rng, Turn
 from train.scenes import Scene, draw, make_scene
@@ -150,7 +150,7 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m train.shapes", description="Pictures of shapes, and questions.")
+    p = Parser(prog="python -m train.shapes", description="Pictures of shapes, and questions.")
     p.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     p.add_argument("--examples", type=int, required=True, metavar="N", help="training pictures")
     p.add_argument("--test-examples", type=int, metavar="N", help="test pictures (default: a tenth of --examples)")
