@@ -167,6 +167,9 @@ def one_by_one():
         (False, "data=2,fsdp=2,tensor=2", 8, 2),
         (True, "fsdp=2", 2, 4),
         (True, "fsdp=8", 8, 1),
+        (True, "fsdp=1", 1, 2),
+        (False, "data=2", 2, 1),
+        (False, "fsdp=1", 1, 4),
     ],
 )
 def test_loss_and_gradients_are_those_of_the_conversations_one_by_one(packed, mesh, devices, accumulate):
