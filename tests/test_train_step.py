@@ -139,10 +139,15 @@ STILL = PLAIN.replace(tune="projector,decoder,vision", learning_rate=0.0, adam_b
 
 def loss_and_gradients(batches: list[Batch], mesh=None, accumulate: int = 1):
     """Over all batches, as if they were one."""
-    frozen, state, step, _, _ = start(STILL.replace(accumulate=accumulate), batches[0], mesh=mesh)
+    frozen, state, step, evaluate, _ = start(STILL.replace(accumulate=accumulate), batches[0], mesh=mesh)
     loss, gradients, count = 0.0, None, 0
     for batch in batches:
-        state, metrics = step(frozen, state, jax.tree.map(lambda x: put_rows(x, mesh or one_device()), batch))
+        batch = jax.tree.map(lambda x: put_rows(x, mesh or one_device()), batch)
+        state, metrics = step(frozen, state, batch)
+        if accumulate > 1:  # an evaluation is computed in the same parts
+            sums = evaluate(frozen, state, batch)
+            assert int(sums["labelled"]) == int(metrics["labelled"])
+            assert float(sums["loss_sum"] / sums["labelled"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
         weight = int(metrics["labelled"])
         loss, count = loss + weight * float(metrics["loss"]), count + weight
         parts = {path: weight * np.asarray(x) for path, x in flatten_dict(moments(state).mu, sep="/").items()}
