@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config import IMAGE_RULES
-from llava_jax.console import InputError, Parser, Progress, enable_compilation_cache, note, run_main
+from infer.flags import add_model_flags, load_engine
+from llava_jax.console import InputError, Parser, Progress, note, run_main
 from llava_jax.prompts import MARK
 
 TOLD = 10  # broken questions that are named; the rest are counted
@@ -163,17 +163,12 @@ def table(result: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m infer.evaluate", description="How many questions are answered right.")
-    p.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint directory or a hub name")
+    add_model_flags(p)
     p.add_argument("--data", required=True, metavar="FILE", help="conversations: a JSON list or JSON lines")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
     p.add_argument("--metric", choices=METRICS, default="exact_match", help="(default exact_match)")
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions at a time (default 32)")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
-    p.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
-    p.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
-    p.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPUs, else bfloat16")
-    p.add_argument("--mesh", metavar="AXES", help="e.g. data=1,fsdp=1,tensor=4; default: tensor over all devices")
-    p.add_argument("--image-rules", choices=IMAGE_RULES, help="how pictures are cut; default: original")
     p.add_argument("--json", action="store_true", help="print one JSON object: accuracy, by_kind")
     return p
 
@@ -184,17 +179,7 @@ def main() -> int:
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     questions = read_questions(Path(args.data), Path(args.image_folder or "."))
-    enable_compilation_cache()
-    from infer.engine import Engine
-
-    engine = Engine.load(
-        args.checkpoint,
-        mesh=args.mesh,
-        dtype=args.dtype,
-        template=args.template,
-        vision_tower=args.vision_tower,
-        image_rules=args.image_rules,
-    )
+    engine = load_engine(args)
     result = evaluate(engine, questions, METRICS[args.metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
     print(json.dumps(result) if args.json else table(result))
     if result["failed"]:

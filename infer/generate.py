@@ -10,25 +10,13 @@ import argparse
 import dataclasses
 import json
 
-from llava_jax.config import IMAGE_RULES
-from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
+from infer.flags import add_model_flags, load_engine
+from llava_jax.console import InputError, Parser, note, run_main
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m infer.generate", description="Answer questions about pictures.")
-    model = p.add_argument_group("model")
-    model.add_argument(
-        "--checkpoint", required=True, metavar="DIR",
-        help="an Orbax directory of `python -m convert`, a directory of safetensors (original or transformers), "
-        "or a hub name",
-    )  # fmt: skip
-    model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
-    model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
-    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPUs, else bfloat16")
-    model.add_argument("--mesh", metavar="AXES", help="e.g. data=1,fsdp=1,tensor=4; default: tensor over all devices")
-    model.add_argument(
-        "--image-rules", choices=IMAGE_RULES, help="how pictures are cut where the two differ; default: original"
-    )
+    add_model_flags(p)
     one = p.add_argument_group("one question")
     one.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a path or an http(s) URL; repeatable"
@@ -84,20 +72,10 @@ def main() -> int:
         if not questions.rows and not questions.errors:
             note(f"all {questions.answered} questions are answered already")
             return 0
-
-    enable_compilation_cache()
-    from infer.engine import Engine
-
-    if questions is None:
+    else:
         check_images(args.image)
-    engine = Engine.load(
-        args.checkpoint,
-        mesh=args.mesh,
-        dtype=args.dtype,
-        template=args.template,
-        vision_tower=args.vision_tower,
-        image_rules=args.image_rules,
-    )
+
+    engine = load_engine(args)
     mesh = ",".join(f"{axis}={n}" for axis, n in engine.mesh.shape.items())
     chosen = "" if args.template else " (chosen from the checkpoint; --template names another)"
     note(f"template {engine.template_name}{chosen}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")

@@ -1,0 +1,41 @@
+"""What the commands share: the flags that say which model answers, and the engine that they ask for."""
+
+import argparse
+
+from llava_jax.config import IMAGE_RULES
+from llava_jax.console import enable_compilation_cache
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint", required=True, metavar="DIR",
+        help="an Orbax directory of `python -m convert`, a directory of safetensors (original or transformers), "
+        "or a hub name",
+    )  # fmt: skip
+    model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
+    model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
+    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPUs, else bfloat16")
+    model.add_argument("--mesh", metavar="AXES", help="e.g. data=1,fsdp=1,tensor=4; default: tensor over all devices")
+    model.add_argument(
+        "--image-rules", choices=IMAGE_RULES, help="how pictures are cut where the two differ; default: original"
+    )
+
+
+def load_engine(args: argparse.Namespace):
+    """The `infer.engine.Engine` that the flags ask for.
+
+    Raises:
+      InputError: as `Engine.load`.
+    """
+    enable_compilation_cache()
+    from infer.engine import Engine  # takes its time, which --help and wrong flags need not wait for
+
+    return Engine.load(
+        args.checkpoint,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        template=args.template,
+        vision_tower=args.vision_tower,
+        image_rules=args.image_rules,
+    )
