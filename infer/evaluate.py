@@ -2,8 +2,9 @@
 
     python -m infer.evaluate --checkpoint DIR --data test.json --image-folder DIR
 
-The file is in the format of training data: conversations whose answers are the right ones. Each question is asked with
-what was said before it, right answers included. `kinds` beside a conversation names the kind of each of its questions.
+The file is in the format of training data (`llava_jax.conversations`), and its answers are the right ones. Each
+question is asked with what was said before it, right answers included. `kinds` beside a conversation names the kind of
+each of its questions.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 
 from infer.flags import add_model_flags, load_engine
 from llava_jax.console import InputError, Parser, Progress, note, run_main
+from llava_jax.conversations import check_row, read_rows
 from llava_jax.prompts import MARK
 
 TOLD = 10  # broken questions that are named; the rest are counted
@@ -58,37 +60,21 @@ def read_questions(path: Path, folder: Path) -> list[Question]:
     """
     if not folder.is_dir():
         raise InputError(f"--image-folder {folder}: no such directory")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    try:
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--data {path}: neither a JSON list nor JSON lines ({error})") from None
     found = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(read_rows(path)):
+        name = f"{path} row {number}"
         try:
-            found += _questions_of(row, f"{path} row {number}", folder)
+            found += _questions_of(row, name, folder)
         except InputError as error:
-            raise InputError(f"{path} row {number}: {error}") from None
-    if not found:
-        raise InputError(f"--data {path}: no questions in it")
+            raise InputError(f"{name}: {error}") from None
     return found
 
 
 def _questions_of(row: Any, name: str, folder: Path) -> list[Question]:
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError("conversations must be a list of turns")
-    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+    turns, images = check_row(row)
+    if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise InputError("speakers must take turns: human, gpt, human, gpt, ...")
-    said = tuple(turn.get("value") for turn in turns)
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not all(isinstance(text, str) for text in (*said, *images)):
-        raise InputError("what is said, and the names of images, must be text")
+    said = tuple(turn["value"] for turn in turns)
     kinds = row.get("kinds", [NO_KIND] * (len(said) // 2))
     if not isinstance(kinds, list) or len(kinds) != len(said) // 2 or not all(isinstance(kind, str) for kind in kinds):
         raise InputError(f"kinds must name one kind for each of the {len(said) // 2} questions")

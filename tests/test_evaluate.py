@@ -109,12 +109,13 @@ def test_a_question_that_cannot_be_asked_is_named_and_counts_as_wrong(run, folde
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ("[", "neither a JSON list nor JSON lines"),
-        ([], "no questions in it"),
+        ("[", "not JSON"),
+        ([], "no conversations in it"),
+        ("{", "row 0: not JSON"),
         ([row(["a?"])], "row 0: speakers must take turns"),
         ([row(["a?", "1"]), {"id": 3}], "row 1: conversations must be a list"),
         ([row(["a?", "1"], ["x", "y"])], "row 0: kinds must name one kind for each of the 1 questions"),
-        ([row(["a?", 1])], "row 0: what is said"),
+        ([row(["a?", 1])], "row 0: each turn of conversations must have from and value, both text"),
     ],
 )
 def test_bad_files_are_one_line(run, folder, rows, says):

@@ -9,9 +9,9 @@ from conftest import GOLDEN
 from PIL import Image
 
 from llava_jax.config import tiny
+from llava_jax.conversations import check_row
 from llava_jax.images import layout
 from train import questions, shapes
-from train.samples import check_row
 from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
 
 

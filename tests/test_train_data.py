@@ -12,12 +12,13 @@ from PIL import Image
 
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
+from llava_jax.conversations import read_rows
 from llava_jax.splice import IGNORE, IMAGE, TEXT
 from train import packing, preview, scienceqa
 from train.config import TrainConfig
 from train.data import open_data
 from train.packing import fill_rows, good_length
-from train.samples import BadSample, Samples, read_rows
+from train.samples import BadSample, Samples
 
 SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]
 SAME = ("ids", "labels", "positions", "segments", "feature_rows", "tiles")
