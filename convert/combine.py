@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax import names
-from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth, read_config, read_json
+from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth, read_json
 from llava_jax.console import InputError
-from llava_jax.sources import Found, Source, Tensor, find_tower, has_tensors, open_file, open_source
+from llava_jax.sources import Found, Source, Tensor, configure, find_tower, has_tensors, open_file, open_source
 
 PEFT = re.compile(r"^base_model\.model\.")
 LORA = re.compile(
@@ -116,13 +116,8 @@ def from_parts(
     """
     if tower is None:
         raise InputError(f"{language_model}: a language model without eyes; give a CLIP directory with --vision-tower")
-    config = read_config(
-        (read_json(language_model / "config.json") or {}) | fields,
-        vision=read_json(tower / "config.json"),
-        preprocessor=read_json(tower / "preprocessor_config.json"),
-        generation=read_json(language_model / "generation_config.json"),
-        name=language_model.name,
-    )
+    fields = (read_json(language_model / "config.json") or {}) | fields
+    config = configure(fields, language_model, tower, name=language_model.name)
     found = Found(config)
     found.add_directory(language_model)
     found.add_tower(tower, asked=True)
@@ -214,13 +209,7 @@ def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
     fields = fields or read_json(base / "config.json") or {}
     original = not isinstance(fields.get("text_config"), dict)
     tower = find_tower(directory, fields, vision_tower) if original else vision_tower
-    config = read_config(
-        fields,
-        vision=read_json(tower / "config.json") if tower else None,
-        preprocessor=read_json((tower or directory) / "preprocessor_config.json"),
-        generation=read_json(base / "generation_config.json"),
-        name=adapter.name,
-    )
+    config = configure(fields, directory, tower, name=adapter.name, decoder=base)
     found = Found(config, "original" if original else "transformers")
     found.add_directory(base)
     if tower is not None:
@@ -312,13 +301,7 @@ def add_delta(base: Path, delta: Path, vision_tower: Path | None) -> Source:
     if fields is None:
         raise InputError(f"{delta}: no delta (there is no config.json)")
     tower = find_tower(delta, fields, vision_tower)
-    config = read_config(
-        fields,
-        vision=read_json(tower / "config.json") if tower else None,
-        preprocessor=read_json((tower or delta) / "preprocessor_config.json"),
-        generation=read_json(delta / "generation_config.json"),
-        name=delta.name,
-    )
+    config = configure(fields, delta, tower, name=delta.name)
     found, below = Found(config), Found(config)
     found.add_directory(delta)
     below.add_directory(base)

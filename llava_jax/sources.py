@@ -73,18 +73,31 @@ def open_source(directory: Path, *, vision_tower: Path | None = None, name: str 
         raise InputError(f"{directory}: no checkpoint (there is no config.json)")
     original = not isinstance(fields.get("text_config"), dict)
     tower = find_tower(directory, fields, vision_tower) if original else vision_tower
-    config = read_config(
-        fields,
-        vision=read_json(tower / "config.json") if tower else None,
-        preprocessor=read_json((tower if original and tower else directory) / "preprocessor_config.json"),
-        generation=read_json(directory / "generation_config.json"),
-        name=name or directory.resolve().name,
-    )
+    config = configure(fields, directory, tower, name=name or directory.resolve().name)
     found = Found(config, "original" if original else "transformers")
     found.add_directory(directory)
     if tower is not None:
         found.add_tower(tower, asked=vision_tower is not None)
     return found.check(directory)
+
+
+def configure(
+    fields: dict, directory: Path, tower: Path | None, *, name: str, decoder: Path | None = None
+) -> LlavaConfig:
+    """The configuration that the fields of a config.json make, with what stands in the files beside it.
+
+    Args:
+      tower: a CLIP directory; the original cuts pictures as the file beside that says.
+      decoder: the directory of the language model, where that is another.
+    """
+    original = not isinstance(fields.get("text_config"), dict)
+    return read_config(
+        fields,
+        vision=read_json(tower / "config.json") if tower else None,
+        preprocessor=read_json((tower if original and tower else directory) / "preprocessor_config.json"),
+        generation=read_json((decoder or directory) / "generation_config.json"),
+        name=name,
+    )
 
 
 def find_tower(directory: Path, fields: dict, given: Path | None) -> Path | None:
