@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, GOLDEN, damage, golden_tensors, write_checkpoint
+from conftest import CHECKPOINTS, GOLDEN, golden_tensors, read_damaged, write_checkpoint
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import load_file
 
@@ -350,19 +350,7 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing(tmp_path, kind):
 def test_damaged_safetensors_are_refused_or_read(tmp_path):
     from safetensors.numpy import save_file
 
-    save_file({"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.arange(9, dtype=np.int8)}, tmp_path / "w")
-    whole, path, pick = (tmp_path / "w").read_bytes(), tmp_path / "damaged.safetensors", random.Random(0)
-    read = refused = 0
-    for _ in range(3000):
-        data = damage(whole, pick)
-        path.write_bytes(data)
-        try:
-            file = safetensors.File(path)
-            for name, (dtype, shape, *_) in file.tensors.items():
-                assert np.prod(shape) * dtype.itemsize <= len(data)
-                file.read(name)
-            read += 1
-        except InputError as error:
-            assert "\n" not in str(error)
-            refused += 1
+    whole = tmp_path / "whole.safetensors"
+    save_file({"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.arange(9, dtype=np.int8)}, whole)
+    read, refused = read_damaged(safetensors.File, whole)
     assert read > 100 and refused > 1000
