@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax import names
-from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth, read_json
+from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth
+from llava_jax.config_json import read_json
 from llava_jax.console import InputError
 from llava_jax.sources import Found, Source, Tensor, configure, find_tower, has_tensors, open_file, open_source
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from llava_jax import names
 from llava_jax.checkpoint import find_directory, open_ours
-from llava_jax.config import LlavaConfig, read_config, read_json, tiny
+from llava_jax.config import LlavaConfig, tiny
+from llava_jax.config_json import read_config, read_json
 from llava_jax.console import InputError, printable
 from llava_jax.sources import open_file, tensor_files
 

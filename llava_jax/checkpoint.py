@@ -27,7 +27,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from llava_jax.config import LlavaConfig, read_config, read_json
+from llava_jax.config import LlavaConfig
+from llava_jax.config_json import read_config, read_json
 from llava_jax.console import InputError, Progress, first_line
 from llava_jax.llava import Params, param_shapes
 from llava_jax.prompts import choose_template

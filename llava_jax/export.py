@@ -21,7 +21,8 @@ from etils import epath
 
 from llava_jax import names, safetensors
 from llava_jax.checkpoint import new_directory
-from llava_jax.config import KNOWN_TOWERS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
+from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
+from llava_jax.config_json import KNOWN_TOWERS
 from llava_jax.console import InputError, Progress
 from llava_jax.prompts import MARK, choose_template, end_ids, get_template, jinja
 from llava_jax.safetensors import Pending

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax import names, safetensors, torch_files
-from llava_jax.config import LlavaConfig, read_config, read_json
+from llava_jax.config import LlavaConfig
+from llava_jax.config_json import read_config, read_json
 from llava_jax.console import InputError
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of

@@ -20,7 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from llava_jax.config import read_json
+from llava_jax.config_json import read_json
 from llava_jax.console import InputError
 
 FILES = (

@@ -5,6 +5,7 @@ import pytest
 from conftest import GOLDEN
 
 from llava_jax import config as c
+from llava_jax.config_json import read_config
 from llava_jax.console import InputError
 
 ORIGINAL = {
@@ -36,7 +37,7 @@ SPARSE_15 = {  # as on the hub
 
 
 def test_original():
-    config = c.read_config(ORIGINAL)
+    config = read_config(ORIGINAL)
     assert (config.text.width, config.text.layers, config.text.heads) == (5120, 40, 40)
     assert config.grid_pinpoints == ((336, 672), (672, 336))
     assert config.vision == c.VisionConfig()
@@ -44,18 +45,18 @@ def test_original():
 
 
 def test_original_called_llava_is_not_taken_for_transformers():
-    assert c.read_config(ORIGINAL | {"model_type": "llava"}).text.width == 5120
+    assert read_config(ORIGINAL | {"model_type": "llava"}).text.width == 5120
 
 
 def test_original_defaults():
-    config = c.read_config({"mm_vision_tower": "openai/clip-vit-large-patch14"})
+    config = read_config({"mm_vision_tower": "openai/clip-vit-large-patch14"})
     assert (config.projector, config.merge, config.aspect_ratio) == ("linear", "flat", "square")
     assert config.vision.image_size == 224
     assert config.vision.features_per_tile == 256
 
 
 def test_sparse_hub_file():
-    config = c.read_config(SPARSE_15)
+    config = read_config(SPARSE_15)
     assert config.text == dataclasses.replace(c.PRESETS["v1.5-7b"].text, vocab_size=32064)
     assert config.vision == c.VisionConfig()
     assert (config.aspect_ratio, config.merge) == ("pad", "flat")
@@ -63,9 +64,9 @@ def test_sparse_hub_file():
 
 def test_mistral_window_is_4096_when_missing_and_none_when_null():
     text = {"model_type": "mistral"}
-    assert c.read_config({"model_type": "llava_next", "text_config": text}).text.sliding_window == 4096
+    assert read_config({"model_type": "llava_next", "text_config": text}).text.sliding_window == 4096
     text = text | {"sliding_window": None}
-    assert c.read_config({"model_type": "llava_next", "text_config": text}).text.sliding_window is None
+    assert read_config({"model_type": "llava_next", "text_config": text}).text.sliding_window is None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_mistral_window_is_4096_when_missing_and_none_when_null():
     ],
 )  # fmt: skip
 def test_rope_old_and_new_fields(rope, theta, scaling):
-    text = c.read_config({"text_config": rope}).text
+    text = read_config({"text_config": rope}).text
     assert (text.rope_theta, text.rope_scaling) == (theta, scaling)
 
 
@@ -96,8 +97,8 @@ def test_defaults_are_those_of_the_transformers_classes(family):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     theirs = CONFIG_MAPPING["llava_next"](text_config={"model_type": family})
-    ours = c.read_config({"model_type": "llava_next", "text_config": {"model_type": family}})
-    spelt_out = c.read_config(theirs.to_dict())
+    ours = read_config({"model_type": "llava_next", "text_config": {"model_type": family}})
+    spelt_out = read_config(theirs.to_dict())
     unset = dict(eos_ids=(), bos_id=None, pad_id=None)
     assert dataclasses.replace(ours.text, **unset) == dataclasses.replace(spelt_out.text, **unset)
     assert ours.vision == spelt_out.vision
@@ -108,15 +109,15 @@ def test_partial_vision_config_has_the_defaults_of_clip_b32():
     from transformers import CLIPVisionConfig
 
     theirs = CLIPVisionConfig(hidden_size=384).to_dict()
-    ours = c.read_config({"text_config": {}, "vision_config": {"hidden_size": 384}}).vision
-    assert ours == c.read_config({"text_config": {}, "vision_config": theirs}).vision
+    ours = read_config({"text_config": {}, "vision_config": {"hidden_size": 384}}).vision
+    assert ours == read_config({"text_config": {}, "vision_config": theirs}).vision
     assert (ours.width, ours.patch_size, ours.image_size) == (384, 32, 224)
 
 
 @pytest.mark.parametrize("name", c.PRESETS)
 def test_our_own_file_round_trips(name):
     config = c.preset("llava-" + name).replace(name="a b", template="v1")
-    assert c.read_config(json.loads(json.dumps(config.to_json()))) == config
+    assert read_config(json.loads(json.dumps(config.to_json()))) == config
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_presets_have_the_size_of_the_released_models(name, parameters):
 )
 def test_what_does_not_exist_here_is_named(changes, says):
     with pytest.raises(InputError, match=says):
-        c.read_config(ORIGINAL | changes)
+        read_config(ORIGINAL | changes)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_what_does_not_exist_here_is_named(changes, says):
 )
 def test_other_models_are_refused(config, says):
     with pytest.raises(InputError, match=says):
-        c.read_config(config)
+        read_config(config)
 
 
 def test_projectors():
@@ -185,20 +186,20 @@ def test_fields_of_the_wrong_kind_are_one_line(field, value):
     fields = json.loads((GOLDEN / "checkpoints" / "v1.6-mistral" / "config.json").read_text()) | {field: value}
     vision = json.loads((GOLDEN / "checkpoints" / "v1.6-mistral" / "vision_tower" / "config.json").read_text())
     with pytest.raises(InputError, match=r"config"):
-        c.read_config(fields, vision=vision)
+        read_config(fields, vision=vision)
 
 
 def test_what_processors_do_is_done_under_their_rules_only():
     fields = {"model_type": "llava", "text_config": {"model_type": "llama"}}
-    config = c.read_config(fields, preprocessor={"do_pad": False})
+    config = read_config(fields, preprocessor={"do_pad": False})
     assert config.aspect_ratio == "pad"
     assert config.with_image_rules("transformers").aspect_ratio == "square"
-    assert c.read_config(fields, preprocessor={"do_pad": True}).with_image_rules("transformers").aspect_ratio == "pad"
+    assert read_config(fields, preprocessor={"do_pad": True}).with_image_rules("transformers").aspect_ratio == "pad"
 
 
 def test_a_window_in_some_layers_only_is_refused():
     text = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 4}
-    read = lambda **more: c.read_config({"text_config": text | more}).text.sliding_window  # noqa: E731
+    read = lambda **more: read_config({"text_config": text | more}).text.sliding_window  # noqa: E731
     assert read(max_window_layers=0) == 64
     assert read(max_window_layers=4) is None
     with pytest.raises(InputError, match="max_window_layers"):
@@ -207,5 +208,5 @@ def test_a_window_in_some_layers_only_is_refused():
 
 def test_the_name_is_the_last_part_of_a_path():
     fields = json.loads((GOLDEN / "checkpoints" / "v1.5-llama" / "config.json").read_text())
-    config = c.read_config(fields | {"_name_or_path": "/m/llama-2/vicuna-7b/"}, vision={}, name="org/llava-7b")
+    config = read_config(fields | {"_name_or_path": "/m/llama-2/vicuna-7b/"}, vision={}, name="org/llava-7b")
     assert config.name == "vicuna-7b llava-7b"

@@ -23,9 +23,10 @@ from convert import __main__ as cli
 from convert.finite import is_finite
 from convert.to_orbax import to_orbax
 from convert.verify import compare
-from llava_jax import config as c
 from llava_jax import safetensors
 from llava_jax.checkpoint import open_any
+from llava_jax.config import tiny
+from llava_jax.config_json import read_config
 from llava_jax.console import InputError
 from llava_jax.export import write_hf
 from llava_jax.prompts import TEMPLATES, jinja, render
@@ -158,9 +159,7 @@ def test_sizes_that_are_none(run_cli, tmp_path):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates_write_what_we_write(name):
     template = TEMPLATES[name]
-    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
-        jinja(template, c.tiny())
-    )
+    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(jinja(template, tiny()))
     for turns in (
         ['<image>\nWhat\'s "{{ this }}"?\n', None],
         ["Q1", "A1", "<image>\nQ2", None],
@@ -289,7 +288,7 @@ def test_unused_tensors_are_checked_too(tmp_path):
 @pytest.mark.parametrize("model_type", ["gemma", "granite", "phi3", "qwen3"])
 def test_decoders_of_other_kinds_are_refused(model_type):
     with pytest.raises(InputError, match=f"decoder '{model_type}' is not supported"):
-        c.read_config({"model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336"})
+        read_config({"model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336"})
 
 
 def test_an_index_that_names_what_is_not_there(tmp_path):

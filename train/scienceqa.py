@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config import read_json
+from llava_jax.config_json import read_json
 from llava_jax.console import InputError, Parser, note, run_main
 
 # Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
