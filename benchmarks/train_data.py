@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.config import preset
-from llava_jax.prompts import encode_conversation, get_template
+from llava_jax.prompts import encode_conversation
+from llava_jax.templates import get_template
 from llava_jax.tokenizer import load_tokenizer
 from train.config import TrainConfig
 from train.data import WINDOW, open_data

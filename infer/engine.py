@@ -30,16 +30,10 @@ from llava_jax.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.images import fetch, image_size, layout, open_image, tiles
-from llava_jax.prompts import (
-    choose_template,
-    encode_prompt,
-    end_ids,
-    get_template,
-    prepare_tokenizer,
-    with_images,
-)
+from llava_jax.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
 from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
 from llava_jax.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
+from llava_jax.templates import choose_template, get_template
 from llava_jax.tokenizer import Tokenizer
 
 STEPS = 64  # tokens between looks at the answers for a stop string

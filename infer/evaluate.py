@@ -18,7 +18,7 @@ from typing import Any
 from infer.flags import add_model_flags, load_engine
 from llava_jax.console import InputError, Parser, Progress, note, run_main
 from llava_jax.conversations import check_row, read_rows
-from llava_jax.prompts import MARK
+from llava_jax.templates import MARK
 
 TOLD = 10  # broken questions that are named; the rest are counted
 NO_KIND = "all"  # of questions that the file gives no kind of

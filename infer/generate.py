@@ -12,6 +12,7 @@ import json
 
 from infer.flags import add_model_flags, load_engine
 from llava_jax.console import InputError, Parser, note, run_main
+from llava_jax.templates import get_template
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,11 +57,8 @@ def main() -> int:
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} must be 1 or more")
 
-    # Sooner than the packages below, which take their time to load.
-    from llava_jax.prompts import get_template
-
     if args.template:
-        get_template(args.template)
+        get_template(args.template)  # or complain, sooner than the packages below, which take their time to load
     from infer.sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)

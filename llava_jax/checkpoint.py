@@ -31,9 +31,9 @@ from llava_jax.config import LlavaConfig
 from llava_jax.config_json import read_config, read_json
 from llava_jax.console import InputError, Progress, first_line
 from llava_jax.llava import Params, param_shapes
-from llava_jax.prompts import choose_template
 from llava_jax.sharding import param_shardings, path_of
 from llava_jax.sources import Source, Tensor, has_tensors, open_source, read_ahead
+from llava_jax.templates import choose_template
 from llava_jax.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_BYTES = 64 * 2**20  # of a stored array, so that a host that wants a slice reads little more than that

@@ -104,7 +104,7 @@ class LlavaConfig:
     use_im_patch: bool = False
     max_length: int | None = None  # positions after splicing that the model was trained with
     padding_side: str = "right"
-    template: str | None = None  # conversation template; None: chosen from the rest (prompts.choose_template)
+    template: str | None = None  # conversation template; None: chosen from the rest (templates.choose_template)
     name: str = ""  # what the checkpoint calls itself, a hint for the template
     vision_tower: str | None = None  # where the original's config says the tower is
     image_token_id: int | None = None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded

@@ -24,9 +24,10 @@ from llava_jax.checkpoint import new_directory
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.config_json import KNOWN_TOWERS
 from llava_jax.console import InputError, Progress
-from llava_jax.prompts import MARK, choose_template, end_ids, get_template, jinja
+from llava_jax.prompts import end_ids
 from llava_jax.safetensors import Pending
 from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
+from llava_jax.templates import MARK, choose_template, get_template, jinja
 from llava_jax.tokenizer import Tokenizer
 
 FORMATS = ("transformers", "original")

@@ -13,8 +13,8 @@ from convert.to_orbax import to_orbax
 from llava_jax import checkpoint, decoder, llava
 from llava_jax import config as c
 from llava_jax.layers import attention, cached_attention
-from llava_jax.prompts import choose_template
 from llava_jax.splice import IGNORE, splice
+from llava_jax.templates import choose_template
 
 TOLERANCE = 1e-4
 

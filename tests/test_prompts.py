@@ -8,18 +8,9 @@ from conftest import GOLDEN, golden_json
 
 from llava_jax import config as c
 from llava_jax.console import InputError
-from llava_jax.prompts import (
-    IMAGE,
-    TEMPLATES,
-    choose_template,
-    encode,
-    encode_conversation,
-    get_template,
-    prepare_tokenizer,
-    render,
-    with_images,
-)
-from llava_jax.splice import IGNORE
+from llava_jax.prompts import encode, encode_conversation, prepare_tokenizer, with_images
+from llava_jax.splice import IGNORE, IMAGE
+from llava_jax.templates import TEMPLATES, choose_template, get_template, render
 from llava_jax.tokenizer import load_tokenizer
 
 

@@ -18,8 +18,9 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note
 from llava_jax.conversations import check_row, read_rows
 from llava_jax.images import TileLayout, image_size, layout, open_image, tiles
-from llava_jax.prompts import choose_template, encode_conversation, get_template, prepare_tokenizer
+from llava_jax.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.splice import IGNORE, IMAGE, Row, widths
+from llava_jax.templates import choose_template, get_template
 from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 
