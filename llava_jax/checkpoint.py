@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
@@ -149,7 +150,7 @@ def _load_source(source: Source, mesh: Mesh, dtype=None) -> Params:
             whole = array.astype(dtype_of(path), copy=False)
             loaded[path] = jax.make_array_from_callback(tensor.shape, sharding, lambda index, whole=whole: whole[index])
             bar.advance(tensor.nbytes)
-    return _unflatten(loaded)
+    return unflatten_dict(loaded, sep="/")
 
 
 def _dtype_of(dtype, mesh: Mesh) -> Callable[[str], np.dtype]:
@@ -182,7 +183,7 @@ def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype=No
         Progress("loading", total, "B") as bar,
     ):
         for group in _groups(wanted, GROUP_BYTES):
-            tree = _unflatten(group)
+            tree = unflatten_dict(group, sep="/")
             arguments = ocp.checkpoint_utils.construct_restore_args(tree)
             try:
                 part = checkpointer.restore(
@@ -190,9 +191,9 @@ def _load_orbax(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype=No
                 )
             except Exception as error:
                 raise InputError(f"{directory}: cannot be read ({first_line(error)})") from None
-            loaded |= _flatten(part)
+            loaded |= flatten_dict(part, sep="/")
             bar.advance(sum(leaf.size * leaf.dtype.itemsize for leaf in group.values()))
-    return _unflatten(loaded)
+    return unflatten_dict(loaded, sep="/")
 
 
 def _stored(directory: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -203,7 +204,7 @@ def _stored(directory: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]
         try:
             stored = checkpointer.metadata(_absolute(directory))
             stored = getattr(stored, "item_metadata", stored)
-            leaves = _flatten(dict(getattr(stored, "tree", stored)))
+            leaves = flatten_dict(dict(getattr(stored, "tree", stored)), sep="/")
             return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
         except Exception as error:
             raise InputError(f"{directory}: no Orbax checkpoint, or a broken one ({first_line(error)})") from None
@@ -385,7 +386,7 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
     import orbax.checkpoint as ocp
     import tensorstore as ts
 
-    tree = params if any(isinstance(v, Mapping) for v in params.values()) else _unflatten(params)
+    tree = params if any(isinstance(v, Mapping) for v in params.values()) else unflatten_dict(params, sep="/")
     leaves = jax.tree.leaves(tree)
     with Progress(f"writing {path.name}", sum(leaf.nbytes for leaf in leaves), "B") as bar:
 
@@ -450,28 +451,6 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
             raise
         except Exception as error:  # TensorStore's errors: a full disk, no permission
             raise InputError(f"{directory}: cannot be written ({first_line(error)})") from None
-
-
-# ---------------------------------------------------------------- trees
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else str(key)
-        flat |= _flatten(value, path) if isinstance(value, Mapping) else {path: value}
-    return flat
-
-
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 class _quiet:
