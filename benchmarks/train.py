@@ -29,7 +29,8 @@ def write_model(directory: Path) -> None:
     """A random model of the shape of v1.5, with the tests' tokenizer: 0.7M parameters."""
     import jax
 
-    from llava_jax import checkpoint, config, llava
+    from llava_jax import config, llava
+    from llava_jax.orbax_files import save
     from llava_jax.tokenizer import load_tokenizer
 
     text = config.TextConfig(
@@ -40,7 +41,7 @@ def write_model(directory: Path) -> None:
     files = load_tokenizer(ROOT / "tests" / "golden" / "tokenizer").files
     params = llava.init_params(model, jax.random.key(0))
     print(f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.1f}M parameters", file=sys.stderr)
-    checkpoint.save(directory, params, model, files)
+    save(directory, params, model, files)
 
 
 def measure_data(folder: Path, workers: int) -> dict:

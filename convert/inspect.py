@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from llava_jax import names
-from llava_jax.checkpoint import find_directory, open_ours
 from llava_jax.config import LlavaConfig, tiny
 from llava_jax.config_json import read_config, read_json
 from llava_jax.console import InputError, printable
+from llava_jax.directories import find_directory
+from llava_jax.orbax_files import open_ours
 from llava_jax.sources import open_file, tensor_files
 
 PARTS = ("vision", "projector", "newline", "decoder", "adapter", "other")

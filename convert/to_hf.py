@@ -4,7 +4,8 @@ import os
 
 from convert.finite import finite
 from convert.to_orbax import DTYPES
-from llava_jax.checkpoint import find_directory, open_any
+from llava_jax.checkpoint import open_any
+from llava_jax.directories import find_directory
 from llava_jax.export import write_hf, write_projector
 from llava_jax.tokenizer import load_tokenizer
 

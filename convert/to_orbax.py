@@ -8,7 +8,8 @@ import numpy as np
 
 from convert.combine import combine
 from convert.finite import finite
-from llava_jax.checkpoint import find_directory, save
+from llava_jax.directories import find_directory
+from llava_jax.orbax_files import save
 from llava_jax.tokenizer import load_tokenizer
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}

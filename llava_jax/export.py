@@ -20,10 +20,10 @@ import numpy as np
 from etils import epath
 
 from llava_jax import names, safetensors
-from llava_jax.checkpoint import new_directory
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.config_json import KNOWN_TOWERS
 from llava_jax.console import InputError, Progress
+from llava_jax.directories import new_directory
 from llava_jax.prompts import end_ids
 from llava_jax.safetensors import Pending
 from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
@@ -54,7 +54,7 @@ def write_hf(
 
     Args:
       shard_bytes: of a file, at most; a larger tensor has one of its own.
-      overwrite, sources: as in `checkpoint.new_directory`.
+      overwrite, sources: as in `new_directory`.
 
     Raises:
       InputError: the format cannot express the model, or the destination exists or cannot be written.

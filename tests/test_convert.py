@@ -12,11 +12,13 @@ from conftest import CHECKPOINTS, GOLDEN, golden_tensors, load_golden, one_devic
 
 from convert import __main__ as cli
 from convert.to_orbax import to_orbax
-from llava_jax import checkpoint, names, safetensors
 from llava_jax import config as c
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax import names, safetensors
+from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
+from llava_jax.directories import new_directory
 from llava_jax.llava import param_shapes
+from llava_jax.orbax_files import save
 from llava_jax.sharding import make_mesh, path_of
 
 
@@ -374,7 +376,7 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
     for where in ("here", "./here/", "../" + tmp_path.name + "/here"):
         found = open_checkpoint(where)
         assert_same(found.load(one_device(), np.float32), load_golden("v1.5-llama")[1])
-    assert checkpoint.open_any("here").tensors["decoder/norm/scale"].read().ndim == 1
+    assert open_any("here").tensors["decoder/norm/scale"].read().ndim == 1
 
 
 def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path, monkeypatch):
@@ -393,11 +395,11 @@ def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_failure_leaves_no_parents_behind(tmp_path):
-    with pytest.raises(ZeroDivisionError), checkpoint.new_directory(tmp_path / "a" / "b" / "c") as staged:
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "a" / "b" / "c") as staged:
         (staged / "file").write_text("x")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
-    with checkpoint.new_directory(tmp_path / "a" / "b" / "c") as staged:
+    with new_directory(tmp_path / "a" / "b" / "c") as staged:
         (staged / "file").write_text("x")
     assert (tmp_path / "a" / "b" / "c" / "file").read_text() == "x" and len(list(tmp_path.rglob("*"))) == 4
 
@@ -421,10 +423,8 @@ def test_faults_in_our_own_format(tmp_path):
 def test_trees_of_arrays_are_saved_too(tmp_path):
     """What training will hand over."""
     found, params = load_golden("v1.6-mistral")
-    checkpoint.save(tmp_path / "a", params, found.config, found.tokenizer.files)
+    save(tmp_path / "a", params, found.config, found.tokenizer.files)
     assert_same(open_checkpoint(tmp_path / "a").load(one_device(), np.float32), params)
-    checkpoint.save(
-        tmp_path / "b", jax.tree.map(np.asarray, params), found.config, found.tokenizer.files, dtype="bfloat16"
-    )
+    save(tmp_path / "b", jax.tree.map(np.asarray, params), found.config, found.tokenizer.files, dtype="bfloat16")
     stored = open_checkpoint(tmp_path / "b").load(one_device(), np.float32)
     assert_same(stored, jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), params))

@@ -18,9 +18,10 @@ import yaml
 from conftest import GOLDEN, golden_tensors, write_checkpoint
 from train_processes import start, wait_for_updates
 
-from llava_jax.checkpoint import open_any, open_checkpoint, open_ours
+from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.config import tiny
 from llava_jax.console import InputError
+from llava_jax.orbax_files import open_ours
 from llava_jax.sharding import make_mesh
 from train import __main__ as command
 from train import loop, step, tensorboard

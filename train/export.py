@@ -13,11 +13,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from llava_jax import checkpoint
 from llava_jax.checkpoint import Checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.export import write_hf
 from llava_jax.llava import Params
+from llava_jax.orbax_files import save
 from llava_jax.sources import Tensor
 from train import lora
 from train.config import TrainConfig
@@ -49,7 +49,7 @@ def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainC
         config=model.replace(max_length=config.max_length, **kept),
         tensors=_merged(source.tensors, trained, config),
     )
-    checkpoint.save(
+    save(
         output.root / "model",
         result.tensors,
         result.config,

@@ -21,8 +21,8 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.checkpoint import find_directory
 from llava_jax.console import InputError, first_line, note
+from llava_jax.directories import find_directory
 from train.config import TrainConfig
 
 # A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
