@@ -1,20 +1,12 @@
 """The engine: questions about pictures in, answers out, with every shape from a short ladder.
 
-A batch of questions goes through four compiled functions, each with static shapes that depend only on
-(B rows, S positions, T tiles, N new tokens), all rounded up to a ladder (`Buckets`):
-
-    encode   (B, T)      uint8 tiles -> feature table
-    splice   (B, S, T)   token ids, feature table -> input embeddings: one gather
-    prefill  (B, S, N)   input embeddings -> cache, first token
-    decode   (B, S, N)   a `while_loop` that ends when all rows have ended, cache updated in place
-
-Once a shape has been compiled, no picture and no prompt compiles anything again.
+A batch of questions goes through the functions of `infer.compiled`, whose static shapes are all rounded up to a ladder
+(`Buckets`). Once a shape has been compiled, no picture and no prompt compiles anything again.
 """
 
 import bisect
 import concurrent.futures
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from infer.sampling import Sampling, choose, row_keys
-from llava_jax import decoder, llava
+from infer import compiled
+from infer.sampling import Sampling, row_keys
+from llava_jax import llava
 from llava_jax.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
@@ -33,7 +26,7 @@ from llava_jax.images import fetch, image_size, layout, open_image, tiles
 from llava_jax.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
 from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
 from llava_jax.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
-from llava_jax.templates import choose_template, get_template
+from llava_jax.templates import MARK, choose_template, get_template
 from llava_jax.tokenizer import Tokenizer
 
 STEPS = 64  # tokens between looks at the answers for a stop string
@@ -100,129 +93,6 @@ class _Prepared:
     @property
     def image_tokens(self) -> int:
         return self.length - int((self.row.ids != IMAGE).sum())
-
-
-# ---------------------------------------------------------------- compiled functions
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "lengths", "limits", "step", "done", "out", "keys", "cache"],
-    meta_fields=["prompt_slots"],
-)
-@dataclasses.dataclass(frozen=True)
-class State:
-    """Decoding under way. The first `prompt_slots` cache slots are the padded prompt, then one for each step."""
-
-    tokens: jax.Array  # [B] chosen, not yet in the cache
-    lengths: jax.Array  # [B] of the prompts
-    limits: jax.Array  # [B] tokens that each row may have
-    step: jax.Array  # tokens chosen so far, less one
-    done: jax.Array  # [B]
-    out: jax.Array  # [B, N] tokens chosen
-    keys: jax.Array  # [B]
-    cache: decoder.Cache
-    prompt_slots: int
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _encode(params, tiles_BTHW3, *, config: LlavaConfig, mesh: Mesh):
-    return llava.encode_tiles(params, config, tiles_BTHW3, mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _splice(params, features_BRD, ids_BS, feature_rows_BS, *, config: LlavaConfig, mesh: Mesh):
-    return llava.splice_embeddings(params, config, features_BRD, ids_BS, feature_rows_BS, mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "eos_ids", "new_tokens"))
-def _prefill(params, x_BSD, lengths, limits, keys, knobs, *, config, mesh, eos_ids, new_tokens) -> State:
-    B, S, _ = x_BSD.shape
-    x_BD, cache = decoder.prefill(params["decoder"], config, x_BSD, lengths, S + new_tokens, mesh=mesh)
-    tokens = choose(decoder.logits(params["decoder"], config, x_BD, mesh), _fold(keys, 0), knobs)
-    out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
-    done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
-    return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
-
-
-def _decode(params, state: State, stopped, steps, knobs, *, config, mesh, eos_ids) -> State:
-    """Up to `steps` more tokens for the rows that are neither done nor `stopped` [B]."""
-    last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
-    slots_M = jnp.arange(state.cache[0][0].shape[3])
-    S = state.prompt_slots
-
-    def body(state: State) -> State:
-        slot = S + state.step
-        positions = state.lengths + state.step
-        slot_positions = jnp.where(slots_M < S, slots_M, state.lengths[:, None] + slots_M - S)
-        visible_BM = (slots_M < state.lengths[:, None]) | ((slots_M >= S) & (slots_M < slot))
-        if config.text.sliding_window:
-            visible_BM &= positions[:, None] - slot_positions < config.text.sliding_window
-        x_BD = decoder.embed(params["decoder"], config, state.tokens, mesh)
-        x_BD, cache = decoder.decode_one(
-            params["decoder"], config, x_BD, positions, visible_BM, slot, state.cache, mesh
-        )
-        step = state.step + 1
-        logits_BV = decoder.logits(params["decoder"], config, x_BD, mesh)
-        tokens = choose(logits_BV, _fold(state.keys, step), knobs)
-        tokens = jnp.where(state.done, state.tokens, tokens)
-        out = jnp.where(
-            state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))
-        )
-        done = state.done | _is_end(tokens, eos_ids) | (step + 1 >= state.limits)
-        return dataclasses.replace(state, tokens=tokens, step=step, done=done, out=out, cache=cache)
-
-    state = dataclasses.replace(state, done=state.done | stopped)
-    return jax.lax.while_loop(lambda s: (s.step < last_step) & ~jnp.all(s.done), body, state)
-
-
-@functools.cache
-def _compiled_decode(platform: str):
-    """`_decode`, jitted. On CPUs XLA copies the whole cache at each step unless told to look closer."""
-    options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except Exception:  # not an option of this release
-        options = {}
-    return jax.jit(
-        _decode, static_argnames=("config", "mesh", "eos_ids"), donate_argnames="state", compiler_options=options
-    )
-
-
-def _is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(tokens, bool)
-
-
-def _fold(keys: jax.Array, step) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _logits(params, x_BSD, lengths, *, config: LlavaConfig, mesh: Mesh):
-    B, S, _ = x_BSD.shape
-    positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-    segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)
-    x_BSD = decoder.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, mesh=mesh)
-    return decoder.logits(params["decoder"], config, x_BSD, mesh)
-
-
-class _CompileCount:
-    """How many functions JAX has compiled in this process."""
-
-    def __init__(self):
-        self.n = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, duration: float, **_) -> None:
-        self.n += event == "/jax/core/compile/backend_compile_duration"
-
-
-_compiled = _CompileCount()
-
-
-def compilations() -> int:
-    """Functions compiled in this process so far, by JAX's own events."""
-    return _compiled.n
 
 
 # ---------------------------------------------------------------- the engine
@@ -393,7 +263,8 @@ class Engine:
         turns = (turns, None) if isinstance(turns, str) else tuple(turns)
         item = self._prepare(Request(turns, tuple(images), system), reply=False)
         batch = self._batch([item], [self._pixels(item)])
-        logits = _logits(self.params, self._embed(batch), self._put(batch.lengths), config=self.config, mesh=self.mesh)
+        x_BSD, lengths = self._embed(batch), self._put(batch.lengths)
+        logits = compiled.logits(self.params, x_BSD, lengths, config=self.config, mesh=self.mesh)
         ids = np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE)
         return np.asarray(logits)[0, : item.length], ids[: item.length]
 
@@ -403,7 +274,7 @@ class Engine:
         Returns:
           How many functions were compiled.
         """
-        before = compilations()
+        before = compiled.compilations()
         sampling = sampling or Sampling()
         for length, tile_count in shapes:
             batch = splice(
@@ -415,7 +286,7 @@ class Engine:
             )
             state = self._start(batch, np.ones(len(batch.ids), np.int32), [0] * len(batch.ids), sampling)
             self._continue(state, np.zeros(len(batch.ids), bool), 1, sampling).done.block_until_ready()
-        return compilations() - before
+        return compiled.compilations() - before
 
     # ------------------------------------------------------------ the steps of a batch
 
@@ -425,16 +296,16 @@ class Engine:
         try:
             request = dataclasses.replace(request, images=tuple(fetch(image) for image in request.images))
             turns = list(request.turns)
-            marked = sum(turn.count("<image>") for turn in turns if turn)
+            marked = sum(turn.count(MARK) for turn in turns if turn)
             if marked == 0:
                 turns[0] = with_images(turns[0], images, self.config)
             elif marked != images:
                 raise InputError(
-                    f"the prompt has {marked} <image> marks for {images} images; there must be one for each, "
+                    f"the prompt has {marked} {MARK} marks for {images} images; there must be one for each, "
                     "or none at all"
                 )
             else:
-                turns = [turn and with_images(turn, turn.count("<image>"), self.config) for turn in turns]
+                turns = [turn and with_images(turn, turn.count(MARK), self.config) for turn in turns]
             ids = encode_prompt(
                 self.template, [*turns, None] if reply else turns, self.tokenizer, system=request.system
             )
@@ -491,26 +362,26 @@ class Engine:
     def _embed(self, batch: Batch) -> jax.Array:
         """Input embeddings [B, S, D]."""
         static = dict(config=self.config, mesh=self.mesh)
-        features = _encode(self.params, self._put(batch.tiles), **static) if batch.tiles.shape[1] else None
-        return _splice(self.params, features, self._put(batch.ids), self._put(batch.feature_rows), **static)
+        features = compiled.encode(self.params, self._put(batch.tiles), **static) if batch.tiles.shape[1] else None
+        return compiled.splice(self.params, features, self._put(batch.ids), self._put(batch.feature_rows), **static)
 
-    def _start(self, batch: Batch, limits: np.ndarray, numbers: Sequence[int], sampling: Sampling) -> State:
-        return _prefill(
+    def _start(self, batch: Batch, limits: np.ndarray, numbers: Sequence[int], sampling: Sampling) -> compiled.State:
+        return compiled.prefill(
             self.params, self._embed(batch), self._put(batch.lengths), self._put(limits),
             row_keys(sampling.seed, numbers), sampling.knobs(), config=self.config, mesh=self.mesh,
             eos_ids=self.eos_ids,
             new_tokens=self.buckets.up("new_tokens", min(sampling.max_new_tokens, self.context)),
         )  # fmt: skip
 
-    def _continue(self, state: State, stopped: np.ndarray, steps: int, sampling: Sampling) -> State:
-        return _compiled_decode(self.mesh.devices.flat[0].platform)(
+    def _continue(self, state: compiled.State, stopped: np.ndarray, steps: int, sampling: Sampling) -> compiled.State:
+        return compiled.decode_on(self.mesh.devices.flat[0].platform)(
             self.params, state, self._put(stopped), jnp.int32(steps), sampling.knobs(),
             config=self.config, mesh=self.mesh, eos_ids=self.eos_ids,
         )  # fmt: skip
 
     def _run(self, items: list[_Prepared], pixels: list, sampling: Sampling, *, steps: int) -> Iterator[list[Answer]]:
         """Answer a batch, yielding the answers so far after every few steps; the last ones are whole."""
-        compiled, start = compilations(), time.perf_counter()
+        before, start = compiled.compilations(), time.perf_counter()
         batch = self._batch(items, pixels)
         B, S = batch.ids.shape
         limits = np.minimum(sampling.max_new_tokens, self.context - batch.lengths)
@@ -531,7 +402,7 @@ class Engine:
                     prompt_tokens=item.length,
                     image_tokens=item.image_tokens,
                     bucket=S,
-                    compilations=compilations() - compiled,
+                    compilations=compiled.compilations() - before,
                     prefill_seconds=prefilled - start,
                     decode_tokens_per_second=generated / seconds if generated else 0.0,
                     stopped_by=by,

@@ -10,7 +10,8 @@ from conftest import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, 
 from PIL import Image
 
 from convert.to_orbax import to_orbax
-from infer.engine import Answer, Buckets, Engine, Request, compilations
+from infer.compiled import compilations, decode_on
+from infer.engine import Answer, Buckets, Engine, Request
 from infer.sampling import Sampling, choose, row_keys
 from llava_jax import decoder, images, llava
 from llava_jax.console import InputError
@@ -348,15 +349,13 @@ def test_text_needs_no_vision_tower():
 
 def test_the_cache_is_updated_in_place():
     """The compiled decoding loop copies no cache."""
-    from infer.engine import _compiled_decode
-
     engine = golden_engine("v1.6-mistral")
     state = jax.eval_shape(
         lambda: engine._start(
             splice([], engine.config, length=64, tiles=0, batch=1), np.ones(1, np.int32), [0], Sampling()
         )
     )
-    compiled = _compiled_decode("cpu").lower(
+    compiled = decode_on("cpu").lower(
         engine.params, state, jax.ShapeDtypeStruct((1,), bool), jnp.int32(4), Sampling().knobs(),
         config=engine.config, mesh=engine.mesh, eos_ids=engine.eos_ids,
     ).compile()  # fmt: skip

@@ -1,0 +1,145 @@
+"""What the engine runs on the device.
+
+A batch of questions goes through four compiled functions, each with static shapes that depend only on
+(B rows, S positions, T tiles, N new tokens):
+
+    encode   (B, T)      uint8 tiles -> feature table
+    splice   (B, S, T)   token ids, feature table -> input embeddings: one gather
+    prefill  (B, S, N)   input embeddings -> cache, first token
+    decode   (B, S, N)   a `while_loop` that ends when all rows have ended, cache updated in place
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from infer.sampling import choose
+from llava_jax import decoder, llava
+from llava_jax.config import LlavaConfig
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "lengths", "limits", "step", "done", "out", "keys", "cache"],
+    meta_fields=["prompt_slots"],
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Decoding under way. The first `prompt_slots` cache slots are the padded prompt, then one for each step."""
+
+    tokens: jax.Array  # [B] chosen, not yet in the cache
+    lengths: jax.Array  # [B] of the prompts
+    limits: jax.Array  # [B] tokens that each row may have
+    step: jax.Array  # tokens chosen so far, less one
+    done: jax.Array  # [B]
+    out: jax.Array  # [B, N] tokens chosen
+    keys: jax.Array  # [B]
+    cache: decoder.Cache
+    prompt_slots: int
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def encode(params, tiles_BTHW3, *, config: LlavaConfig, mesh: Mesh) -> jax.Array:
+    """Feature table [B, R, D]."""
+    return llava.encode_tiles(params, config, tiles_BTHW3, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def splice(params, features_BRD, ids_BS, feature_rows_BS, *, config: LlavaConfig, mesh: Mesh) -> jax.Array:
+    """Input embeddings [B, S, D]."""
+    return llava.splice_embeddings(params, config, features_BRD, ids_BS, feature_rows_BS, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "eos_ids", "new_tokens"))
+def prefill(params, x_BSD, lengths, limits, keys, knobs, *, config, mesh, eos_ids, new_tokens) -> State:
+    """The prompts into a fresh cache, and the first token of each answer."""
+    B, S, _ = x_BSD.shape
+    x_BD, cache = decoder.prefill(params["decoder"], config, x_BSD, lengths, S + new_tokens, mesh=mesh)
+    tokens = choose(decoder.logits(params["decoder"], config, x_BD, mesh), _fold(keys, 0), knobs)
+    out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
+    done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
+    return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
+
+
+def _decode(params, state: State, stopped, steps, knobs, *, config, mesh, eos_ids) -> State:
+    """Up to `steps` more tokens for the rows that are neither done nor `stopped` [B]."""
+    last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
+    slots_M = jnp.arange(state.cache[0][0].shape[3])
+    S = state.prompt_slots
+
+    def body(state: State) -> State:
+        slot = S + state.step
+        positions = state.lengths + state.step
+        slot_positions = jnp.where(slots_M < S, slots_M, state.lengths[:, None] + slots_M - S)
+        visible_BM = (slots_M < state.lengths[:, None]) | ((slots_M >= S) & (slots_M < slot))
+        if config.text.sliding_window:
+            visible_BM &= positions[:, None] - slot_positions < config.text.sliding_window
+        x_BD = decoder.embed(params["decoder"], config, state.tokens, mesh)
+        x_BD, cache = decoder.decode_one(
+            params["decoder"], config, x_BD, positions, visible_BM, slot, state.cache, mesh
+        )
+        step = state.step + 1
+        logits_BV = decoder.logits(params["decoder"], config, x_BD, mesh)
+        tokens = choose(logits_BV, _fold(state.keys, step), knobs)
+        tokens = jnp.where(state.done, state.tokens, tokens)
+        out = jnp.where(
+            state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))
+        )
+        done = state.done | _is_end(tokens, eos_ids) | (step + 1 >= state.limits)
+        return dataclasses.replace(state, tokens=tokens, step=step, done=done, out=out, cache=cache)
+
+    state = dataclasses.replace(state, done=state.done | stopped)
+    return jax.lax.while_loop(lambda s: (s.step < last_step) & ~jnp.all(s.done), body, state)
+
+
+@functools.cache
+def decode_on(platform: str):
+    """`_decode`, jitted. On CPUs XLA copies the whole cache at each step unless told to look closer."""
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except Exception:  # not an option of this release
+        options = {}
+    return jax.jit(
+        _decode, static_argnames=("config", "mesh", "eos_ids"), donate_argnames="state", compiler_options=options
+    )
+
+
+def _is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(tokens, bool)
+
+
+def _fold(keys: jax.Array, step) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def logits(params, x_BSD, lengths, *, config: LlavaConfig, mesh: Mesh) -> jax.Array:
+    """Logits [B, S, V] of whole conversations, without a cache."""
+    B, S, _ = x_BSD.shape
+    positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
+    segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)
+    x_BSD = decoder.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, mesh=mesh)
+    return decoder.logits(params["decoder"], config, x_BSD, mesh)
+
+
+class _CompileCount:
+    """How many functions JAX has compiled in this process."""
+
+    def __init__(self):
+        self.n = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration: float, **_) -> None:
+        self.n += event == "/jax/core/compile/backend_compile_duration"
+
+
+_compiled = _CompileCount()
+
+
+def compilations() -> int:
+    """Functions compiled in this process so far, by JAX's own events."""
+    return _compiled.n
