@@ -26,7 +26,7 @@ from llava_jax.images import fetch, image_size, layout, open_image, tiles
 from llava_jax.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
 from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
 from llava_jax.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
-from llava_jax.templates import MARK, choose_template, get_template
+from llava_jax.templates import choose_template, get_template
 from llava_jax.tokenizer import Tokenizer
 
 STEPS = 64  # tokens between looks at the answers for a stop string
@@ -292,20 +292,9 @@ class Engine:
 
     def _prepare(self, request: Request, *, reply: bool = True) -> _Prepared:
         """Tokenize a request and lay its images out, from their sizes alone."""
-        images = len(request.images)
         try:
             request = dataclasses.replace(request, images=tuple(fetch(image) for image in request.images))
-            turns = list(request.turns)
-            marked = sum(turn.count(MARK) for turn in turns if turn)
-            if marked == 0:
-                turns[0] = with_images(turns[0], images, self.config)
-            elif marked != images:
-                raise InputError(
-                    f"the prompt has {marked} {MARK} marks for {images} images; there must be one for each, "
-                    "or none at all"
-                )
-            else:
-                turns = [turn and with_images(turn, turn.count(MARK), self.config) for turn in turns]
+            turns = with_images(request.turns, len(request.images), self.config)
             ids = encode_prompt(
                 self.template, [*turns, None] if reply else turns, self.tokenizer, system=request.system
             )

@@ -19,20 +19,20 @@ from llava_jax.templates import IMAGE_END, IMAGE_PATCH, IMAGE_START, MARK, Span,
 from llava_jax.tokenizer import Tokenizer
 
 
-def with_images(question: str, images: int, config: LlavaConfig) -> str:
-    """A question with its image marks: as written, or one in front for each image if it has none.
+def with_images(turns: Sequence[str | None], images: int, config: LlavaConfig) -> list[str | None]:
+    """A conversation with its image marks: as written, or one for each image in front of it if it has none.
 
     Raises:
       InputError: it has marks, but not one for each image.
     """
-    marks = question.count(MARK)
+    marks = sum(turn.count(MARK) for turn in turns if turn)
     if marks not in (0, images):
         raise InputError(
             f"the prompt has {marks} {MARK} marks for {images} images; there must be one for each, or none at all"
         )
     if marks == 0:
-        question = f"{MARK}\n" * images + question
-    return question.replace(MARK, mark(config))
+        turns = [f"{MARK}\n" * images + turns[0], *turns[1:]]
+    return [turn and turn.replace(MARK, mark(config)) for turn in turns]
 
 
 def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

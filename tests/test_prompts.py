@@ -89,13 +89,14 @@ def test_unknown_template_lists_the_known():
 
 def test_image_marks():
     config = c.tiny()
-    assert with_images("Why?", 2, config) == "<image>\n<image>\nWhy?"
-    assert with_images("A <image> or <image>?", 2, config) == "A <image> or <image>?"
-    assert with_images("Why?", 0, config) == "Why?"
+    assert with_images(["Why?"], 2, config) == ["<image>\n<image>\nWhy?"]
+    assert with_images(["A <image> or <image>?"], 2, config) == ["A <image> or <image>?"]
+    assert with_images(["Why?", None], 0, config) == ["Why?", None]
+    assert with_images(["A <image>?", "Yes.", "<image>?"], 2, config) == ["A <image>?", "Yes.", "<image>?"]
     tagged = config.replace(use_im_start_end=True)
-    assert with_images("Why?", 1, tagged) == "<im_start><image><im_end>\nWhy?"
+    assert with_images(["Why?"], 1, tagged) == ["<im_start><image><im_end>\nWhy?"]
     with pytest.raises(InputError, match="1 <image> marks for 2 images"):
-        with_images("A <image>?", 2, config)
+        with_images(["A <image>?"], 2, config)
 
 
 @pytest.mark.parametrize(
