@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from llava_jax.config import ASPECT_RATIOS
 from llava_jax.console import InputError, Parser, note, run_main
 
 TYPES = ["bfloat16", "float16", "float32"]
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--delta", metavar="DIR", help="weights that are the difference to --base")
     c.add_argument("--projector", metavar="FILE", help="mm_projector.bin or .safetensors to put in")
     c.add_argument("--projector-type", metavar="TYPE", help="of a fresh projector: linear, mlp2x_gelu (default), ...")
-    c.add_argument("--aspect-ratio", choices=["square", "pad", "anyres"], help="for language models; default: pad")
+    c.add_argument("--aspect-ratio", choices=ASPECT_RATIOS, help="for language models; default: pad")
     c.add_argument("--seed", type=int, default=0, metavar="N", help="of a fresh projector (default 0)")
     c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
     c.add_argument("--allow-nonfinite", action="store_true", help="convert tensors with NaN or infinity too")

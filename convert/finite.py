@@ -19,7 +19,7 @@ EXPONENTS = {
 STRIP = 2**18  # elements that are looked at together: they stay in a core's cache
 
 
-def finite(source: Source, dtype: np.dtype | None, allow: bool) -> Source:
+def finite(source: Source, dtype: str | None, allow: bool) -> Source:
     """The checkpoint in another type (None: each tensor's own), whose tensors complain when they are read.
 
     Args:
@@ -32,7 +32,7 @@ def finite(source: Source, dtype: np.dtype | None, allow: bool) -> Source:
     return dataclasses.replace(source, tensors=tensors, unused=unused)
 
 
-def _checked(tensor: Tensor, dtype: np.dtype | None, allow: bool, directory: Path) -> Tensor:
+def _checked(tensor: Tensor, dtype: str | None, allow: bool, directory: Path) -> Tensor:
     kind = np.dtype(dtype or tensor.dtype)
 
     def read() -> np.ndarray:

@@ -3,7 +3,6 @@
 import os
 
 from convert.finite import finite
-from convert.to_orbax import DTYPES
 from llava_jax.checkpoint import open_any
 from llava_jax.directories import find_directory
 from llava_jax.export import write_hf, write_projector
@@ -37,7 +36,7 @@ def to_hf(
       InputError: the format cannot express the model, or the destination exists or cannot be written.
     """
     tower = vision_tower and find_directory(vision_tower)
-    opened = finite(open_any(source, vision_tower=tower), dtype and DTYPES[dtype], allow_nonfinite)
+    opened = finite(open_any(source, vision_tower=tower), dtype, allow_nonfinite)
     kept = dict(overwrite=overwrite, sources=[opened.directory, *([tower] if tower else [])])
     if part == "projector":
         write_projector(destination, opened, **kept)

@@ -3,16 +3,11 @@
 import os
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-
 from convert.combine import combine
 from convert.finite import finite
 from llava_jax.directories import find_directory
 from llava_jax.orbax_files import save
 from llava_jax.tokenizer import load_tokenizer
-
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 def to_orbax(
@@ -63,7 +58,7 @@ def to_orbax(
         seed=seed,
         name="" if os.path.exists(source) else os.fspath(source),
     )
-    opened = finite(opened, dtype and DTYPES[dtype], allow_nonfinite)
+    opened = finite(opened, dtype, allow_nonfinite)
     files = load_tokenizer(tokenizer).files
     sources = [path for path in (start, base, delta, vision_tower, projector and Path(projector)) if path]
     save(destination, opened.tensors, opened.config, files, unused=opened.unused, overwrite=overwrite, sources=sources)

@@ -30,7 +30,6 @@ from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_
 from llava_jax.templates import MARK, choose_template, get_template, jinja
 from llava_jax.tokenizer import Tokenizer
 
-FORMATS = ("transformers", "original")
 PAD = "<pad>"
 ROUND_VOCAB = 64  # published conversions pad the vocabulary to a multiple of this
 SHARD_BYTES = 5 * 10**9
