@@ -74,7 +74,9 @@ def main() -> int:
         check_images(args.image)
 
     engine = load_engine(args)
-    mesh = ",".join(f"{axis}={n}" for axis, n in engine.mesh.shape.items())
+    from llava_jax.sharding import format_mesh
+
+    mesh = format_mesh(engine.mesh.shape)
     chosen = "" if args.template else " (chosen from the checkpoint; --template names another)"
     note(f"template {engine.template_name}{chosen}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")
     if questions is not None:

@@ -12,6 +12,7 @@ runs every model; `tensor` beyond the number of key/value heads keeps copies of 
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,6 +48,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def format_mesh(sizes: Mapping[str, int]) -> str:
+    """`parse_mesh` backwards; a mesh's `shape` will do."""
+    return ",".join(f"{axis}={n}" for axis, n in sizes.items())
+
+
 def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     """A mesh of the axes `data`, `fsdp`, `tensor` over all devices; axes not named have size 1.
 
@@ -58,9 +64,8 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     named = math.prod(n for n in sizes.values() if n > 0)
     sizes = {axis: n if n > 0 else max(len(devices) // named, 1) for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        text = ",".join(f"{axis}={n}" for axis, n in sizes.items())
         raise InputError(
-            f"mesh {text} needs {math.prod(sizes.values())} devices, here are {len(devices)} "
+            f"mesh {format_mesh(sizes)} needs {math.prod(sizes.values())} devices, here are {len(devices)} "
             f"({devices[0].platform}); the sizes must multiply to that"
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)  # the default differs between JAX releases

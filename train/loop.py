@@ -20,7 +20,7 @@ from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, note
 from llava_jax.export import check_expressible
-from llava_jax.sharding import FSDP, batch_sharding, make_mesh, parse_mesh, row_multiple
+from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
 from llava_jax.splice import Batch
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
@@ -100,7 +100,7 @@ def prepare(config: TrainConfig) -> Run:
     mesh = make_mesh(parse_mesh(config.mesh) if config.mesh else {FSDP: -1})
     if config.global_batch_size % row_multiple(mesh):
         raise InputError(
-            f"--global-batch-size {config.global_batch_size}: the mesh ({_axes(mesh)}) cuts a batch into "
+            f"--global-batch-size {config.global_batch_size}: the mesh ({format_mesh(mesh.shape)}) cuts a batch into "
             f"{row_multiple(mesh)} parts; give it a multiple of that, or another --mesh"
         )
     opened: dict[str, Any] = {}
@@ -166,12 +166,9 @@ def rows_part(mesh: Mesh) -> tuple[int, int]:
         rows_of[device.process_index].add(rows.start or 0)
     parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
     if sum(map(len, parts)) != row_multiple(mesh) or len({len(part) for part in parts}) > 1:
-        raise InputError(f"--mesh {_axes(mesh)}: cuts rows across processes; make tensor a divisor of their devices")
+        axes = format_mesh(mesh.shape)
+        raise InputError(f"--mesh {axes}: cuts rows across processes; make tensor a divisor of their devices")
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
-
-
-def _axes(mesh: Mesh) -> str:
-    return ",".join(f"{axis}={n}" for axis, n in mesh.shape.items())
 
 
 def parse_profile_steps(text: str | None) -> range:
@@ -199,7 +196,7 @@ def _train(run: Run) -> int:
     trained, kept = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, frozen))
     note(
         f"{trained:,} parameters are trained, {kept:,} are not; {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        f"{_axes(mesh)}; compiling the first update"
+        f"{format_mesh(mesh.shape)}; compiling the first update"
     )
     if run.progress:
         state = run.checkpoints.restore(state)
