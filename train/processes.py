@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_jax.console import InputError, note
+from llava_jax.console import InputError, first_line, note
 
 GRACE_SECONDS = 15  # that processes wait for each other as they end
 AGAIN = "start all processes again with the same command, and the run goes on from its last checkpoint"
@@ -106,8 +106,7 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
             raise InputError(f"--coordinator {coordinator}: {error}") from None
         # A TPU that belongs to no cluster that JAX knows: one host.
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"the other processes of the run cannot be reached ({reason})") from None
+        raise InputError(f"the other processes of the run cannot be reached ({first_line(error)})") from None
 
 
 def together(what: str, work: Callable[[], str]) -> None:
