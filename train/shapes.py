@@ -27,6 +27,8 @@ from train.scenes import Scene, draw, make_scene
 PICTURE, PICTURES = "<image>\n", "<image>\n<image>\n"
 SPLITS = ("train", "test")
 ASKED = 3  # questions about a test scene
+HARD = ("count", "position", "comparison")  # asked twice as often in training
+KINDS = (*questions.SHORT, *HARD, "text")
 Row = dict[str, Any]
 
 
@@ -83,20 +85,20 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
     for i, scene in enumerate(scenes):
         rng = rng_for(seed, "train", i, 1)
         images = [file_name("train", i)]
-        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.6, 0.1, 0.175, 0.125])
+        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.45, 0.2, 0.2, 0.15])
         turns: list[tuple[str, Turn]] = []
         if kind == "two" and len(scenes) > 1:
             other = int(rng.integers(len(scenes) - 1))
             other += other >= i
             images.append(file_name("train", other))
-            turns = ask_about_two(rng, scene, scenes[other], int(rng.integers(4, 7)))
+            turns = ask_about_two(rng, scene, scenes[other], int(rng.integers(8, 12)))
         if kind == "detail":
             turns = [("detail", questions.detail(rng, scene))]
         if kind == "reasoning":
             found = [questions.reasoning(rng, scene) for _ in range(3)]
             turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))]
-        if len(images) == 1:
-            turns += ask(rng, scene, int(rng.integers(6, 10)) - 2 * len(turns))
+        if len(images) == 1:  # long answers last: short ones are to be seen, not read off them
+            turns = ask(rng, scene, int(rng.integers(12, 18)) - 2 * len(turns)) + turns
         rows.append(make_row(f"train-{i}", images, turns))
     for i in range(0, len(scenes), 20):
         rng = rng_for(seed, "train", i, 2)
@@ -109,7 +111,7 @@ def ask(rng: Rng, scene: Scene, number: int) -> list[tuple[str, Turn]]:
     """Short questions of all kinds about a picture, now and then one that needs none."""
     asked: dict[str, tuple[str, Turn]] = {}
     while len(asked) < number:
-        kind = questions.pick(rng, [*questions.SHORT, "text"])
+        kind = questions.pick(rng, KINDS)
         turn = questions.text(rng) if kind == "text" else questions.SHORT[kind](rng, scene)
         if turn:
             asked.setdefault(turn[0], (kind, turn))

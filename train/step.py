@@ -118,7 +118,7 @@ def setup(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss_of_part(trained, part, number):
-            params = _union(frozen, trained)
+            params = union(frozen, trained)
             dropout = jax.random.fold_in(key, number) if config.tune == "lora" and config.lora_dropout else None
             return loss_sum(params, part, model, config, mesh, dropout) / jnp.maximum(labelled, 1)
 
@@ -139,7 +139,7 @@ def setup(
         return TrainState(state.step + 1, trained, opt_state, skipped, state.skipped_total + ~ok), metrics
 
     def evaluate(frozen: Params, state: TrainState, batch: Batch) -> Metrics:
-        params = _union(frozen, state.trained)
+        params = union(frozen, state.trained)
         sum_of_part = lambda part: loss_sum(params, part, model, config, mesh)  # noqa: E731
         return {
             "loss_sum": jnp.sum(jax.lax.map(sum_of_part, _parts(batch, config.accumulate, mesh))),
@@ -319,8 +319,8 @@ def _start_lora(frozen: dict[str, jax.Array], model: LlavaConfig, config: TrainC
     return _made(make, cuts, kernels)
 
 
-def _union(a: Params, b: Params) -> Params:
-    return a | {key: _union(a[key], value) if key in a else value for key, value in b.items()}
+def union(a: Params, b: Params) -> Params:
+    return a | {key: union(a[key], value) if key in a else value for key, value in b.items()}
 
 
 def export_params(frozen: Params, state: TrainState) -> Params:
@@ -330,7 +330,7 @@ def export_params(frozen: Params, state: TrainState) -> Params:
     in the compute dtype.
     """
     exported = {}
-    for path, x in flatten_dict(_union(frozen, state.trained), sep="/").items():
+    for path, x in flatten_dict(union(frozen, state.trained), sep="/").items():
         head, layers, tail = path.partition("/layers/")
         if layers:
             cut = NamedSharding(x.sharding.mesh, P(*x.sharding.spec[1:]))

@@ -1,0 +1,261 @@
+"""Train the small model that ships with the project, from pictures to curves.
+
+    python examples/shapes/recipe.py --output runs/shapes
+
+    data/      pictures and conversations (train.shapes)
+    start/     the model before anything is learned
+    tower/     its tower knows shapes (warm_up.py)
+    warm-up/   its decoder knows language and where to look: there are no pretrained ones this small
+    reset/     the same with a projector that knows nothing, where the published models begin
+    stage-1/   the projector alone, on captions
+    stage-2/   projector and decoder, on conversations; the tower stays as it is
+
+Then `results.json` and `curves.png`. Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). The same
+command goes on with what was interrupted; seeds are fixed.
+"""
+
+import collections
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import warm_up
+from curves import Curve, Panel, draw_panels, smooth
+from model import CONFIG, TILE, make_tokenizer, save, start, texts_of
+from PIL import Image
+
+from infer.engine import Engine
+from infer.evaluate import evaluate, exact_match, read_questions, table
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.console import Parser, enable_compilation_cache, note, run_main
+from llava_jax.llava import Params
+from llava_jax.sharding import make_mesh
+from train import loop, shapes
+from train.config import TrainConfig
+from train.data import open_data
+from train.questions import plural
+from train.scenes import COLOURS, SHAPES, SIZES, Scene, make_scene
+from train.step import setup
+
+EXAMPLES, TESTS, SEED = 20000, 2000, 0
+COMMON = TrainConfig(
+    dtype="float32", max_length=400, global_batch_size=16, adam_b2=0.98, weight_decay=0.05, warmup_ratio=0.05,
+    workers=1, remat="none", save_every=0, log_every=10, seed=SEED,
+)  # fmt: skip
+WARM_UPS = {"tower": dict(steps=4000, rate=1e-2), "warm-up": dict(steps=2000, rate=1e-2)}
+STAGES = {
+    "stage-1": dict(tune="projector", learning_rate=3e-3, steps=300, template="plain"),
+    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=1200, export_hf=True),
+}
+
+
+def scaled(settings: dict[str, Any], share: float) -> dict[str, Any]:
+    return settings | {"steps": max(10, round(share * settings["steps"]))}
+
+
+def load(checkpoint: Path) -> Params:
+    return open_checkpoint(checkpoint).load(make_mesh({}, jax.devices()[:1]))
+
+
+def tokenizer_of(checkpoint: Path) -> bytes:
+    return open_checkpoint(checkpoint).tokenizer.files["tokenizer.model"]
+
+
+# ---------------------------------------------------------------- from nothing to a model that sees
+
+
+def warm_up_tower(output: Path, data: Path, examples: int, tests: int, share: float) -> None:
+    def look(split: str, number: int) -> warm_up.Seen:
+        scenes = [make_scene(shapes.rng_for(SEED, split, i, 0)) for i in range(number)]
+        paths = [data / "images" / shapes.file_name(split, i) for i in range(number)]
+        return warm_up.look(scenes, paths, CONFIG)
+
+    seen, held_out = look("train", examples), look("test", min(tests, 500))
+    settings = scaled(WARM_UPS["tower"], share) | dict(seed=SEED, output=output / "log" / "tower")
+    params = warm_up.warm_up_tower(load(output / "start"), CONFIG, seen, held_out, **settings)
+    save(output / "tower", CONFIG, params, tokenizer_of(output / "start"))
+
+
+def warm_up_decoder(output: Path, data: Path, share: float) -> None:
+    config = COMMON.replace(
+        checkpoint=str(output / "tower"),
+        data=str(data / "train.json"),
+        eval_data=str(data / "test.json"),
+        image_folder=str(data / "images"),
+        output=str(output / "log" / "warm-up"),
+    )
+    params = warm_up.warm_up_decoder(config, **scaled(WARM_UPS["warm-up"], share))
+    save(output / "warm-up", CONFIG, params, tokenizer_of(output / "tower"))
+
+
+def reset_projector(warm: Path, reset: Path) -> None:
+    """The warmed-up model with a random projector, as LLaVA's stage 1 begins."""
+    fresh = start(CONFIG, SEED + 1)
+    save(reset, CONFIG, load(warm) | {"projector": fresh["projector"]}, tokenizer_of(warm))
+
+
+def stage_config(name: str, output: Path, data: Path, checkpoint: Path, share: float) -> TrainConfig:
+    captions = name == "stage-1"
+    return COMMON.replace(
+        checkpoint=str(checkpoint),
+        data=str(data / ("captions.json" if captions else "train.json")),
+        eval_data=str(data / "test_captions.json") if captions else None,
+        image_folder=str(data / "images"),
+        output=str(output / name),
+        **scaled(STAGES[name], share),
+    )
+
+
+def run_stage(name: str, output: Path, data: Path, checkpoint: Path, share: float) -> Path:
+    """Train one stage, or go on with it. Returns the resulting checkpoint."""
+    note(f"--- {name}")
+    if status := loop.train(loop.prepare(stage_config(name, output, data, checkpoint, share))):
+        raise SystemExit(status)
+    return output / name / "model"
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def captions_loss(output: Path, data: Path, checkpoint: Path) -> float:
+    """Mean loss of a checkpoint over the labelled tokens of the held-out captions, as stage 1 measures it."""
+    config = stage_config("stage-1", output, data, checkpoint, 1.0)
+    found, mesh = open_checkpoint(checkpoint), make_mesh({}, jax.devices()[:1])
+    frozen, state, _, eval_fn = setup(found.load(mesh), found.config, config, mesh, 1)
+    held_out = open_data(config, found.config, found.tokenizer, path=config.eval_data, train=False)
+    sums = [eval_fn(frozen, state, loop.put_batch(batch, mesh, held_out.rows)) for batch, _ in held_out]
+    held_out.close()
+    return float(sum(x["loss_sum"] for x in sums) / sum(x["labelled"] for x in sums))
+
+
+def ask_about_sizes(scenes: list[Scene], path: Path) -> None:
+    """Questions for the shape of the one object of its colour; their kind is that object's size."""
+    rows = []
+    for i, scene in enumerate(scenes):
+        for thing in scene.things:
+            if len(scene.having(colour=thing.colour)) == 1:
+                turn = (f"what shape is the {thing.colour} object?", thing.shape)
+                rows.append(shapes.make_row(f"{i}", [shapes.file_name("test", i)], [(thing.size, turn)]))
+    path.write_text(json.dumps(rows))
+
+
+def change_pictures(data: Path, scenes: list[Scene], output: Path) -> None:
+    """The test pictures once as noise of the same size, once squashed to what the base tile shows."""
+    for folder in ("noise", "base"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    for i in range(len(scenes)):
+        name, rng = shapes.file_name("test", i), np.random.default_rng((SEED, i))
+        image = Image.open(data / "images" / name)
+        Image.fromarray(rng.integers(0, 256, (image.height, image.width, 3), np.uint8)).save(output / "noise" / name)
+        image.resize((TILE, TILE)).save(output / "base" / name)
+
+
+def prior(asked: Path, trained_on: Path) -> dict[str, float]:
+    """Accuracy, by kind, of saying whatever the picture what was said most often in training to questions so worded."""
+    said = collections.defaultdict(collections.Counter)
+    for _, question, answer in _turns(trained_on):
+        said[_wording(question)][answer] += 1
+    right = collections.defaultdict(list)
+    for kind, question, answer in _turns(asked):
+        guess = said[_wording(question)].most_common(1)
+        right[kind].append(bool(guess) and guess[0][0] == answer)
+    return {kind: sum(scores) / len(scores) for kind, scores in right.items()}
+
+
+def _turns(path: Path) -> Iterator[tuple[str, str, str]]:
+    for row in json.loads(path.read_text()):
+        said = [turn["value"] for turn in row["conversations"]]
+        yield from zip(row["kinds"], said[::2], said[1::2], strict=True)
+
+
+def _wording(question: str) -> str:
+    """A question without what it is about: "what shape is the _ object?"."""
+    names = "|".join([*COLOURS, *map(plural, SHAPES), *SHAPES, *SIZES])
+    return re.sub(rf"\b({names})\b|<image>|\n", "_", question)
+
+
+def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]:
+    """Accuracy by kind; without looking; without the tiles beyond the base one."""
+    scenes = [make_scene(shapes.rng_for(SEED, "test", i, 0)) for i in range(tests)]
+    ask_about_sizes(scenes, output / "sizes.json")
+    change_pictures(data, scenes, output)
+    engine = Engine.load(model)
+    base = Engine.load(model)
+    base.config = base.config.replace(aspect_ratio="square")
+
+    def ask(engine, file, folder, most=None):
+        note(f"--- {file.name}, {folder.name}")
+        return evaluate(engine, read_questions(file, folder)[:most], exact_match, rows=64, max_new_tokens=64)
+
+    return {
+        "questions": ask(engine, data / "test.json", data / "images"),
+        "noise": ask(engine, data / "test.json", output / "noise", 2000),
+        "prior": prior(data / "test.json", data / "train.json"),
+        "sizes": ask(engine, output / "sizes.json", data / "images", 2000),
+        "sizes, base tile alone": ask(base, output / "sizes.json", output / "base", 2000),
+    }
+
+
+def draw_curves(output: Path) -> Image.Image:
+    """Loss and accuracy of the warm-ups, loss of the stages."""
+    panels = []
+    for name in (*WARM_UPS, *STAGES):
+        lines = read_metrics(output / "log" / name if name in WARM_UPS else output / name)
+        losses = smooth([line["loss"] for line in lines])
+        panels.append(Panel(f"{name}: loss", "updates", [Curve("", points(lines, losses))]))
+        measured = [line for line in lines if "accuracy" in line]
+        if measured:
+            curve = Curve("", points(measured, [line["accuracy"] for line in measured]), dots=True)
+            panels.append(Panel(f"{name}: held-out accuracy", "updates", [curve], high=1.0, percent=True))
+    return draw_panels(panels, across=3)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def points(lines: list[dict[str, Any]], values: list[float]) -> list[tuple[float, float]]:
+    return [(line["step"], value) for line, value in zip(lines, values, strict=True)]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main() -> None:
+    p = Parser(prog="python examples/shapes/recipe.py", description="Train the small model of shapes.")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--examples", type=int, default=EXAMPLES, metavar="N", help=f"(default {EXAMPLES})")
+    p.add_argument("--tests", type=int, default=TESTS, metavar="N", help=f"test pictures (default {TESTS})")
+    p.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates, for a quick try (default 1)")
+    args = p.parse_args()
+    enable_compilation_cache()
+    output, data = Path(args.output).absolute(), Path(args.output).absolute() / "data"
+    if not (data / "test_captions.json").exists():
+        shapes.write(data, args.examples, args.tests, SEED)
+    if not (output / "start").exists():
+        texts = texts_of(data / "train.json") + texts_of(data / "captions.json")
+        save(output / "start", CONFIG, start(CONFIG, SEED), make_tokenizer(texts, CONFIG.text.vocab_size))
+    if not (output / "tower").exists():
+        warm_up_tower(output, data, args.examples, args.tests, args.share)
+    if not (output / "warm-up").exists():
+        warm_up_decoder(output, data, args.share)
+    if not (output / "reset").exists():
+        reset_projector(output / "warm-up", output / "reset")
+    first = run_stage("stage-1", output, data, output / "reset", args.share)
+    second = run_stage("stage-2", output, data, first, args.share)
+    draw_curves(output).save(output / "curves.png")
+
+    results = measure(second, output, data, args.tests)
+    results["captions loss"] = {
+        name: captions_loss(output, data, path) for name, path in (("reset", output / "reset"), ("stage-1", first))
+    }
+    print(table(results["questions"]))
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
