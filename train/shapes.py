@@ -26,6 +26,7 @@ from train.scenes import Scene, draw, make_scene
 
 PICTURE, PICTURES = "<image>\n", "<image>\n<image>\n"
 SPLITS = ("train", "test")
+CAPITALS = 0.75  # share of the questions that begin with one
 ASKED = 3  # questions about a test scene
 HARD = ("count", "position", "comparison")  # asked twice as often in training
 KINDS = (*questions.SHORT, *HARD, "text")
@@ -59,23 +60,25 @@ def file_name(split: str, index: int) -> str:
 # ---------------------------------------------------------------- rows
 
 
-def make_row(name: str, images: list[str], turns: list[tuple[str, Turn]]) -> Row:
-    """A row of the original's format; `turns` are kinds, questions and answers."""
+def make_row(rng: Rng, name: str, images: list[str], turns: list[tuple[str, Turn]]) -> Row:
+    """A row of the original's format; `turns` are kinds, questions and answers. Most questions begin with a capital."""
     mark = PICTURES if len(images) == 2 else PICTURE if images else ""
     said = []
     for i, (_, (question, answer)) in enumerate(turns):
+        if rng.random() < CAPITALS:
+            question = question[0].upper() + question[1:]
         said += [{"from": "human", "value": (mark if i == 0 else "") + question}, {"from": "gpt", "value": answer}]
     image = {"image": images if len(images) > 1 else images[0]} if images else {}
     return {"id": name} | image | {"kinds": [kind for kind, _ in turns], "conversations": said}
 
 
 def caption_rows(split: str, scenes: list[Scene], seed: int) -> list[Row]:
-    return [
-        make_row(
-            f"{split}-{i}", [file_name(split, i)], [("caption", questions.caption(rng_for(seed, split, i, 1), scene))]
-        )
-        for i, scene in enumerate(scenes)
-    ]
+    rows = []
+    for i, scene in enumerate(scenes):
+        rng = rng_for(seed, split, i, 1)
+        turns = [("caption", questions.caption(rng, scene))]
+        rows.append(make_row(rng, f"{split}-{i}", [file_name(split, i)], turns))
+    return rows
 
 
 def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
@@ -99,11 +102,11 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
             turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))]
         if len(images) == 1:  # long answers last: short ones are to be seen, not read off them
             turns = ask(rng, scene, int(rng.integers(12, 18)) - 2 * len(turns)) + turns
-        rows.append(make_row(f"train-{i}", images, turns))
+        rows.append(make_row(rng, f"train-{i}", images, turns))
     for i in range(0, len(scenes), 20):
         rng = rng_for(seed, "train", i, 2)
         turns = {questions.text(rng): "text" for _ in range(6)}
-        rows.append(make_row(f"train-text-{i}", [], [(kind, turn) for turn, kind in turns.items()]))
+        rows.append(make_row(rng, f"train-text-{i}", [], [(kind, turn) for turn, kind in turns.items()]))
     return rows
 
 
@@ -142,7 +145,7 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
             else:
                 turn = (questions.SHORT | {"reasoning": questions.reasoning})[kind](rng, scene)
             if turn and found < ASKED:
-                rows.append(make_row(f"test-{i}-{kind}", images, [(kind, turn)]))
+                rows.append(make_row(rng, f"test-{i}-{kind}", images, [(kind, turn)]))
                 asked[kind] += 1
                 found += 1
     return rows

@@ -136,10 +136,11 @@ def ask_about_sizes(scenes: list[Scene], path: Path) -> None:
     """Questions for the shape of the one object of its colour; their kind is that object's size."""
     rows = []
     for i, scene in enumerate(scenes):
+        rng = shapes.rng_for(SEED, "test", i, 3)
         for thing in scene.things:
             if len(scene.having(colour=thing.colour)) == 1:
                 turn = (f"what shape is the {thing.colour} object?", thing.shape)
-                rows.append(shapes.make_row(f"{i}", [shapes.file_name("test", i)], [(thing.size, turn)]))
+                rows.append(shapes.make_row(rng, f"{i}", [shapes.file_name("test", i)], [(thing.size, turn)]))
     path.write_text(json.dumps(rows))
 
 
@@ -175,7 +176,7 @@ def _turns(path: Path) -> Iterator[tuple[str, str, str]]:
 def _wording(question: str) -> str:
     """A question without what it is about: "what shape is the _ object?"."""
     names = "|".join([*COLOURS, *map(plural, SHAPES), *SHAPES, *SIZES])
-    return re.sub(rf"\b({names})\b|<image>|\n", "_", question)
+    return re.sub(rf"\b({names})\b|<image>|\n", "_", question.lower())
 
 
 def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]:
