@@ -10,7 +10,9 @@
     stage-1/   the projector alone, on captions
     stage-2/   projector and decoder, on conversations; the tower stays as it is
 
-Then `results.json` and `curves.png`. Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). The same
+    bundle/    what ships: the model in transformers' format, its card, its curves, a picture
+
+Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). The same
 command goes on with what was interrupted; seeds are fixed.
 """
 
@@ -24,10 +26,12 @@ from typing import Any
 import jax
 import numpy as np
 import warm_up
+from card import write_card
 from curves import Curve, Panel, draw_panels, smooth
-from model import CONFIG, TILE, make_tokenizer, save, start, texts_of
+from model import CONFIG, PATCH, TILE, make_tokenizer, save, start, texts_of
 from PIL import Image
 
+from convert.to_hf import to_hf
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions, table
 from llava_jax.checkpoint import open_checkpoint
@@ -38,18 +42,19 @@ from train import loop, shapes
 from train.config import TrainConfig
 from train.data import open_data
 from train.questions import plural
-from train.scenes import COLOURS, SHAPES, SIZES, Scene, make_scene
+from train.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.step import setup
 
 EXAMPLES, TESTS, SEED = 20000, 2000, 0
+EXAMPLE = 17  # seed of the picture that ships
 COMMON = TrainConfig(
     dtype="float32", max_length=400, global_batch_size=16, adam_b2=0.98, weight_decay=0.05, warmup_ratio=0.05,
-    workers=1, remat="none", save_every=0, log_every=10, seed=SEED,
+    workers=1, save_every=0, log_every=10, seed=SEED,
 )  # fmt: skip
-WARM_UPS = {"tower": dict(steps=4000, rate=1e-2), "warm-up": dict(steps=2000, rate=1e-2)}
+WARM_UPS = {"tower": dict(steps=4000, rate=1e-2), "warm-up": dict(steps=1100, rate=1e-2)}
 STAGES = {
     "stage-1": dict(tune="projector", learning_rate=3e-3, steps=300, template="plain"),
-    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=1200, export_hf=True),
+    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=400),
 }
 
 
@@ -179,6 +184,13 @@ def _wording(question: str) -> str:
     return re.sub(rf"\b({names})\b|<image>|\n", "_", question.lower())
 
 
+def make_bundle(model: Path, bundle: Path) -> None:
+    """What ships: the model in transformers' format and bfloat16, and a picture."""
+    to_hf(model, bundle, dtype="bfloat16", overwrite=True)
+    rng = np.random.default_rng(EXAMPLE)
+    draw(make_scene(rng), rng).save(bundle / "example.png")
+
+
 def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]:
     """Accuracy by kind; without looking; without the tiles beyond the base one."""
     scenes = [make_scene(shapes.rng_for(SEED, "test", i, 0)) for i in range(tests)]
@@ -197,7 +209,7 @@ def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]
         "noise": ask(engine, data / "test.json", output / "noise", 2000),
         "prior": prior(data / "test.json", data / "train.json"),
         "sizes": ask(engine, output / "sizes.json", data / "images", 2000),
-        "sizes, base tile alone": ask(base, output / "sizes.json", output / "base", 2000),
+        "base tile": ask(base, output / "sizes.json", output / "base", 2000),
     }
 
 
@@ -248,14 +260,17 @@ def main() -> None:
         reset_projector(output / "warm-up", output / "reset")
     first = run_stage("stage-1", output, data, output / "reset", args.share)
     second = run_stage("stage-2", output, data, first, args.share)
-    draw_curves(output).save(output / "curves.png")
-
-    results = measure(second, output, data, args.tests)
-    results["captions loss"] = {
+    make_bundle(second, output / "bundle")
+    results = measure(output / "bundle", output, data, args.tests)
+    results["captions_loss"] = {
         name: captions_loss(output, data, path) for name, path in (("reset", output / "reset"), ("stage-1", first))
     }
-    print(table(results["questions"]))
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw_curves(output).save(output / "bundle" / "curves.png")
+    facts = dict(examples=args.examples, tests=args.tests, tile=TILE, patch=PATCH, vocab=CONFIG.text.vocab_size)
+    facts["parameters"] = sum(x.size for x in jax.tree.leaves(load(second)))
+    (output / "bundle" / "README.md").write_text(write_card(results, **facts))
+    print(table(results["questions"]))
 
 
 if __name__ == "__main__":
