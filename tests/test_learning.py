@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import one_device
 
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions
@@ -53,14 +54,14 @@ def test_it_learns_to_see(recipe, tmp_path):
     recipe.save(tmp_path / "start", config, recipe.start(config, 0), recipe.make_tokenizer(recipe.texts_of(train), 300))
 
     def accuracy(checkpoint: Path) -> float:
-        engine = Engine.load(checkpoint, mesh="tensor=1")
+        engine = Engine.load(checkpoint, mesh=one_device())
         questions = read_questions(test, tmp_path)
         return evaluate(engine, questions, exact_match, rows=64, max_new_tokens=8)["accuracy"]
 
     run = TrainConfig(
         checkpoint=str(tmp_path / "start"), data=str(train), image_folder=str(tmp_path), output=str(tmp_path / "run"),
         tune="projector,decoder,vision", learning_rate=3e-3, steps=200, global_batch_size=16, max_length=64,
-        positions_per_row=256, dtype="float32", remat="none", save_every=0, adam_b2=0.98, mesh="fsdp=1", workers=0,
+        positions_per_row=256, dtype="float32", remat="none", save_every=0, adam_b2=0.98, workers=0,
     )  # fmt: skip
     assert accuracy(tmp_path / "start") <= 1.5 / len(COLOURS)
     assert loop.train(loop.prepare(run)) == 0

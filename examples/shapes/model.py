@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import sentencepiece
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax import checkpoint
+from llava_jax import orbax_files
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.llava import Params, init_params
 from llava_jax.prompts import MARK
@@ -87,4 +87,4 @@ def _waves(config: VisionConfig) -> jax.Array:
 def save(directory: Path, config: LlavaConfig, params: Params, tokenizer: bytes) -> None:
     settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": True}
     files = {"tokenizer.model": tokenizer, "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
-    checkpoint.save(directory, params, config, files, overwrite=True)
+    orbax_files.save(directory, params, config, files, overwrite=True)

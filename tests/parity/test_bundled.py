@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import transformers as tf
+from conftest import one_device
 
 from infer.engine import Engine, Request
 from infer.flags import BUNDLED
@@ -17,7 +18,7 @@ ASKED = tuple(questions.SHORT.values())
 def test_transformers_gives_the_same_answers():
     model = tf.LlavaNextForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
     processor = tf.AutoProcessor.from_pretrained(BUNDLED)
-    ours = Engine.load(BUNDLED, mesh="tensor=1", dtype="float32", image_rules="transformers")
+    ours = Engine.load(BUNDLED, mesh=one_device(), dtype="float32", image_rules="transformers")
     requests = []
     for seed in range(SCENES):
         rng = np.random.default_rng((1, seed))
