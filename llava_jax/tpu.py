@@ -372,10 +372,10 @@ class Program:
         phase = found[1]
         products = {"fwd": 2, "dkv": 4, "dq": 3}[phase]
         queries = one.attributes.split("operand_layout_constraints={")[1]
-        H, S, N = max((s.dims for s in _shapes(queries) if len(s.dims) == 3), key=math.prod)
+        *many, S, N = max((s.dims for s in _shapes(queries.split("}}")[0]) if len(s.dims) > 2), key=math.prod)
         block = re.search(rf'block_q{"" if phase == "fwd" else "_" + phase}\\*": (\d+)', one.attributes)
         blocks = S // int(block[1])
-        return products * 2 * H * S * S * N * (blocks + 1) / (2 * blocks)
+        return products * 2 * math.prod(many) * S * S * N * (blocks + 1) / (2 * blocks)
 
     # ------------------------------------------------------------ between chips
 
