@@ -111,8 +111,8 @@ def decode(
 
     def attend(q, k, v):
         q, k, v = checkpoint_name(_cut_heads(mesh, rotate(q, rope), rotate(k, rope), v), "attention")
-        seen = attention(q, k, v, segments_BS=segments_BS, causal=True, window=c.sliding_window, mesh=mesh)
-        return checkpoint_name(seen, "attention")
+        static = dict(causal=True, window=c.sliding_window, mesh=mesh, saved="attention")
+        return attention(q, k, v, segments_BS=segments_BS, **static)
 
     def block(x_BSD, layer):
         layer = gather(layer, "decoder/layers", config, mesh)

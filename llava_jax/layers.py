@@ -7,10 +7,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_policies
+from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from llava_jax.config import TextConfig
+from llava_jax.sharding import AXES, BATCH, FSDP, TENSOR, manual_axes, row_multiple
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -19,12 +21,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
+
+def _all_but_weights(primitive, *_, **parameters) -> bool:
+    """Of weights that were gathered each device keeps its cut."""
+    return primitive.name != "all_gather" and parameters.get("name") != "gathered"
+
+
 # What a layer leaves for the backward pass, which computes the rest again.
 REMAT = {
     "full": checkpoint_policies.nothing_saveable,
     "minimal": checkpoint_policies.save_only_these_names("attention"),  # what goes in and comes out, in the decoder
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "none": checkpoint_policies.save_anything_except_these_names("gathered"),  # of weights each device keeps its cut
+    "none": _all_but_weights,
 }
 
 BLOCK = 192  # positions of queries whose scores plain attention holds at once
@@ -124,20 +132,28 @@ def attention(
     causal: bool = False,
     window: int | None = None,
     mesh: Mesh | None = None,
+    saved: str | None = None,
 ) -> jax.Array:
     """Self-attention over a whole sequence (Vaswani et al. 2017), scores and softmax in float32.
 
     A query sees keys of its own segment, itself and before it if `causal`, and of those the last `window`.
     K may divide H (grouped heads); keys are not repeated. Rows that see nothing but padding give finite rubbish.
 
+    Args:
+      saved: name under which `REMAT` knows the result.
+
     Returns:
       [B, S, H, N] in the dtype of q.
     """
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    if platform == "tpu" and causal and _splash_can(q_BSHN, k_BSKN, mesh):
+        return splash_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, window=window, mesh=mesh, saved=saved)
     if platform == "gpu" and q_BSHN.dtype in (jnp.bfloat16, jnp.float16):
-        return _cudnn_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window)
-    one_by_one = platform == "cpu" and (mesh is None or mesh.size == 1) and q_BSHN.shape[1] > FEW
-    return _plain_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window, one_by_one)
+        seen = _cudnn_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window)
+    else:
+        one_by_one = platform == "cpu" and (mesh is None or mesh.size == 1) and q_BSHN.shape[1] > FEW
+        seen = _plain_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window, one_by_one)
+    return checkpoint_name(seen, saved) if saved else seen
 
 
 def _plain_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window, one_by_one) -> jax.Array:
@@ -194,6 +210,74 @@ def _visible(segments_S, queries: slice, keys: slice, causal: bool, window: int 
     if window:
         mask &= i - j < window
     return mask
+
+
+def splash_attention(
+    q_BSHN: jax.Array,
+    k_BSKN: jax.Array,
+    v_BSKN: jax.Array,
+    segments_BS: jax.Array | None = None,
+    *,
+    window: int | None = None,
+    mesh: Mesh | None = None,
+    saved: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal self-attention by JAX's Pallas kernels for TPUs, forward and backward: scores never leave the core.
+
+    Each device runs them on its own rows and heads. Sequences are padded to whole blocks; behind all others, padding is
+    seen by none of them. Arguments and result are `attention`'s; `interpret` runs the kernels anywhere, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    B, S, _, N = q_BSHN.shape
+    block = splash_block(S)
+    padded = -(-S // block) * block
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+
+    def on_one_device(q_BSHN, k_BSKN, v_BSKN, *segments_BS):
+        shape = (padded, padded)
+        mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * q_BSHN.shape[2]),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=saved,
+            interpret=interpret,
+        )
+        heads = [x.swapaxes(1, 2) for x in (q_BSHN * N**-0.5, k_BSKN, v_BSKN)]
+        heads = [jnp.pad(x, ((0, 0), (0, 0), (0, padded - S), (0, 0))) for x in heads]
+        ids = [kernels.SegmentIds(x, x) for x in (jnp.pad(x, ((0, 0), (0, padded - S))) for x in segments_BS)]
+        return jax.vmap(kernel)(*heads, *ids)[:, :, :S].swapaxes(1, 2)
+
+    args = (q_BSHN, k_BSKN, v_BSKN, *(() if segments_BS is None else (segments_BS,)))
+    own_rows = FSDP in manual_axes()
+    if mesh is None or mesh.size == 1:
+        return on_one_device(*args)
+    rows = BATCH if not own_rows and B % row_multiple(mesh) == 0 else None
+    specs = (P(rows, None, TENSOR),) * 3 + (P(rows),) * (len(args) - 3)
+    return jax.shard_map(
+        on_one_device,
+        mesh=jax.sharding.get_abstract_mesh() if own_rows else mesh,
+        axis_names={TENSOR} if own_rows else set(AXES),
+        in_specs=specs,
+        out_specs=specs[0],
+        check_vma=False,
+    )(*args)
+
+
+def _splash_can(q_BSHN: jax.Array, k_BSKN: jax.Array, mesh: Mesh | None) -> bool:
+    """The kernels want whole lanes; keys and values are cut with their queries, by whole heads."""
+    return q_BSHN.shape[3] % 128 == 0 and (mesh is None or k_BSKN.shape[2] % mesh.shape[TENSOR] == 0)
+
+
+def splash_block(S: int) -> int:
+    """Positions of a block: the most, up to 512, that padding to whole blocks costs at most an eighth for."""
+    return next((n for n in (512, 384, 256) if -S % n <= S / 8), 128)
 
 
 def _cudnn_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window) -> jax.Array:

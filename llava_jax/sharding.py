@@ -10,9 +10,11 @@ An axis that does not divide a dimension is left out of its spec (heads count as
 runs every model; `tensor` beyond the number of key/value heads keeps copies of those.
 """
 
+import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -69,7 +71,28 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
             f"({devices[0].platform}); the sizes must multiply to that"
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)  # the default differs between JAX releases
+    if devices[0].platform == "tpu" and (ordered := _by_place(devices, sizes)):
+        return Mesh(np.array(ordered).reshape(tuple(sizes.values())), AXES, axis_types=kinds)
     return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
+
+
+def _by_place(devices: list, sizes: dict[str, int]) -> list | None:
+    """TPUs in the order of their coordinates, for `fsdp_lines`, where slices are whole: one along `fsdp`, or several
+    along `data` (which are the slower network). None where the mesh is cut otherwise."""
+
+    def place(device):
+        return getattr(device, "slice_index", 0), *device.coords
+
+    slices = {place(device)[0] for device in devices}
+    if len({place(device) for device in devices}) != len(devices) or sizes[FSDP] * len(slices) != len(devices):
+        if len(slices) > 1 and sizes[DATA] % len(slices) == 0:
+            return sorted(devices, key=place)
+        if len(slices) > 1:
+            raise InputError(
+                f"with {len(slices)} slices `data` must be a multiple of that: only it may go between them"
+            )
+        return None
+    return sorted(devices, key=place)
 
 
 def inference_mesh(config: LlavaConfig, devices: list | None = None) -> Mesh:
@@ -148,11 +171,120 @@ def gather(params: Any, path: str, config: LlavaConfig, mesh: Mesh | None) -> An
         return params
 
     def whole(tail, x):
-        spec = param_spec("/".join(filter(None, (path, path_of(tail)))), x.shape, config, mesh)
-        spec = P(*(None if axis == FSDP else axis for axis in spec))
-        return checkpoint_name(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), "gathered")
+        if isinstance(x, Piece):
+            x = _gather_piece(x.piece, x.piece.ndim + x.axis, mesh)
+        elif FSDP not in manual_axes():
+            spec = param_spec("/".join(filter(None, (path, path_of(tail)))), x.shape, config, mesh)
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _without(spec, {FSDP})))
+        return checkpoint_name(x, "gathered")
 
-    return jax.tree_util.tree_map_with_path(whole, params)
+    return jax.tree_util.tree_map_with_path(whole, params, is_leaf=lambda x: isinstance(x, Piece))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_piece(piece: jax.Array, axis: int, mesh: Mesh) -> jax.Array:
+    return jax.lax.all_gather(piece, FSDP, axis=axis, tiled=True)
+
+
+def _scatter_gradient(axis: int, mesh: Mesh, _, gradient: jax.Array) -> tuple[jax.Array]:
+    """One dimension of the slice after the other: XLA's TPU compiler turns a scatter over all of a 4x4 slice into a
+    reduction, which moves twice as much, but leaves those along lines of chips as they are."""
+    for groups in fsdp_lines(mesh):
+        gradient = jax.lax.psum_scatter(
+            gradient, FSDP, scatter_dimension=axis, tiled=True, axis_index_groups=[list(line) for line in groups]
+        )
+    return (gradient,)
+
+
+_gather_piece.defvjp(lambda piece, axis, mesh: (_gather_piece(piece, axis, mesh), None), _scatter_gradient)
+
+
+@functools.cache
+def fsdp_lines(mesh: Mesh) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """For each dimension of the slice the lines of chips along it, as indices of `fsdp`; other devices are one line.
+
+    Their order is that of coordinates, the last one changing fastest (`make_mesh`); of any other, all are one line.
+    """
+    devices = mesh.devices[0, :, 0]
+    everyone = np.arange(len(devices))
+    sides = (len(devices),)
+    if devices[0].platform == "tpu":
+        coords = np.array([device.coords for device in devices])
+        coords = coords - coords.min(axis=0)
+        extents = tuple(coords.max(axis=0) + 1)
+        if math.prod(extents) == len(devices) and (np.ravel_multi_index(coords.T, extents) == everyone).all():
+            sides = tuple(int(n) for n in extents if n > 1)
+    numbers = everyone.reshape(sides)
+    lines = (np.moveaxis(numbers, k, -1).reshape(-1, n) for k, n in enumerate(sides))
+    return tuple(tuple(map(tuple, dimension.tolist())) for dimension in lines)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a device has of a parameter that is cut along `fsdp`, within `on_own_rows`. `gather` makes it whole."""
+
+    piece: jax.Array
+    axis: int = dataclasses.field(metadata=dict(static=True))  # counted from the last, which stacked layers leave be
+
+    @property
+    def dtype(self):
+        return self.piece.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.piece.shape
+
+    def astype(self, dtype) -> "Piece":
+        return dataclasses.replace(self, piece=self.piece.astype(dtype))
+
+
+def on_own_rows(f: Callable, params: Any, specs: Any, rows: Any, *others: Any, mesh: Mesh) -> Any:
+    """`f(params, rows, *others)` on each device's own rows: a scalar, summed over all of them.
+
+    Left to itself the compiler reduces gradients as whole arrays, those of the head once for each piece of the
+    sequence. Here nothing is moved along `data` and `fsdp` but what `gather` gathers, and, backward, its gradients,
+    each of which is scattered once.
+
+    Args:
+      specs: how `params` are cut; a tree like it.
+      rows: arrays whose first dimension is rows, a multiple of `row_multiple`.
+      others: whole everywhere; arrays or None.
+    """
+
+    def local(params, rows, *others):
+        def piece(x, spec):
+            axes = [i for i, axis in enumerate(spec) if axis == FSDP]
+            return Piece(x, axes[0] - x.ndim) if axes and mesh.shape[FSDP] > 1 else x
+
+        return f(jax.tree.map(piece, params, specs), rows, *others)[None]
+
+    if row_multiple(mesh) == 1:
+        return f(params, rows, *others)
+    cuts = jax.tree.map(lambda _, spec: _without(spec, {TENSOR}), params, specs)
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        axis_names=set(BATCH),
+        in_specs=(cuts, P(BATCH), *(P() for _ in others)),
+        out_specs=P(BATCH),
+        check_vma=False,
+    )
+    return jax.numpy.sum(mapped(params, rows, *others))
+
+
+def row_index() -> jax.Array | int:
+    """Which of the shards of rows this is, within `on_own_rows`; 0 elsewhere."""
+    return jax.lax.axis_index(BATCH) if FSDP in manual_axes() else 0
+
+
+def _without(spec: P, axes: set[str] | frozenset[str]) -> P:
+    return P(*(None if axis in axes else axis for axis in spec))
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Mesh axes that the program being traced deals with by itself (`on_own_rows`)."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def path_of(keys) -> str:
@@ -170,6 +302,10 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes) -> jax.Array:
     """
     if mesh is None or mesh.size == 1:
         return x
+    if FSDP in manual_axes():  # rows are the device's own
+        if mesh.shape[TENSOR] == 1:
+            return x
+        mesh, axes = jax.sharding.get_abstract_mesh(), [axis if axis == TENSOR else None for axis in axes]
 
     def fits(axis, n):
         size = math.prod(mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))

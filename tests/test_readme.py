@@ -29,7 +29,9 @@ def test_every_flag_in_the_documents_exists():
     from convert.__main__ import parser as convert
     from infer.evaluate import parser as evaluate
     from infer.generate import parser as generate
+    from infer.plan import parser as infer_plan
     from train.__main__ import parser as train
+    from train.plan import parser as train_plan
     from train.preview import parser as preview
     from train.shapes import parser as shapes
 
@@ -39,10 +41,12 @@ def test_every_flag_in_the_documents_exists():
         train(),
         preview(),
         shapes(),
+        train_plan(),
+        infer_plan(),
         *convert()._subparsers._group_actions[0].choices.values(),
     ]
     known = {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]+", command.format_help())}
-    known |= {"--help", "--check", "--logdir"}
+    known |= {"--help", "--check", "--logdir", "--write"}
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train" / "scienceqa.py").read_text()))
     pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}
     for page in pages - {ROOT / "docs" / "tpu-pod.md"}:  # most flags there are Google's; ours: test_train_run.py

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from llava_jax.config import LlavaConfig
 from llava_jax.llava import Params
 from llava_jax.names import write_name
+from llava_jax.sharding import row_index
 from train.config import TrainConfig
 
 FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # here, and in PEFT
@@ -71,7 +72,10 @@ def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
             return out
         (x,) = args
         if dense.has_variable("params", "lora_key"):
-            kept = jax.random.bernoulli(dense.get_variable("params", "lora_key"), 1 - config.lora_dropout, x.shape)
+            key = dense.get_variable("params", "lora_key")
+            rows = row_index() * len(x) + jnp.arange(len(x))  # of all devices: so that every mesh drops the same
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - config.lora_dropout, x.shape[1:]))(keys)
             x = jnp.where(kept, x / (1 - config.lora_dropout), 0).astype(x.dtype)
         a, b = (dense.get_variable("params", name) for name in FACTORS)
         return out + (x @ a * scale(config)) @ b

@@ -25,7 +25,16 @@ from llava_jax import decoder, llava
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.llava import Params
-from llava_jax.sharding import BATCH, TENSOR, constrain, gather, param_spec, row_multiple
+from llava_jax.sharding import (
+    BATCH,
+    TENSOR,
+    constrain,
+    gather,
+    on_own_rows,
+    param_spec,
+    path_of,
+    row_multiple,
+)
 from llava_jax.splice import IGNORE, Batch
 from train import lora
 from train.config import TrainConfig
@@ -207,26 +216,31 @@ def loss_sum(
       params: the whole model, layers stacked; it computes in `config.dtype`.
       dropout: key for LoRA's; None drops nothing.
     """
+
+    def of_rows(params: Params, batch: Batch, dropout: jax.Array | None) -> jax.Array:
+        if dropout is not None:
+            layers = lora.add_dropout(params["decoder"]["layers"], dropout)
+            params = params | {"decoder": params["decoder"] | {"layers": layers}}
+        with lora.adapted(config):
+            x_BSD = llava.embed_batch(params, model, batch, mesh, config.remat)
+            x_BSD = decoder.decode(
+                params["decoder"], model, x_BSD, batch.positions, batch.segments, mesh=mesh, remat=config.remat
+            )
+        return _head_loss(params["decoder"], x_BSD, next_tokens(batch), model, mesh)
+
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    if dropout is not None:
-        layers = lora.add_dropout(params["decoder"]["layers"], dropout)
-        params = params | {"decoder": params["decoder"] | {"layers": layers}}
-    with lora.adapted(config):
-        x_BSD = llava.embed_batch(params, model, batch, mesh, config.remat)
-        x_BSD = decoder.decode(
-            params["decoder"], model, x_BSD, batch.positions, batch.segments, mesh=mesh, remat=config.remat
-        )
-    return _head_loss(params["decoder"], x_BSD, next_tokens(batch), model, mesh)
+    specs = jax.tree_util.tree_map_with_path(lambda path, x: _cut(path_of(path), x.shape, model, mesh).spec, params)
+    return on_own_rows(of_rows, params, specs, batch, dropout, mesh=mesh)
 
 
 def _head_loss(params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: LlavaConfig, mesh: Mesh) -> jax.Array:
     """Logits and their cross entropy, only where there is a label, and only a piece of them at a time.
 
-    Each row's labelled positions come first; after the last of them, in the row that has most, pieces are skipped.
-    That is decided as the program runs: nothing is compiled anew for another share of labels.
+    Each row's labelled positions come first; after the last of them, in the row that has most of a device's own, pieces
+    are skipped. That is decided as the program runs: nothing is compiled anew for another share of labels.
     """
     B, S = targets_BS.shape
-    logits_of_position = -(-B // row_multiple(mesh)) * -(-model.text.vocab_size // mesh.shape[TENSOR])
+    logits_of_position = B * -(-model.text.vocab_size // mesh.shape[TENSOR])
     n = min(S, PIECE, max(128, PIECE_LOGITS // logits_of_position // 128 * 128))
     pieces = -(-S // n)
     order_BS = jnp.argsort(targets_BS == IGNORE, axis=1, stable=True)

@@ -1,0 +1,178 @@
+"""What generation needs of each chip of a TPU slice, from its compiled programs. No TPU and no weights are needed.
+
+    python -m infer.plan --model llava-v1.6-mistral-7b --topology v5e:2x2 --mesh tensor=4 --batch 8 --context 4096
+
+compiles the functions that the engine runs: the encoder of pictures, prefill, and the loop that decodes, of which the
+figures are one step's. Exit status 1 if any of them needs more than the chips have.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from infer import compiled
+from infer.sampling import Sampling, row_keys
+from llava_jax import llava, plan, tpu
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError, Parser, run_main
+from llava_jax.plan import Compiled, Plan
+from llava_jax.sharding import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
+
+NAMES = {"encode": "pictures", "prefill": "prefill", "decode": "a decoding step"}
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m infer.plan", description="What generation needs of each chip of a TPU slice.")
+    plan.add_flags(p)
+    p.add_argument("--batch", type=int, default=1, metavar="N", help="questions answered at once (default 1)")
+    p.add_argument("--context", type=int, default=4096, metavar="N", help="positions of the cache (default 4096)")
+    p.add_argument("--new-tokens", type=int, default=512, metavar="N", help="of them for the answer (default 512)")
+    p.add_argument("--tiles-per-row", type=int, metavar="N", help="of the pictures (default: the most of one picture)")
+    return p
+
+
+def plan_generation(
+    model: LlavaConfig, mesh: Mesh, topology: str, batch: int, context: int, new_tokens: int, tiles: int
+) -> dict[str, tuple[Plan, Compiled]]:
+    """Compile the functions of the engine, in bfloat16, by the names of `NAMES`.
+
+    What does not fit ends it: those after it are not compiled.
+    """
+    rows = -(-batch // row_multiple(mesh)) * row_multiple(mesh)
+    side, length = model.vision.image_size, context - new_tokens
+    static = dict(config=model, mesh=mesh)
+    params = llava.param_shapes(model, jnp.bfloat16)
+    cuts = param_shardings(params, model, mesh)
+    params = jax.tree.map(lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), params, cuts)
+
+    def of_rows(dtype, *dims):
+        return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=batch_sharding(mesh))
+
+    keys, knobs = jax.eval_shape(lambda: (row_keys(0, np.arange(rows)), Sampling().knobs()))
+    numbers, flags = of_rows(np.int32), of_rows(bool)
+    hbm, held = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm, plan.per_chip(params)
+    made = {}
+
+    def add(name: str, lowered, used: int, flops: float, least: float):
+        one = plan.compile_for_tpu(lowered, unknown_trips=1)
+        one = dataclasses.replace(one, peak=one.peak + held - used)  # weights that this function does not take
+        needs = Plan(
+            fits=one.work is not None and one.peak <= hbm,
+            peak_bytes_per_chip=one.peak,
+            hbm_bytes_per_chip=hbm,
+            parameter_bytes_per_chip=held,
+            optimizer_bytes_per_chip=0,
+            executed_flops_per_chip=one.work and one.work.flops,
+            model_flops_per_chip=flops / mesh.size,
+            collective_bytes_per_chip=one.work and one.work.collectives,
+            least_collective_bytes_per_chip=least,
+            compile_seconds=round(one.seconds, 1),
+        )
+        made[name] = needs, one
+        return one.out
+
+    decoder, seen = plan.per_chip(params["decoder"]), held - plan.per_chip(params["decoder"])
+    cut_rows = rows // row_multiple(mesh)
+    if tiles:
+        lowered = compiled.encode.lower(params, of_rows(np.uint8, tiles, side, side, 3), **static)
+        add("encode", lowered, seen, encode_flops(model, rows * tiles), 0.0)
+    x_BSD = of_rows(jnp.bfloat16, length, model.text.width)
+    options = static | dict(eos_ids=model.text.eos_ids)
+    lowered = compiled.prefill.lower(params, x_BSD, numbers, numbers, keys, knobs, new_tokens=new_tokens, **options)
+    flops, moved = (
+        decoder_flops(model, rows, length, length / 2),
+        least(params, model, mesh, cut_rows, cut_rows * length),
+    )
+    state = add("prefill", lowered, decoder, flops, moved)
+    if state is not None:
+        lowered = compiled.decode_on("tpu").lower(
+            params, state, flags, jax.ShapeDtypeStruct((), np.int32), knobs, **options
+        )
+        add(
+            "decode",
+            lowered,
+            decoder,
+            decoder_flops(model, rows, 1, context),
+            least(params, model, mesh, cut_rows, cut_rows),
+        )
+    return made
+
+
+def decoder_flops(model: LlavaConfig, rows: int, length: int, seen: float) -> float:
+    """Of the decoder for `length` new positions a row, each of which sees `seen`, and the head for the last.
+
+    Of the last layer all positions but the last need keys and values only.
+    """
+    t = model.text
+    keys_values = 2 * t.width * t.head_width * t.kv_heads
+    rest = t.width * (2 * t.head_width * t.heads + 3 * t.ffn_width) + 2 * t.heads * t.head_width * seen
+    through = (t.layers - 1) * length + 1  # of positions, summed over layers
+    return 2 * rows * (t.layers * length * keys_values + through * rest + t.width * t.vocab_size)
+
+
+def encode_flops(model: LlavaConfig, tiles: int) -> float:
+    """Of the tower and the projector."""
+    v = model.vision
+    patches = v.patches_per_side**2 + 1
+    tower = v.layers_used * (4 * v.width**2 + 2 * v.width * v.ffn_width + 2 * v.width * patches) * patches
+    tower += v.patches_per_side**2 * v.patch_size**2 * 3 * v.width
+    kernels = [x for x in jax.tree.leaves(llava.param_shapes(model).get("projector", {})) if x.ndim == 2]
+    return 2 * tiles * (tower + v.features_per_tile * sum(math.prod(x.shape) for x in kernels))
+
+
+def least(params: dict, model: LlavaConfig, mesh: Mesh, rows: int, positions: int) -> float:
+    """Bytes that each chip has to send for `positions` of its `rows`: along `tensor` the two results of each layer are
+    summed, in bfloat16; along `fsdp` the decoder's weights are gathered."""
+    tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
+    through = (model.text.layers - 1) * positions + rows  # the last layer: for each row's last position alone
+    results = 2 * through * model.text.width * 2
+    weights = sum(plan.per_chip(x) * (fsdp - 1) for x in jax.tree.leaves(params["decoder"]) if FSDP in x.sharding.spec)
+    return 2 * results * (tensor - 1) / tensor + weights
+
+
+def main() -> int:
+    args = parser().parse_args(sys.argv[1:])
+    for name, at_least in (("batch", 1), ("new_tokens", 1), ("tiles_per_row", 0)):
+        if (value := getattr(args, name)) is not None and value < at_least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {at_least}")
+    if args.context <= args.new_tokens:
+        raise InputError(f"--context {args.context}: must be above --new-tokens {args.new_tokens}")
+    model = plan.model_of(args.model)
+    mesh = plan.mesh_of(args.mesh, lambda devices: inference_mesh(model, devices), args.topology)
+    side = model.vision.image_size
+    picture = max((1 + (w // side) * (h // side) for w, h in model.grid_pinpoints), default=1)
+    tiles = picture if args.tiles_per_row is None else args.tiles_per_row
+    title = (
+        f"{args.model}, {args.topology}, mesh {plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
+        f"of them {args.new_tokens} new, and {tiles} tiles"
+    )
+    plan.note_compiling(title)
+    made = plan_generation(model, mesh, args.topology, args.batch, args.context, args.new_tokens, tiles)
+    last = list(made.values())[-1][0]
+    largest = max((needs for needs, _ in made.values()), key=lambda needs: needs.peak_bytes_per_chip)
+    if args.json:
+        whole = dataclasses.replace(
+            last,
+            fits=largest.fits and last.fits,
+            peak_bytes_per_chip=largest.peak_bytes_per_chip,
+            compile_seconds=round(sum(needs.compile_seconds for needs, _ in made.values()), 1),
+        )
+        parts = {name: dataclasses.asdict(needs) for name, (needs, _) in made.items()}
+        print(json.dumps(dataclasses.asdict(whole) | {"functions": parts}))
+    else:
+        print(title)
+        for name, (needs, one) in made.items():
+            plan.show(needs, one, args.topology, NAMES[name])
+    advice = "what would: a smaller --batch or --context, or more chips along tensor"
+    plan.check_fits(next((needs for needs, _ in made.values() if not needs.fits), last), args.topology, advice)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

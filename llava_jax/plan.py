@@ -1,0 +1,173 @@
+"""What a program will need of each chip of a TPU slice: compiled from shapes, shown as a table or as JSON.
+
+`train.plan` and `infer.plan` say what to compile.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llava_jax import tpu
+from llava_jax.config import LlavaConfig, preset
+from llava_jax.console import InputError, note
+from llava_jax.sharding import DATA, FSDP, TENSOR, make_mesh, parse_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes and floating-point operations of one chip. None: the program was too large to be compiled.
+
+    peak_bytes_per_chip     arguments, results, temporaries and the program itself
+    hbm_bytes_per_chip      what a program may use
+    model_flops_per_chip    without anything that is computed twice to save memory
+    collective_bytes_per_chip  that leave the chip, by kind
+    least_collective_bytes_per_chip  that leave it at least, the way that parameters and activations are cut
+    """
+
+    fits: bool
+    peak_bytes_per_chip: int
+    hbm_bytes_per_chip: int
+    parameter_bytes_per_chip: int
+    optimizer_bytes_per_chip: int
+    executed_flops_per_chip: float | None
+    model_flops_per_chip: float
+    collective_bytes_per_chip: dict[str, float] | None
+    least_collective_bytes_per_chip: float
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a function; without `memory` and `work` it needs `peak` bytes, too many for a chip."""
+
+    seconds: float
+    peak: int
+    memory: tpu.Memory | None = None
+    work: tpu.Work | None = None
+    out: Any = None  # shapes of what it gives, with where they lie
+
+
+def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
+    """Compile and read a `jax.stages.Lowered`."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = tpu.out_of_memory(error)
+        if needed is None:
+            raise
+        return Compiled(time.perf_counter() - start, needed)
+    seconds = time.perf_counter() - start
+    memory = tpu.memory(compiled)
+    out = jax.tree.map(
+        lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), lowered.out_info, compiled.output_shardings
+    )
+    return Compiled(seconds, memory.peak, memory, tpu.Program(compiled.as_text(), unknown_trips).work, out)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def add_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--model", required=True, metavar="NAME", help="llava-v1.5-7b and its kin, or a checkpoint's directory"
+    )
+    p.add_argument("--topology", required=True, metavar="KIND:SIDES", help="v5e:8x8, v5p:2x2x4, v6e:2x4, v4:2x2x4, ...")
+    p.add_argument("--mesh", metavar="AXES", help="fsdp=64; data=2,fsdp=16,tensor=2")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def model_of(name: str) -> LlavaConfig:
+    """A model by name, or the one in a checkpoint's directory."""
+    if os.path.isdir(name):
+        from llava_jax.checkpoint import open_checkpoint
+
+        return open_checkpoint(name).config
+    return preset(name)
+
+
+def mesh_of(text: str | None, default: Callable[[list], Mesh], topology: str, slices: int = 1) -> Mesh:
+    """The mesh over a slice's chips: as `text` has it, or `default(devices)`.
+
+    JAX stays away from this machine's own accelerators.
+    """
+    sizes = parse_mesh(text) if text else None
+    jax.config.update("jax_platforms", "cpu")
+    devices = tpu.slice_devices(topology, slices)
+    return make_mesh(sizes, devices) if sizes else default(devices)
+
+
+def per_chip(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, float] | None = None) -> None:
+    """The table.
+
+    Args:
+      more: seconds of further bounds, by name.
+    """
+    gb = lambda n: f"{n / 1e9:,.2f} GB"  # noqa: E731
+    rows = [
+        ("parameters", gb(plan.parameter_bytes_per_chip)),
+        ("optimizer", gb(plan.optimizer_bytes_per_chip)) if plan.optimizer_bytes_per_chip else None,
+        ("activations and other temporaries", gb(made.memory.temporaries)) if made.memory else None,
+        (
+            "peak",
+            f"{gb(plan.peak_bytes_per_chip)} of {gb(plan.hbm_bytes_per_chip)} "
+            f"({plan.peak_bytes_per_chip / plan.hbm_bytes_per_chip:.0%})",
+        ),
+        ("model's FLOPs", f"{plan.model_flops_per_chip:.4g}"),
+    ]
+    if made.work:
+        total = sum(plan.collective_bytes_per_chip.values())
+        kinds = ", ".join(f"{kind} {gb(n)}" for kind, n in plan.collective_bytes_per_chip.items() if n >= 1e6)
+        least = plan.least_collective_bytes_per_chip
+        over = f", {total / least:.2f} times the least" if least else ""
+        bounds = tpu.roofline(made.work, topology) | (more or {})
+        slowest = max(bounds, key=bounds.get)
+        useful = plan.model_flops_per_chip / tpu.CHIPS[tpu.parse_topology(topology)[0]].peak / bounds[slowest]
+        rows += [
+            (
+                "executed FLOPs",
+                f"{plan.executed_flops_per_chip:.4g}, "
+                f"{plan.executed_flops_per_chip / plan.model_flops_per_chip:.3f} times the model's",
+            ),
+            ("sent to other chips", gb(total) + (f" ({kinds}{over})" if total else "")),
+            ("roofline", ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in bounds.items())),
+            ("bound by", f"{slowest}: at most {useful:.0%} of the chip's peak goes into the model"),
+        ]
+    rows.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
+    print(title)
+    for row in filter(None, rows):
+        print(f"  {row[0]:36}{row[1]}")
+
+
+def check_fits(plan: Plan, topology: str, advice: str) -> None:
+    """Raises:
+    InputError: it does not fit.
+    """
+    if not plan.fits:
+        raise InputError(
+            f"does not fit: {plan.peak_bytes_per_chip / 1e9:.1f} GB a chip, {topology} has "
+            f"{plan.hbm_bytes_per_chip / 1e9:.1f}; {advice}"
+        )
+
+
+def note_compiling(title: str) -> None:
+    note(f"compiling {title}; this takes a minute or more")
+
+
+def describe(mesh: Mesh) -> str:
+    return ",".join(f"{axis}={mesh.shape[axis]}" for axis in (DATA, FSDP, TENSOR) if mesh.shape[axis] > 1) or "fsdp=1"

@@ -1,0 +1,120 @@
+"""What compiled TPU programs hold: shallow and narrow models, whose ratios are those of whole ones or worse.
+
+Whole models are compiled by `benchmarks/tpu_plan.py`, whose table is in docs/tpu-plan.md.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+
+import pytest
+
+from infer import plan as infer_plan
+from llava_jax import config as c
+from llava_jax import plan
+from llava_jax.sharding import make_mesh
+from train import plan as train_plan
+from train.config import PRESETS
+
+compiles = pytest.mark.tpu_compile
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: no compiler for TPUs")
+
+TEXT = c.TextConfig(vocab_size=4096, width=1024, ffn_width=2816, layers=2, heads=8, kv_heads=8)
+VISION = c.VisionConfig(image_size=112, width=256, ffn_width=1024, layers=3, heads=4)
+MODEL = c.preset("v1.5-7b").replace(text=TEXT, vision=VISION)
+
+
+@functools.cache
+def step(preset: str, length: int = 512):
+    """The plan of a training step over a slice, all of it along fsdp; positions for a width as in 2,048 for 4,096."""
+    mesh = plan.mesh_of(None, functools.partial(make_mesh, {"fsdp": -1}), "v5e:4x4")
+    config = PRESETS[preset].replace(lora_rank=32, lora_alpha=64.0)
+    return train_plan.plan_step(MODEL, config, mesh, "v5e:4x4", rows=1, length=length, tiles=4)[0]
+
+
+@compiles
+@needs_libtpu
+def test_full_remat_computes_a_third_more_than_the_model():
+    needs = step("v1.5-finetune")
+    assert needs.fits
+    assert needs.executed_flops_per_chip <= 1.36 * needs.model_flops_per_chip
+
+
+@compiles
+@needs_libtpu
+@pytest.mark.parametrize("preset", ["v1.5-pretrain", "v1.5-finetune-lora"])
+def test_stage_one_and_lora_compute_at_most_four_fifths_of_full_training(preset):
+    needs = step(preset)
+    assert needs.fits
+    assert needs.executed_flops_per_chip <= 0.80 * step("v1.5-finetune").executed_flops_per_chip
+
+
+@compiles
+@needs_libtpu
+def test_fsdp_moves_little_more_than_the_least():
+    needs = step("v1.5-finetune")
+    assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
+
+
+@compiles
+@needs_libtpu
+def test_nothing_moves_that_grows_with_the_sequence():
+    """Neither for the splice nor the embedding nor the loss, which is two pieces of 512 positions, or one."""
+    short, long = (sum(step("v1.5-finetune", n).collective_bytes_per_chip.values()) for n in (512, 1024))
+    assert long == pytest.approx(short, rel=1e-3)
+
+
+@compiles
+@needs_libtpu
+def test_decoding_holds_one_cache():
+    model = MODEL.replace(text=dataclasses.replace(TEXT, kv_heads=4))
+    mesh = plan.mesh_of("tensor=4", None, "v5e:2x2")
+    made = infer_plan.plan_generation(model, mesh, "v5e:2x2", batch=8, context=2048, new_tokens=256, tiles=1)
+    assert list(made) == ["encode", "prefill", "decode"]
+    assert all(needs.fits for needs, _ in made.values())
+    cache = plan.per_chip(made["prefill"][1].out.cache)
+    assert cache == 2 * TEXT.layers * 8 * 2048 * 128 * 2  # keys and values of one head a chip
+    decode, one = made["decode"]
+    assert one.memory.reused >= cache
+    assert one.memory.temporaries < cache / 10
+    # Two sums a layer, and what it takes to find the likeliest of 8 x 4,096 logits.
+    sent = sum(decode.collective_bytes_per_chip.values())
+    assert sent <= decode.least_collective_bytes_per_chip + 8 * 4096 * 4
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "says"),
+    [
+        (train_plan, ["--topology", "v9:2x2"], "write it as v5e:4x8"),
+        (train_plan, ["--topology", "v5e:2x2", "--preset", "v2"], "--preset 'v2': only v1-pretrain"),
+        (train_plan, ["--topology", "v5e:2x2", "--rows-per-chip", "0"], "--rows-per-chip 0: must be at least 1"),
+        (train_plan, ["--topology", "v5e:2x2", "--remat", "some"], "--remat 'some': only full"),
+        (train_plan, ["--topology", "v5e:2x2", "--mesh", "model=4"], "write it as data=1"),
+        (infer_plan, ["--topology", "v5e:2x2", "--context", "512"], "must be above --new-tokens 512"),
+        (infer_plan, ["--topology", "v5e:2x2", "--batch", "0"], "--batch 0: must be at least 1"),
+    ],
+)
+def test_wrong_flags(run_cli, command, flags, says):
+    status, out, err = run_cli(command.main, "--model", "llava-v1.5-7b", *flags)
+    assert (status, out) == (1, "")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_what_does_not_fit_says_what_would(run_cli, monkeypatch):
+    needed = plan.Plan(False, 40 * 10**9, 16 * 10**9, 10**9, 2 * 10**9, None, 1e12, None, 1e9, 3.0)
+    monkeypatch.setattr(train_plan, "plan_step", lambda *_: (needed, plan.Compiled(3.0, needed.peak_bytes_per_chip)))
+    monkeypatch.setattr(plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
+    flags = ["--model", "llava-v1.5-7b", "--topology", "v5e:2x4", "--rows-per-chip", "4", "--remat", "dots"]
+    status, out, err = run_cli(train_plan.main, *flags, "--json")
+    assert status == 1
+    assert json.loads(out) == dataclasses.asdict(needed)
+    assert "error: does not fit: 40.0 GB a chip, v5e:2x4 has 16.0" in err
+    assert "what would: fewer --rows-per-chip, or --remat full" in err
+    status, out, _ = run_cli(train_plan.main, *flags)
+    assert "peak" in out
+    assert "40.00 GB of 16.00 GB (250%)" in out

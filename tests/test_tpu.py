@@ -1,0 +1,170 @@
+"""Reading compiled programs: numbers that can be counted by hand, and those of TPU programs where libtpu installs."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax import tpu
+from llava_jax.console import InputError
+from llava_jax.sharding import fsdp_lines, make_mesh
+
+needs_libtpu = [
+    pytest.mark.tpu_compile,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: no compiler for TPUs"),
+]
+
+
+LOOP = """\
+HloModule jit_f, is_scheduled=true, num_partitions=4
+
+%product (p.0: bf16[8,16], p.1: bf16[16,32]) -> bf16[8,32] {
+  %p.0 = bf16[8,16]{1,0} parameter(0)
+  %p.1 = bf16[16,32]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,32]{1,0} dot(%p.0, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%scattered (p.2: bf16[8,32]) -> bf16[2,32] {
+  %p.2 = bf16[8,32]{1,0} parameter(0)
+  %all-reduce.1 = bf16[8,32]{1,0} all-reduce(%p.2), replica_groups={{0,1,2,3}}, to_apply=%sum
+  %zero = s32[] constant(0)
+  ROOT %slice.1 = bf16[2,32]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={2,32}
+}
+
+%body (state: (s32[], bf16[8,16], bf16[4,32])) -> (s32[], bf16[8,16], bf16[4,32]) {
+  %state = (s32[], bf16[8,16]{1,0}, bf16[4,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[8,16]{1,0} get-tuple-element(%state), index=1
+  %w = bf16[4,32]{1,0} get-tuple-element(%state), index=2
+  %whole = bf16[16,32]{1,0} all-gather(%w), replica_groups=[1,4]<=[4], dimensions={0}
+  %y = bf16[8,32]{1,0:S(1)} fusion(%x, %whole), kind=kOutput, calls=%product
+  %z = bf16[2,32]{1,0} fusion(%y), kind=kCustom, calls=%scattered
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], bf16[8,16]{1,0}, bf16[4,32]{1,0}) tuple(%next, %x, %w)
+}
+
+%condition (state.1: (s32[], bf16[8,16], bf16[4,32])) -> pred[] {
+  %state.1 = (s32[], bf16[8,16]{1,0}, bf16[4,32]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%state.1), index=0
+  %many = s32[] constant(7)
+  ROOT %less = pred[] compare(%j, %many), direction=LT
+}
+
+ENTRY %main (x.1: bf16[8,16], w.1: bf16[4,32]) -> bf16[8,16] {
+  %x.1 = bf16[8,16]{1,0} parameter(0)
+  %w.1 = bf16[4,32]{1,0} parameter(1)
+  %two = s32[] constant(2)
+  %begin = (s32[], bf16[8,16]{1,0}, bf16[4,32]{1,0}) tuple(%two, %x.1, %w.1)
+  %loop = (s32[], bf16[8,16]{1,0}, bf16[4,32]{1,0}) while(%begin), condition=%condition, body=%body
+  ROOT %end = bf16[8,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_of_five_products_with_a_gather_and_a_scatter_each():
+    work = tpu.Program(LOOP).work
+    assert work.flops == 5 * 2 * 8 * 16 * 32
+    # Each chip sends its 4 x 32 numbers to three others, and three quarters of its 8 x 32 sums.
+    assert work.collectives == {"all-gather": 5 * 3 * 4 * 32 * 2, "reduce-scatter": 5 * 8 * 32 * 2 * 3 / 4}
+    assert work.counts == {"all-gather": 5, "reduce-scatter": 5}
+    gathered, product, scattered, counter = (4 + 16) * 32 * 2, (8 * 16 + 16 * 32) * 2, 2 * 32 * 2, 3 * 4
+    assert work.hbm_bytes == 5 * (gathered + product + scattered + counter)
+
+
+def test_a_loop_whose_length_is_not_known():
+    text = LOOP.replace("%many = s32[] constant(7)", "%many = s32[] get-tuple-element(%state.1), index=1")
+    with pytest.raises(ValueError, match="trip count of body"):
+        tpu.Program(text)._work("main")
+
+
+def test_of_two_branches_the_more_expensive_one_counts():
+    text = LOOP.replace(
+        "ROOT %end",
+        "%c = bf16[8,32]{1,0} conditional(%two, %x.1, %x.1), branch_computations={%nothing, %product}\n  ROOT %end",
+    )
+    text += "\n%nothing (q: bf16[8,16]) -> bf16[8,16] {\n  ROOT %q = bf16[8,16]{1,0} parameter(0)\n}\n"
+    assert tpu.Program(text).work.flops == 6 * 2 * 8 * 16 * 32
+
+
+@pytest.mark.parametrize(("topology", "count"), [("v5e:4x8", 2), ("v5e:16x16", 4), ("v5p:2x2x4", 4), ("v6e:1x1", 0)])
+def test_links(topology, count):
+    assert tpu.links(topology) == count
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:8", "v5e:0x2", "v5e:2x2x2x2", "4x4"])
+def test_topologies_that_are_none(topology):
+    with pytest.raises(InputError, match="write it as v5e:4x8"):
+        tpu.parse_topology(topology)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install libtpu"):
+        tpu.slice_devices("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("E1000: ... HLO temporaries (223.5G) exceeds available HBM (15.75G)", int(223.5 * 2**30)),
+        ("Ran out of memory in memory space hbm. Used 16.25G of 15.75G hbm.", int(16.25 * 2**30)),
+        ("UNIMPLEMENTED: something else", None),
+    ],
+)
+def test_what_a_program_would_have_needed(message, needed):
+    assert tpu.out_of_memory(Exception(message)) == needed
+
+
+class TestOnTpu:
+    pytestmark = needs_libtpu
+
+    def test_products_and_gathers_of_a_compiled_program(self):
+        """Three layers of x W, W cut over four chips: all by hand."""
+        mesh = make_mesh({"fsdp": 4}, tpu.slice_devices("v5e:2x2"))
+
+        def f(w_LDD, x_BD):
+            def layer(x, w):
+                return x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P())), None
+
+            return jax.lax.scan(layer, x_BD, w_LDD)[0]
+
+        def shape(dims, *spec):
+            return jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+        compiled = jax.jit(f).lower(shape((3, 512, 512), None, "fsdp"), shape((1024, 512), "fsdp")).compile()
+        work = tpu.Program(compiled.as_text()).work
+        assert work.flops == 3 * 2 * 256 * 512 * 512
+        assert work.collectives == {"all-gather": 3 * 3 * (128 * 512 * 2)}
+        assert tpu.memory(compiled).arguments == (3 * 128 * 512 + 256 * 512) * 2
+
+    @pytest.mark.parametrize(("topology", "sides"), [("v5e:4x4", (4, 4)), ("v5p:2x2x4", (2, 2, 4)), ("v6e:1x1", ())])
+    def test_gradients_are_scattered_along_lines_of_chips(self, topology, sides):
+        devices = tpu.slice_devices(topology)
+        mesh = make_mesh({"fsdp": len(devices)}, devices[::-1])
+        lines = fsdp_lines(mesh)
+        assert [np.array(dimension).shape[1] for dimension in lines] == list(sides)
+        coords = np.array([d.coords for d in mesh.devices.flat])
+        for dimension in lines:
+            for line in dimension:
+                assert sum(len(set(axis)) > 1 for axis in coords[list(line)].T) == 1
+
+    def test_slices_are_apart_along_data(self):
+        devices = tpu.slice_devices("v5e:2x2", slices=2)
+        mesh = make_mesh({"data": 2, "fsdp": 4}, devices)
+        assert [[d.slice_index for d in row] for row in mesh.devices[:, :, 0]] == [[0] * 4, [1] * 4]
+        with pytest.raises(InputError, match="`data` must be a multiple"):
+            make_mesh({"fsdp": 8}, devices)
+
+    def test_a_program_that_is_too_large_says_what_it_needs(self):
+        from llava_jax.plan import compile_for_tpu
+
+        mesh = make_mesh({"fsdp": 4}, tpu.slice_devices("v5e:2x2"))
+        x = jax.ShapeDtypeStruct((4, 2**33), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+        made = compile_for_tpu(jax.jit(lambda x: x + 1).lower(x))
+        assert made.work is None
+        assert made.peak == 2 * 2**33 * 4

@@ -1,0 +1,184 @@
+"""What a training step needs of each chip of a TPU slice, from its compiled program. No TPU and no weights are needed.
+
+    python -m train.plan --model llava-v1.5-7b --preset v1.5-finetune --topology v5e:8x8
+
+compiles the very step that `python -m train` runs, for a batch of full rows, pictures included, all of whose positions
+have labels. Prints what it takes; exit status 1 if that is more than the chips have.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from llava_jax import llava, plan, tpu
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError, Parser, run_main
+from llava_jax.plan import Compiled, Plan
+from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
+from llava_jax.splice import Batch
+from train.config import PRESETS, TrainConfig
+from train.metrics import flops_of_batch
+from train.step import TrainState, setup
+
+STEPS = 1000  # of the run whose schedule is compiled in; any number gives the same program
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m train.plan", description="What training needs of each chip of a TPU slice.")
+    plan.add_flags(p)
+    p.add_argument("--preset", default="v1.5-finetune", metavar="NAME", help=f"the stage: {', '.join(PRESETS)}")
+    p.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices; data parallel between them")
+    p.add_argument(
+        "--rows-per-chip", type=int, default=1, metavar="N",
+        help="packed rows of each shard of rows, which is a chip, or `tensor` chips (default 1)",
+    )  # fmt: skip
+    p.add_argument("--seq", type=int, metavar="N", help="positions of a row (default: the preset's max_length)")
+    p.add_argument(
+        "--tiles-per-row", type=int, metavar="N", help="default: as many as fill a row, a picture's at least"
+    )
+    p.add_argument("--remat", metavar="NAME", help="full, minimal, dots, none (default: the preset's)")
+    return p
+
+
+def batch_shapes(model: LlavaConfig, mesh: Mesh, rows: int, length: int, tiles: int) -> Batch:
+    """The shapes of a global batch, cut by rows."""
+    side, cut = model.vision.image_size, batch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=cut)
+    return Batch(jax.ShapeDtypeStruct((rows, tiles, side, side, 3), np.uint8, sharding=cut), *[ids] * 5)
+
+
+def default_tiles(model: LlavaConfig, length: int) -> int:
+    """As many tiles as have room in a row with their features, but those of one picture at least."""
+    side = model.vision.image_size
+    picture = max((1 + (w // side) * (h // side) for w, h in model.grid_pinpoints), default=1)
+    return max(picture, length // model.vision.features_per_tile)
+
+
+def plan_step(
+    model: LlavaConfig, config: TrainConfig, mesh: Mesh, topology: str, rows: int, length: int, tiles: int
+) -> tuple[Plan, Compiled]:
+    """Compile the step for `rows` rows a shard, of `length` positions and `tiles` tiles each."""
+    frozen, state, step, _ = setup(llava.param_shapes(model), model, config, mesh, STEPS)
+    rows *= row_multiple(mesh)
+    made = plan.compile_for_tpu(step.lower(frozen, state, batch_shapes(model, mesh, rows, length, tiles)))
+    hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
+    return Plan(
+        fits=made.work is not None and made.peak <= hbm,
+        peak_bytes_per_chip=made.peak,
+        hbm_bytes_per_chip=hbm,
+        parameter_bytes_per_chip=plan.per_chip((frozen, state.trained)),
+        optimizer_bytes_per_chip=plan.per_chip(state.opt_state),
+        executed_flops_per_chip=made.work and made.work.flops,
+        model_flops_per_chip=model_flops(model, config, rows, length, tiles) / mesh.size,
+        collective_bytes_per_chip=made.work and made.work.collectives,
+        least_collective_bytes_per_chip=least_collectives(frozen, state, model, config, mesh, rows, length),
+        compile_seconds=round(made.seconds, 1),
+    ), made
+
+
+def model_flops(model: LlavaConfig, config: TrainConfig, rows: int, length: int, tiles: int) -> float:
+    """Of an update, on all chips: as `metrics.flops_of_batch`, and the head at all positions, and the projector."""
+    t, v = model.text, model.vision
+    head = 2 * t.width * t.vocab_size * rows * length * (3 if "decoder" in config.tune else 2)
+    depth = sum(
+        name.endswith("kernel") for name in flatten_dict(llava.param_shapes(model).get("projector", {}), sep="/")
+    )
+    wide = [model.projector_in, *[t.width] * depth]
+    projector = sum(2 * a * b for a, b in itertools.pairwise(wide)) * rows * tiles * v.features_per_tile * 3
+    return flops_of_batch(model, config, rows, length, tiles) + head + projector
+
+
+def least_collectives(
+    frozen: dict, state: TrainState, model: LlavaConfig, config: TrainConfig, mesh: Mesh, rows: int, length: int
+) -> float:
+    """Bytes that each chip has to send in an update, given how things are cut.
+
+    Along `fsdp` parameters are gathered once, those of layers that the backward pass computes again twice, and
+    gradients scattered once; along `data` gradients are summed; along `tensor` each layer's two results, forward and
+    backward.
+    """
+    size = np.dtype(config.dtype).itemsize
+    fsdp, data, tensor = (mesh.shape[axis] for axis in (FSDP, DATA, TENSOR))
+    trained = flatten_dict(state.trained, sep="/")
+    total = 0.0
+    for path, x in (flatten_dict(frozen, sep="/") | trained).items():
+        mine = math.prod(x.sharding.shard_shape(x.shape)) * size
+        if FSDP in x.sharding.spec:
+            again = "/layers/" in path and (path.startswith("decoder/") or path in trained)
+            total += mine * (fsdp - 1) * (1 + again + (path in trained))
+        elif path in trained:
+            total += 2 * mine * (fsdp - 1) / fsdp
+        if path in trained:
+            total += 2 * mine * (data - 1) / data
+    results = 4 * model.text.layers * rows // row_multiple(mesh) * length * model.text.width * size
+    return total + 2 * results * (tensor - 1) / tensor
+
+
+def between_slices(state: TrainState, config: TrainConfig, slices: int) -> float:
+    """Seconds in which gradients are summed over slices: each chip its part, sent and received once."""
+    parts = jax.tree.leaves(state.trained)
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in parts) * np.dtype(config.dtype).itemsize
+    return 2 * size * (slices - 1) / slices / tpu.DCN
+
+
+def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
+    """What would make it fit."""
+    held = needs.parameter_bytes_per_chip + needs.optimizer_bytes_per_chip
+    more = []
+    if args.rows_per_chip > 1:
+        more.append("fewer --rows-per-chip")
+    if config.remat != "full":
+        more.append("--remat full")
+    if mesh.shape[DATA] > args.slices:
+        more.append("fsdp instead of data in --mesh")
+    if not more or held > 0.8 * needs.hbm_bytes_per_chip:
+        least = math.ceil(needs.peak_bytes_per_chip * mesh.size / needs.hbm_bytes_per_chip)
+        more.append(f"a slice of more than {max(least, mesh.size)} such chips")
+    return "what would: " + ", or ".join(more)
+
+
+def main() -> int:
+    args = parser().parse_args(sys.argv[1:])
+    for name, least in (("slices", 1), ("rows_per_chip", 1), ("seq", 2), ("tiles_per_row", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if args.preset not in PRESETS:
+        raise InputError(f"--preset {args.preset!r}: only {', '.join(PRESETS)}")
+    config = PRESETS[args.preset]
+    config = config.replace(remat=args.remat or config.remat)
+    model = plan.model_of(args.model)
+    if config.aspect_ratio:
+        model = model.replace(aspect_ratio=config.aspect_ratio)
+    default = functools.partial(make_mesh, {DATA: args.slices, FSDP: -1})
+    mesh = plan.mesh_of(args.mesh, default, args.topology, args.slices)
+    length = args.seq or config.max_length
+    tiles = default_tiles(model, length) if args.tiles_per_row is None else args.tiles_per_row
+    slices = f"{args.slices} x " if args.slices > 1 else ""
+    title = (
+        f"{args.model}, {args.preset}, {slices}{args.topology}, mesh {plan.describe(mesh)}, remat {config.remat}; "
+        f"{args.rows_per_chip} x {row_multiple(mesh)} rows of {length:,} positions and {tiles} tiles"
+    )
+    plan.note_compiling(title)
+    needs, made = plan_step(model, config, mesh, args.topology, args.rows_per_chip, length, tiles)
+    more = None
+    if args.slices > 1:
+        state = setup(llava.param_shapes(model), model, config, mesh, STEPS)[1]
+        more = {"between slices": between_slices(state, config, args.slices)}
+    if args.json:
+        print(json.dumps(dataclasses.asdict(needs)))
+    else:
+        plan.show(needs, made, args.topology, title, more)
+    plan.check_fits(needs, args.topology, advice(config, args, needs, mesh))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
