@@ -34,6 +34,11 @@ HAVE_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore_glob = [] if HAVE_TORCH else ["parity/*"]
 
 
+def pytest_collection_modifyitems(items):
+    """Last what loads the compiler for TPUs: JAX's profiler crashes in a process that has it but no TPU."""
+    items.sort(key=lambda item: item.get_closest_marker("tpu_compile") is not None)
+
+
 def pytest_report_header(config):
     return f"jax {jax.__version__}, {len(jax.devices())} devices" + (
         "" if HAVE_TORCH else "; no torch: parity/ left out"
