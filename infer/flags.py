@@ -1,20 +1,17 @@
 """What the commands share: the flags that say which model answers, and the engine that they ask for."""
 
 import argparse
-from pathlib import Path
 
 from llava_jax.config import IMAGE_RULES
-from llava_jax.console import enable_compilation_cache, note
-
-BUNDLED = Path(__file__).parent / "shapes"  # a small model that comes along; its README.md is its card
+from llava_jax.console import enable_compilation_cache
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--checkpoint", metavar="DIR",
+        "--checkpoint", required=True, metavar="DIR",
         help="an Orbax directory of `python -m convert`, a directory of safetensors (original or transformers), "
-        "or a hub name; default: the bundled model, which knows coloured shapes and nothing else",
+        "or a hub name",
     )  # fmt: skip
     model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
@@ -31,13 +28,11 @@ def load_engine(args: argparse.Namespace):
     Raises:
       InputError: as `Engine.load`.
     """
-    if not args.checkpoint:
-        note(f"no --checkpoint: the bundled model answers, which knows coloured shapes and nothing else ({BUNDLED})")
     enable_compilation_cache()
     from infer.engine import Engine  # takes its time, which --help and wrong flags need not wait for
 
     return Engine.load(
-        args.checkpoint or BUNDLED,
+        args.checkpoint,
         mesh=args.mesh,
         dtype=args.dtype,
         template=args.template,

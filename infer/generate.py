@@ -1,18 +1,16 @@
 """Answer questions about pictures.
 
-    python -m infer.generate
     python -m infer.generate --checkpoint DIR --image photo.jpg --prompt "What is in this picture?"
     python -m infer.generate --checkpoint DIR --questions q.jsonl --image-folder pictures --answers a.jsonl
 
-The answer goes to standard output, everything else to standard error. Without a checkpoint a small bundled model
-answers, without a question one about a bundled picture.
+The answer goes to standard output, everything else to standard error.
 """
 
 import argparse
 import dataclasses
 import json
 
-from infer.flags import BUNDLED, add_model_flags, load_engine
+from infer.flags import add_model_flags, load_engine
 from llava_jax.console import InputError, Parser, note, run_main
 from llava_jax.templates import get_template
 
@@ -50,9 +48,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = parser().parse_args()
-    if not (args.checkpoint or args.questions or args.image or args.prompt is not None):
-        args.image, args.prompt = [str(BUNDLED / "example.png")], "How many objects are there?"
-        note(f'--image {args.image[0]} --prompt "{args.prompt}"')
     if bool(args.questions) == (args.prompt is not None):
         raise InputError("give either --prompt or --questions")
     if args.questions and not args.answers:

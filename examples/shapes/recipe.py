@@ -1,4 +1,4 @@
-"""Train the small model that ships with the project, from pictures to curves.
+"""Train a small model that sees, from pictures to curves.
 
     python examples/shapes/recipe.py --output runs/shapes
 
@@ -9,11 +9,10 @@
     reset/     the same with a projector that knows nothing, where the published models begin
     stage-1/   the projector alone, on captions
     stage-2/   projector and decoder, on conversations; the tower stays as it is
+    bundle/    the model in transformers' format, its card, its curves, a picture
 
-    bundle/    what ships: the model in transformers' format, its card, its curves, a picture
-
-Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). The same
-command goes on with what was interrupted; seeds are fixed.
+Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). Interrupted, the same command goes on with the
+phase that it was in; seeds are fixed.
 """
 
 import collections
@@ -46,7 +45,7 @@ from train.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.step import setup
 
 EXAMPLES, TESTS, SEED = 20000, 2000, 0
-EXAMPLE = 17  # seed of the picture that ships
+EXAMPLE = 17  # seed of the picture in the bundle
 COMMON = TrainConfig(
     dtype="float32", max_length=400, global_batch_size=16, adam_b2=0.98, weight_decay=0.05, warmup_ratio=0.05,
     workers=1, save_every=0, log_every=10, seed=SEED,
@@ -185,7 +184,7 @@ def _wording(question: str) -> str:
 
 
 def make_bundle(model: Path, bundle: Path) -> None:
-    """What ships: the model in transformers' format and bfloat16, and a picture."""
+    """What can be given away: the model in transformers' format and bfloat16, and a picture."""
     to_hf(model, bundle, dtype="bfloat16", overwrite=True)
     rng = np.random.default_rng(EXAMPLE)
     draw(make_scene(rng), rng).save(bundle / "example.png")
