@@ -36,7 +36,6 @@ REMAT = {
 }
 
 BLOCK = 192  # positions of queries whose scores plain attention holds at once
-FEW = 512  # positions up to which the scores of all heads lie in a CPU's cache together
 MOST_BLOCKS = 16  # so many at most: each is a piece of program
 
 
@@ -151,7 +150,7 @@ def attention(
     if platform == "gpu" and q_BSHN.dtype in (jnp.bfloat16, jnp.float16):
         seen = _cudnn_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window)
     else:
-        one_by_one = platform == "cpu" and (mesh is None or mesh.size == 1) and q_BSHN.shape[1] > FEW
+        one_by_one = platform == "cpu" and (mesh is None or mesh.size == 1)
         seen = _plain_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window, one_by_one)
     return checkpoint_name(seen, saved) if saved else seen
 

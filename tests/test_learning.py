@@ -44,7 +44,7 @@ def write_rows(folder: Path, split: str, number: int, seed: int) -> Path:
 
 
 def test_it_learns_to_see(recipe, tmp_path):
-    train, test = write_rows(tmp_path, "train", 600, 0), write_rows(tmp_path, "test", 64, 1)
+    train, test = write_rows(tmp_path, "train", 2000, 0), write_rows(tmp_path, "test", 128, 1)
     small = dict(width=64, ffn_width=128, layers=2, heads=2)
     config = recipe.CONFIG.replace(
         text=dataclasses.replace(recipe.CONFIG.text, **small, kv_heads=1, vocab_size=300),
@@ -60,9 +60,10 @@ def test_it_learns_to_see(recipe, tmp_path):
 
     run = TrainConfig(
         checkpoint=str(tmp_path / "start"), data=str(train), image_folder=str(tmp_path), output=str(tmp_path / "run"),
-        tune="projector,decoder,vision", learning_rate=3e-3, steps=200, global_batch_size=16, max_length=64,
+        tune="projector,decoder,vision", learning_rate=3e-3, steps=300, global_batch_size=16, max_length=64,
         positions_per_row=256, dtype="float32", remat="none", save_every=0, adam_b2=0.98, workers=0,
     )  # fmt: skip
-    assert accuracy(tmp_path / "start") <= 1.5 / len(COLOURS)
+    chance = 1 / len(COLOURS)
+    assert accuracy(tmp_path / "start") < 2 * chance
     assert loop.train(loop.prepare(run)) == 0
-    assert accuracy(tmp_path / "run" / "model") >= 0.6
+    assert accuracy(tmp_path / "run" / "model") > 2 * chance

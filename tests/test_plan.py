@@ -43,9 +43,8 @@ def test_full_remat_computes_a_third_more_than_the_model():
 
 @compiles
 @needs_libtpu
-@pytest.mark.parametrize("preset", ["v1.5-pretrain", "v1.5-finetune-lora"])
-def test_stage_one_and_lora_compute_at_most_four_fifths_of_full_training(preset):
-    needs = step(preset)
+def test_stage_one_computes_at_most_four_fifths_of_full_training():
+    needs = step("v1.5-pretrain")
     assert needs.fits
     assert needs.executed_flops_per_chip <= 0.80 * step("v1.5-finetune").executed_flops_per_chip
 
@@ -77,7 +76,7 @@ def test_decoding_holds_one_cache():
     assert cache == 2 * TEXT.layers * 8 * 2048 * 128 * 2  # keys and values of one head a chip
     decode, one = made["decode"]
     assert one.memory.reused >= cache
-    assert one.memory.temporaries < cache / 10
+    assert one.memory.temporaries < cache / (2 * TEXT.layers)  # not even one layer's keys are there twice
     # Two sums a layer, and what it takes to find the likeliest of 8 x 4,096 logits.
     sent = sum(decode.collective_bytes_per_chip.values())
     assert sent <= decode.least_collective_bytes_per_chip + 8 * 4096 * 4
