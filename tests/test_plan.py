@@ -29,8 +29,7 @@ MODEL = c.preset("v1.5-7b").replace(text=TEXT, vision=VISION)
 def step(preset: str, length: int = 512):
     """The plan of a training step over a slice, all of it along fsdp; positions for a width as in 2,048 for 4,096."""
     mesh = plan.mesh_of(None, functools.partial(make_mesh, {"fsdp": -1}), "v5e:4x4")
-    config = PRESETS[preset].replace(lora_rank=32, lora_alpha=64.0)
-    return train_plan.plan_step(MODEL, config, mesh, "v5e:4x4", rows=1, length=length, tiles=4)[0]
+    return train_plan.plan_step(MODEL, PRESETS[preset], mesh, "v5e:4x4", rows=1, length=length, tiles=4)[0]
 
 
 @compiles
