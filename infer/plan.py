@@ -21,6 +21,7 @@ from infer.sampling import Sampling, row_keys
 from llava_jax import llava, plan, tpu
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, run_main
+from llava_jax.images import most_tiles
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
 
@@ -145,9 +146,7 @@ def main() -> int:
         raise InputError(f"--context {args.context}: must be above --new-tokens {args.new_tokens}")
     model = plan.model_of(args.model)
     mesh = plan.mesh_of(args.mesh, lambda devices: inference_mesh(model, devices), args.topology)
-    side = model.vision.image_size
-    picture = max((1 + (w // side) * (h // side) for w, h in model.grid_pinpoints), default=1)
-    tiles = picture if args.tiles_per_row is None else args.tiles_per_row
+    tiles = most_tiles(model) if args.tiles_per_row is None else args.tiles_per_row
     title = (
         f"{args.model}, {args.topology}, mesh {plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
         f"of them {args.new_tokens} new, and {tiles} tiles"

@@ -196,6 +196,13 @@ def layout(size: tuple[int, int], config: LlavaConfig) -> TileLayout:
     return TileLayout(size, (width // tile, height // tile))
 
 
+def most_tiles(config: LlavaConfig) -> int:
+    """Tiles that a picture may have, of whatever size."""
+    tile = config.vision.image_size
+    grids = config.grid_pinpoints if config.aspect_ratio == "anyres" else ()
+    return max((1 + (w // tile) * (h // tile) for w, h in grids), default=1)
+
+
 def best_resolution(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:
     """Of the configured resolutions the (width, height) that keeps most pixels, then wastes fewest.
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llava_jax import tpu
+from llava_jax import hlo, tpu
 from llava_jax.config import LlavaConfig, preset
 from llava_jax.console import InputError, note
 from llava_jax.sharding import DATA, FSDP, TENSOR, make_mesh, parse_mesh
@@ -50,7 +50,7 @@ class Compiled:
     seconds: float
     peak: int
     memory: tpu.Memory | None = None
-    work: tpu.Work | None = None
+    work: hlo.Work | None = None
     out: Any = None  # shapes of what it gives, with where they lie
 
 
@@ -69,7 +69,7 @@ def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
     out = jax.tree.map(
         lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), lowered.out_info, compiled.output_shardings
     )
-    return Compiled(seconds, memory.peak, memory, tpu.Program(compiled.as_text(), unknown_trips).work, out)
+    return Compiled(seconds, memory.peak, memory, hlo.Program(compiled.as_text(), unknown_trips).work, out)
 
 
 # ---------------------------------------------------------------- flags

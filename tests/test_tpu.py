@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llava_jax import tpu
+from llava_jax import hlo, tpu
 from llava_jax.console import InputError
 from llava_jax.sharding import fsdp_lines, make_mesh
 
@@ -67,7 +67,7 @@ ENTRY %main (x.1: bf16[8,16], w.1: bf16[4,32]) -> bf16[8,16] {
 
 
 def test_a_loop_of_five_products_with_a_gather_and_a_scatter_each():
-    work = tpu.Program(LOOP).work
+    work = hlo.Program(LOOP).work
     assert work.flops == 5 * 2 * 8 * 16 * 32
     # Each chip sends its 4 x 32 numbers to three others, and three quarters of its 8 x 32 sums.
     assert work.collectives == {"all-gather": 5 * 3 * 4 * 32 * 2, "reduce-scatter": 5 * 8 * 32 * 2 * 3 / 4}
@@ -79,7 +79,7 @@ def test_a_loop_of_five_products_with_a_gather_and_a_scatter_each():
 def test_a_loop_whose_length_is_not_known():
     text = LOOP.replace("%many = s32[] constant(7)", "%many = s32[] get-tuple-element(%state.1), index=1")
     with pytest.raises(ValueError, match="trip count of body"):
-        tpu.Program(text)._work("main")
+        hlo.Program(text)._work("main")
 
 
 def test_of_two_branches_the_more_expensive_one_counts():
@@ -88,7 +88,7 @@ def test_of_two_branches_the_more_expensive_one_counts():
         "%c = bf16[8,32]{1,0} conditional(%two, %x.1, %x.1), branch_computations={%nothing, %product}\n  ROOT %end",
     )
     text += "\n%nothing (q: bf16[8,16]) -> bf16[8,16] {\n  ROOT %q = bf16[8,16]{1,0} parameter(0)\n}\n"
-    assert tpu.Program(text).work.flops == 6 * 2 * 8 * 16 * 32
+    assert hlo.Program(text).work.flops == 6 * 2 * 8 * 16 * 32
 
 
 @pytest.mark.parametrize(("topology", "count"), [("v5e:4x8", 2), ("v5e:16x16", 4), ("v5p:2x2x4", 4), ("v6e:1x1", 0)])
@@ -137,7 +137,7 @@ class TestOnTpu:
             return jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
 
         compiled = jax.jit(f).lower(shape((3, 512, 512), None, "fsdp"), shape((1024, 512), "fsdp")).compile()
-        work = tpu.Program(compiled.as_text()).work
+        work = hlo.Program(compiled.as_text()).work
         assert work.flops == 3 * 2 * 256 * 512 * 512
         assert work.collectives == {"all-gather": 3 * 3 * (128 * 512 * 2)}
         assert tpu.memory(compiled).arguments == (3 * 128 * 512 + 256 * 512) * 2

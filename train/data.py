@@ -26,6 +26,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
+from llava_jax.images import most_tiles
 from llava_jax.splice import Batch, Row, pack
 from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
@@ -161,11 +162,7 @@ class Data:
 
     def _picture_tiles(self) -> int:
         """Tiles that any one picture may have."""
-        model = self.samples.model
-        if model.aspect_ratio != "anyres" or not self.samples.has_image.any():
-            return int(self.samples.has_image.any())
-        side = model.vision.image_size
-        return max(1 + (w // side) * (h // side) for w, h in model.grid_pinpoints)
+        return most_tiles(self.samples.model) if self.samples.has_image.any() else 0
 
     def _wanted_rows(self) -> int:
         wanted, multiple = self.config.global_batch_size, self._multiple

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from llava_jax import llava, plan, tpu
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, run_main
+from llava_jax.images import most_tiles
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
 from llava_jax.splice import Batch
@@ -57,9 +58,7 @@ def batch_shapes(model: LlavaConfig, mesh: Mesh, rows: int, length: int, tiles: 
 
 def default_tiles(model: LlavaConfig, length: int) -> int:
     """As many tiles as have room in a row with their features, but those of one picture at least."""
-    side = model.vision.image_size
-    picture = max((1 + (w // side) * (h // side) for w, h in model.grid_pinpoints), default=1)
-    return max(picture, length // model.vision.features_per_tile)
+    return max(most_tiles(model), length // model.vision.features_per_tile)
 
 
 def plan_step(

@@ -1,0 +1,380 @@
+"""What a compiled program does, read from its text: the optimized, scheduled HLO that `compiled.as_text()` prints.
+
+Exact are trip counts of loops, floating-point operations of matrix products, bytes of collectives. Bytes to and from
+memory are counted at the edges of fused operations.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+BYTES = dict(
+    pred=1, s8=1, u8=1, s4=0.5, u4=0.5, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4, s64=8, u64=8, f64=8, c64=8
+)
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool  # else in memory of the core
+
+    @property
+    def bytes(self) -> int:
+        return int(math.prod(self.dims) * BYTES.get(self.dtype, 1))
+
+
+def _shapes(text: str) -> list[Shape]:
+    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", re.sub(r"/\*.*?\*/", "", text))
+    return [
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), not re.search(r"S\([1-9]", layout))
+        for dtype, dims, layout in found
+        if dtype in BYTES or dtype.startswith("f8")
+    ]
+
+
+def _closing(text: str, start: int) -> int:
+    """Just behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if not depth:
+            return i + 1
+    return len(text)
+
+
+class Instruction:
+    """`%name = shape op(arguments), attributes`"""
+
+    HEAD = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+
+    def __init__(self, text: str):
+        match = self.HEAD.match(text)
+        self.is_root, self.name = bool(match[1]), match[2]
+        start = match.end()
+        behind = _closing(text, start) if text[start] == "(" else text.index(" ", start)
+        self.out = _shapes(text[start:behind])
+        bracket = text.index("(", behind)
+        end = _closing(text, bracket)
+        self.op = text[behind:bracket].strip()
+        self.inside, self.attributes = text[bracket + 1 : end - 1], text[end:]
+        self.args = re.findall(r"%([\w.\-]+)", self.inside)
+
+    def attribute(self, key: str) -> str | None:
+        match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
+        return match and match[1]
+
+    @property
+    def calls(self) -> str | None:
+        return self.attribute("calls") or self.attribute("to_apply") or self.attribute("called_computations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one chip.
+
+    flops        of matrix products and attention kernels
+    hbm_bytes    read from and written to HBM
+    collectives  bytes that leave the chip, by kind
+    counts       how many collectives, by kind
+    """
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    collectives: dict[str, float] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def plus(self, other: "Work", times: int = 1) -> "Work":
+        def added(a, b):
+            return {k: a.get(k, 0) + times * b.get(k, 0) for k in a | b}
+
+        return Work(
+            self.flops + times * other.flops,
+            self.hbm_bytes + times * other.hbm_bytes,
+            added(self.collectives, other.collectives),
+            added(self.counts, other.counts),
+        )
+
+
+class Program:
+    """An optimized, scheduled HLO module, as `compiled.as_text()` prints it.
+
+    >>> Program(compiled.as_text()).work
+    """
+
+    def __init__(self, text: str, unknown_trips: int | None = None):
+        """`unknown_trips`: of loops that end when something is found, for which `work` otherwise fails."""
+        self.unknown_trips = unknown_trips
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        found = re.search(r"num_partitions=(\d+)", text[:100_000])
+        self.chips = int(found[1]) if found else 1
+        current, lines = None, []
+        for line in [*text.splitlines(), "}"]:
+            head = None if line.startswith(" ") else re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            new = bool(Instruction.HEAD.match(line))
+            if (head or new or line == "}") and lines and current is not None:
+                instruction = Instruction("\n".join(lines))  # some have text of several lines in their attributes
+                current[instruction.name] = instruction
+            lines = [line] if new else [] if head or line == "}" else [*lines, line]
+            if head:
+                current = self.computations[head[2]] = {}
+                self.entry = head[2] if head[1] else self.entry
+            elif line == "}":
+                current = None
+
+    @functools.cached_property
+    def work(self) -> Work:
+        """All that a run of the program does, loops counted; of a condition its most expensive branch."""
+        return self._work(self.entry)
+
+    @functools.cache  # noqa: B019
+    def _work(self, name: str) -> Work:
+        total, chains = Work(), set()
+        for one in self.computations[name].values():
+            total = total.plus(self._work_of(name, one, chains))
+        return total
+
+    def _work_of(self, name: str, one: Instruction, chains: set) -> Work:
+        if one.op == "while":
+            return Work().plus(self._work(one.attribute("body")), self.trips(name, one))
+        if one.op == "call":
+            return self._work(one.calls)
+        if one.op == "conditional":
+            listed = re.search(r"branch_computations=\{(.*?)\}", one.attributes)
+            branches = re.findall(r"%([\w.\-]+)", listed[1]) if listed else []
+            branches += [b for key in ("true_computation", "false_computation") if (b := one.attribute(key))]
+            return max((self._work(b) for b in branches), key=lambda w: (w.flops, w.hbm_bytes))
+        moved = self._collective(name, one, chains)
+        work = Work(self._flops(name, one), self._traffic(name, one))
+        return work.plus(Work(0.0, 0.0, {moved[0]: moved[1]}, {moved[0]: 1})) if moved else work
+
+    # ------------------------------------------------------------ loops
+
+    def trips(self, name: str, loop: Instruction) -> int:
+        """How often a loop's body runs, from its condition and the counter's start and step.
+
+        Raises:
+          ValueError: the number is not in the program.
+        """
+        found = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
+        if found:
+            return int(found[1])
+        condition, body = loop.attribute("condition"), loop.attribute("body")
+        compare, where, bound = self._root(condition), condition, None
+        if compare.op == "fusion":
+            bound = dict(enumerate(self._affine(condition, a, None) for a in compare.args))
+            where = compare.calls
+            compare = self._root(where)
+        sides = [self._affine(where, a, bound) for a in compare.args]
+        start = self.computations[name][loop.args[0]]
+
+        def initial(slot):
+            value = self._affine(name, start.args[slot], {}) if start.op == "tuple" else None
+            return value[1] if value and value[0] is None else None
+
+        if len(sides) == 2 and None not in sides:
+            (counter, offset), (slot, limit) = sides if sides[0][0] is not None else sides[::-1]
+            if slot is not None:
+                limit = None if initial(slot) is None else initial(slot) + limit
+            after = self._root(body)
+            step = (
+                self._affine(body, after.args[counter], None) if counter is not None and after.op == "tuple" else None
+            )
+            begin = initial(counter) if counter is not None else None
+            if limit is not None and step and step[0] == counter and step[1]:
+                count = (limit - offset - (begin or 0)) / step[1]
+                inclusive = compare.attribute("direction") in ("LE", "GE")
+                return max(0, math.floor(count) + 1 if inclusive else math.ceil(count))
+        if self.unknown_trips is not None:
+            return self.unknown_trips
+        raise ValueError(f"the trip count of {body} is not in the program")
+
+    def _affine(self, name: str, value: str, bound: dict | None) -> tuple[int | None, int] | None:
+        """A scalar as (slot, n): n more than an element of the loop's state, or n itself where slot is None.
+
+        `bound` has the values of a fusion's parameters; None: the one parameter is the loop's state.
+        """
+        one = self.computations[name].get(value)
+        if one is None:
+            return None
+        if one.op == "constant":
+            return (None, int(one.inside)) if re.fullmatch(r"-?\d+", one.inside.strip()) else None
+        if one.op == "parameter":
+            return (bound or {}).get(int(one.inside))
+        if one.op == "get-tuple-element":
+            source = self.computations[name].get(one.args[0])
+            known = source is not None and source.op == "parameter" and bound is None
+            return (int(one.attribute("index")), 0) if known else None
+        if one.op in ("copy", "convert", "bitcast", "reshape"):
+            return self._affine(name, one.args[0], bound)
+        values = [self._affine(name, a, bound) for a in one.args]
+        if one.op == "fusion":
+            return self._affine(one.calls, self._root(one.calls).name, dict(enumerate(values)))
+        if one.op in ("add", "subtract") and None not in values:
+            (p, x), (q, y) = values
+            if one.op == "add" and None in (p, q):
+                return (q if p is None else p, x + y)
+            if one.op == "subtract" and q is None:
+                return (p, x - y)
+        return None
+
+    def _root(self, name: str) -> Instruction:
+        return next(one for one in self.computations[name].values() if one.is_root)
+
+    # ------------------------------------------------------------ floating-point operations
+
+    @functools.cache  # noqa: B019
+    def _flops_within(self, name: str) -> float:
+        return sum(self._flops(name, one) for one in self.computations.get(name, {}).values() if one.op != "while")
+
+    def _flops(self, name: str, one: Instruction) -> float:
+        if one.op in ("fusion", "async-start"):
+            return self._flops_within(one.calls) if one.calls else 0
+        if one.op == "custom-call" and "tpu_custom_call" in one.attributes:
+            return self._kernel_flops(name, one)
+        operands = [self.computations[name][a].out[0].dims for a in one.args[:2]] if one.op in _PRODUCTS else []
+        if one.op == "dot":
+            summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)[1]
+            return 2 * math.prod(one.out[0].dims) * math.prod(operands[0][int(d)] for d in summed.split(",") if d)
+        if one.op == "convolution":
+            return 2 * _multiplications(one, *operands)
+        return 0
+
+    def _kernel_flops(self, name: str, one: Instruction) -> float:
+        """Of JAX's splash attention kernels: matrix products of the blocks that a causal mask keeps.
+
+        Raises:
+          ValueError: a kernel that is none of these.
+        """
+        found = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", one.name)
+        if not found:
+            raise ValueError(f"a kernel {one.name}, whose operations nothing tells")
+        phase = found[1]
+        products = {"fwd": 2, "dkv": 4, "dq": 3}[phase]
+        queries = one.attributes.split("operand_layout_constraints={")[1]
+        *many, S, N = max((s.dims for s in _shapes(queries.split("}}")[0]) if len(s.dims) > 2), key=math.prod)
+        block = re.search(rf'block_q{"" if phase == "fwd" else "_" + phase}\\*": (\d+)', one.attributes)
+        blocks = S // int(block[1])
+        return products * 2 * math.prod(many) * S * S * N * (blocks + 1) / (2 * blocks)
+
+    # ------------------------------------------------------------ between chips
+
+    def _collective(self, name: str, one: Instruction, chains: set) -> tuple[str, float] | None:
+        """Kind of a collective and the bytes that each chip sends for it.
+
+        A fusion may hold one, or one stage of one that runs beside others: its stages have a chain's number in common.
+        """
+        found = self._moves(name, one)
+        if found or one.op not in ("fusion", "async-start") or one.calls not in self.computations:
+            return found
+        for inner in self.computations[one.calls].values():
+            found = self._moves(one.calls, inner)
+            if not found:
+                continue
+            chain = re.search(r'chain_id="(\d+)"', inner.attributes)
+            if chain and chain[1] in chains:
+                return None
+            chains |= {chain[1]} if chain else set()
+            if found[0] == "all-reduce" and sum(s.bytes for s in one.out) < sum(s.bytes for s in inner.out):
+                return "reduce-scatter", found[1] / 2  # of which each chip keeps its part
+            return found
+        return None
+
+    def _moves(self, name: str, one: Instruction) -> tuple[str, float] | None:
+        offloaded = one.op == "custom-call-update"  # to the SparseCore: (operand), result, scratch
+        kind = next((k for k in KINDS if one.op in (k, f"{k}-start") or (offloaded and one.name.startswith(k))), None)
+        if kind is None:
+            return None
+        size = sum(s.bytes for a in one.args[offloaded:] for s in self.computations[name][a].out)
+        n = self._group(one)
+        if offloaded and kind == "all-gather":
+            n = max(1, round(one.out[1].bytes / size))
+        share = (n - 1) / n
+        sent = {"all-gather": n - 1, "all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+        return kind, size * sent
+
+    def _group(self, one: Instruction) -> int:
+        """Chips that take part in a collective together."""
+        if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", one.attributes):
+            sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
+            return math.prod(int(sizes[a]) for a in re.findall(r"'([\w.]+)'", found[2]) if a in sizes)
+        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", one.attributes):
+            return found[1].count(",") + 1
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", one.attributes):
+            return int(found[2])
+        return self.chips
+
+    # ------------------------------------------------------------ HBM
+
+    def _traffic(self, name: str, one: Instruction) -> float:
+        """Bytes read and written at the edges of an operation: of a slice the slice, of an update the update."""
+        if one.op in _FREE or one.op.endswith(("-update", "-done")):
+            return 0
+        inputs = [self.computations[name][a].out for a in one.args]
+        if one.op in ("copy-start", "slice-start"):
+            moved = [s.bytes for s in one.out if s.bytes > 64]
+            return min(inputs[0][0].bytes, min(moved, default=0))
+        if one.op.endswith("-start") or (one.op == "custom-call" and "tpu_custom" not in one.attributes):
+            return 0
+        parts = {}
+        if one.op == "fusion":
+            within = self.computations[one.calls]
+            parts = {int(p.inside): p.name for p in within.values() if p.op == "parameter"}
+        total = 0
+        for i, shapes in enumerate(inputs):
+            if shapes and shapes[0].in_hbm:
+                whole = shapes[0].bytes
+                total += self._read(one.calls, parts[i], whole) if i in parts else whole
+        updates = {}
+        for inner in self.computations[one.calls].values() if parts else ():
+            if inner.op == "dynamic-update-slice":
+                updates[inner.out[0].dims] = self.computations[one.calls][inner.args[1]].out[0].bytes
+        return total + sum(updates.get(s.dims, s.bytes) for s in one.out if s.in_hbm)
+
+    def _read(self, name: str, value: str, whole: int) -> int:
+        total = 0
+        for one in self.computations[name].values():
+            if value not in one.args or total >= whole:
+                continue
+            first = one.args[0] == value
+            if one.op in ("dynamic-slice", "slice", "gather") and first:
+                total += one.out[0].bytes
+            elif one.op == "bitcast":
+                total += self._read(name, one.name, whole)
+            elif one.op == "fusion":
+                within = {int(p.inside): p.name for p in self.computations[one.calls].values() if p.op == "parameter"}
+                total += sum(self._read(one.calls, within[i], whole) for i, a in enumerate(one.args) if a == value)
+            elif not (one.op == "dynamic-update-slice" and first):
+                total += whole
+        return min(total, whole)
+
+
+_PRODUCTS = ("dot", "convolution")
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("iota", "while", "call", "conditional"),
+}  # fmt: skip
+
+
+def _multiplications(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
+    """Of a convolution, which on a TPU every matrix product is: padding and what dilation puts in do not count."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
+    window = re.search(r"window=\{(.*?)\}", one.attributes)
+    given = dict(re.findall(r"(\w+)=([\dx_\-]+)", window[1])) if window else {}
+
+    def setting(key: str, dimension: int, default: str) -> int:
+        return int(given[key].split("x")[dimension].split("_")[0] if key in given else default)
+
+    left, right, out = labels
+    count = lhs[left.index("b")] // int(one.attribute("batch_group_count") or 1)
+    count *= rhs[right.index("o")] * rhs[right.index("i")]
+    for d in range(sum(c.isdigit() for c in left)):
+        n, k, made = lhs[left.index(str(d))], rhs[right.index(str(d))], one.out[0].dims[out.index(str(d))]
+        pad, stride = setting("pad", d, "0"), setting("stride", d, "1")
+        spread, step = setting("lhs_dilate", d, "1"), setting("rhs_dilate", d, "1")
+        places = (y * stride + x * step - pad for y in range(made) for x in range(k))
+        count *= sum(0 <= place <= (n - 1) * spread and place % spread == 0 for place in places)
+    return count
