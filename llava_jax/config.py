@@ -51,6 +51,10 @@ class TextConfig:
     eos_ids: tuple[int, ...] = (2,)
     pad_id: int | None = None
 
+    @property
+    def query_scale(self) -> float:
+        return self.head_width**-0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:

@@ -110,7 +110,7 @@ def decode(
     rope = rope_tables(positions_BS, c)
 
     def attend(q, k, v):
-        q, k, v = checkpoint_name(_cut_heads(mesh, rotate(q, rope), rotate(k, rope), v), "attention")
+        q, k, v = checkpoint_name(_cut_heads(mesh, rotate(q, rope, c.query_scale), rotate(k, rope), v), "attention")
         static = dict(causal=True, window=c.sliding_window, mesh=mesh, saved="attention")
         return attention(q, k, v, segments_BS=segments_BS, **static)
 
@@ -140,12 +140,12 @@ def prefill(
     cache = []
 
     def attend(q, k, v):
-        q, k, v = _cut_heads(mesh, rotate(q, rope), rotate(k, rope), v)
+        q, k, v = _cut_heads(mesh, rotate(q, rope, c.query_scale), rotate(k, rope), v)
         cache.append((_cached_keys(k, slots, mesh), _cached_values(v, slots, mesh)))
         return attention(q, k, v, causal=True, window=c.sliding_window, mesh=mesh)  # padding is behind all queries
 
     def attend_last(q, k, v):
-        q = rotate(q, tuple(table[0, last_B][:, None] for table in rope))
+        q = rotate(q, tuple(table[0, last_B][:, None] for table in rope), c.query_scale)
         q, k, v = _cut_heads(mesh, q, rotate(k, rope), v)
         cache.append((_cached_keys(k, slots, mesh), _cached_values(v, slots, mesh)))
         visible_BM = jnp.arange(slots) < last_B[:, None]
@@ -203,7 +203,7 @@ def decode_one(
     for i, (keys, values) in enumerate(cache):
 
         def attend(q, k, v, keys=keys, values=values):
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = rotate(q, rope, c.query_scale), rotate(k, rope)
             k_BKN, v_BKN = k[:, 0], v[:, 0]
             seen = cached_attention(q[:, 0], k_BKN, v_BKN, keys, values, visible_BM)
             # Read first, then write, in this order: or the compiler keeps a copy of the cache to read from.

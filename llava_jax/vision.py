@@ -62,7 +62,7 @@ class Attention(nn.Module):
         c = self.config
         B, P, C = x_BPC.shape
         q, k, v = (Dense(c.width, True, name)(x_BPC).reshape(B, P, c.heads, -1) for name in ("q", "k", "v"))
-        q, k, v = (constrain(t, mesh, BATCH, None, TENSOR, None) for t in (q, k, v))
+        q, k, v = (constrain(t, mesh, BATCH, None, TENSOR, None) for t in (q * q.shape[-1] ** -0.5, k, v))
         return Dense(c.width, True, "o")(attention(q, k, v, mesh=mesh).reshape(B, P, C))
 
 

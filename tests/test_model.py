@@ -93,12 +93,13 @@ def test_last_vision_layer_is_neither_kept_nor_computed(name, model):
 
 def random_heads(B=2, S=300, H=4, K=2, N=8, seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
-    return (jax.random.normal(key, (B, S, heads, N)) for key, heads in zip(keys, (H, K, K), strict=True))
+    q, k, v = (jax.random.normal(key, (B, S, heads, N)) for key, heads in zip(keys, (H, K, K), strict=True))
+    return q / N**0.5, k, v
 
 
 def naive_attention(q, k, v, mask):
     k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    scores = np.einsum("bshn,bthn->bhst", q, k, dtype=np.float64) / q.shape[-1] ** 0.5
+    scores = np.einsum("bshn,bthn->bhst", q, k, dtype=np.float64)
     scores = np.where(mask[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bhst,bthn->bshn", weights / weights.sum(-1, keepdims=True), v)
