@@ -172,7 +172,7 @@ def gather(params: Any, path: str, config: LlavaConfig, mesh: Mesh | None) -> An
 
     def whole(tail, x):
         if isinstance(x, Piece):
-            x = _gather_piece(x.piece, x.piece.ndim + x.axis, mesh)
+            x = _gather_piece(x.piece, x.dtype, x.piece.ndim + x.axis, mesh)
         elif FSDP not in manual_axes():
             spec = param_spec("/".join(filter(None, (path, path_of(tail)))), x.shape, config, mesh)
             x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _without(spec, {FSDP})))
@@ -181,14 +181,20 @@ def gather(params: Any, path: str, config: LlavaConfig, mesh: Mesh | None) -> An
     return jax.tree_util.tree_map_with_path(whole, params, is_leaf=lambda x: isinstance(x, Piece))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_piece(piece: jax.Array, axis: int, mesh: Mesh) -> jax.Array:
-    return jax.lax.all_gather(piece, FSDP, axis=axis, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_piece(piece: jax.Array, dtype: jax.typing.DTypeLike, axis: int, mesh: Mesh) -> jax.Array:
+    return jax.lax.all_gather(piece.astype(dtype), FSDP, axis=axis, tiled=True)
 
 
-def _scatter_gradient(axis: int, mesh: Mesh, _, gradient: jax.Array) -> tuple[jax.Array]:
-    """One dimension of the slice after the other: XLA's TPU compiler turns a scatter over all of a 4x4 slice into a
-    reduction, which moves twice as much, but leaves those along lines of chips as they are."""
+def _gather_forward(piece: jax.Array, dtype: jax.typing.DTypeLike, axis: int, mesh: Mesh):
+    return _gather_piece(piece, dtype, axis, mesh), jax.numpy.zeros((), piece.dtype)
+
+
+def _scatter_gradient(dtype, axis: int, mesh: Mesh, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """In the precision of the piece. One dimension of the slice after the other: XLA's TPU compiler turns a scatter over
+    all of a 4x4 slice into a reduction, which moves twice as much, but leaves those along lines of chips as they are.
+    """
+    gradient = gradient.astype(like.dtype)
     for groups in fsdp_lines(mesh):
         gradient = jax.lax.psum_scatter(
             gradient, FSDP, scatter_dimension=axis, tiled=True, axis_index_groups=[list(line) for line in groups]
@@ -196,7 +202,7 @@ def _scatter_gradient(axis: int, mesh: Mesh, _, gradient: jax.Array) -> tuple[ja
     return (gradient,)
 
 
-_gather_piece.defvjp(lambda piece, axis, mesh: (_gather_piece(piece, axis, mesh), None), _scatter_gradient)
+_gather_piece.defvjp(_gather_forward, _scatter_gradient)
 
 
 @functools.cache
@@ -222,21 +228,19 @@ def fsdp_lines(mesh: Mesh) -> tuple[tuple[tuple[int, ...], ...], ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a device has of a parameter that is cut along `fsdp`, within `on_own_rows`. `gather` makes it whole."""
+    """What a device has of a parameter that is cut along `fsdp`, within `on_own_rows`. `gather` makes it whole, in
+    `dtype`; its gradient is reduced in the piece's own."""
 
     piece: jax.Array
     axis: int = dataclasses.field(metadata=dict(static=True))  # counted from the last, which stacked layers leave be
-
-    @property
-    def dtype(self):
-        return self.piece.dtype
+    dtype: jax.typing.DTypeLike = dataclasses.field(metadata=dict(static=True))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.piece.shape
 
     def astype(self, dtype) -> "Piece":
-        return dataclasses.replace(self, piece=self.piece.astype(dtype))
+        return dataclasses.replace(self, dtype=dtype)
 
 
 def on_own_rows(f: Callable, params: Any, specs: Any, rows: Any, *others: Any, mesh: Mesh) -> Any:
@@ -255,7 +259,7 @@ def on_own_rows(f: Callable, params: Any, specs: Any, rows: Any, *others: Any, m
     def local(params, rows, *others):
         def piece(x, spec):
             axes = [i for i, axis in enumerate(spec) if axis == FSDP]
-            return Piece(x, axes[0] - x.ndim) if axes and mesh.shape[FSDP] > 1 else x
+            return Piece(x, axes[0] - x.ndim, x.dtype) if axes and mesh.shape[FSDP] > 1 else x
 
         return f(jax.tree.map(piece, params, specs), rows, *others)[None]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -214,6 +215,21 @@ def test_pieces_of_the_head_add_up(monkeypatch):
     monkeypatch.setattr(step_module, "PIECE_LOGITS", 128 * 3 * 512)
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x_BSD) for f in (ours, naive))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
+
+
+@pytest.mark.parametrize(("asked", "summed"), [(None, "bf16"), ("float32", "f32")])
+def test_gradients_are_summed_over_devices_in_the_precision_asked_for(asked, summed):
+    """Weights are gathered in the compute dtype all the same."""
+    model, mesh = c.tiny(), make_mesh({"fsdp": 4}, jax.devices()[:4])
+    config = PLAIN.replace(dtype="bfloat16", reduce_dtype=asked)
+    frozen, state, step, _ = setup(random_params(model), model, config, mesh, 8)
+    batch = jax.tree.map(lambda x: put_rows(x, mesh), splice(conversations(model)[:4], model))
+    text = step.lower(frozen, state, batch).as_text()
+    types = {
+        kind: set(re.findall(rf'"stablehlo.{kind}".*?-> tensor<[\dx]*x(\w+)>', text, re.S))
+        for kind in ("all_gather", "reduce_scatter")
+    }
+    assert types == {"all_gather": {"bf16"}, "reduce_scatter": {summed}}
 
 
 # ---------------------------------------------------------------- what is trained, and what it costs

@@ -78,6 +78,7 @@ class TrainConfig:
     output: str = _("", "directory of the run: checkpoints, metrics, the exported model")
     seed: int = _(0, "of the order of the data, LoRA's start and its dropout")
     dtype: str = _("bfloat16", "of the computation; what is trained is kept in float32")
+    reduce_dtype: str | None = _(None, "in which gradients are summed over devices, bfloat16 or float32; None: dtype")
     remat: str = _(
         "full", "what the backward pass finds saved of a layer: full (nothing) | minimal | dots | none (all)"
     )
@@ -97,6 +98,7 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("remat", REMAT),
             ("dtype", DTYPES),
+            ("reduce_dtype", (None, *DTYPES)),
             ("on_bad_sample", ("skip", "fail")),
             ("image_first", IMAGE_FIRST),
             ("aspect_ratio", (None, *ASPECT_RATIOS)),

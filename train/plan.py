@@ -46,6 +46,7 @@ def parser() -> Parser:
         "--tiles-per-row", type=int, metavar="N", help="default: as many as fill a row, a picture's at least"
     )
     p.add_argument("--remat", metavar="NAME", help="full, minimal, dots, none (default: the preset's)")
+    p.add_argument("--reduce-dtype", metavar="NAME", help="in which gradients are summed: bfloat16, float32")
     return p
 
 
@@ -105,6 +106,7 @@ def least_collectives(
     backward.
     """
     size = np.dtype(config.dtype).itemsize
+    wider = np.dtype(config.reduce_dtype or config.dtype).itemsize / size  # a gradient than its parameter
     fsdp, data, tensor = (mesh.shape[axis] for axis in (FSDP, DATA, TENSOR))
     trained = flatten_dict(state.trained, sep="/")
     total = 0.0
@@ -112,11 +114,11 @@ def least_collectives(
         mine = math.prod(x.sharding.shard_shape(x.shape)) * size
         if FSDP in x.sharding.spec:
             again = "/layers/" in path and (path.startswith("decoder/") or path in trained)
-            total += mine * (fsdp - 1) * (1 + again + (path in trained))
+            total += mine * (fsdp - 1) * (1 + again + (path in trained) * wider)
         elif path in trained:
-            total += 2 * mine * (fsdp - 1) / fsdp
+            total += 2 * mine * wider * (fsdp - 1) / fsdp
         if path in trained:
-            total += 2 * mine * (data - 1) / data
+            total += 2 * mine * wider * (data - 1) / data
     results = 4 * model.text.layers * rows // row_multiple(mesh) * length * model.text.width * size
     return total + 2 * results * (tensor - 1) / tensor
 
@@ -124,7 +126,8 @@ def least_collectives(
 def between_slices(state: TrainState, config: TrainConfig, slices: int) -> float:
     """Seconds in which gradients are summed over slices: each chip its part, sent and received once."""
     parts = jax.tree.leaves(state.trained)
-    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in parts) * np.dtype(config.dtype).itemsize
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in parts)
+    size *= np.dtype(config.reduce_dtype or config.dtype).itemsize
     return 2 * size * (slices - 1) / slices / tpu.DCN
 
 
@@ -152,7 +155,7 @@ def main() -> int:
     if args.preset not in PRESETS:
         raise InputError(f"--preset {args.preset!r}: only {', '.join(PRESETS)}")
     config = PRESETS[args.preset]
-    config = config.replace(remat=args.remat or config.remat)
+    config = config.replace(remat=args.remat or config.remat, reduce_dtype=args.reduce_dtype)
     model = plan.model_of(args.model)
     if config.aspect_ratio:
         model = model.replace(aspect_ratio=config.aspect_ratio)

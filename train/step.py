@@ -28,6 +28,7 @@ from llava_jax.llava import Params
 from llava_jax.sharding import (
     BATCH,
     TENSOR,
+    Piece,
     constrain,
     gather,
     on_own_rows,
@@ -217,7 +218,11 @@ def loss_sum(
       dropout: key for LoRA's; None drops nothing.
     """
 
+    def compute_dtype(params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(config.dtype), params, is_leaf=lambda x: isinstance(x, Piece))
+
     def of_rows(params: Params, batch: Batch, dropout: jax.Array | None) -> jax.Array:
+        params = compute_dtype(params)
         if dropout is not None:
             layers = lora.add_dropout(params["decoder"]["layers"], dropout)
             params = params | {"decoder": params["decoder"] | {"layers": layers}}
@@ -228,7 +233,8 @@ def loss_sum(
             )
         return _head_loss(params["decoder"], x_BSD, next_tokens(batch), model, mesh)
 
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    if config.reduce_dtype in (None, config.dtype):
+        params = compute_dtype(params)  # before they are each device's own: so gradients are summed in it
     specs = jax.tree_util.tree_map_with_path(lambda path, x: _cut(path_of(path), x.shape, model, mesh).spec, params)
     return on_own_rows(of_rows, params, specs, batch, dropout, mesh=mesh)
 
