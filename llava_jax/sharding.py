@@ -191,8 +191,10 @@ def _gather_forward(piece: jax.Array, dtype: jax.typing.DTypeLike, axis: int, me
 
 
 def _scatter_gradient(dtype, axis: int, mesh: Mesh, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    """In the precision of the piece. One dimension of the slice after the other: XLA's TPU compiler turns a scatter over
-    all of a 4x4 slice into a reduction, which moves twice as much, but leaves those along lines of chips as they are.
+    """In the precision of the piece.
+
+    One dimension of the slice after the other: XLA's TPU compiler turns a scatter over all of a 4x4 slice into a
+    reduction, which moves twice as much, but leaves those along lines of chips as they are.
     """
     gradient = gradient.astype(like.dtype)
     for groups in fsdp_lines(mesh):

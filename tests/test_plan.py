@@ -7,12 +7,13 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 
 import pytest
 
 from infer import plan as infer_plan
 from llava_jax import config as c
-from llava_jax import plan
+from llava_jax import plan, tpu
 from llava_jax.sharding import make_mesh
 from train import plan as train_plan
 from train.config import PRESETS
@@ -81,6 +82,36 @@ def test_decoding_holds_one_cache():
     assert sent <= decode.least_collective_bytes_per_chip + 8 * 4096 * 4
 
 
+@compiles
+@needs_libtpu
+def test_a_search_stops_where_a_chip_is_full(monkeypatch):
+    """More rows until they do not fit, then as many with a policy that saves less; the best first."""
+    model, config = c.tiny(), PRESETS["v1.5-finetune"]
+    devices = list(plan.mesh_of("fsdp=4", None, "v5e:2x2").devices.flat)
+    tried = train_plan.meshes(model, devices, 1)
+    assert [plan.describe(mesh) for mesh in tried] == ["fsdp=4", "fsdp=2,tensor=2", "data=2,fsdp=2"]
+
+    def search():
+        found = train_plan.search(model, config, tried[:1], "v5e:2x2", 1, length=256, tiles=1)
+        assert found == sorted(found, key=lambda choice: -choice.useful)
+        return {(choice.remat, choice.rows_per_chip): choice for choice in found}
+
+    monkeypatch.setattr(train_plan, "POLICIES", ("none", "full"))
+    monkeypatch.setattr(train_plan, "MOST_ROWS", 2)
+    found = search()
+    assert {key: choice.plan.fits for key, choice in found.items()} == {("none", 1): True, ("none", 2): True}
+    assert all(0 < choice.useful < 1 and choice.bound for choice in found.values())
+
+    chip = dataclasses.replace(tpu.CHIPS["v5e"], hbm=found["none", 2].plan.peak_bytes_per_chip - 1)
+    monkeypatch.setitem(tpu.CHIPS, "v5e", chip)
+    found = search()
+    assert next(iter(found)) != ("none", 2) and ("full", 2) in found
+    assert (found["none", 2].plan.fits, found["none", 2].useful) == (False, 0)
+
+    monkeypatch.setitem(tpu.CHIPS, "v5e", dataclasses.replace(chip, hbm=1000))
+    assert search() == {}  # parameters alone are too large: nothing is compiled
+
+
 # ---------------------------------------------------------------- the commands
 
 
@@ -101,6 +132,24 @@ def test_wrong_flags(run_cli, command, flags, says):
     assert (status, out) == (1, "")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_a_search_prints_the_best(run_cli, monkeypatch):
+    fits = plan.Plan(True, 8 * 10**9, 16 * 10**9, 10**9, 2 * 10**9, 1.3e12, 1e12, {}, 1e9, 3.0)
+    best = train_plan.Choice("fsdp=8", "full", 2, fits, "compute", 0.6)
+    too_large = train_plan.Choice("fsdp=8", "none", 1, dataclasses.replace(fits, fits=False))
+    monkeypatch.setattr(train_plan, "search", lambda *_: [best, too_large])
+    monkeypatch.setattr(plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
+    flags = ["--model", "llava-v1.5-7b", "--topology", "v5e:2x4", "--search"]
+    status, out, _ = run_cli(train_plan.main, *flags)
+    assert (status, out.count("\n")) == (0, 1)
+    assert re.search(r"mesh fsdp=8 +remat full +2 rows a chip +8.0 of 16.0 GB +60% of peak, bound by compute", out)
+    status, out, _ = run_cli(train_plan.main, *flags, "--json")
+    assert [choice["remat"] for choice in json.loads(out)] == ["full", "none"]
+    monkeypatch.setattr(train_plan, "search", lambda *_: [too_large])
+    status, out, err = run_cli(train_plan.main, *flags)
+    assert (status, out) == (1, "")
+    assert "nothing that was tried fits v5e:2x4" in err
 
 
 def test_what_does_not_fit_says_what_would(run_cli, monkeypatch):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from llava_jax import llava, plan, tpu
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, Parser, run_main
+from llava_jax.console import InputError, Parser, note, run_main
 from llava_jax.images import most_tiles
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
@@ -29,6 +29,9 @@ from train.config import PRESETS, TrainConfig
 from train.metrics import flops_of_batch
 from train.step import TrainState, setup
 
+POLICIES = ("none", "dots", "minimal", "full")  # of remat: each saves less than the one before
+MOST_ROWS = 16  # a chip, of a search
+BEST = 5  # choices of a search that are printed
 STEPS = 1000  # of the run whose schedule is compiled in; any number gives the same program
 
 
@@ -46,6 +49,10 @@ def parser() -> Parser:
         "--tiles-per-row", type=int, metavar="N", help="default: as many as fill a row, a picture's at least"
     )
     p.add_argument("--remat", metavar="NAME", help="full, minimal, dots, none (default: the preset's)")
+    p.add_argument(
+        "--search", action="store_true",
+        help="try meshes, remat policies and rows per chip, and print the best that fit; many programs are compiled",
+    )  # fmt: skip
     p.add_argument("--reduce-dtype", metavar="NAME", help="in which gradients are summed: bfloat16, float32")
     return p
 
@@ -147,6 +154,89 @@ def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
     return "what would: " + ", or ".join(more)
 
 
+# ---------------------------------------------------------------- --search
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One way to run a step, and what it takes. `useful`: the share of the chips' peak that the roofline leaves the
+    model; 0 if it does not fit."""
+
+    mesh: str
+    remat: str
+    rows_per_chip: int
+    plan: Plan
+    bound: str = ""
+    useful: float = 0.0
+
+
+def meshes(model: LlavaConfig, devices: list, slices: int) -> list[Mesh]:
+    """Those worth trying, the one that sends least first: all along fsdp, then layers cut, then several copies."""
+    each, t = len(devices) // slices, model.text
+    cut = [n for n in (2, 4, 8) if each % n == 0 and n < each and t.kv_heads % n == 0]
+    copies = [n for n in (2, 4) if each % n == 0 and n < each]
+    sizes = [(slices, 1), *((slices, n) for n in cut), *((slices * n, 1) for n in copies)]
+    return [make_mesh({DATA: data, FSDP: -1, TENSOR: tensor}, devices) for data, tensor in sizes]
+
+
+def search(
+    model: LlavaConfig, config: TrainConfig, tried: list[Mesh], topology: str, slices: int, length: int, tiles: int
+) -> list[Choice]:
+    """Choices that were compiled, the best first.
+
+    More rows a chip, until they do not fit; then the next policy, which saves less. A mesh whose parameters and
+    optimizer alone are too large for a chip is not compiled.
+    """
+    found = []
+    chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
+    for mesh in tried:
+        frozen, state, *_ = setup(llava.param_shapes(model), model, config, mesh, STEPS)
+        if plan.per_chip((frozen, state.trained, state.opt_state)) > chip.hbm:
+            note(f"mesh {plan.describe(mesh)}: parameters and optimizer alone are too large for a chip")
+            continue
+        rows = 1
+        for remat in POLICIES:
+            while rows <= MOST_ROWS:
+                needs, made = plan_step(model, config.replace(remat=remat), mesh, topology, rows, length, tiles)
+                choice = Choice(plan.describe(mesh), remat, rows, needs)
+                if needs.fits:
+                    bounds = tpu.roofline(made.work, topology)
+                    bounds["between slices"] = between_slices(state, config, slices)
+                    bound = max(bounds, key=bounds.get)
+                    useful = needs.model_flops_per_chip / chip.peak / bounds[bound]
+                    choice = dataclasses.replace(choice, bound=bound, useful=useful)
+                found.append(choice)
+                note(f"{len(found)}. {format_choice(choice)}")
+                if not needs.fits:
+                    break
+                rows *= 2
+    return sorted(found, key=lambda choice: -choice.useful)
+
+
+def format_choice(choice: Choice) -> str:
+    used = f"{choice.plan.peak_bytes_per_chip / 1e9:6.1f} of {choice.plan.hbm_bytes_per_chip / 1e9:.1f} GB"
+    says = f"{choice.useful:4.0%} of peak, bound by {choice.bound}" if choice.plan.fits else "does not fit"
+    return f"mesh {choice.mesh:22} remat {choice.remat:8} {choice.rows_per_chip:3} rows a chip  {used}  {says}"
+
+
+def show_search(found: list[Choice], args) -> int:
+    """Print the best, or all of them as JSON.
+
+    Raises:
+      InputError: nothing fits.
+    """
+    if args.json:
+        print(json.dumps([dataclasses.asdict(choice) for choice in found]))
+    if not any(choice.plan.fits for choice in found):
+        raise InputError(f"nothing that was tried fits {args.topology}: take a larger slice, or a shorter --seq")
+    if not args.json:
+        print(*(format_choice(choice) for choice in found[:BEST] if choice.plan.fits), sep="\n")
+    return 0
+
+
+# ---------------------------------------------------------------- the command
+
+
 def main() -> int:
     args = parser().parse_args(sys.argv[1:])
     for name, least in (("slices", 1), ("rows_per_chip", 1), ("seq", 2), ("tiles_per_row", 0)):
@@ -164,6 +254,10 @@ def main() -> int:
     length = args.seq or config.max_length
     tiles = default_tiles(model, length) if args.tiles_per_row is None else args.tiles_per_row
     slices = f"{args.slices} x " if args.slices > 1 else ""
+    if args.search:
+        tried = [mesh] if args.mesh else meshes(model, list(mesh.devices.flat), args.slices)
+        note(f"searching for {args.model}, {args.preset}, {slices}{args.topology}; a program takes minutes")
+        return show_search(search(model, config, tried, args.topology, args.slices, length, tiles), args)
     title = (
         f"{args.model}, {args.preset}, {slices}{args.topology}, mesh {plan.describe(mesh)}, remat {config.remat}; "
         f"{args.rows_per_chip} x {row_multiple(mesh)} rows of {length:,} positions and {tiles} tiles"
