@@ -127,6 +127,7 @@ def test_shapes_look_different():
                 "is the red circle above or below the star?": None,
             },
         ),
+        ("place", {"where is the red circle?": "top left", "where is the blue circle?": "bottom left"}),
         ("largest", {"which object is the largest?": "blue star", "which object is the smallest?": None}),
         (
             "comparison",
@@ -137,6 +138,22 @@ def test_shapes_look_different():
 def test_answers_follow_from_the_scene_and_nothing_ambiguous_is_asked(kind, some):
     found = ask_often(questions.SHORT[kind], SCENE)
     assert {question: found.get(question) for question in some} == some
+
+
+def test_members_are_listed_from_left_to_right():
+    found = ask_often(questions.members, SCENE)
+    some = {
+        "list the colours of the circles.": "red and blue",
+        "which shapes do the blue objects have?": "circle and star",
+        "list the shapes of the red objects.": "circle",
+    }
+    assert {question: found.get(question) for question in some} == some
+
+
+def test_where_an_object_is_at_the_edge_of_a_third_is_not_asked():
+    edge = Scene(60, 60, "plain", (thing("small red star", (15, 5, 25.4, 15.4)),))  # its middle a third from the left
+    assert ask_often(questions.place, edge) == {}
+    assert ask_often(questions.place, SCENE)
 
 
 def test_reasoning_shows_its_steps():
@@ -218,7 +235,7 @@ def test_rows_are_training_data(data):
 
 def test_conversations_are_of_all_kinds_and_do_not_repeat_themselves(data):
     rows = read(data, "train.json")
-    assert {kind for row in rows for kind in row["kinds"]} == {*questions.SHORT, "detail", "reasoning", "two", "text"}
+    assert {kind for row in rows for kind in row["kinds"]} == {*shapes.SHORT, "detail", "reasoning", "two", "text"}
     assert {len(row.get("image", [])) == 2 for row in rows if isinstance(row.get("image"), list)} == {True}
     assert any("image" not in row for row in rows)
     for row in rows:

@@ -13,6 +13,7 @@ from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 Turn = tuple[str, str]  # question, answer
 Rng = np.random.Generator
+CLEAR = 0.04  # of a side: so far from the edge of a third is clearly in it
 
 
 def pick(rng: Rng, options: Sequence):
@@ -32,9 +33,9 @@ def quantity(number: int, group: str) -> str:
 
 
 def names_of(thing: Thing, scene: Scene, without: str = "") -> list[str]:
-    """How to call an object so that no other is meant, leaving out its `without`: "red circle", "small object"."""
+    """How to call an object so that no other is meant, leaving out its `without`: "circle", "red object"."""
     names = []
-    for keys in (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour", "shape")):
+    for keys in (("shape",), ("colour",), ("colour", "shape")):
         if without not in keys and len(scene.having(**{key: getattr(thing, key) for key in keys})) == 1:
             words = [getattr(thing, key) for key in keys]
             names.append(" ".join(words if "shape" in keys else [*words, "object"]))
@@ -60,7 +61,6 @@ def pick_group(rng: Rng) -> tuple[dict[str, str], str]:
             ({"shape": shape}, plural(shape)),
             ({"size": size}, f"{size} objects"),
             ({"colour": colour, "shape": shape}, f"{colour} {plural(shape)}"),
-            ({"size": size, "shape": shape}, f"{size} {plural(shape)}"),
         ],
     )
 
@@ -120,6 +120,18 @@ def size(rng: Rng, scene: Scene) -> Turn | None:
     return pick(rng, asked).format(name), thing.size
 
 
+def members(rng: Rng, scene: Scene) -> Turn | None:
+    """The colours of all objects of a shape, or the shapes of all of a colour, from left to right."""
+    thing = pick(rng, scene.things)
+    if rng.random() < 0.5:
+        asked, group = ("which colours do the {} have?", "list the colours of the {}."), plural(thing.shape)
+        told = [other.colour for other in scene.having(shape=thing.shape)]
+    else:
+        asked, group = ("which shapes do the {} have?", "list the shapes of the {}."), f"{thing.colour} objects"
+        told = [other.shape for other in scene.having(colour=thing.colour)]
+    return pick(rng, asked).format(group), listed(told)
+
+
 def existence(rng: Rng, scene: Scene) -> Turn | None:
     there = rng.random() < 0.5
     if (found := pick_group_here(rng, scene, lambda n: (n > 0) == there)) is None:
@@ -154,6 +166,18 @@ def side_of(a: Thing, b: Thing) -> list[str]:
         "above": a.box[3] < b.box[1], "below": b.box[3] < a.box[1],
     }  # fmt: skip
     return [side for side, holds in sides.items() if holds]
+
+
+def place(rng: Rng, scene: Scene) -> Turn | None:
+    """In which ninth of the picture an object is whose middle is not at the edge of one."""
+    if (found := pick_named(rng, scene)) is None or min(map(_from_thirds, middle_of(found[0], scene))) < CLEAR:
+        return None
+    asked = ("where is the {}?", "in which part of the picture is the {}?", "where do you see the {}?")
+    return pick(rng, asked).format(found[1]), place_of(found[0], scene)
+
+
+def _from_thirds(share: float) -> float:
+    return min(abs(share - 1 / 3), abs(share - 2 / 3))
 
 
 def largest(rng: Rng, scene: Scene) -> Turn | None:
@@ -226,9 +250,14 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
+def middle_of(thing: Thing, scene: Scene) -> tuple[float, float]:
+    """Across and down, as shares of the picture's sides."""
+    left, top, right, bottom = thing.box
+    return (left + right) / 2 / scene.width, (top + bottom) / 2 / scene.height
+
+
 def place_of(thing: Thing, scene: Scene) -> str:
-    across = (thing.box[0] + thing.box[2]) / 2 / scene.width
-    down = (thing.box[1] + thing.box[3]) / 2 / scene.height
+    across, down = middle_of(thing, scene)
     return f"{('top', 'middle', 'bottom')[int(3 * down)]} {('left', 'center', 'right')[int(3 * across)]}"
 
 
@@ -294,5 +323,5 @@ def text(rng: Rng) -> Turn:
 
 SHORT: dict[str, Callable[[Rng, Scene], Turn | None]] = {
     "count": count, "colour": colour, "shape": shape, "size": size, "existence": existence, "position": position,
-    "largest": largest, "comparison": comparison,
+    "place": place, "largest": largest, "comparison": comparison,
 }  # fmt: skip

@@ -29,7 +29,8 @@ SPLITS = ("train", "test")
 CAPITALS = 0.75  # share of the questions that begin with one
 ASKED = 3  # questions about a test scene
 HARD = ("count", "position", "comparison")  # asked twice as often in training
-KINDS = (*questions.SHORT, *HARD, "text")
+SHORT = questions.SHORT | {"members": questions.members}
+KINDS = (*SHORT, *HARD, "text")  # of short questions in training
 Row = dict[str, Any]
 
 
@@ -115,7 +116,7 @@ def ask(rng: Rng, scene: Scene, number: int) -> list[tuple[str, Turn]]:
     asked: dict[str, tuple[str, Turn]] = {}
     while len(asked) < number:
         kind = questions.pick(rng, KINDS)
-        turn = questions.text(rng) if kind == "text" else questions.SHORT[kind](rng, scene)
+        turn = questions.text(rng) if kind == "text" else SHORT[kind](rng, scene)
         if turn:
             asked.setdefault(turn[0], (kind, turn))
     return list(asked.values())

@@ -17,7 +17,7 @@ and conversations whose answers follow from what was drawn. All of it is made by
 
 ## Training
 
-`python examples/shapes/recipe.py`: a warm-up of the tower on labelled patches and of the decoder on conversations
+`python examples/shapes/recipe.py`: a warm-up of the tower on labelled patches and of the decoder on questions
 (there are no pretrained ones this small), the projector reset, then LLaVA's two stages: the projector alone on
 captions, then projector and decoder on conversations with the tower frozen.
 

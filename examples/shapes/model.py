@@ -20,10 +20,10 @@ TILE, PATCH = 60, 12
 CONFIG = LlavaConfig(
     text=TextConfig(
         vocab_size=640, width=128, ffn_width=384, layers=4, heads=4, kv_heads=2, head_width=32, max_positions=2048,
-        family="mistral",
+        rope_theta=1e6, family="mistral",
     ),
     vision=VisionConfig(
-        image_size=TILE, patch_size=PATCH, width=128, ffn_width=512, layers=4, heads=4, feature_layers=(-1,)
+        image_size=TILE, patch_size=PATCH, width=128, ffn_width=512, layers=3, heads=4, feature_layers=(-1,)
     ),
     aspect_ratio="anyres",
     merge="spatial_unpad",
@@ -54,12 +54,13 @@ def texts_of(path: Path) -> list[str]:
     ]
 
 
-def start(config: LlavaConfig, seed: int) -> Params:
+def start(config: LlavaConfig, seed: int, tokenizer: bytes) -> Params:
     """Random parameters, all of whose activations begin at about one.
 
     The published models' deviation of 0.02 is for widths of thousands. Here kernels have one over the root of what
     goes in, those that end in a residual less, and tokens one: as large as what is added to them. The tower's
-    positions begin as waves across the tile (He et al. 2021, "Masked Autoencoders"), so that neighbours are alike.
+    positions begin as waves across the tile (He et al. 2021, "Masked Autoencoders"), so that neighbours are alike. So
+    are pieces of one word ("circle", "Circles?"), and the head begins as the tokens turned round.
     """
     flat = flatten_dict(init_params(config, jax.random.key(seed)), sep="/")
     depth = {"vision": config.vision.layers, "decoder": config.text.layers}
@@ -69,10 +70,46 @@ def start(config: LlavaConfig, seed: int) -> Params:
             flat[path] = x / (0.02 * math.sqrt(x[..., 0].size))
         if owner in ("o", "down"):
             flat[path] = flat[path] / math.sqrt(2 * depth[part])
-        if name in ("embedding", "class"):
+        if name == "class":
             flat[path] = x / 0.02
     flat["vision/embed/position"] = _waves(config.vision)
+    for i in range(config.text.layers):
+        _like_meets_like(flat, f"decoder/layers/{i}/attention", config.text, jax.random.key(seed + i))
+    flat["decoder/embed/embedding"] = table_VD = _words(tokenizer, config.text.width, seed)
+    flat["decoder/head/kernel"] = table_VD.T / math.sqrt(config.text.width)
     return unflatten_dict(flat, sep="/")
+
+
+def _like_meets_like(flat: dict[str, jax.Array], attention: str, config: TextConfig, key: jax.Array) -> None:
+    """Queries nearly as the keys they meet, so that attention begins between tokens that are alike (Trockman and Kolter
+    2023, "Mimetic Initialization"): without it, to look for what a word names takes longest of all to learn."""
+    shape = config.width, config.kv_heads, 1, config.head_width
+    k = flat[f"{attention}/k/kernel"].reshape(shape)
+    k = jnp.broadcast_to(k, (*shape[:2], config.heads // config.kv_heads, shape[3])).reshape(config.width, -1)
+    noise = jax.random.normal(key, k.shape) / math.sqrt(config.width)
+    flat[f"{attention}/q/kernel"] = math.sqrt(0.75) * k + math.sqrt(0.25) * noise
+
+
+def _words(tokenizer: bytes, width: int, seed: int) -> jax.Array:
+    """[V, D] of deviation one: nine tenths of a vector are of its word, the rest its own."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    stems = [_stem(pieces.id_to_piece(i)) for i in range(len(pieces))]
+    number = {stem: i for i, stem in enumerate(stems)}
+    common, own = jax.random.normal(jax.random.key(seed), (2, len(stems), width))
+    return math.sqrt(0.9) * common[jnp.array([number[stem] for stem in stems])] + math.sqrt(0.1) * own
+
+
+def _stem(piece: str) -> str:
+    """ "▁Circles?" to "circle" """
+    word = piece.strip("▁?.,").lower() or piece
+    return word.removesuffix("es") if word.endswith("sses") else word if word.endswith("ss") else word.removesuffix("s")
+
+
+def ids_of(words: Iterable[str], tokenizer: bytes) -> list[int]:
+    """A piece for each word, the longest that is the word in some form; KeyError if there is none."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    known = {_stem(pieces.id_to_piece(i)): i for i in range(len(pieces))}
+    return [known[word] for word in words]
 
 
 def _waves(config: VisionConfig) -> jax.Array:

@@ -4,8 +4,9 @@
 
     data/      pictures and conversations (train.shapes)
     start/     the model before anything is learned
-    tower/     its tower knows shapes (warm_up.py)
-    warm-up/   its decoder knows language and where to look: there are no pretrained ones this small
+    tower/     its tower knows shapes (warm_up.py): there are no pretrained ones this small
+    look/      its decoder looks for what a word names
+    warm-up/   it knows all kinds of questions
     reset/     the same with a projector that knows nothing, where the published models begin
     stage-1/   the projector alone, on captions
     stage-2/   projector and decoder, on conversations; the tower stays as it is
@@ -26,18 +27,19 @@ import jax
 import numpy as np
 import warm_up
 from card import write_card
+from cpu import quick_gradients
 from curves import Curve, Panel, draw_panels, smooth
-from model import CONFIG, PATCH, TILE, make_tokenizer, save, start, texts_of
+from model import CONFIG, PATCH, TILE, ids_of, make_tokenizer, save, start, texts_of
 from PIL import Image
 
 from convert.to_hf import to_hf
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions, table
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.console import Parser, enable_compilation_cache, note, run_main
+from llava_jax.console import Parser, Progress, enable_compilation_cache, note, run_main
 from llava_jax.llava import Params
 from llava_jax.sharding import make_mesh
-from train import loop, shapes
+from train import loop, questions, shapes
 from train.config import TrainConfig
 from train.data import open_data
 from train.questions import plural
@@ -47,10 +49,14 @@ from train.step import setup
 EXAMPLES, TESTS, SEED = 20000, 2000, 0
 EXAMPLE = 17  # seed of the picture in the bundle
 COMMON = TrainConfig(
-    dtype="float32", max_length=400, global_batch_size=16, adam_b2=0.98, weight_decay=0.05, warmup_ratio=0.05,
+    dtype="float32", max_length=340, global_batch_size=8, adam_b2=0.98, weight_decay=0.05, warmup_ratio=0.05,
     workers=1, save_every=0, log_every=10, seed=SEED,
 )  # fmt: skip
-WARM_UPS = {"tower": dict(steps=4000, rate=1e-2), "warm-up": dict(steps=1100, rate=1e-2)}
+WARM_UPS = {
+    "tower": dict(steps=4500, rate=2e-2),
+    "look": dict(steps=4200, rate=1e-2),
+    "warm-up": dict(steps=3000, rate=1e-2),
+}
 STAGES = {
     "stage-1": dict(tune="projector", learning_rate=3e-3, steps=300, template="plain"),
     "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=400),
@@ -69,6 +75,13 @@ def tokenizer_of(checkpoint: Path) -> bytes:
     return open_checkpoint(checkpoint).tokenizer.files["tokenizer.model"]
 
 
+def make_start(data: Path) -> tuple[Params, bytes]:
+    """The model that knows nothing, and its tokenizer."""
+    texts = texts_of(data / "train.json") + texts_of(data / "captions.json")
+    tokenizer = make_tokenizer(texts, CONFIG.text.vocab_size)
+    return start(CONFIG, SEED, tokenizer), tokenizer
+
+
 # ---------------------------------------------------------------- from nothing to a model that sees
 
 
@@ -79,27 +92,63 @@ def warm_up_tower(output: Path, data: Path, examples: int, tests: int, share: fl
         return warm_up.look(scenes, paths, CONFIG)
 
     seen, held_out = look("train", examples), look("test", min(tests, 500))
+    tokenizer = tokenizer_of(output / "start")
+    words = [ids_of(names, tokenizer) for names in warm_up.NAMES]
     settings = scaled(WARM_UPS["tower"], share) | dict(seed=SEED, output=output / "log" / "tower")
-    params = warm_up.warm_up_tower(load(output / "start"), CONFIG, seen, held_out, **settings)
-    save(output / "tower", CONFIG, params, tokenizer_of(output / "start"))
+    params = warm_up.warm_up_tower(load(output / "start"), CONFIG, words, seen, held_out, **settings)
+    save(output / "tower", CONFIG, params, tokenizer)
 
 
-def warm_up_decoder(output: Path, data: Path, share: float) -> None:
+def warm_up_decoder(name: str, output: Path, data: Path, checkpoint: Path, share: float) -> None:
     config = COMMON.replace(
-        checkpoint=str(output / "tower"),
+        checkpoint=str(checkpoint),
         data=str(data / "train.json"),
         eval_data=str(data / "test.json"),
         image_folder=str(data / "images"),
-        output=str(output / "log" / "warm-up"),
+        output=str(output / "log" / name),
     )
-    params = warm_up.warm_up_decoder(config, **scaled(WARM_UPS["warm-up"], share))
-    save(output / "warm-up", CONFIG, params, tokenizer_of(output / "tower"))
+    if name == "look":  # one tile: a quarter of the work, and each object is there once
+        config = config.replace(
+            data=str(data / "looking.json"),
+            eval_data=str(data / "test_looking.json"),
+            image_folder=str(data / "small"),
+            aspect_ratio="square",
+            max_length=230,
+        )
+    params = warm_up.warm_up_decoder(config, **scaled(WARM_UPS[name], share))
+    save(output / name, CONFIG, params, tokenizer_of(checkpoint))
+
+
+def write_looking(data: Path, examples: int, tests: int) -> None:
+    """Questions for the colour of a shape and the shape of a colour, and nothing else, about pictures squashed to a
+    tile. Among all kinds of questions it takes many times as long until words are looked for at all."""
+    for split, number, name in (("test", tests, "test_looking.json"), ("train", examples, "looking.json")):
+        rows = []
+        for i in range(number):
+            rng, scene = (shapes.rng_for(SEED, split, i, what) for what in (3, 0))
+            scene = make_scene(scene)
+            found = [ask(rng, scene) for _ in range(30) for ask in (questions.colour, questions.shape)]
+            turns = [("look", turn) for turn in dict.fromkeys(filter(None, found))][:14]
+            if len(scene.things) > 1 and turns:
+                rows.append(shapes.make_row(rng, f"{split}-{i}", [shapes.file_name(split, i)], turns))
+        squash([shapes.file_name(split, i) for i in range(number)], data / "images", data / "small")
+        (data / name).write_text(json.dumps(rows))
+
+
+def squash(names: list[str], source: Path, target: Path) -> None:
+    """Pictures as the base tile shows them."""
+    target.mkdir(parents=True, exist_ok=True)
+    with Progress("squashing", len(names), "pictures") as bar:
+        for name in names:
+            Image.open(source / name).resize((TILE, TILE)).save(target / name)
+            bar.advance()
 
 
 def reset_projector(warm: Path, reset: Path) -> None:
     """The warmed-up model with a random projector, as LLaVA's stage 1 begins."""
-    fresh = start(CONFIG, SEED + 1)
-    save(reset, CONFIG, load(warm) | {"projector": fresh["projector"]}, tokenizer_of(warm))
+    tokenizer = tokenizer_of(warm)
+    fresh = start(CONFIG, SEED + 1, tokenizer)
+    save(reset, CONFIG, load(warm) | {"projector": fresh["projector"]}, tokenizer)
 
 
 def stage_config(name: str, output: Path, data: Path, checkpoint: Path, share: float) -> TrainConfig:
@@ -149,14 +198,13 @@ def ask_about_sizes(scenes: list[Scene], path: Path) -> None:
 
 
 def change_pictures(data: Path, scenes: list[Scene], output: Path) -> None:
-    """The test pictures once as noise of the same size, once squashed to what the base tile shows."""
-    for folder in ("noise", "base"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
+    """The test pictures once as noise of the same size, once as the base tile shows them."""
+    squash([shapes.file_name("test", i) for i in range(len(scenes))], data / "images", output / "base")
+    (output / "noise").mkdir(parents=True, exist_ok=True)
     for i in range(len(scenes)):
         name, rng = shapes.file_name("test", i), np.random.default_rng((SEED, i))
         image = Image.open(data / "images" / name)
         Image.fromarray(rng.integers(0, 256, (image.height, image.width, 3), np.uint8)).save(output / "noise" / name)
-        image.resize((TILE, TILE)).save(output / "base" / name)
 
 
 def prior(asked: Path, trained_on: Path) -> dict[str, float]:
@@ -248,17 +296,20 @@ def main() -> None:
     output, data = Path(args.output).absolute(), Path(args.output).absolute() / "data"
     if not (data / "test_captions.json").exists():
         shapes.write(data, args.examples, args.tests, SEED)
+    if not (data / "looking.json").exists():
+        write_looking(data, args.examples, args.tests)
     if not (output / "start").exists():
-        texts = texts_of(data / "train.json") + texts_of(data / "captions.json")
-        save(output / "start", CONFIG, start(CONFIG, SEED), make_tokenizer(texts, CONFIG.text.vocab_size))
-    if not (output / "tower").exists():
-        warm_up_tower(output, data, args.examples, args.tests, args.share)
-    if not (output / "warm-up").exists():
-        warm_up_decoder(output, data, args.share)
-    if not (output / "reset").exists():
-        reset_projector(output / "warm-up", output / "reset")
-    first = run_stage("stage-1", output, data, output / "reset", args.share)
-    second = run_stage("stage-2", output, data, first, args.share)
+        save(output / "start", CONFIG, *make_start(data))
+    with quick_gradients():
+        if not (output / "tower").exists():
+            warm_up_tower(output, data, args.examples, args.tests, args.share)
+        for name, checkpoint in (("look", output / "tower"), ("warm-up", output / "look")):
+            if not (output / name).exists():
+                warm_up_decoder(name, output, data, checkpoint, args.share)
+        if not (output / "reset").exists():
+            reset_projector(output / "warm-up", output / "reset")
+        first = run_stage("stage-1", output, data, output / "reset", args.share)
+        second = run_stage("stage-2", output, data, first, args.share)
     make_bundle(second, output / "bundle")
     results = measure(output / "bundle", output, data, args.tests)
     results["captions_loss"] = {
