@@ -307,8 +307,13 @@ def test_stage_one_computes_no_weight_gradients_of_the_decoder():
     batch = Batch(jax.ShapeDtypeStruct((4, 1, 28, 28, 3), np.uint8), *[ids] * 5)
     shapes = flatten_dict(llava.param_shapes(model)["decoder"], sep="/")
     once = sum(np.prod(x.shape) for path, x in shapes.items() if path.endswith("kernel")) * ids.size
-    assert 3.9 * once < flops(PLAIN.replace(tune="projector", remat="none"), model, batch) < 4.3 * once
-    assert 6.0 * once < flops(PLAIN.replace(tune="projector,decoder", remat="none"), model, batch)
+    attention = 6 * 2 * ids.size * ids.shape[1] * text.heads * text.head_width  # scores and sums, and their gradients
+
+    def products(tune: str) -> float:
+        return flops(PLAIN.replace(tune=tune, remat="none"), model, batch) - attention
+
+    assert 3.9 * once < products("projector") < 4.3 * once
+    assert 6.0 * once < products("projector,decoder")
 
 
 def test_remat_policies_trade_memory_for_work():
