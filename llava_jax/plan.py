@@ -134,7 +134,7 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
         total = sum(plan.collective_bytes_per_chip.values())
         kinds = ", ".join(f"{kind} {gb(n)}" for kind, n in plan.collective_bytes_per_chip.items() if n >= 1e6)
         least = plan.least_collective_bytes_per_chip
-        over = f", {total / least:.2f} times the least" if least else ""
+        over = f"{total / least:.2f} times the least" if least else ""
         bounds = tpu.roofline(made.work, topology) | (more or {})
         slowest = max(bounds, key=bounds.get)
         useful = plan.model_flops_per_chip / tpu.CHIPS[tpu.parse_topology(topology)[0]].peak / bounds[slowest]
@@ -144,7 +144,7 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
                 f"{plan.executed_flops_per_chip:.4g}, "
                 f"{plan.executed_flops_per_chip / plan.model_flops_per_chip:.3f} times the model's",
             ),
-            ("sent to other chips", gb(total) + (f" ({kinds}{over})" if total else "")),
+            ("sent to other chips", gb(total) + (f" ({', '.join(filter(None, (kinds, over)))})" if total else "")),
             ("roofline", ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in bounds.items())),
             ("bound by", f"{slowest}: at most {useful:.0%} of the chip's peak goes into the model"),
         ]

@@ -92,11 +92,10 @@ def test_a_search_stops_where_a_chip_is_full(monkeypatch):
     assert [plan.describe(mesh) for mesh in tried] == ["fsdp=4", "fsdp=2,tensor=2", "data=2,fsdp=2"]
 
     def search():
-        found = train_plan.search(model, config, tried[:1], "v5e:2x2", 1, length=256, tiles=1)
+        found = train_plan.search(model, config, tried[:1], ("none", "full"), "v5e:2x2", 1, 1, length=256, tiles=1)
         assert found == sorted(found, key=lambda choice: -choice.useful)
         return {(choice.remat, choice.rows_per_chip): choice for choice in found}
 
-    monkeypatch.setattr(train_plan, "POLICIES", ("none", "full"))
     monkeypatch.setattr(train_plan, "MOST_ROWS", 2)
     found = search()
     assert {key: choice.plan.fits for key, choice in found.items()} == {("none", 1): True, ("none", 2): True}

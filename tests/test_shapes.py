@@ -127,6 +127,14 @@ def test_shapes_look_different():
                 "is the red circle above or below the star?": None,
             },
         ),
+        (
+            "members",  # from left to right
+            {
+                "list the colours of the circles.": "red and blue",
+                "which shapes do the blue objects have?": "circle and star",
+                "list the shapes of the red objects.": "circle",
+            },
+        ),
         ("place", {"where is the red circle?": "top left", "where is the blue circle?": "bottom left"}),
         ("largest", {"which object is the largest?": "blue star", "which object is the smallest?": None}),
         (
@@ -136,17 +144,7 @@ def test_shapes_look_different():
     ],
 )  # fmt: skip
 def test_answers_follow_from_the_scene_and_nothing_ambiguous_is_asked(kind, some):
-    found = ask_often(questions.SHORT[kind], SCENE)
-    assert {question: found.get(question) for question in some} == some
-
-
-def test_members_are_listed_from_left_to_right():
-    found = ask_often(questions.members, SCENE)
-    some = {
-        "list the colours of the circles.": "red and blue",
-        "which shapes do the blue objects have?": "circle and star",
-        "list the shapes of the red objects.": "circle",
-    }
+    found = ask_often(shapes.SHORT[kind], SCENE)
     assert {question: found.get(question) for question in some} == some
 
 

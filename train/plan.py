@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from llava_jax import llava, plan, tpu
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, note, run_main
 from llava_jax.images import most_tiles
+from llava_jax.layers import REMAT
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
 from llava_jax.splice import Batch
@@ -29,7 +31,7 @@ from train.config import PRESETS, TrainConfig
 from train.metrics import flops_of_batch
 from train.step import TrainState, setup
 
-POLICIES = ("none", "dots", "minimal", "full")  # of remat: each saves less than the one before
+POLICIES = tuple(reversed(REMAT))  # each saves less than the one before
 MOST_ROWS = 16  # a chip, of a search
 BEST = 5  # choices of a search that are printed
 STEPS = 1000  # of the run whose schedule is compiled in; any number gives the same program
@@ -130,9 +132,9 @@ def least_collectives(
     return total + 2 * results * (tensor - 1) / tensor
 
 
-def between_slices(state: TrainState, config: TrainConfig, slices: int) -> float:
+def between_slices(made: Compiled, config: TrainConfig, slices: int) -> float:
     """Seconds in which gradients are summed over slices: each chip its part, sent and received once."""
-    parts = jax.tree.leaves(state.trained)
+    parts = jax.tree.leaves(made.out[0].trained)
     size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in parts)
     size *= np.dtype(config.reduce_dtype or config.dtype).itemsize
     return 2 * size * (slices - 1) / slices / tpu.DCN
@@ -180,12 +182,20 @@ def meshes(model: LlavaConfig, devices: list, slices: int) -> list[Mesh]:
 
 
 def search(
-    model: LlavaConfig, config: TrainConfig, tried: list[Mesh], topology: str, slices: int, length: int, tiles: int
+    model: LlavaConfig,
+    config: TrainConfig,
+    tried: list[Mesh],
+    policies: Sequence[str],
+    topology: str,
+    slices: int,
+    rows: int,
+    length: int,
+    tiles: int,
 ) -> list[Choice]:
     """Choices that were compiled, the best first.
 
-    More rows a chip, until they do not fit; then the next policy, which saves less. A mesh whose parameters and
-    optimizer alone are too large for a chip is not compiled.
+    From `rows` a chip on twice as many, until they do not fit; then the next policy, which saves less. A mesh
+    whose parameters and optimizer alone are too large for a chip is not compiled.
     """
     found = []
     chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
@@ -194,14 +204,14 @@ def search(
         if plan.per_chip((frozen, state.trained, state.opt_state)) > chip.hbm:
             note(f"mesh {plan.describe(mesh)}: parameters and optimizer alone are too large for a chip")
             continue
-        rows = 1
-        for remat in POLICIES:
-            while rows <= MOST_ROWS:
-                needs, made = plan_step(model, config.replace(remat=remat), mesh, topology, rows, length, tiles)
-                choice = Choice(plan.describe(mesh), remat, rows, needs)
+        more = rows
+        for remat in policies:
+            while more <= MOST_ROWS:
+                needs, made = plan_step(model, config.replace(remat=remat), mesh, topology, more, length, tiles)
+                choice = Choice(plan.describe(mesh), remat, more, needs)
                 if needs.fits:
                     bounds = tpu.roofline(made.work, topology)
-                    bounds["between slices"] = between_slices(state, config, slices)
+                    bounds["between slices"] = between_slices(made, config, slices)
                     bound = max(bounds, key=bounds.get)
                     useful = needs.model_flops_per_chip / chip.peak / bounds[bound]
                     choice = dataclasses.replace(choice, bound=bound, useful=useful)
@@ -209,7 +219,7 @@ def search(
                 note(f"{len(found)}. {format_choice(choice)}")
                 if not needs.fits:
                     break
-                rows *= 2
+                more *= 2
     return sorted(found, key=lambda choice: -choice.useful)
 
 
@@ -256,8 +266,10 @@ def main() -> int:
     slices = f"{args.slices} x " if args.slices > 1 else ""
     if args.search:
         tried = [mesh] if args.mesh else meshes(model, list(mesh.devices.flat), args.slices)
+        policies = [args.remat] if args.remat else POLICIES
         note(f"searching for {args.model}, {args.preset}, {slices}{args.topology}; a program takes minutes")
-        return show_search(search(model, config, tried, args.topology, args.slices, length, tiles), args)
+        found = search(model, config, tried, policies, args.topology, args.slices, args.rows_per_chip, length, tiles)
+        return show_search(found, args)
     title = (
         f"{args.model}, {args.preset}, {slices}{args.topology}, mesh {plan.describe(mesh)}, remat {config.remat}; "
         f"{args.rows_per_chip} x {row_multiple(mesh)} rows of {length:,} positions and {tiles} tiles"
@@ -265,9 +277,8 @@ def main() -> int:
     plan.note_compiling(title)
     needs, made = plan_step(model, config, mesh, args.topology, args.rows_per_chip, length, tiles)
     more = None
-    if args.slices > 1:
-        state = setup(llava.param_shapes(model), model, config, mesh, STEPS)[1]
-        more = {"between slices": between_slices(state, config, args.slices)}
+    if args.slices > 1 and made.out:
+        more = {"between slices": between_slices(made, config, args.slices)}
     if args.json:
         print(json.dumps(dataclasses.asdict(needs)))
     else:

@@ -4,7 +4,6 @@ import contextlib
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 
 @jax.custom_vjp
@@ -36,6 +35,6 @@ def quick_gradients() -> contextlib.AbstractContextManager:
         (x,) = args
         kernel = module.get_variable("params", "kernel")
         out = dense(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
-        return out + jnp.asarray(module.get_variable("params", "bias"), x.dtype) if module.use_bias else out
+        return out + module.get_variable("params", "bias").astype(x.dtype) if module.use_bias else out
 
     return nn.intercept_methods(step_in)

@@ -82,7 +82,7 @@ def start(config: LlavaConfig, seed: int, tokenizer: bytes) -> Params:
 
 def _like_meets_like(flat: dict[str, jax.Array], attention: str, config: TextConfig, key: jax.Array) -> None:
     """Queries nearly as the keys they meet, so that attention begins between tokens that are alike (Trockman and Kolter
-    2023, "Mimetic Initialization"): without it, to look for what a word names takes longest of all to learn."""
+    2023, "Mimetic Initialization"). It alone does not make the decoder look for what words name (`write_looking`)."""
     shape = config.width, config.kv_heads, 1, config.head_width
     k = flat[f"{attention}/k/kernel"].reshape(shape)
     k = jnp.broadcast_to(k, (*shape[:2], config.heads // config.kv_heads, shape[3])).reshape(config.width, -1)
@@ -106,7 +106,7 @@ def _stem(piece: str) -> str:
 
 
 def ids_of(words: Iterable[str], tokenizer: bytes) -> list[int]:
-    """A piece for each word, the longest that is the word in some form; KeyError if there is none."""
+    """A piece for each word, the last that is the word in some form; KeyError if there is none."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     known = {_stem(pieces.id_to_piece(i)): i for i in range(len(pieces))}
     return [known[word] for word in words]
