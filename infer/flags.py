@@ -6,12 +6,13 @@ from llava_jax.config import IMAGE_RULES
 from llava_jax.console import enable_compilation_cache
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """`default` says which model answers without `--checkpoint`; "" that none does."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--checkpoint", required=True, metavar="DIR",
+        "--checkpoint", required=not default, metavar="DIR",
         help="an Orbax directory of `python -m convert`, a directory of safetensors (original or transformers), "
-        "or a hub name",
+        "or a hub name" + (default and f"; default: {default}"),
     )  # fmt: skip
     model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")

@@ -1,23 +1,30 @@
 """Answer questions about pictures.
 
+    python -m infer.generate
     python -m infer.generate --checkpoint DIR --image photo.jpg --prompt "What is in this picture?"
     python -m infer.generate --checkpoint DIR --questions q.jsonl --image-folder pictures --answers a.jsonl
 
-The answer goes to standard output, everything else to standard error.
+The answer goes to standard output, everything else to standard error. Without `--checkpoint` a small bundled model
+answers; with neither model nor question it is asked one about a bundled picture.
 """
 
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 from infer.flags import add_model_flags, load_engine
 from llava_jax.console import InputError, Parser, note, run_main
 from llava_jax.templates import get_template
 
+BUNDLED = Path(__file__).parent / "shapes"  # its README.md is its card
+KNOWS = "knows pictures of coloured shapes and nothing else"
+QUESTION = "How many objects are there?"  # about example.png, where nothing is asked
+
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m infer.generate", description="Answer questions about pictures.")
-    add_model_flags(p)
+    add_model_flags(p, default=f"the bundled model, which {KNOWS}")
     one = p.add_argument_group("one question")
     one.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a path or an http(s) URL; repeatable"
@@ -46,8 +53,26 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def use_bundled(args: argparse.Namespace) -> None:
+    """Let the bundled model answer, and say so.
+
+    Raises:
+      InputError: it cannot be meant.
+    """
+    for name in ("questions", "answers", "image_folder", "vision_tower"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} wants --checkpoint")
+    args.checkpoint = str(BUNDLED)
+    note(f"no --checkpoint: the bundled model answers, which {KNOWS} ({BUNDLED})")
+    if not args.image and args.prompt is None:
+        args.image, args.prompt = [str(BUNDLED / "example.png")], QUESTION
+        note(f'--image {args.image[0]} --prompt "{args.prompt}"')
+
+
 def main() -> int:
     args = parser().parse_args()
+    if args.checkpoint is None:
+        use_bundled(args)
     if bool(args.questions) == (args.prompt is not None):
         raise InputError("give either --prompt or --questions")
     if args.questions and not args.answers:

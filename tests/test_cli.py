@@ -133,7 +133,7 @@ def test_bad_input_is_one_line_and_status_1(answers, tmp_path, name):
 
 
 @pytest.mark.parametrize("module", ["infer.generate", "infer.evaluate", "convert", "train.preview", "train.shapes"])
-@pytest.mark.parametrize("flags", [[], ["to-orbax"], ["--nope", "1"]])
+@pytest.mark.parametrize("flags", [["--image"], ["to-orbax"], ["--nope", "1"]])
 def test_wrong_flags_are_one_line(module, flags, run_cli):
     main = importlib.import_module(f"{module}.__main__" if module == "convert" else module).main
     status, out, err = run_cli(main, *flags)

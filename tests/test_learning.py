@@ -21,6 +21,7 @@ from llava_jax.config import tiny
 from llava_jax.vision import normalise, project, vision_features
 from train import loop
 from train.config import TrainConfig
+from train.questions import middle_of, place_of
 from train.scenes import COLOURS, draw, make_scene
 
 SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
@@ -112,6 +113,60 @@ def test_the_first_patch_embedding_tells_patches_apart(modules):
     out = pixels.reshape(-1, p * p * 3) @ patch.reshape(-1, config.width)
     power = np.linalg.eigvalsh(out.T @ out / len(out))
     assert power[0] > 0.3 and power[-1] < 1.01  # in all directions alike
+
+
+def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
+    """At its middle on the base tile, with its place in the picture, which tiles of the grid repeat."""
+    warm_up, config = modules("warm_up"), modules("model").CONFIG
+    scenes, paths = [make_scene(np.random.default_rng(seed)) for seed in range(12)], []
+    for i, scene in enumerate(scenes):
+        draw(scene, np.random.default_rng(i)).save(tmp_path / f"{i}.png")
+        paths.append(tmp_path / f"{i}.png")
+    seen = warm_up.look(scenes, paths, config)
+    starts = np.flatnonzero(seen.base)
+    assert len(starts) == len(scenes) and len(seen.tiles) > 3 * len(scenes)
+    assert not seen.middle[~seen.base].any()
+    side = config.vision.patches_per_side
+    for scene, start, end in zip(scenes, starts, [*starts[1:], len(seen.tiles)], strict=True):
+        rows, columns = np.nonzero(seen.middle[start])
+        told = {
+            (*(options[i] for options, i in zip(warm_up.NAMES, numbers, strict=True)), *place[:2].round(3))
+            for numbers, place in zip(seen.names[start, rows, columns], seen.places[start, rows, columns], strict=True)
+        }
+        drawn = set()
+        for thing in scene.things:
+            across, down = middle_of(thing, scene)
+            place = np.float32([side * (across - 0.5), side * (down - 0.5)]).round(3)
+            drawn.add((thing.shape, thing.colour, thing.size, *place_of(thing, scene).split(), *place))
+        assert len(rows) == len(told) and told <= drawn
+        assert len(told) >= len(drawn) - 1  # two middles may lie in one patch
+        on_grid = seen.names[start + 1 : end, ..., 0] > 0
+        again = zip(seen.names[start + 1 : end][on_grid], seen.places[start + 1 : end][on_grid], strict=True)
+        assert {(*numbers, *place[:2].round(3)) for numbers, place in again} <= {
+            (*numbers, *place[:2].round(3))
+            for numbers, place in zip(seen.names[start].reshape(-1, 5), seen.places[start].reshape(-1, 4), strict=True)
+        }
+
+
+def test_attention_begins_between_words_and_what_they_name(modules):
+    """In the first half of the heads; in the others between words."""
+    model = modules("model")
+    config = model.CONFIG.replace(text=dataclasses.replace(model.CONFIG.text, vocab_size=300))
+    tokenizer = model.make_tokenizer(["how many circles are there?", "is the circle red?", "red"] * 50, 300)
+    params, text = model.start(config, 0, tokenizer)["decoder"], config.text
+    words = params["embed"]["embedding"][:256]  # bytes: no two have a word in common
+    layer = params["layers"]["0"]["attention"]
+    q = (words @ layer["q"]["kernel"]).reshape(len(words), text.heads, text.head_width)
+
+    def matched(keys) -> list[bool]:
+        """Of each head, whether most words meet themselves among all others."""
+        k = (keys @ layer["k"]["kernel"]).reshape(len(words), text.kv_heads, text.head_width)
+        scores = jnp.einsum("qhn,khn->hqk", q, jnp.repeat(k, text.heads // text.kv_heads, axis=1))
+        return [bool(x > 0.5) for x in jnp.mean(scores.argmax(-1) == jnp.arange(len(words)), axis=1)]
+
+    half = text.heads // 2
+    assert matched(model.as_seen(words)) == [True] * half + [False] * half
+    assert matched(words) == [False] * half + [True] * half
 
 
 def test_forms_of_a_word_begin_alike(modules):

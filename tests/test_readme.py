@@ -16,13 +16,14 @@ def test_the_python_runs(capsys, monkeypatch):
     assert "(" in capsys.readouterr().out
 
 
-def test_the_first_command_runs():
-    """Its last line, the installation before it aside."""
-    [command] = re.findall(r"^python -m infer\.generate --checkpoint tests.*$", README, re.M)
-    command = command.replace("python", sys.executable, 1)
-    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip()
+def test_the_first_commands_run():
+    """Those that need no checkpoint, the installation before them aside."""
+    commands = re.findall(r"^python -m infer\.generate(?: --image infer.*)?$", README, re.M)
+    for command, answer in zip(commands, ("5", "left"), strict=True):
+        command = command.replace("python", sys.executable, 1)
+        run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip() == answer
 
 
 def test_every_flag_in_the_documents_exists():

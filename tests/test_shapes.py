@@ -178,11 +178,12 @@ def test_two_pictures():
 
 def test_captions_name_everything_from_left_to_right():
     rng = np.random.default_rng(0)
-    assert questions.caption(rng, SCENE)[1] == "a small red circle, a small blue circle and a large blue star"
-    assert questions.detail(rng, SCENE)[1] == (
-        "on a plain background, a small red circle at the top left, a small blue circle at the bottom left and a "
-        "large blue star at the top center"
+    everything = (
+        "a small red circle at the top left, a small blue circle at the bottom left and a large blue star at the top "
+        "center"
     )
+    assert questions.caption(rng, SCENE)[1] == everything
+    assert questions.detail(rng, SCENE)[1] == f"on a plain background, {everything}"
 
 
 def test_text_questions_are_right():

@@ -13,6 +13,7 @@ from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 Turn = tuple[str, str]  # question, answer
 Rng = np.random.Generator
+DOWN, ACROSS = ("top", "middle", "bottom"), ("left", "center", "right")  # thirds of a picture
 CLEAR = 0.04  # of a side: so far from the edge of a third is clearly in it
 
 
@@ -141,13 +142,13 @@ def existence(rng: Rng, scene: Scene) -> Turn | None:
 
 
 def position(rng: Rng, scene: Scene) -> Turn | None:
-    pairs = [(a, b) for a in scene.things for b in scene.things if side_of(a, b) and a is not b]
-    pairs = [(a, b) for a, b in pairs if names_of(a, scene) and names_of(b, scene)]
+    named = [(thing, names) for thing in scene.things if (names := names_of(thing, scene))]
+    pairs = [(a, b) for a in named for b in named if side_of(a[0], b[0])]
     if not pairs:
         return None
-    a, b = pick(rng, pairs)
+    (a, names_a), (b, names_b) = pick(rng, pairs)
     side = pick(rng, side_of(a, b))
-    one, other = pick(rng, names_of(a, scene)), pick(rng, names_of(b, scene))
+    one, other = pick(rng, names_a), pick(rng, names_b)
     if rng.random() < 0.6:
         choice = next(pair for pair in SIDES if side in pair)[:: 1 if rng.random() < 0.5 else -1]
         return f"is the {one} {choice[0].removesuffix(' of')} or {choice[1]} the {other}?", side.removesuffix(" of")
@@ -258,20 +259,23 @@ def middle_of(thing: Thing, scene: Scene) -> tuple[float, float]:
 
 def place_of(thing: Thing, scene: Scene) -> str:
     across, down = middle_of(thing, scene)
-    return f"{('top', 'middle', 'bottom')[int(3 * down)]} {('left', 'center', 'right')[int(3 * across)]}"
+    return f"{DOWN[int(3 * down)]} {ACROSS[int(3 * across)]}"
+
+
+def placed(scene: Scene) -> str:
+    """All objects from left to right, with their places in thirds of the picture."""
+    return listed([f"{described(thing)} at the {place_of(thing, scene)}" for thing in scene.things])
 
 
 def detail(rng: Rng, scene: Scene) -> Turn:
-    """All objects from left to right, with their places in thirds of the picture."""
     asked = ("describe the picture in detail.", "what is in the picture, and where?", "describe everything you see.")
-    parts = [f"{described(thing)} at the {place_of(thing, scene)}" for thing in scene.things]
-    return pick(rng, asked), f"on a {scene.background} background, {listed(parts)}"
+    return pick(rng, asked), f"on a {scene.background} background, {placed(scene)}"
 
 
 def caption(rng: Rng, scene: Scene) -> Turn:
-    """As stage 1 wants it: all objects from left to right."""
+    """As stage 1 wants it: all that a projector has to bring across."""
     asked = ("describe the picture.", "what is in the picture?", "what do you see?")
-    return pick(rng, asked), listed([described(thing) for thing in scene.things])
+    return pick(rng, asked), placed(scene)
 
 
 # ---------------------------------------------------------------- two pictures, no picture

@@ -3,7 +3,7 @@
     python -m train.shapes --output shapes --examples 20000 --seed 0
 
     images/             PNG files: train-N.png, test-N.png
-    captions.json       stage 1: each training picture, and what is in it
+    captions.json       stage 1: each training picture, and what is where in it
     train.json          stage 2: conversations about the training pictures, two pictures, and none
     test.json           questions about other pictures, one a row, as many of each kind
     test_captions.json  captions of these
@@ -28,9 +28,9 @@ PICTURE, PICTURES = "<image>\n", "<image>\n<image>\n"
 SPLITS = ("train", "test")
 CAPITALS = 0.75  # share of the questions that begin with one
 ASKED = 3  # questions about a test scene
-HARD = ("count", "position", "comparison")  # asked twice as often in training
+OFTEN = {"count": 3, "position": 4}  # times as often as others in training: these are hard
 SHORT = questions.SHORT | {"members": questions.members}
-KINDS = (*SHORT, *HARD, "text")  # of short questions in training
+KINDS = [kind for kind in (*SHORT, "text") for _ in range(OFTEN.get(kind, 1))]  # of short questions in training
 Row = dict[str, Any]
 
 
@@ -83,13 +83,13 @@ def caption_rows(split: str, scenes: list[Scene], seed: int) -> list[Row]:
 
 
 def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
-    """A conversation for each scene: of the three kinds of LLaVA's instruction data, one in eight with a second
+    """A conversation for each scene: of the three kinds of LLaVA's instruction data, one in four with a second
     picture; and one without a picture to every twenty of these."""
     rows = []
     for i, scene in enumerate(scenes):
         rng = rng_for(seed, "train", i, 1)
         images = [file_name("train", i)]
-        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.45, 0.2, 0.2, 0.15])
+        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.3, 0.1, 0.35, 0.25])
         turns: list[tuple[str, Turn]] = []
         if kind == "two" and len(scenes) > 1:
             other = int(rng.integers(len(scenes) - 1))
@@ -99,8 +99,8 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
         if kind == "detail":
             turns = [("detail", questions.detail(rng, scene))]
         if kind == "reasoning":
-            found = [questions.reasoning(rng, scene) for _ in range(3)]
-            turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))]
+            found = [questions.reasoning(rng, scene) for _ in range(5)]
+            turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))][:3]
         if len(images) == 1:  # long answers last: short ones are to be seen, not read off them
             turns = ask(rng, scene, int(rng.integers(12, 18)) - 2 * len(turns)) + turns
         rows.append(make_row(rng, f"train-{i}", images, turns))

@@ -80,11 +80,19 @@ def start(config: LlavaConfig, seed: int, tokenizer: bytes) -> Params:
     return unflatten_dict(flat, sep="/")
 
 
+def as_seen(words: jax.Array) -> jax.Array:
+    """[..., D] the code in which rows of a picture have words: at right angles to the words themselves, which would
+    otherwise meet themselves and each other first, and what they name in the picture far behind."""
+    return words * (-1.0) ** jnp.arange(words.shape[-1])
+
+
 def _like_meets_like(flat: dict[str, jax.Array], attention: str, config: TextConfig, key: jax.Array) -> None:
-    """Queries nearly as the keys they meet, so that attention begins between tokens that are alike (Trockman and Kolter
-    2023, "Mimetic Initialization"). It alone does not make the decoder look for what words name (`write_looking`)."""
+    """Queries nearly as the keys they are to meet, so that attention begins between tokens that are alike (Trockman and
+    Kolter 2023, "Mimetic Initialization"): in the first half of the heads between words and what they name in a
+    picture, in the others between words."""
     shape = config.width, config.kv_heads, 1, config.head_width
-    k = flat[f"{attention}/k/kernel"].reshape(shape)
+    k, half = flat[f"{attention}/k/kernel"], config.kv_heads // 2 * config.head_width
+    k = jnp.concatenate([as_seen(k.T).T[:, :half], k[:, half:]], axis=1).reshape(shape)
     k = jnp.broadcast_to(k, (*shape[:2], config.heads // config.kv_heads, shape[3])).reshape(config.width, -1)
     noise = jax.random.normal(key, k.shape) / math.sqrt(config.width)
     flat[f"{attention}/q/kernel"] = math.sqrt(0.75) * k + math.sqrt(0.25) * noise

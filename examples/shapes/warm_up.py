@@ -1,9 +1,9 @@
 """The warm-up: there are no pretrained towers and decoders this small, so they are made here.
 
-The tower learns to tell of each patch what covers it, in the tokens of the words for it, from pictures of which
-everything is known (what pretraining on captions is to CLIP). Then the decoder, tower as it is, learns to look for what
-a word names, and language. Both use Muon (Jordan et al. 2024) for matrices and AdamW for the rest: at equal cost AdamW
-alone taught the tower a third as much.
+The tower learns to tell of each patch what covers it and where that is, in a code of the words for it, from pictures of
+which everything is known (what pretraining on captions is to CLIP). Then the decoder, tower as it is, learns to look
+for what a word names, and language. Both use Muon (Jordan et al. 2024) for matrices and AdamW for the rest: at equal
+cost AdamW alone taught the tower a third as much.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from model import as_seen
 from optax import contrib
 from PIL import Image
 
@@ -32,10 +33,11 @@ from train import loop, step
 from train.config import TrainConfig
 from train.data import open_data
 from train.metrics import MetricsFiles
+from train.questions import ACROSS, DOWN, middle_of, place_of
 from train.scenes import COLOURS, SHAPES, SIZES, Scene
 
-NAMES = [["background", *options] for options in (SHAPES, COLOURS, SIZES)]
-LOUD = 4.0  # times as much of a row is words as it needs to be told from others, and so many times less is places
+NAMES = [["background", *options] for options in (SHAPES, COLOURS, SIZES, DOWN, ACROSS)]
+LOUD = 4.0  # times as much of a row is words as it needs to be told from others
 LEAN = 0.1  # what a row for the decoder costs, the square of a number on the average: so it says nothing else
 COVERED = 0.15  # of a patch: from there on an object counts
 WHITENED = 4000  # tiles that the patch embedding begins from
@@ -112,16 +114,18 @@ class Seen:
     """Tiles of many pictures, and what is in them.
 
     tiles   uint8 [N, H, W, 3]
-    names   int32 [N, R, R, 3]: shape, colour and size of what covers a patch most, as numbers in `NAMES`
-    places  float32 [N, R, R, 4]: that object's middle, across and down from the tile's, and the logarithms of its width
-            and height, all in patches
-    middle  bool [N, R, R]: it is the patch in which the object's middle lies
+    names   int32 [N, R, R, 5]: shape, colour, size and place of what covers a patch most, as numbers in `NAMES`
+    places  float32 [N, R, R, 4]: that object's middle, across and down from the picture's, in patches of the base
+            tile, and the logarithms of its width and height, in patches of this one
+    middle  bool [N, R, R]: it is the patch of the base tile in which the object's middle lies
+    base    bool [N]: it is a base tile, a whole picture
     """
 
     tiles: np.ndarray
     names: np.ndarray
     places: np.ndarray
     middle: np.ndarray
+    base: np.ndarray
 
     def at(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
         return self.tiles[index], self.names[index], self.places[index], self.middle[index]
@@ -134,16 +138,17 @@ def look(scenes: list[Scene], paths: list[Path], config: LlavaConfig) -> Seen:
         for scene, path in zip(scenes, paths, strict=True):
             image = Image.open(path).convert("RGB")
             place = images.layout(image.size, config)
-            for tile, (scale, corner) in zip(
-                images.tiles(image, place, config), _windows(place, config.vision.image_size), strict=True
-            ):
-                found.append((tile, *_labels(scene, scale, corner, config)))
+            windows = _windows(place, config.vision.image_size)
+            for i, (tile, window) in enumerate(zip(images.tiles(image, place, config), windows, strict=True)):
+                names, places, middle = _labels(scene, *window, config)
+                found.append((tile, names, places, middle & (i == 0), i == 0))
             bar.advance()
     return Seen(*(np.stack(part) for part in zip(*found, strict=True)))
 
 
 def _windows(place: TileLayout, tile: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """For each tile: picture coordinates times the first, minus the second, are coordinates in it."""
+    """For each tile, the base one first: picture coordinates times the first, minus the second, are coordinates in
+    it."""
     (columns, rows), size = place.grid, np.array(place.size)
     yield tile / size, np.zeros(2)
     scale = min(columns * tile / size[0], rows * tile / size[1])
@@ -154,8 +159,10 @@ def _windows(place: TileLayout, tile: int) -> Iterable[tuple[np.ndarray, np.ndar
 
 
 def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, config: LlavaConfig):
+    """Names, places and middles on one tile. Places are the whole picture's on every tile: one of the grid cannot tell
+    them, so its rows stay vague, and those of the base tile count."""
     side, patch = config.vision.patches_per_side, config.vision.patch_size
-    names, places = np.zeros((side, side, 3), np.int32), np.zeros((side, side, 4), np.float32)
+    names, places = np.zeros((side, side, len(NAMES)), np.int32), np.zeros((side, side, 4), np.float32)
     middle, most = np.zeros((side, side), bool), np.full((side, side), COVERED)
     edges = np.arange(side)
     for thing in scene.things:
@@ -164,15 +171,16 @@ def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, config: LlavaCo
             np.clip(np.minimum(edges + 1, high) - np.maximum(edges, low), 0, None) for low, high in box.T
         )  # fmt: skip
         cover = down[:, None] * across
-        column, row = np.floor(centre := box.mean(axis=0)).astype(int)
+        column, row = np.floor(box.mean(axis=0)).astype(int)
         inside = 0 <= column < side and 0 <= row < side
         if inside:
             cover[row, column] += side**2  # whose middle it holds, that object has the patch
         mine = cover > most
         most[mine] = cover[mine]
-        said = thing.shape, thing.colour, thing.size
+        said = thing.shape, thing.colour, thing.size, *place_of(thing, scene).split()
         names[mine] = [options.index(name) for options, name in zip(NAMES, said, strict=True)]
-        places[mine] = *(centre - side / 2), *np.log(box[1] - box[0])
+        across_down = np.subtract(middle_of(thing, scene), 0.5) * side
+        places[mine] = *across_down, *np.log(box[1] - box[0])
         if inside:
             middle[row, column] = True
     return names, places, middle
@@ -207,16 +215,17 @@ def warm_up_tower(
 ) -> Params:
     """`params` with a tower that knows shapes, and a projector that knows the words for them.
 
-    A row for the decoder is compared with the tokens of words, as CLIP compares pictures with texts; places are read
-    off it in fixed directions. Its accuracy: the share of objects whose shape and colour are right, at the patch where
+    A row for the decoder is compared with words `as_seen`, as CLIP compares pictures with texts; places are read off it
+    in fixed directions. Its accuracy: the share of objects whose shape and colour are right, at the patch where
     their middle lies.
 
     Args:
       words: the tokens of `NAMES`.
     """
     width = config.text.width
-    tokens = [params["decoder"]["embed"]["embedding"][jnp.array(ids)].T / width**0.5 / LOUD for ids in words]
-    directions = LOUD * jax.random.normal(jax.random.key(seed), (width, 5)) / width
+    table = as_seen(params["decoder"]["embed"]["embedding"])
+    tokens = [table[jnp.array(ids)].T / width**0.5 / LOUD for ids in words]
+    directions = jax.random.normal(jax.random.key(seed), (width, 5)) / width
 
     def tell(trained, tiles):
         x = vision_features(trained["vision"], config, normalise(tiles, config.vision))
@@ -236,16 +245,19 @@ def warm_up_tower(
 
     @jax.jit
     def right(trained, tiles, names):
-        _, (shape, colour, _) = tell(trained, tiles)
+        _, (shape, colour, *_) = tell(trained, tiles)
         return (shape.argmax(-1) == names[..., 0]) & (colour.argmax(-1) == names[..., 1])
 
     def accuracy(trained) -> float:
-        starts = range(0, len(held_out.tiles) - TILES + 1, TILES)
-        parts = [held_out.at(np.arange(start, start + TILES)) for start in starts]
+        whole = np.flatnonzero(held_out.base)
+        parts = [held_out.at(np.resize(whole[i : i + TILES], TILES)) for i in range(0, len(whole), TILES)]
         return float(np.concatenate([right(trained, part[0], part[1])[part[3]] for part in parts]).mean())
 
     rng = np.random.default_rng(seed)
-    batches = (seen.at(rng.integers(len(seen.tiles), size=TILES)) for _ in iter(int, 1))
+    half, base = TILES // 2, np.flatnonzero(seen.base)
+    batches = (
+        seen.at(np.concatenate([rng.choice(base, half), rng.choice(len(seen.tiles), half)])) for _ in iter(int, 1)
+    )
     some = seen.tiles[rng.integers(len(seen.tiles), size=WHITENED)]
     embed = params["vision"]["embed"] | {"patch": jnp.array(whitened(some, config.vision, seed))}
     trained = {"vision": params["vision"] | {"embed": embed}, "projector": params["projector"]}

@@ -1,0 +1,94 @@
+"""The small model that ships: it is there, it answers by default, and it sees."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import one_device
+from PIL import Image
+
+from infer import evaluate, generate
+from infer.engine import Engine
+from infer.generate import BUNDLED
+from llava_jax.images import layout
+from train import shapes
+from train.scenes import draw, make_scene
+
+LEAST = 0.9
+SHOWN = make_scene(np.random.default_rng(17))  # what example.png shows
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Scenes that the recipe does not draw: its seed is 0."""
+    output = tmp_path_factory.mktemp("fresh") / "data"
+    shapes.write(output, 1, 80, seed=99)
+    return output
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.load(BUNDLED, mesh=one_device())
+
+
+def accuracy(engine, data, images) -> float:
+    questions = evaluate.read_questions(data / "test.json", images)
+    return evaluate.evaluate(engine, questions, evaluate.exact_match, rows=64, max_new_tokens=64)["accuracy"]
+
+
+def test_it_is_small_and_complete():
+    files = {file.name: file.stat().st_size for file in BUNDLED.iterdir()}
+    assert sum(files.values()) < 10e6
+    assert {"config.json", "model.safetensors", "tokenizer.model", "README.md", "example.png", "curves.png"} <= {*files}
+    assert json.loads((BUNDLED / "config.json").read_text())["architectures"] == ["LlavaNextForConditionalGeneration"]
+
+
+def test_without_a_checkpoint_it_answers(run_cli):
+    status, out, err = run_cli(generate.main)
+    assert (status, out) == (0, f"{len(SHOWN.things)}\n")
+    assert "bundled model" in err and "How many objects are there?" in err
+
+
+def test_it_answers_about_any_picture(run_cli, tmp_path):
+    scene = make_scene(rng := np.random.default_rng(6))
+    draw(scene, rng).save(tmp_path / "mine.png")
+    out = run_cli(generate.main, "--image", tmp_path / "mine.png", "--prompt", "How many objects are there?")[1]
+    assert out == f"{len(scene.things)}\n" and len(scene.things) != len(SHOWN.things)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--questions", "q.jsonl"), ("--image-folder", "."), ("--answers", "a.jsonl"), ("--vision-tower", ".")]
+)
+def test_what_it_cannot_be_meant_for_wants_a_checkpoint(run_cli, flags):
+    status, out, err = run_cli(generate.main, *flags)
+    assert (status, out, err) == (1, "", f"error: {flags[0]} wants --checkpoint\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--checkpoint", BUNDLED), "--prompt or --questions"),
+        (("--image", "a.png"), "--prompt or --questions"),
+        (("--checkpoint", "", "--prompt", "Hi"), "no checkpoint"),
+    ],
+)
+def test_what_is_missing_is_said(run_cli, flags, says):
+    status, out, err = run_cli(generate.main, *flags)
+    assert (status, out) == (1, "") and says in err.splitlines()[-1]
+
+
+def test_it_sees(engine, fresh, tmp_path):
+    """Fresh scenes, and the same questions about noise."""
+    seen = accuracy(engine, fresh, fresh / "images")
+    rng = np.random.default_rng(0)
+    for file in (fresh / "images").iterdir():
+        width, height = Image.open(file).size
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / file.name)
+    assert seen > LEAST
+    assert accuracy(engine, fresh, tmp_path) < seen - 0.3
+
+
+def test_its_pictures_come_in_every_grid(engine):
+    scenes = [make_scene(np.random.default_rng(seed)) for seed in range(200)]
+    grids = {layout((scene.width, scene.height), engine.config).grid for scene in scenes}
+    assert grids == {(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)}
