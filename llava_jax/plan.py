@@ -55,7 +55,11 @@ class Compiled:
 
 
 def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
-    """Compile and read a `jax.stages.Lowered`."""
+    """Compile and read a `jax.stages.Lowered`.
+
+    Raises:
+      InputError: the compiler cannot print its program (libtpu 0.0.52: whole training steps on v5p and v6e).
+    """
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -69,7 +73,14 @@ def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
     out = jax.tree.map(
         lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), lowered.out_info, compiled.output_shardings
     )
-    return Compiled(seconds, memory.peak, memory, hlo.Program(compiled.as_text(), unknown_trips).work, out)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"the program compiles and takes {memory.peak / 1e9:.1f} GB a chip, which says whether it fits, but this "
+            f"libtpu cannot print it: work and traffic are not known ({str(error).splitlines()[0][:40]})"
+        ) from None
+    return Compiled(seconds, memory.peak, memory, hlo.Program(text, unknown_trips).work, out)
 
 
 # ---------------------------------------------------------------- flags

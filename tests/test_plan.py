@@ -8,12 +8,15 @@ import functools
 import importlib.util
 import json
 import re
+import types
 
+import jax
 import pytest
 
 from infer import plan as infer_plan
 from llava_jax import config as c
 from llava_jax import plan, tpu
+from llava_jax.console import InputError
 from llava_jax.sharding import make_mesh
 from train import plan as train_plan
 from train.config import PRESETS
@@ -168,6 +171,17 @@ def test_a_search_prints_the_best(run_cli, monkeypatch):
     status, out, err = run_cli(train_plan.main, *flags)
     assert (status, out) == (1, "")
     assert "nothing that was tried fits v5e:2x4" in err
+
+
+def test_a_program_that_cannot_be_printed_is_one_line(monkeypatch):
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
+
+    compiled = types.SimpleNamespace(as_text=as_text, output_shardings=())
+    lowered = types.SimpleNamespace(compile=lambda: compiled, out_info=())
+    monkeypatch.setattr(tpu, "memory", lambda compiled: types.SimpleNamespace(peak=12_300_000_000))
+    with pytest.raises(InputError, match=r"takes 12\.3 GB a chip, .*not known \(.*RET_CHECK failure\)"):
+        plan.compile_for_tpu(lowered)
 
 
 def test_what_does_not_fit_says_what_would(run_cli, monkeypatch):
