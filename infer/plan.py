@@ -64,7 +64,7 @@ def plan_generation(
         one = plan.compile_for_tpu(lowered, unknown_trips=1)
         one = dataclasses.replace(one, peak=one.peak + held - used)  # weights that this function does not take
         needs = Plan(
-            fits=one.work is not None and one.peak <= hbm,
+            fits=one.memory is not None and one.peak <= hbm,
             peak_bytes_per_chip=one.peak,
             hbm_bytes_per_chip=hbm,
             parameter_bytes_per_chip=held,

@@ -250,10 +250,11 @@ def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]
 
     def ask(engine, file, folder, most=None):
         note(f"--- {file.name}, {folder.name}")
-        return evaluate(engine, read_questions(file, folder)[:most], exact_match, rows=64, max_new_tokens=64)
+        return evaluate(engine, read_questions(file, folder)[:most], exact_match, rows=64, max_new_tokens=128)
 
     return {
         "questions": ask(engine, data / "test.json", data / "images"),
+        "captions": ask(engine, data / "test_captions.json", data / "images", SOME // 4),
         "noise": ask(engine, data / "test.json", output / "noise", SOME),
         "prior": prior(data / "test.json", data / "train.json"),
         "sizes": ask(engine, output / "sizes.json", data / "images", SOME),
