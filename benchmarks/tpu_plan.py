@@ -68,7 +68,7 @@ def row(command: str, plan: dict) -> str:
         cells.append(f"{plan['executed_flops_per_chip'] / plan['model_flops_per_chip']:.2f}")
         cells.append(f"{sent / 1e9:.3g}" + (f" ({sent / least:.2f})" if least else ""))
     else:
-        cells += ["does not fit", ""]
+        cells += ["not known" if plan["fits"] else "does not fit", ""]
     return "| " + " | ".join([*cells, f"{plan['compile_seconds']:.0f}"]) + " |"
 
 

@@ -80,7 +80,7 @@ def plan_step(
     made = plan.compile_for_tpu(step.lower(frozen, state, batch_shapes(model, mesh, rows, length, tiles)))
     hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
     return Plan(
-        fits=made.work is not None and made.peak <= hbm,
+        fits=made.memory is not None and made.peak <= hbm,
         peak_bytes_per_chip=made.peak,
         hbm_bytes_per_chip=hbm,
         parameter_bytes_per_chip=plan.per_chip((frozen, state.trained)),
@@ -162,7 +162,7 @@ def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """One way to run a step, and what it takes. `useful`: the share of the chips' peak that the roofline leaves the
-    model; 0 if it does not fit."""
+    model; 0 if it does not fit or is not known."""
 
     mesh: str
     remat: str
@@ -209,7 +209,7 @@ def search(
             while more <= MOST_ROWS:
                 needs, made = plan_step(model, config.replace(remat=remat), mesh, topology, more, length, tiles)
                 choice = Choice(plan.describe(mesh), remat, more, needs)
-                if needs.fits:
+                if needs.fits and made.work:
                     bounds = tpu.roofline(made.work, topology)
                     bounds["between slices"] = between_slices(made, config, slices)
                     bound = max(bounds, key=bounds.get)
@@ -225,7 +225,9 @@ def search(
 
 def format_choice(choice: Choice) -> str:
     used = f"{choice.plan.peak_bytes_per_chip / 1e9:6.1f} of {choice.plan.hbm_bytes_per_chip / 1e9:.1f} GB"
-    says = f"{choice.useful:4.0%} of peak, bound by {choice.bound}" if choice.plan.fits else "does not fit"
+    says = "fits" if choice.plan.fits else "does not fit"
+    if choice.bound:
+        says = f"{choice.useful:4.0%} of peak, bound by {choice.bound}"
     return f"mesh {choice.mesh:22} remat {choice.remat:8} {choice.rows_per_chip:3} rows a chip  {used}  {says}"
 
 
