@@ -1,4 +1,5 @@
-"""What a compiled program does, read from its text: the optimized, scheduled HLO that `compiled.as_text()` prints.
+"""What a compiled program does, read from its text: the optimized, scheduled HLO that `compiled.as_text()` prints,
+and libtpu writes down while it compiles.
 
 Exact are trip counts of loops, floating-point operations of matrix products, bytes of collectives. Bytes to and from
 memory are counted at the edges of fused operations.

@@ -29,8 +29,8 @@ def _all_but_weights(primitive, *_, **parameters) -> bool:
 
 # What a layer leaves for the backward pass, which computes the rest again.
 REMAT = {
-    "full": checkpoint_policies.nothing_saveable,
-    "minimal": checkpoint_policies.save_only_these_names("attention"),  # what goes in and comes out, in the decoder
+    "full": checkpoint_policies.save_only_these_names("lora"),  # the narrow middle of adapters (train/lora.py)
+    "minimal": checkpoint_policies.save_only_these_names("lora", "attention"),  # and, in the decoder, in and out of it
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
     "none": _all_but_weights,
 }

@@ -7,8 +7,10 @@ import argparse
 import dataclasses
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,8 +24,8 @@ from llava_jax.sharding import DATA, FSDP, TENSOR, make_mesh, parse_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes and floating-point operations of one chip. None: the program was too large to be compiled, or libtpu cannot
-    print it.
+    """Bytes and floating-point operations of one chip. None: the program was too large to be compiled, or libtpu did
+    not write it down.
 
     peak_bytes_per_chip     arguments, results, temporaries and the program itself
     hbm_bytes_per_chip      what a program may use
@@ -47,7 +49,7 @@ class Plan:
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a function; without `memory` it needs `peak` bytes, too many for a chip. Without `work`
-    alone it is a program that libtpu cannot print (0.0.52: whole training steps on v5p and v6e)."""
+    alone it was compiled by a libtpu that does not write programs down."""
 
     seconds: float
     peak: int
@@ -59,23 +61,25 @@ class Compiled:
 def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
     """Compile and read a `jax.stages.Lowered`."""
     start = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = tpu.out_of_memory(error)
-        if needed is None:
-            raise
-        return Compiled(time.perf_counter() - start, needed)
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as written:
+        try:
+            compiled = lowered.compile({"xla_dump_to": written, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            needed = tpu.out_of_memory(error)
+            if needed is None:
+                raise
+            return Compiled(time.perf_counter() - start, needed)
+        seconds = time.perf_counter() - start
+        # `compiled.as_text()` is the same, but libtpu 0.0.52 cannot print whole training steps for v5p and v6e. The
+        # largest is the program: what is compiled beside it are pieces that move its arguments.
+        texts = [file.read_text() for file in Path(written).glob("*.after_codegen.txt")]
+    work = hlo.Program(max(texts, key=len), unknown_trips).work if texts else None
+    if work is None:
+        note("this libtpu does not write down what it compiles: the program's work and traffic are not known")
     memory = tpu.memory(compiled)
     out = jax.tree.map(
         lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), lowered.out_info, compiled.output_shardings
     )
-    try:
-        work = hlo.Program(compiled.as_text(), unknown_trips).work
-    except jax.errors.JaxRuntimeError as error:
-        note(f"this libtpu cannot print the program: its work and traffic are not known ({str(error).splitlines()[0]})")
-        work = None
     return Compiled(seconds, memory.peak, memory, work, out)
 
 

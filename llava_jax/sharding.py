@@ -105,7 +105,8 @@ def inference_mesh(config: LlavaConfig, devices: list | None = None) -> Mesh:
 # ---------------------------------------------------------------- parameters
 
 # (last parts of a path, spec). q, k, v and o are cut by heads: see `_divides`. LoRA's two factors of a kernel are
-# cut where the kernel is, and along their rank.
+# cut where the kernel is, and along their rank. What is cut by columns along `fsdp` is so only where it must: see
+# `param_spec`.
 _RULES: tuple[tuple[str, P], ...] = (
     ("embed/embedding", P(None, FSDP)),
     ("head/kernel", P(FSDP, TENSOR)),
@@ -134,15 +135,23 @@ _RULES: tuple[tuple[str, P], ...] = (
 
 
 def param_spec(path: str, shape: tuple[int, ...], config: LlavaConfig, mesh: Mesh) -> P:
-    """How the parameter at `path` (`decoder/layers/0/attention/q/kernel`) is cut. All others are whole everywhere."""
+    """How the parameter at `path` (`decoder/layers/0/attention/q/kernel`) is cut. All others are whole everywhere.
+
+    Columns along `fsdp` are its rows instead, where these divide and `tensor` leaves them whole: XLA's TPU compiler
+    gathers and scatters narrow columns by reductions, which move twice as much.
+    """
     spec = next((spec for tail, spec in _RULES if path.endswith("/" + tail)), None)
     if spec is None:
         return P()
     if path.startswith("projector/") and config.projector == "linear":
         spec = P(FSDP, None) if len(shape) == 2 else P(None)  # one layer: its result is wanted whole
-    return P(
-        *(axis if axis and _divides(path, n, axis, config, mesh) else None for axis, n in zip(spec, shape, strict=True))
-    )
+    cut = [
+        axis if axis and _divides(path, n, axis, config, mesh) else None for axis, n in zip(spec, shape, strict=True)
+    ]
+    free = len(cut) == 2 and (cut[0] is None or mesh.shape[cut[0]] == 1)
+    if free and spec[1] == FSDP and _divides(path, shape[0], FSDP, config, mesh):
+        cut = [FSDP, None]
+    return P(*cut)
 
 
 def _divides(path: str, n: int, axis: str, config: LlavaConfig, mesh: Mesh) -> bool:

@@ -16,8 +16,8 @@ from convert.to_orbax import to_orbax
 from llava_jax import config as c
 from llava_jax import llava
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.layers import Dense
-from llava_jax.sharding import make_mesh, parse_mesh
+from llava_jax.layers import REMAT, Dense
+from llava_jax.sharding import make_mesh, param_spec, parse_mesh
 from llava_jax.splice import Batch
 from train import lora
 from train.config import TrainConfig
@@ -127,6 +127,32 @@ def test_merged_weights_and_every_mesh_give_the_same_loss():
     assert state.trained["decoder"]["layers"]["mlp"]["down"]["lora_a"].sharding.spec == P(None, "tensor", "fsdp")
     both = unflatten_dict(flatten_dict(frozen, sep="/") | flatten_dict(state.trained, sep="/"), sep="/")
     assert float(loss(both, batch, model, CONFIG, mesh, dropout)) == pytest.approx(want, rel=1e-6)
+
+
+def test_full_remat_keeps_the_narrow_products(monkeypatch):
+    frozen, state = start()
+    batch = some_batch()
+
+    def flops() -> float:
+        def f(trained):
+            both = unflatten_dict(flatten_dict(frozen, sep="/") | flatten_dict(trained, sep="/"), sep="/")
+            return loss_sum(both, batch, c.tiny(), CONFIG, one_device())
+
+        return jax.jit(jax.grad(f)).lower(state.trained).cost_analysis()["flops"]
+
+    kept = flops()
+    monkeypatch.setitem(REMAT, "full", jax.checkpoint_policies.nothing_saveable)
+    factors = {path: x for path, x in flatten_dict(state.trained, sep="/").items() if path.endswith("lora_a")}
+    narrow = sum(2 * batch.ids.size * x[0].size for x in factors.values())  # a scan's body is counted once
+    assert len(factors) == 7
+    assert flops() - kept == pytest.approx(narrow, rel=0.05)
+
+
+@pytest.mark.parametrize("rank", [4, 16])  # the former is not cut by columns
+def test_factors_are_cut_by_rows(rank):
+    mesh = make_mesh({"fsdp": 8})
+    for name in ("attention/o", "mlp/down"):
+        assert param_spec(f"decoder/layers/0/{name}/lora_a", (64, rank), c.tiny(), mesh) == P("fsdp", None)
 
 
 def test_files_of_an_adapter(tmp_path):

@@ -124,13 +124,21 @@ def test_specs():
     assert spec("decoder/layers/0/attention/o/kernel") == P("tensor", "fsdp")
     assert spec("decoder/layers/31/mlp/down/kernel") == P("tensor", "fsdp")
     assert spec("decoder/head/kernel") == P("fsdp", "tensor")
-    assert spec("decoder/embed/embedding") == P(None, "fsdp")
+    assert spec("decoder/embed/embedding") == P("fsdp", None)
     assert spec("decoder/norm/scale") == P()
     assert spec("vision/layers/0/mlp/up/bias") == P("tensor")
     assert spec("projector/linear_0/kernel") == P("fsdp", "tensor")
     # Nearly all of the model is cut by every axis.
     whole = sum(np.prod(shape) for path, shape in shapes.items() if set(spec(path)) < {"fsdp", "tensor"})
     assert whole / sum(np.prod(shape) for shape in shapes.values()) < 0.03
+
+
+def test_rows_are_cut_rather_than_columns_where_either_will_do():
+    config = c.preset("v1.5-7b")
+    down, table = "decoder/layers/0/mlp/down/kernel", "decoder/embed/embedding"
+    assert param_spec(down, (11008, 4096), config, make_mesh({"fsdp": 8})) == P("fsdp", None)
+    assert param_spec(table, (32000, 4096), config, make_mesh({"fsdp": 8})) == P("fsdp", None)
+    assert param_spec(table, (32003, 4096), config, make_mesh({"fsdp": 8})) == P(None, "fsdp")
 
 
 def test_heads_are_not_cut_through():

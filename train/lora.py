@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
@@ -78,7 +79,7 @@ def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
             kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - config.lora_dropout, x.shape[1:]))(keys)
             x = jnp.where(kept, x / (1 - config.lora_dropout), 0).astype(x.dtype)
         a, b = (dense.get_variable("params", name) for name in FACTORS)
-        return out + (x @ a * scale(config)) @ b
+        return out + checkpoint_name(x @ a * scale(config), "lora") @ b
 
     return nn.intercept_methods(step_in)
 
