@@ -1,6 +1,8 @@
 """The small model that ships: it is there, it answers by default, and it sees."""
 
 import json
+import tomllib
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from train import shapes
 from train.scenes import draw, make_scene
 
 LEAST = 0.9
-SHOWN = make_scene(np.random.default_rng(17))  # what example.png shows
+SHOWN = make_scene(np.random.default_rng(50))  # what example.png shows
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,10 @@ def test_it_is_small_and_complete():
     files = {file.name: file.stat().st_size for file in BUNDLED.iterdir()}
     assert sum(files.values()) < 10e6
     assert {"config.json", "model.safetensors", "tokenizer.model", "README.md", "example.png", "curves.png"} <= {*files}
+    installed = tomllib.loads((BUNDLED.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = installed["package-data"]["infer"]
+    assert "infer" in installed["packages"]
+    assert all(any(fnmatch(f"{BUNDLED.name}/{name}", pattern) for pattern in patterns) for name in files)
     assert json.loads((BUNDLED / "config.json").read_text())["architectures"] == ["LlavaNextForConditionalGeneration"]
 
 

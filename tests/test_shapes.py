@@ -128,7 +128,7 @@ def test_shapes_look_different():
             },
         ),
         (
-            "members",  # from left to right
+            "members",  # in the order that colours and shapes have
             {
                 "list the colours of the circles.": "red and blue",
                 "which shapes do the blue objects have?": "circle and star",
@@ -148,6 +148,25 @@ def test_answers_follow_from_the_scene_and_nothing_ambiguous_is_asked(kind, some
     assert {question: found.get(question) for question in some} == some
 
 
+def test_lists_name_each_once_and_pictures_are_told_as_one_reads():
+    things = [
+        thing("small red star", (5, 10, 15, 20)),
+        thing("large red circle", (20, 5, 35, 20)),
+        thing("small blue star", (50, 50, 60, 60)),
+        thing("small red star", (70, 40, 80, 50)),
+    ]
+    scene = Scene(90, 60, "plain", tuple(things))
+    found = ask_often(questions.members, scene)
+    assert found["list the shapes of the red objects."] == "circle and star"
+    assert found["list the colours of the stars."] == "red and blue"
+    assert questions.placed(scene) == (
+        "at the top left a small red star, at the top left a large red circle, at the bottom center a small blue star "
+        "and at the bottom right a small red star"
+    )
+    alone = Scene(90, 60, "plain", (things[0],))
+    assert questions.detail(np.random.default_rng(0), alone)[1] == "1 object: at the top left a small red star"
+
+
 def test_where_an_object_is_at_the_edge_of_a_third_is_not_asked():
     edge = Scene(60, 60, "plain", (thing("small red star", (15, 5, 25.4, 15.4)),))  # its middle a third from the left
     assert ask_often(questions.place, edge) == {}
@@ -157,9 +176,9 @@ def test_where_an_object_is_at_the_edge_of_a_third_is_not_asked():
 def test_reasoning_shows_its_steps():
     found = ask_often(questions.reasoning, SCENE)
     some = {
-        "are there more circles than stars? explain.": "there are 2 circles and 1 star, so yes",
-        "how many more circles than stars are there? explain.": "there are 2 circles and 1 star, so 1",
-        "how many objects are left without the blue objects? explain.": "there are 3 objects and 2 blue objects, so 1",
+        "are there more circles than stars? explain.": "circles: 2, stars: 1, so yes",
+        "how many more circles than stars are there? explain.": "circles: 2, stars: 1, so 1",
+        "how many objects are left without the blue objects? explain.": "objects: 3, blue objects: 2, so 1",
     }
     assert {question: found.get(question) for question in some} == some
 
@@ -176,14 +195,14 @@ def test_two_pictures():
     assert {question: found.get(question) for question in some} == some
 
 
-def test_captions_name_everything_from_left_to_right():
+def test_captions_name_everything_as_one_reads():
     rng = np.random.default_rng(0)
     everything = (
-        "a small red circle at the top left, a small blue circle at the bottom left and a large blue star at the top "
-        "center"
+        "at the top left a small red circle, at the top center a large blue star and at the bottom left a small blue "
+        "circle"
     )
     assert questions.caption(rng, SCENE)[1] == everything
-    assert questions.detail(rng, SCENE)[1] == f"on a plain background, {everything}"
+    assert questions.detail(rng, SCENE)[1] == f"3 objects: {everything}"
 
 
 def test_text_questions_are_right():
@@ -234,7 +253,8 @@ def test_rows_are_training_data(data):
 
 def test_conversations_are_of_all_kinds_and_do_not_repeat_themselves(data):
     rows = read(data, "train.json")
-    assert {kind for row in rows for kind in row["kinds"]} == {*shapes.SHORT, "detail", "reasoning", "two", "text"}
+    kinds = {*shapes.SHORT, "detail", "caption", "reasoning", "two", "text"}
+    assert {kind for row in rows for kind in row["kinds"]} == kinds
     assert {len(row.get("image", [])) == 2 for row in rows if isinstance(row.get("image"), list)} == {True}
     assert any("image" not in row for row in rows)
     for row in rows:

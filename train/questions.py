@@ -28,11 +28,6 @@ def plural(shape: str) -> str:
     return "crosses" if shape == "cross" else f"{shape}s"
 
 
-def quantity(number: int, group: str) -> str:
-    """A number of objects of a group, which has its name in the plural."""
-    return f"{number} {group.removesuffix('es' if group.endswith('crosses') else 's') if number == 1 else group}"
-
-
 def names_of(thing: Thing, scene: Scene, without: str = "") -> list[str]:
     """How to call an object so that no other is meant, leaving out its `without`: "circle", "red object"."""
     names = []
@@ -122,15 +117,15 @@ def size(rng: Rng, scene: Scene) -> Turn | None:
 
 
 def members(rng: Rng, scene: Scene) -> Turn | None:
-    """The colours of all objects of a shape, or the shapes of all of a colour, from left to right."""
+    """The colours that objects of a shape have, or the shapes of a colour, each once and in their own order."""
     thing = pick(rng, scene.things)
     if rng.random() < 0.5:
         asked, group = ("which colours do the {} have?", "list the colours of the {}."), plural(thing.shape)
-        told = [other.colour for other in scene.having(shape=thing.shape)]
+        told = {other.colour for other in scene.having(shape=thing.shape)}
     else:
         asked, group = ("which shapes do the {} have?", "list the shapes of the {}."), f"{thing.colour} objects"
-        told = [other.shape for other in scene.having(colour=thing.colour)]
-    return pick(rng, asked).format(group), listed(told)
+        told = {other.shape for other in scene.having(colour=thing.colour)}
+    return pick(rng, asked).format(group), listed([name for name in (*COLOURS, *SHAPES) if name in told])
 
 
 def existence(rng: Rng, scene: Scene) -> Turn | None:
@@ -224,11 +219,12 @@ def pick_compared(rng: Rng, scene: Scene) -> tuple[tuple[str, int], tuple[str, i
 
 
 def reasoning(rng: Rng, scene: Scene) -> Turn | None:
+    """A question with what its answer follows from said first. What is counted is named before it is."""
     if rng.random() < 0.5:
         if (found := pick_compared(rng, scene)) is None:
             return None
         (one, a), (other, b) = found
-        facts = f"there are {quantity(a, one)} and {quantity(b, other)}"
+        facts = f"{one}: {a}, {other}: {b}"
         if rng.random() < 0.5:
             return f"are there more {one} than {other}? explain.", f"{facts}, so {'yes' if a > b else 'no'}"
         if a <= b:
@@ -239,7 +235,7 @@ def reasoning(rng: Rng, scene: Scene) -> Turn | None:
     number, name = found
     question = f"how many objects are left without the {name}? explain."
     whole = len(scene.things)
-    return question, f"there are {whole} objects and {quantity(number, name)}, so {whole - number}"
+    return question, f"objects: {whole}, {name}: {number}, so {whole - number}"
 
 
 def described(thing: Thing) -> str:
@@ -263,13 +259,16 @@ def place_of(thing: Thing, scene: Scene) -> str:
 
 
 def placed(scene: Scene) -> str:
-    """All objects from left to right, with their places in thirds of the picture."""
-    return listed([f"{described(thing)} at the {place_of(thing, scene)}" for thing in scene.things])
+    """All objects in the order in which one reads, each after its place in thirds of the picture."""
+    order = [f"{down} {across}" for down in DOWN for across in ACROSS]
+    told = sorted(((place_of(thing, scene), thing) for thing in scene.things), key=lambda pair: order.index(pair[0]))
+    return listed([f"at the {place} {described(thing)}" for place, thing in told])
 
 
 def detail(rng: Rng, scene: Scene) -> Turn:
     asked = ("describe the picture in detail.", "what is in the picture, and where?", "describe everything you see.")
-    return pick(rng, asked), f"on a {scene.background} background, {placed(scene)}"
+    number = len(scene.things)
+    return pick(rng, asked), f"{number} object{'s' if number > 1 else ''}: {placed(scene)}"
 
 
 def caption(rng: Rng, scene: Scene) -> Turn:

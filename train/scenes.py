@@ -46,7 +46,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows: everything that questions are made from. `things` are in order from left to right."""
+    """What a picture shows: all that it is drawn from, and questions. `things` are in order from left to right."""
 
     width: int
     height: int

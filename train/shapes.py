@@ -28,7 +28,7 @@ PICTURE, PICTURES = "<image>\n", "<image>\n<image>\n"
 SPLITS = ("train", "test")
 CAPITALS = 0.75  # share of the questions that begin with one
 ASKED = 3  # questions about a test scene
-OFTEN = {"count": 3, "position": 4}  # times as often as others in training: these are hard
+OFTEN = {"count": 4, "position": 3}  # times as often as others in training: these are hard
 SHORT = questions.SHORT | {"members": questions.members}
 KINDS = [kind for kind in (*SHORT, "text") for _ in range(OFTEN.get(kind, 1))]  # of short questions in training
 Row = dict[str, Any]
@@ -83,13 +83,13 @@ def caption_rows(split: str, scenes: list[Scene], seed: int) -> list[Row]:
 
 
 def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
-    """A conversation for each scene: of the three kinds of LLaVA's instruction data, one in four with a second
+    """A conversation for each scene: of the three kinds of LLaVA's instruction data, one in five with a second
     picture; and one without a picture to every twenty of these."""
     rows = []
     for i, scene in enumerate(scenes):
         rng = rng_for(seed, "train", i, 1)
         images = [file_name("train", i)]
-        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.3, 0.1, 0.35, 0.25])
+        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.25, 0.2, 0.35, 0.2])
         turns: list[tuple[str, Turn]] = []
         if kind == "two" and len(scenes) > 1:
             other = int(rng.integers(len(scenes) - 1))
@@ -97,7 +97,8 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
             images.append(file_name("train", other))
             turns = ask_about_two(rng, scene, scenes[other], int(rng.integers(8, 12)))
         if kind == "detail":
-            turns = [("detail", questions.detail(rng, scene))]
+            which = questions.pick(rng, ["detail", "caption"])
+            turns = [(which, {"detail": questions.detail, "caption": questions.caption}[which](rng, scene))]
         if kind == "reasoning":
             found = [questions.reasoning(rng, scene) for _ in range(5)]
             turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))][:3]

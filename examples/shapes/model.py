@@ -109,7 +109,7 @@ def _words(tokenizer: bytes, width: int, seed: int) -> jax.Array:
 
 def _stem(piece: str) -> str:
     """ "▁Circles?" to "circle" """
-    word = piece.strip("▁?.,").lower() or piece
+    word = piece.strip("▁?.,:").lower() or piece
     return word.removesuffix("es") if word.endswith("sses") else word if word.endswith("ss") else word.removesuffix("s")
 
 

@@ -30,7 +30,7 @@ import warm_up
 from card import write_card
 from cpu import quick_gradients
 from curves import Curve, Panel, draw_panels, smooth
-from model import CONFIG, PATCH, TILE, ids_of, make_tokenizer, save, start, texts_of
+from model import CONFIG, PATCH, TILE, ids_of, save, start
 from PIL import Image
 
 from convert.to_hf import to_hf
@@ -48,7 +48,8 @@ from train.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.step import setup
 
 EXAMPLES, TESTS, SEED = 20000, 2000, 0
-EXAMPLE = 17  # seed of the picture in the bundle
+EXAMPLE = 50  # seed of the picture in the bundle
+LOOKED = 14  # questions about a picture to look at
 SOME = 2000  # questions where not all are asked
 COMMON = TrainConfig(
     dtype="float32", max_length=340, global_batch_size=8, adam_b2=0.98, weight_decay=0.05, warmup_ratio=0.05,
@@ -61,7 +62,7 @@ WARM_UPS = {
 }
 STAGES = {
     "stage-1": dict(tune="projector", learning_rate=3e-3, steps=400, template="plain"),
-    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=1500),
+    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2500),
 }
 
 
@@ -77,10 +78,9 @@ def tokenizer_of(checkpoint: Path) -> bytes:
     return open_checkpoint(checkpoint).tokenizer.files["tokenizer.model"]
 
 
-def make_start(data: Path) -> tuple[Params, bytes]:
+def make_start() -> tuple[Params, bytes]:
     """The model that knows nothing, and its tokenizer."""
-    texts = texts_of(data / "train.json") + texts_of(data / "captions.json")
-    tokenizer = make_tokenizer(texts, CONFIG.text.vocab_size)
+    tokenizer = (Path(__file__).parent / "tokenizer.model").read_bytes()
     return start(CONFIG, SEED, tokenizer), tokenizer
 
 
@@ -124,15 +124,18 @@ def warm_up_decoder(name: str, output: Path, data: Path, checkpoint: Path, share
 def write_looking(data: Path, examples: int, tests: int) -> None:
     """Questions that have to find one object, or two, and nothing else, about pictures squashed to a tile: that words
     name what is to be looked for is learned sooner where nothing else is to be learned."""
-    kinds = (questions.colour, questions.shape, questions.place, questions.position)
+    kinds = [questions.colour, questions.shape, questions.place, questions.position]
     for split, number, name in (("test", tests, "test_looking.json"), ("train", examples, "looking.json")):
         rows = []
         for i in range(number):
             scene, rng = make_scene(shapes.rng_for(SEED, split, i, 0)), shapes.rng_for(SEED, split, i, 4)
-            found = [ask(rng, scene) for _ in range(30) for ask in kinds]
-            turns = [("look", turn) for turn in dict.fromkeys(filter(None, found))][:14]
+            turns: dict[questions.Turn, None] = {}
+            for ask in 30 * kinds:
+                if len(turns) < LOOKED and (turn := ask(rng, scene)):
+                    turns[turn] = None
             if len(scene.things) > 1 and turns:
-                rows.append(shapes.make_row(rng, f"{split}-{i}", [shapes.file_name(split, i)], turns))
+                said = [("look", turn) for turn in turns]
+                rows.append(shapes.make_row(rng, f"{split}-{i}", [shapes.file_name(split, i)], said))
         squash([shapes.file_name(split, i) for i in range(number)], data / "images", data / "small")
         (data / name).write_text(json.dumps(rows))
 
@@ -303,7 +306,7 @@ def main() -> None:
     if not (data / "looking.json").exists():
         write_looking(data, args.examples, args.tests)
     if not (output / "start").exists():
-        save(output / "start", CONFIG, *make_start(data))
+        save(output / "start", CONFIG, *make_start())
     with quick_gradients():
         if not (output / "tower").exists():
             warm_up_tower(output, data, args.examples, args.tests, args.share)

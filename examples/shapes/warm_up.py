@@ -39,9 +39,11 @@ from train.scenes import COLOURS, SHAPES, SIZES, Scene
 NAMES = [["background", *options] for options in (SHAPES, COLOURS, SIZES, DOWN, ACROSS)]
 LOUD = 4.0  # times as much of a row is words as it needs to be told from others
 LEAN = 0.1  # what a row for the decoder costs, the square of a number on the average: so it says nothing else
+NEAR = 0.15  # of a patch: no further than this from an edge between two, a middle is in both of them in parts
 COVERED = 0.15  # of a patch: from there on an object counts
 WHITENED = 4000  # tiles that the patch embedding begins from
 NOISE = 0.01  # variance below this share of the mean is not drawn out to one
+AT_MIDDLES, SHARES, NUMBER = 6.0, 16.0, 4.0  # weights of the tower's losses, names' being one
 TILES = 32  # of an update of the tower
 HELD_OUT = 40  # batches of questions that an accuracy is measured on
 EVERY, WATCHED = 10, 25  # updates from one line of metrics to the next, lines from one measured accuracy to the next
@@ -117,7 +119,8 @@ class Seen:
     names   int32 [N, R, R, 5]: shape, colour, size and place of what covers a patch most, as numbers in `NAMES`
     places  float32 [N, R, R, 4]: that object's middle, across and down from the picture's, in patches of the base
             tile, and the logarithms of its width and height, in patches of this one
-    middle  bool [N, R, R]: it is the patch of the base tile in which the object's middle lies
+    middle  float32 [N, R, R]: what a patch of the base tile holds of middles of objects, so that they add up to the
+            number of objects
     base    bool [N]: it is a base tile, a whole picture
     """
 
@@ -140,8 +143,7 @@ def look(scenes: list[Scene], paths: list[Path], config: LlavaConfig) -> Seen:
             place = images.layout(image.size, config)
             windows = _windows(place, config.vision.image_size)
             for i, (tile, window) in enumerate(zip(images.tiles(image, place, config), windows, strict=True)):
-                names, places, middle = _labels(scene, *window, config)
-                found.append((tile, names, places, middle & (i == 0), i == 0))
+                found.append((tile, *_labels(scene, *window, i == 0, config), i == 0))
             bar.advance()
     return Seen(*(np.stack(part) for part in zip(*found, strict=True)))
 
@@ -158,12 +160,12 @@ def _windows(place: TileLayout, tile: int) -> Iterable[tuple[np.ndarray, np.ndar
             yield np.array([scale, scale]), np.array([column, row]) * tile - margin
 
 
-def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, config: LlavaConfig):
+def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, base: bool, config: LlavaConfig):
     """Names, places and middles on one tile. Places are the whole picture's on every tile: one of the grid cannot tell
-    them, so its rows stay vague, and those of the base tile count."""
+    them, so its rows stay vague, and those of the base tile count. That alone has middles."""
     side, patch = config.vision.patches_per_side, config.vision.patch_size
     names, places = np.zeros((side, side, len(NAMES)), np.int32), np.zeros((side, side, 4), np.float32)
-    middle, most = np.zeros((side, side), bool), np.full((side, side), COVERED)
+    middle, most = np.zeros((side, side), np.float32), np.full((side, side), COVERED)
     edges = np.arange(side)
     for thing in scene.things:
         box = (np.reshape(thing.box, (2, 2)) * scale - corner) / patch  # [[left, top], [right, bottom]] in patches
@@ -171,19 +173,25 @@ def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, config: LlavaCo
             np.clip(np.minimum(edges + 1, high) - np.maximum(edges, low), 0, None) for low, high in box.T
         )  # fmt: skip
         cover = down[:, None] * across
-        column, row = np.floor(box.mean(axis=0)).astype(int)
-        inside = 0 <= column < side and 0 <= row < side
-        if inside:
-            cover[row, column] += side**2  # whose middle it holds, that object has the patch
+        held_across, held_down = (_held(at, edges) for at in box.mean(axis=0))
+        held = held_down[:, None] * held_across
+        cover += side**2 * held  # which holds of an object's middle, that object has
         mine = cover > most
         most[mine] = cover[mine]
         said = thing.shape, thing.colour, thing.size, *place_of(thing, scene).split()
         names[mine] = [options.index(name) for options, name in zip(NAMES, said, strict=True)]
         across_down = np.subtract(middle_of(thing, scene), 0.5) * side
         places[mine] = *across_down, *np.log(box[1] - box[0])
-        if inside:
-            middle[row, column] = True
+        middle += base * held
     return names, places, middle
+
+
+def _held(at: float, edges: np.ndarray) -> np.ndarray:
+    """Shares of a middle that columns, or rows, of patches hold: near an edge between two of them, each a part."""
+    if not 0 <= at < len(edges):
+        return np.zeros(len(edges), np.float32)
+    inner = np.clip((at - edges[1:]) / (2 * NEAR) + 0.5, 0, 1)  # how far beyond each edge between patches
+    return np.append(1, inner) * np.append(1 - inner, 1)
 
 
 def whitened(tiles: np.ndarray, config: VisionConfig, seed: int) -> np.ndarray:
@@ -216,8 +224,9 @@ def warm_up_tower(
     """`params` with a tower that knows shapes, and a projector that knows the words for them.
 
     A row for the decoder is compared with words `as_seen`, as CLIP compares pictures with texts; places are read off it
-    in fixed directions. Its accuracy: the share of objects whose shape and colour are right, at the patch where
-    their middle lies.
+    in fixed directions, and so is the logarithm of what it holds of middles: attention adds up exponentials, so a
+    decoder can count. Which patch holds a middle near an edge between two, nobody can tell; in halves, both do. Its
+    accuracy: how often shape and colour are right at patches that hold half of a middle or more.
 
     Args:
       words: the tokens of `NAMES`.
@@ -237,11 +246,14 @@ def warm_up_tower(
         tiles, names, places, middle = batch
         x, said = tell(trained, tiles)
         entropy = optax.softmax_cross_entropy_with_integer_labels
-        losses = sum(entropy(logits, names[..., i]) for i, logits in enumerate(said))
+        losses = (1 + AT_MIDDLES * middle) * sum(entropy(logits, names[..., i]) for i, logits in enumerate(said))
         place = x @ directions
         losses += jnp.sum((place[..., :4] - places) ** 2, axis=-1) * (names[..., 0] > 0)
-        losses += 2 * optax.sigmoid_binary_cross_entropy(4 * place[..., 4], middle)
-        return jnp.sum(losses) / len(tiles) + LEAN * jnp.mean(x**2)
+        log_share = jnp.minimum(4 * place[..., 4], 2.0)  # finite at first
+        share = jnp.exp(log_share)
+        losses += SHARES * (share - middle * log_share)
+        number = jnp.sum(share, axis=(1, 2)) - jnp.sum(middle, axis=(1, 2))
+        return (jnp.sum(losses) + NUMBER * jnp.sum(number**2)) / len(tiles) + LEAN * jnp.mean(x**2)
 
     @jax.jit
     def right(trained, tiles, names):
@@ -251,7 +263,7 @@ def warm_up_tower(
     def accuracy(trained) -> float:
         whole = np.flatnonzero(held_out.base)
         parts = [held_out.at(np.resize(whole[i : i + TILES], TILES)) for i in range(0, len(whole), TILES)]
-        return float(np.concatenate([right(trained, part[0], part[1])[part[3]] for part in parts]).mean())
+        return float(np.concatenate([right(trained, part[0], part[1])[part[3] >= 0.5] for part in parts]).mean())
 
     rng = np.random.default_rng(seed)
     half, base = TILES // 2, np.flatnonzero(seen.base)
