@@ -138,7 +138,7 @@ def param_spec(path: str, shape: tuple[int, ...], config: LlavaConfig, mesh: Mes
     """How the parameter at `path` (`decoder/layers/0/attention/q/kernel`) is cut. All others are whole everywhere.
 
     Columns along `fsdp` are its rows instead, where these divide and `tensor` leaves them whole: XLA's TPU compiler
-    gathers and scatters narrow columns by reductions, which move twice as much.
+    scatters narrow columns by reductions, which move twice as much.
     """
     spec = next((spec for tail, spec in _RULES if path.endswith("/" + tail)), None)
     if spec is None:
@@ -192,7 +192,14 @@ def gather(params: Any, path: str, config: LlavaConfig, mesh: Mesh | None) -> An
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather_piece(piece: jax.Array, dtype: jax.typing.DTypeLike, axis: int, mesh: Mesh) -> jax.Array:
-    return jax.lax.all_gather(piece.astype(dtype), FSDP, axis=axis, tiled=True)
+    """Along one dimension of the slice after the other, back the way that `_scatter_gradient` goes: of a gather over
+    64 chips at once XLA's TPU compiler makes reductions."""
+    whole = piece.astype(dtype)
+    for groups in reversed(fsdp_lines(mesh)):
+        whole = jax.lax.all_gather(
+            whole, FSDP, axis=axis, tiled=True, axis_index_groups=[list(line) for line in groups]
+        )
+    return whole
 
 
 def _gather_forward(piece: jax.Array, dtype: jax.typing.DTypeLike, axis: int, mesh: Mesh):

@@ -50,14 +50,6 @@ def test_full_remat_computes_a_third_more_than_the_model():
 
 @compiles
 @needs_libtpu
-def test_stage_one_computes_at_most_four_fifths_of_full_training():
-    needs = step("v1.5-pretrain")
-    assert needs.fits
-    assert needs.executed_flops_per_chip <= 0.80 * step("v1.5-finetune").executed_flops_per_chip
-
-
-@compiles
-@needs_libtpu
 def test_fsdp_moves_little_more_than_the_least():
     needs = step("v1.5-finetune")
     assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
@@ -65,19 +57,9 @@ def test_fsdp_moves_little_more_than_the_least():
 
 @compiles
 @needs_libtpu
-@pytest.mark.parametrize(
-    ("preset", "topology"),
-    [
-        ("v1.5-pretrain", "v5e:2x4"),
-        ("v1.5-finetune-lora", "v5e:2x4"),
-        ("v1.5-finetune", "v6e:2x4"),
-        ("v1.5-finetune", "v5p:2x2x4"),
-    ],
-)
-def test_stages_compile_for_the_slices_that_are_used(preset, topology):
-    """Other chips and other shapes of a slice. (On 64 chips shards of so narrow a model are 16 rows, and XLA gathers
-    them by reductions.)"""
-    needs = step(preset, topology=topology)
+@pytest.mark.parametrize("topology", ["v5p:2x2x4", "v5e:8x8", "v6e:8x8", "v5p:4x4x4"])
+def test_fsdp_moves_little_more_on_slices_of_other_shapes(topology):
+    needs = step("v1.5-finetune", topology=topology)
     assert needs.fits
     assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
 
@@ -112,6 +94,7 @@ def test_stages_of_a_7b_model_compute_at_most_four_fifths_of_full_training():
         needs = whole(preset, "v5e:2x4")
         assert needs.fits
         assert needs.executed_flops_per_chip <= 0.80 * full.executed_flops_per_chip
+        assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
 
 
 @compiles

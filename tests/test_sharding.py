@@ -13,11 +13,13 @@ from jax.sharding import PartitionSpec as P
 from infer.engine import Engine, Request
 from infer.sampling import Sampling
 from llava_jax import config as c
-from llava_jax import llava
+from llava_jax import llava, sharding
 from llava_jax.console import InputError
 from llava_jax.sharding import (
+    gather,
     inference_mesh,
     make_mesh,
+    on_own_rows,
     param_shardings,
     param_spec,
     parse_mesh,
@@ -110,6 +112,24 @@ def test_with_fsdp_the_embedding_table_is_gathered_and_nothing_that_grows_with_t
     moved = [line.split(" = ")[1] for line in text.splitlines() if COLLECTIVES.search(line)]
     assert len(moved) == 1
     assert moved[0].startswith("f32[1000,64]")
+
+
+@pytest.mark.parametrize("sides", [(2, 4), (4, 2), (2, 2, 2)])
+def test_along_one_side_of_a_slice_after_the_other_the_same_is_gathered_and_scattered(sides, monkeypatch):
+    mesh, numbers = make_mesh({"fsdp": 8}), np.arange(8).reshape(sides)
+    lines = tuple(tuple(map(tuple, np.moveaxis(numbers, k, -1).reshape(-1, n).tolist())) for k, n in enumerate(sides))
+    monkeypatch.setattr(sharding, "fsdp_lines", lambda mesh: lines)
+    x = np.arange(24 * 3, dtype=np.float32).reshape(24, 3)
+
+    def loss(pieces, rows):
+        whole = gather(pieces, "", c.tiny(), mesh)["x"]
+        return jnp.sum(rows @ whole)  # rows: the device's own
+
+    rows = np.random.default_rng(0).integers(0, 9, (8, 24)).astype(np.float32)
+    f = jax.value_and_grad(lambda x: on_own_rows(loss, {"x": x}, {"x": P("fsdp", None)}, rows, mesh=mesh))
+    value, gradient = jax.jit(f)(x)
+    assert float(value) == (rows @ x).sum()
+    np.testing.assert_array_equal(gradient, np.repeat(rows.sum(0)[:, None], 3, axis=1))
 
 
 # ---------------------------------------------------------------- specs and meshes
