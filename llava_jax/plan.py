@@ -70,8 +70,7 @@ def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
                 raise
             return Compiled(time.perf_counter() - start, needed)
         seconds = time.perf_counter() - start
-        # `compiled.as_text()` is the same, but libtpu 0.0.52 cannot print whole training steps for v5p and v6e. The
-        # largest is the program: what is compiled beside it are pieces that move its arguments.
+        # `compiled.as_text()` is the same, but libtpu 0.0.52 cannot print whole training steps for v5p and v6e.
         texts = [file.read_text() for file in Path(written).glob("*.after_codegen.txt")]
     work = hlo.Program(max(texts, key=len), unknown_trips).work if texts else None
     if work is None:

@@ -42,23 +42,8 @@ def step(preset: str, length: int = 512, topology: str = "v5e:4x4"):
 
 @compiles
 @needs_libtpu
-def test_full_remat_computes_a_third_more_than_the_model():
-    needs = step("v1.5-finetune")
-    assert needs.fits
-    assert needs.executed_flops_per_chip <= 1.36 * needs.model_flops_per_chip
-
-
-@compiles
-@needs_libtpu
-def test_fsdp_moves_little_more_than_the_least():
-    needs = step("v1.5-finetune")
-    assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
-
-
-@compiles
-@needs_libtpu
 @pytest.mark.parametrize("topology", ["v5p:2x2x4", "v5e:8x8", "v6e:8x8", "v5p:4x4x4"])
-def test_fsdp_moves_little_more_on_slices_of_other_shapes(topology):
+def test_fsdp_moves_little_more_than_the_least(topology):
     needs = step("v1.5-finetune", topology=topology)
     assert needs.fits
     assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
@@ -90,6 +75,7 @@ def test_stages_of_a_7b_model_compute_at_most_four_fifths_of_full_training():
     full = whole("v1.5-finetune", "v5e:4x4")
     assert full.fits
     assert full.executed_flops_per_chip <= 1.36 * full.model_flops_per_chip
+    assert sum(full.collective_bytes_per_chip.values()) <= 1.10 * full.least_collective_bytes_per_chip
     for preset in ("v1.5-pretrain", "v1.5-finetune-lora"):
         needs = whole(preset, "v5e:2x4")
         assert needs.fits

@@ -131,8 +131,10 @@ def write_looking(data: Path, examples: int, tests: int) -> None:
             scene, rng = make_scene(shapes.rng_for(SEED, split, i, 0)), shapes.rng_for(SEED, split, i, 4)
             turns: dict[questions.Turn, None] = {}
             for ask in 30 * kinds:
-                if len(turns) < LOOKED and (turn := ask(rng, scene)):
+                if turn := ask(rng, scene):
                     turns[turn] = None
+                if len(turns) == LOOKED:
+                    break
             if len(scene.things) > 1 and turns:
                 said = [("look", turn) for turn in turns]
                 rows.append(shapes.make_row(rng, f"{split}-{i}", [shapes.file_name(split, i)], said))
