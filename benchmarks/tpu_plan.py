@@ -21,6 +21,7 @@ TRAIN = [  # model, preset, topology, further flags
     (V15, "v1.5-finetune-lora", "v5e:2x4", ""),
     (V15, "v1.5-finetune", "v6e:2x4", ""),
     (V15, "v1.5-finetune", "v5e:8x8", ""),
+    (V15, "v1.5-finetune", "v5e:4x8", "--rows-per-chip 4 --tiles-per-row 0"),
     ("llava-v1.5-13b", "v1.5-finetune", "v5e:8x8", ""),
     ("llava-v1.5-13b", "v1.5-finetune", "v5p:2x2x4", ""),
     ("llava-v1.6-34b", "v1.6-finetune", "v5p:4x4x4", ""),

@@ -210,7 +210,7 @@ def test_pieces_of_the_head_add_up(monkeypatch):
         return -jnp.sum(jnp.where(targets_BS != IGNORE, picked, 0))
 
     def ours(params, x_BSD):
-        return step_module._head_loss(params, x_BSD, jnp.array(targets_BS), model, one_device())
+        return step_module._head_loss(params, x_BSD, jnp.array(targets_BS), model, one_device(), True)
 
     monkeypatch.setattr(step_module, "PIECE_LOGITS", 128 * 3 * 512)
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x_BSD) for f in (ours, naive))

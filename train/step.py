@@ -231,7 +231,8 @@ def loss_sum(
             x_BSD = decoder.decode(
                 params["decoder"], model, x_BSD, batch.positions, batch.segments, mesh=mesh, remat=config.remat
             )
-        return _head_loss(params["decoder"], x_BSD, next_tokens(batch), model, mesh)
+        trained = is_trained("decoder/head/kernel", config)
+        return _head_loss(params["decoder"], x_BSD, next_tokens(batch), model, mesh, trained)
 
     if config.reduce_dtype in (None, config.dtype):
         params = compute_dtype(params)  # before they are each device's own: so gradients are summed in it
@@ -239,11 +240,16 @@ def loss_sum(
     return on_own_rows(of_rows, params, specs, batch, dropout, mesh=mesh)
 
 
-def _head_loss(params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: LlavaConfig, mesh: Mesh) -> jax.Array:
+def _head_loss(
+    params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: LlavaConfig, mesh: Mesh, trained: bool
+) -> jax.Array:
     """Logits and their cross entropy, only where there is a label, and only a piece of them at a time.
 
     Each row's labelled positions come first; after the last of them, in the row that has most of a device's own, pieces
     are skipped. That is decided as the program runs: nothing is compiled anew for another share of labels.
+
+    Where gradients are wanted, a piece's is taken while its logits are there, so that they are not computed a second
+    time; that of the head only if it is `trained`.
     """
     B, S = targets_BS.shape
     logits_of_position = B * -(-model.text.vocab_size // mesh.shape[TENSOR])
@@ -255,28 +261,58 @@ def _head_loss(params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: L
     spare = ((0, 0), (0, pieces * n - S))
     order_pBn = jnp.pad(order_BS, spare).reshape(B, pieces, n).swapaxes(0, 1)
     targets_pBn = jnp.pad(targets_BS, spare, constant_values=IGNORE).reshape(B, pieces, n).swapaxes(0, 1)
-    # Gathered here, not in each piece.
-    params = {
-        name: gather(params[name], f"decoder/{name}", model, mesh)
-        for name in ("norm", "embed" if model.text.tied_head else "head")
-    }
 
-    def piece(params, x_BSD, order_Bn, targets_Bn):
+    def pick(x_BSD, order_Bn):
         picked_BnD = jnp.take_along_axis(x_BSD, order_Bn[..., None], axis=1, mode="promise_in_bounds")
-        picked_BnD = constrain(picked_BnD, mesh, BATCH, None, None)
+        return constrain(picked_BnD, mesh, BATCH, None, None)
+
+    def loss_of_piece(params, picked_BnD, targets_Bn):
         logits_BnV = constrain(decoder.logits(params, model, picked_BnD), mesh, BATCH, None, TENSOR)
         wanted = jnp.arange(logits_BnV.shape[-1]) == targets_Bn[..., None]
         right_Bn = jnp.sum(jnp.where(wanted, logits_BnV, 0), axis=-1)
         return jnp.sum(jnp.where(targets_Bn != IGNORE, jax.nn.logsumexp(logits_BnV, axis=-1) - right_Bn, 0))
 
-    @jax.checkpoint  # around the condition: from within one, what it is given would be saved once more for each piece
-    def piece_if_any(needed, *args):
-        return jax.lax.cond(needed, piece, lambda *_: 0.0, *args)
+    def over_pieces(add_piece, sums):
+        def step(sums, part):
+            needed, order_Bn, targets_Bn = part
+            return jax.lax.cond(needed, add_piece, lambda sums, *_: sums, sums, order_Bn, targets_Bn), None
 
-    def add(total, part):
-        return total + piece_if_any(part[0], params, x_BSD, *part[1:]), None
+        return jax.lax.scan(step, sums, (jnp.arange(pieces) * n < most, order_pBn, targets_pBn))[0]
 
-    return jax.lax.scan(add, jnp.zeros(()), (jnp.arange(pieces) * n < most, order_pBn, targets_pBn))[0]
+    @jax.custom_vjp
+    def loss(params, x_BSD):
+        def add_piece(total, order_Bn, targets_Bn):
+            return total + loss_of_piece(params, pick(x_BSD, order_Bn), targets_Bn)
+
+        return over_pieces(add_piece, jnp.zeros(()))
+
+    def loss_and_gradients(params, x_BSD):
+        frozen, moved = ({}, params) if trained else (params, {})
+
+        def add_piece(sums, order_Bn, targets_Bn):
+            of_both = lambda moved, picked_BnD: loss_of_piece(frozen | moved, picked_BnD, targets_Bn)  # noqa: E731
+            more, (d_more, d_BnD) = jax.value_and_grad(of_both, (0, 1))(moved, pick(x_BSD, order_Bn))
+            total, d_moved, d_BSD = sums
+            row_B1 = jnp.arange(B)[:, None]
+            return total + more, jax.tree.map(jnp.add, d_moved, d_more), d_BSD.at[row_B1, order_Bn].add(d_BnD)
+
+        zeros = jax.tree.map(jnp.zeros_like, (moved, x_BSD))
+        total, *gradients = over_pieces(add_piece, (jnp.zeros(()), *zeros))
+        return total, gradients
+
+    def scaled(gradients, by):
+        d_moved, d_BSD = jax.tree.map(lambda x: (by * x).astype(x.dtype), gradients)
+        return d_moved or None, d_BSD
+
+    loss.defvjp(loss_and_gradients, scaled)
+    # Gathered here, not in each piece.
+    return loss(
+        {
+            name: gather(params[name], f"decoder/{name}", model, mesh)
+            for name in ("norm", "embed" if model.text.tied_head else "head")
+        },
+        x_BSD,
+    )
 
 
 # ---------------------------------------------------------------- parameters in and out
