@@ -62,12 +62,12 @@ def file_name(split: str, index: int) -> str:
 
 
 def make_row(rng: Rng, name: str, images: list[str], turns: list[tuple[str, Turn]]) -> Row:
-    """A row of the original's format; `turns` are kinds, questions and answers. Most questions begin with a capital."""
+    """A row of the original's format; `turns` are kinds, questions and answers. Most sentences begin with a capital."""
     mark = PICTURES if len(images) == 2 else PICTURE if images else ""
     said = []
     for i, (_, (question, answer)) in enumerate(turns):
         if rng.random() < CAPITALS:
-            question = question[0].upper() + question[1:]
+            question = "? ".join(part[0].upper() + part[1:] for part in question.split("? "))
         said += [{"from": "human", "value": (mark if i == 0 else "") + question}, {"from": "gpt", "value": answer}]
     image = {"image": images if len(images) > 1 else images[0]} if images else {}
     return {"id": name} | image | {"kinds": [kind for kind, _ in turns], "conversations": said}
@@ -89,7 +89,7 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
     for i, scene in enumerate(scenes):
         rng = rng_for(seed, "train", i, 1)
         images = [file_name("train", i)]
-        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.25, 0.2, 0.35, 0.2])
+        kind = rng.choice(["conversation", "detail", "reasoning", "two"], p=[0.15, 0.15, 0.5, 0.2])
         turns: list[tuple[str, Turn]] = []
         if kind == "two" and len(scenes) > 1:
             other = int(rng.integers(len(scenes) - 1))
@@ -100,10 +100,11 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
             which = questions.pick(rng, ["detail", "caption"])
             turns = [(which, {"detail": questions.detail, "caption": questions.caption}[which](rng, scene))]
         if kind == "reasoning":
-            found = [questions.reasoning(rng, scene) for _ in range(5)]
-            turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))][:3]
-        if len(images) == 1:  # long answers last: short ones are to be seen, not read off them
-            turns = ask(rng, scene, int(rng.integers(12, 18)) - 2 * len(turns)) + turns
+            found = [questions.reasoning(rng, scene) for _ in range(10)]
+            turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))][:5]
+        if len(images) == 1:  # first or last, so that neither kind of answer is only ever read off the other
+            short = ask(rng, scene, int(rng.integers(12, 18)) - 2 * len(turns))
+            turns = turns + short if rng.random() < 0.5 else short + turns
         rows.append(make_row(rng, f"train-{i}", images, turns))
     for i in range(0, len(scenes), 20):
         rng = rng_for(seed, "train", i, 2)

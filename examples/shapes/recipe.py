@@ -61,8 +61,8 @@ WARM_UPS = {
     "warm-up": dict(steps=3000, rate=1e-2),
 }
 STAGES = {
-    "stage-1": dict(tune="projector", learning_rate=3e-3, steps=400, template="plain"),
-    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2500),
+    "stage-1": dict(tune="projector", learning_rate=1e-2, steps=800, template="plain"),
+    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2800),
 }
 
 
