@@ -53,12 +53,14 @@ def splice(params, features_BRD, ids_BS, feature_rows_BS, *, config: LlavaConfig
     return llava.splice_embeddings(params, config, features_BRD, ids_BS, feature_rows_BS, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "eos_ids", "new_tokens"))
-def prefill(params, x_BSD, lengths, limits, keys, knobs, *, config, mesh, eos_ids, new_tokens) -> State:
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "eos_ids", "new_tokens", "int8_cache"))
+def prefill(
+    params, x_BSD, lengths, limits, keys, knobs, *, config, mesh, eos_ids, new_tokens, int8_cache=False
+) -> State:
     """The prompts into a fresh cache, and the first token of each answer."""
     B, S, _ = x_BSD.shape
-    x_BD, cache = decoder.prefill(params["decoder"], config, x_BSD, lengths, S + new_tokens, mesh=mesh)
-    tokens = choose(decoder.logits(params["decoder"], config, x_BD, mesh), _fold(keys, 0), knobs)
+    x_BD, cache = decoder.prefill(params["decoder"], config, x_BSD, lengths, S + new_tokens, int8=int8_cache, mesh=mesh)
+    tokens = choose(decoder.logits(params["decoder"], config, x_BD, mesh), _fold(keys, 0), knobs, mesh)
     out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
     done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
     return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
@@ -83,7 +85,7 @@ def _decode(params, state: State, stopped, steps, knobs, *, config, mesh, eos_id
         )
         step = state.step + 1
         logits_BV = decoder.logits(params["decoder"], config, x_BD, mesh)
-        tokens = choose(logits_BV, _fold(state.keys, step), knobs)
+        tokens = choose(logits_BV, _fold(state.keys, step), knobs, mesh)
         tokens = jnp.where(state.done, state.tokens, tokens)
         out = jnp.where(
             state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))

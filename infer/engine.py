@@ -112,10 +112,12 @@ class Engine:
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,
+        int8_cache: bool = False,
         template: str | None = None,
         buckets: Buckets | None = None,
     ):
         self.params, self.config, self.tokenizer, self.mesh = params, config, tokenizer, mesh
+        self.int8_cache = int8_cache
         self.template_name = template or choose_template(config)
         self.template = get_template(self.template_name)
         self.buckets = buckets or Buckets()
@@ -129,6 +131,7 @@ class Engine:
         *,
         mesh: str | Mesh | None = None,
         dtype=None,
+        int8_cache: bool = False,
         template: str | None = None,
         vision_tower: str | os.PathLike | None = None,
         image_rules: str | None = None,
@@ -141,6 +144,7 @@ class Engine:
           mesh: `"data=1,fsdp=1,tensor=4"` or a mesh of those axes; None for as much `tensor` as whole key/value
             heads allow.
           dtype: of weights and activations; None for bfloat16 on accelerators and float32 on CPUs.
+          int8_cache: quantize the KV cache: half of bfloat16's memory; answers may change.
           template: a conversation template by name; None for the checkpoint's own.
           vision_tower: a CLIP directory, for originals that come without their tower.
           image_rules: "original" or "transformers", where the two differ in how a picture is cut.
@@ -154,7 +158,8 @@ class Engine:
         placed = mesh or inference_mesh(config)
         placed = make_mesh(parse_mesh(placed)) if isinstance(placed, str) else placed
         params = found.load(placed, dtype or default_dtype(placed))
-        return cls(params, config, found.tokenizer, placed, template=template, buckets=buckets)
+        options = dict(int8_cache=int8_cache, template=template, buckets=buckets)
+        return cls(params, config, found.tokenizer, placed, **options)
 
     @property
     def context(self) -> int:
@@ -358,7 +363,7 @@ class Engine:
         return compiled.prefill(
             self.params, self._embed(batch), self._put(batch.lengths), self._put(limits),
             row_keys(sampling.seed, numbers), sampling.knobs(), config=self.config, mesh=self.mesh,
-            eos_ids=self.eos_ids,
+            eos_ids=self.eos_ids, int8_cache=self.int8_cache,
             new_tokens=self.buckets.up("new_tokens", min(sampling.max_new_tokens, self.context)),
         )  # fmt: skip
 

@@ -17,9 +17,16 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
     model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPUs, else bfloat16")
+    add_cache_flag(model)
     model.add_argument("--mesh", metavar="AXES", help="e.g. data=1,fsdp=1,tensor=4; default: tensor over all devices")
     model.add_argument(
         "--image-rules", choices=IMAGE_RULES, help="how pictures are cut where the two differ; default: original"
+    )
+
+
+def add_cache_flag(parser) -> None:
+    parser.add_argument(
+        "--int8-cache", action="store_true", help="quantize the KV cache: half of bfloat16's; answers may change"
     )
 
 
@@ -36,6 +43,7 @@ def load_engine(args: argparse.Namespace):
         args.checkpoint,
         mesh=args.mesh,
         dtype=args.dtype,
+        int8_cache=args.int8_cache,
         template=args.template,
         vision_tower=args.vision_tower,
         image_rules=args.image_rules,

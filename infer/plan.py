@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer import compiled
+from infer.flags import add_cache_flag
 from infer.sampling import Sampling, row_keys
 from llava_jax import llava, plan, tpu
 from llava_jax.config import LlavaConfig
@@ -34,12 +35,20 @@ def parser() -> Parser:
     p.add_argument("--batch", type=int, default=1, metavar="N", help="questions answered at once (default 1)")
     p.add_argument("--context", type=int, default=4096, metavar="N", help="positions of the cache (default 4096)")
     p.add_argument("--new-tokens", type=int, default=512, metavar="N", help="of them for the answer (default 512)")
+    add_cache_flag(p)
     p.add_argument("--tiles-per-row", type=int, metavar="N", help="of the pictures (default: the most of one picture)")
     return p
 
 
 def plan_generation(
-    model: LlavaConfig, mesh: Mesh, topology: str, batch: int, context: int, new_tokens: int, tiles: int
+    model: LlavaConfig,
+    mesh: Mesh,
+    topology: str,
+    batch: int,
+    context: int,
+    new_tokens: int,
+    tiles: int,
+    int8_cache: bool = False,
 ) -> dict[str, tuple[Plan, Compiled]]:
     """Compile the functions of the engine, in bfloat16, by the names of `NAMES`.
 
@@ -85,7 +94,8 @@ def plan_generation(
         add("encode", lowered, seen, encode_flops(model, rows * tiles), 0.0)
     x_BSD = of_rows(jnp.bfloat16, length, model.text.width)
     options = static | dict(eos_ids=model.text.eos_ids)
-    lowered = compiled.prefill.lower(params, x_BSD, numbers, numbers, keys, knobs, new_tokens=new_tokens, **options)
+    room = dict(new_tokens=new_tokens, int8_cache=int8_cache)
+    lowered = compiled.prefill.lower(params, x_BSD, numbers, numbers, keys, knobs, **room, **options)
     flops, moved = (
         decoder_flops(model, rows, length, length / 2),
         least(params, model, mesh, cut_rows, cut_rows * length),
@@ -149,10 +159,11 @@ def main() -> int:
     tiles = most_tiles(model) if args.tiles_per_row is None else args.tiles_per_row
     title = (
         f"{args.model}, {args.topology}, mesh {plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
-        f"of them {args.new_tokens} new, and {tiles} tiles"
+        f"of them {args.new_tokens} new{', in int8' if args.int8_cache else ''}, and {tiles} tiles"
     )
     plan.note_compiling(title)
-    made = plan_generation(model, mesh, args.topology, args.batch, args.context, args.new_tokens, tiles)
+    asked = args.batch, args.context, args.new_tokens, tiles, args.int8_cache
+    made = plan_generation(model, mesh, args.topology, *asked)
     last = list(made.values())[-1][0]
     largest = max((needs for needs, _ in made.values()), key=lambda needs: needs.peak_bytes_per_chip)
     if args.json:
@@ -168,7 +179,8 @@ def main() -> int:
         print(title)
         for name, (needs, one) in made.items():
             plan.show(needs, one, args.topology, NAMES[name])
-    advice = "what would: a smaller --batch or --context, or more chips along tensor"
+    smaller = "a smaller --batch or --context" + ("" if args.int8_cache else ", --int8-cache")
+    advice = f"what would: {smaller}, or more chips along tensor"
     plan.check_fits(next((needs for needs, _ in made.values() if not needs.fits), last), args.topology, advice)
     return 0
 

@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llava_jax.console import InputError
+from llava_jax.sharding import BATCH, TENSOR, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +47,22 @@ class Sampling:
         }
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array]) -> jax.Array:
+def choose(logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array], mesh: Mesh | None = None) -> jax.Array:
     """The next token of each row, int32 [B].
 
     Args:
-      logits_BV: float32.
+      logits_BV: float32, their vocabulary cut along `tensor`: the likeliest is found where they are, to draw they are
+        gathered once (a compiler left to itself sorts over the network).
       keys_B: a random key for each row.
       knobs: `Sampling.knobs()`.
     """
+    logits_BV = constrain(logits_BV, mesh, BATCH, TENSOR)
+
+    def draw():
+        return jax.vmap(_draw, in_axes=(0, 0, None))(constrain(logits_BV, mesh, BATCH, None), keys_B, knobs)
+
     greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(
-        knobs["temperature"] > 0,
-        lambda: jax.vmap(_draw, in_axes=(0, 0, None))(logits_BV, keys_B, knobs),
-        lambda: greedy,
-    )
+    return jax.lax.cond(knobs["temperature"] > 0, draw, lambda: greedy)
 
 
 def _draw(logits_V: jax.Array, key: jax.Array, knobs: dict[str, jax.Array]) -> jax.Array:

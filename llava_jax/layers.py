@@ -297,8 +297,7 @@ def cached_attention(
     q_BHN: jax.Array,
     k_BKN: jax.Array,
     v_BKN: jax.Array,
-    keys_BKNM: jax.Array,
-    values_BKMN: jax.Array,
+    cached: tuple[jax.Array, ...],
     visible_BM: jax.Array,
 ) -> jax.Array:
     """One query a row against its own key and the cached ones: [B, H, N].
@@ -307,17 +306,23 @@ def cached_attention(
 
     Args:
       q_BHN: scaled by 1 / sqrt(N).
+      cached: keys [B, K, N, M] and values [B, K, M, N]; where they are int8 also what a slot's key and its value are to
+        be multiplied by, both [B, K, M].
       visible_BM: which slots of the cache each row sees.
     """
+    keys_BKNM, values_BKMN, *scales_BKM = cached
     B, H, N = q_BHN.shape
     K = k_BKN.shape[1]
     q_BKGN = q_BHN.reshape(B, K, H // K, N)
     wide = dict(preferred_element_type=jnp.float32)
-    past = jnp.einsum("BKGN,BKNM->BKGM", q_BKGN, keys_BKNM, **wide)
+    past = jnp.einsum("BKGN,BKNM->BKGM", q_BKGN, keys_BKNM.astype(k_BKN.dtype), **wide)
+    if scales_BKM:
+        past *= scales_BKM[0][:, :, None]
     past = jnp.where(visible_BM[:, None, None], past, jnp.finfo(past.dtype).min)
     own = jnp.einsum("BKGN,BKN->BKG", q_BKGN, k_BKN, **wide)[..., None]
     top = jnp.maximum(jnp.max(past, axis=-1, keepdims=True), own)
     past, own = jnp.exp(past - top), jnp.exp(own - top)
-    seen = jnp.einsum("BKGM,BKMN->BKGN", past.astype(values_BKMN.dtype), values_BKMN, **wide)
+    weights = past * scales_BKM[1][:, :, None] if scales_BKM else past
+    seen = jnp.einsum("BKGM,BKMN->BKGN", weights.astype(v_BKN.dtype), values_BKMN.astype(v_BKN.dtype), **wide)
     seen = (seen + own * v_BKN[:, :, None]) / (jnp.sum(past, axis=-1, keepdims=True) + own)
     return seen.astype(q_BHN.dtype).reshape(B, H, N)

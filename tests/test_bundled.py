@@ -10,13 +10,14 @@ from conftest import one_device
 from PIL import Image
 
 from infer import evaluate, generate
-from infer.engine import Engine
+from infer.engine import Engine, Request
 from infer.generate import BUNDLED
+from infer.sampling import Sampling
 from llava_jax.images import layout
 from train import shapes
 from train.scenes import draw, make_scene
 
-LEAST = 0.9
+LEAST = 0.95
 SHOWN = make_scene(np.random.default_rng(50))  # what example.png shows
 
 
@@ -53,6 +54,20 @@ def test_without_a_checkpoint_it_answers(run_cli):
     status, out, err = run_cli(generate.main)
     assert (status, out) == (0, f"{len(SHOWN.things)}\n")
     assert "bundled model" in err and "How many objects are there?" in err
+
+
+def test_it_answers_from_a_quantized_cache(run_cli, fresh, engine, monkeypatch):
+    """Nearly always as from another."""
+    kept, start = [], Engine._start
+    monkeypatch.setattr(Engine, "_start", lambda *args: kept.append(start(*args)) or kept[-1])
+    status, out, _ = run_cli(generate.main, "--int8-cache")
+    assert (status, out) == (0, f"{len(SHOWN.things)}\n")
+    assert {len(layer) for layer in kept[0].cache} == {4} and kept[0].cache[0][0].dtype == "int8"
+    small = Engine.load(BUNDLED, mesh=one_device(), int8_cache=True)
+    questions = [Request(q.turns, q.images) for q in evaluate.read_questions(fresh / "test.json", fresh / "images")]
+    want, got = (dict(one.generate(questions, Sampling(max_new_tokens=64), rows=64)) for one in (engine, small))
+    same = [want[i].token_ids == got[i].token_ids for i in range(len(questions))]
+    assert sum(same) / len(same) > 0.97
 
 
 def test_it_answers_about_any_picture(run_cli, tmp_path):

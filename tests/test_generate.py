@@ -347,9 +347,11 @@ def test_text_needs_no_vision_tower():
     assert (batch.feature_rows == TEXT).all()
 
 
-def test_the_cache_is_updated_in_place():
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_the_cache_is_updated_in_place(int8_cache):
     """The compiled decoding loop copies no cache."""
     engine = golden_engine("v1.6-mistral")
+    engine = Engine(engine.params, engine.config, engine.tokenizer, engine.mesh, int8_cache=int8_cache)
     state = jax.eval_shape(
         lambda: engine._start(
             splice([], engine.config, length=64, tiles=0, batch=1), np.ones(1, np.int32), [0], Sampling()

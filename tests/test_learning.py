@@ -149,34 +149,6 @@ def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
         }
 
 
-def test_the_tower_is_told_what_a_mirror_shows(modules, tmp_path):
-    """The labels of a scene's mirror image are those of the scene whose objects are on the other side."""
-    warm_up, config = modules("warm_up"), modules("model").CONFIG
-
-    def on_the_other_side(thing, width):
-        left, top, right, bottom = thing.box
-        return dataclasses.replace(thing, box=(width - right, top, width - left, bottom))
-
-    scenes = [make_scene(np.random.default_rng(i)) for i in range(12)]
-    other = []
-    for scene in scenes:
-        things = [on_the_other_side(thing, scene.width) for thing in scene.things]
-        other.append(dataclasses.replace(scene, background="plain", things=tuple(things)))
-    seen = []
-    for name, some in (("one", scenes), ("other", other)):
-        paths = [tmp_path / f"{name}-{i}.png" for i in range(len(some))]
-        for scene, path in zip(some, paths, strict=True):
-            draw(dataclasses.replace(scene, background="plain"), np.random.default_rng(0)).save(path)
-        found = warm_up.look(some, paths, config)
-        seen.append((found, np.flatnonzero(found.base)))
-    (one, bases), (mirror, mirror_bases) = seen
-    tiles, *labels = one.mirrored(bases)
-    wanted_tiles, *wanted = mirror.at(mirror_bases)
-    for a, b in zip(labels, wanted, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
-    assert np.mean(np.abs(tiles.astype(int) - wanted_tiles) > 64) < 0.01  # but for edges
-
-
 def test_a_middle_near_an_edge_between_patches_is_in_both_in_parts(modules):
     warm_up, edges = modules("warm_up"), np.arange(5)
     for at in np.linspace(0, 4.999, 97):

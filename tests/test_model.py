@@ -139,7 +139,9 @@ def test_cached_attention_equals_the_last_row_of_attention():
     keys = jnp.concatenate([k[:, :-1].transpose(0, 2, 3, 1), jnp.nan_to_num(garbage, nan=1e4)], axis=3)
     values = jnp.concatenate([v[:, :-1].swapaxes(1, 2), jnp.nan_to_num(garbage, nan=1e4).swapaxes(2, 3)], axis=2)
     visible = jnp.broadcast_to(jnp.arange(319) < 299, (2, 319))
-    np.testing.assert_allclose(cached_attention(q[:, -1], k[:, -1], v[:, -1], keys, values, visible), whole, atol=2e-6)
+    np.testing.assert_allclose(
+        cached_attention(q[:, -1], k[:, -1], v[:, -1], (keys, values), visible), whole, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -155,6 +157,32 @@ def test_prefill_gives_what_a_whole_pass_gives(window):
     last, cache = decoder.prefill(params, config, x_BSD, lengths, 32)
     np.testing.assert_allclose(last, whole[jnp.arange(3), lengths - 1], atol=1e-5)
     assert [(k.shape, v.shape) for k, v in cache] == [((3, 2, 8, 32), (3, 2, 32, 8))] * 3
+
+
+def test_a_cache_in_int8():
+    """A byte for a number, each within half a step of 1/127 of its vector's largest; what is computed stays near."""
+    config = c.tiny()
+    params = llava.init_params(config, jax.random.key(0))["decoder"]
+    x_BSD = jax.random.normal(jax.random.key(1), (3, 20, 32))
+    lengths, slots = jnp.array([20, 11, 1]), jnp.arange(32)
+    results = {}
+    for int8 in (False, True):
+        x_BD, cache = decoder.prefill(params, config, x_BSD, lengths, 32, int8=int8)
+        for step in range(4):
+            visible = (slots < lengths[:, None]) | ((slots >= 20) & (slots < 20 + step))
+            more = jax.random.normal(jax.random.key(2 + step), (3, 32))
+            x_BD, cache = decoder.decode_one(params, config, more, lengths + step, visible, 20 + step, cache)
+        results[int8] = x_BD, cache
+    (exact, plain), (near, small) = results[False], results[True]
+    assert [[x.dtype.name for x in layer] for layer in small] == [["int8", "int8", "float32", "float32"]] * len(plain)
+    (keys, values), (small_keys, small_values, key_scales, value_scales) = plain[0], small[0]
+    for x, whole, scale, axis in ((keys, small_keys, key_scales, 2), (values, small_values, value_scales, 3)):
+        assert whole.shape == x.shape
+        scale = jnp.expand_dims(scale, axis)
+        assert (jnp.abs(whole * scale - x) <= 0.501 * scale + 1e-6).all()
+    size = float(jnp.max(jnp.abs(exact)))
+    np.testing.assert_allclose(near, exact, atol=0.02 * size)
+    assert float(jnp.max(jnp.abs(near - exact))) > 1e-5 * size
 
 
 def test_several_feature_layers_and_the_class_token():

@@ -1,7 +1,7 @@
-"""What compiled TPU programs hold: the 7B model whole, and shallow and narrow models, whose ratios are those of whole
-ones or worse.
+"""What compiled TPU programs hold: the 7B models whole, larger ones with few of their layers, each of which is a whole
+one's.
 
-More whole models are compiled by `benchmarks/tpu_plan.py`, whose table is in docs/tpu-plan.md.
+Larger models are compiled whole by `benchmarks/tpu_plan.py`, whose table is in docs/tpu-plan.md.
 """
 
 import dataclasses
@@ -34,79 +34,114 @@ MODEL = c.preset("v1.5-7b").replace(text=TEXT, vision=VISION)
 
 
 @functools.cache
-def step(preset: str, length: int = 512, topology: str = "v5e:4x4"):
+def step(length: int = 512, topology: str = "v5e:4x4"):
     """The plan of a training step over a slice, all of it along fsdp; positions for a width as in 2,048 for 4,096."""
     mesh = plan.mesh_of(None, functools.partial(make_mesh, {"fsdp": -1}), topology)
-    return train_plan.plan_step(MODEL, PRESETS[preset], mesh, topology, rows=1, length=length, tiles=4)[0]
-
-
-@compiles
-@needs_libtpu
-@pytest.mark.parametrize("topology", ["v5p:2x2x4", "v5e:8x8", "v6e:8x8", "v5p:4x4x4"])
-def test_fsdp_moves_little_more_than_the_least(topology):
-    needs = step("v1.5-finetune", topology=topology)
-    assert needs.fits
-    assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
+    return train_plan.plan_step(MODEL, PRESETS["v1.5-finetune"], mesh, topology, rows=1, length=length, tiles=4)[0]
 
 
 @functools.cache
-def whole(preset: str, topology: str):
-    """The plan of a step of the 7B model, a full row a chip, all along fsdp."""
-    config = PRESETS[preset]
-    model = c.preset("v1.5-7b").replace(aspect_ratio=config.aspect_ratio)
+def full_rows(
+    name: str, preset: str, topology: str, rows: int = 1, tiles: int | None = None, layers: int | None = None
+):
+    """The plan of a step over a slice, all of it along fsdp; of a model's layers, only the first `layers`."""
+    config, model = PRESETS[preset], c.preset(name)
+    if config.aspect_ratio:
+        model = model.replace(aspect_ratio=config.aspect_ratio)
+    if layers:
+        model = shallow(model, layers)
     mesh = plan.mesh_of(None, functools.partial(make_mesh, {"fsdp": -1}), topology)
-    tiles = train_plan.default_tiles(model, config.max_length)
-    return train_plan.plan_step(model, config, mesh, topology, 1, config.max_length, tiles)[0]
+    tiles = train_plan.default_tiles(model, config.max_length) if tiles is None else tiles
+    return train_plan.plan_step(model, config, mesh, topology, rows, config.max_length, tiles)[0]
+
+
+def shallow(model: c.LlavaConfig, layers: int) -> c.LlavaConfig:
+    return model.replace(text=dataclasses.replace(model.text, layers=layers))
+
+
+def sent(needs: plan.Plan) -> float:
+    return sum(needs.collective_bytes_per_chip.values())
+
+
+def check_step(needs: plan.Plan):
+    assert needs.fits
+    assert needs.executed_flops_per_chip <= 1.36 * needs.model_flops_per_chip
+    assert sent(needs) <= 1.10 * needs.least_collective_bytes_per_chip
 
 
 @compiles
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:8x8", "v6e:2x4"])
 def test_a_7b_model_fits_and_keeps_to_the_least(topology):
-    needs = whole("v1.5-finetune", topology)
-    assert needs.fits
-    assert needs.executed_flops_per_chip <= 1.36 * needs.model_flops_per_chip
-    assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
+    check_step(full_rows("v1.5-7b", "v1.5-finetune", topology))
+
+
+@compiles
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "preset", "topology"),
+    [
+        ("v1.5-13b", "v1.5-finetune", "v5e:8x8"),
+        ("v1.5-13b", "v1.5-finetune", "v5p:2x2x4"),
+        ("v1.6-34b", "v1.6-finetune", "v5p:4x4x4"),
+        ("v1.6-34b", "v1.6-finetune", "v6e:8x8"),
+    ],
+)
+def test_larger_models_keep_to_the_least(name, preset, topology):
+    check_step(full_rows(name, preset, topology, layers=4))
 
 
 @compiles
 @needs_libtpu
 def test_stages_of_a_7b_model_compute_at_most_four_fifths_of_full_training():
-    full = whole("v1.5-finetune", "v5e:4x4")
-    assert full.fits
-    assert full.executed_flops_per_chip <= 1.36 * full.model_flops_per_chip
-    assert sum(full.collective_bytes_per_chip.values()) <= 1.10 * full.least_collective_bytes_per_chip
+    full = full_rows("v1.5-7b", "v1.5-finetune", "v5e:4x4")
+    check_step(full)
     for preset in ("v1.5-pretrain", "v1.5-finetune-lora"):
-        needs = whole(preset, "v5e:2x4")
+        needs = full_rows("v1.5-7b", preset, "v5e:2x4")
         assert needs.fits
         assert needs.executed_flops_per_chip <= 0.80 * full.executed_flops_per_chip
-        assert sum(needs.collective_bytes_per_chip.values()) <= 1.10 * needs.least_collective_bytes_per_chip
+        assert sent(needs) <= 1.10 * needs.least_collective_bytes_per_chip
+
+
+@compiles
+@needs_libtpu
+def test_no_worse_than_a_text_decoder_in_maxtext():
+    """Its `train_compile` of Llama-2-7B, 4 rows of 2,048 a chip, full remat: 7.7 GB a chip, 1.294 times the model's
+    FLOPs, 42.1 GB sent."""
+    needs = full_rows("v1.5-7b", "v1.5-finetune", "v5e:4x8", rows=4, tiles=0)
+    assert needs.peak_bytes_per_chip <= 7.7e9
+    assert round(needs.executed_flops_per_chip / needs.model_flops_per_chip, 3) <= 1.294
+    assert sent(needs) <= 42.1e9
 
 
 @compiles
 @needs_libtpu
 def test_nothing_moves_that_grows_with_the_sequence():
     """Neither for the splice nor the embedding nor the loss, which is two pieces of 512 positions, or one."""
-    short, long = (sum(step("v1.5-finetune", n).collective_bytes_per_chip.values()) for n in (512, 1024))
-    assert long == pytest.approx(short, rel=1e-3)
+    assert sent(step(1024)) == pytest.approx(sent(step(512)), rel=1e-3)
 
 
 @compiles
 @needs_libtpu
-def test_decoding_holds_one_cache():
-    model = MODEL.replace(text=dataclasses.replace(TEXT, kv_heads=4))
-    mesh = plan.mesh_of("tensor=4", None, "v5e:2x2")
-    made = infer_plan.plan_generation(model, mesh, "v5e:2x2", batch=8, context=8192, new_tokens=512, tiles=1)
+@pytest.mark.parametrize(
+    ("name", "layers", "topology", "chips"),
+    [("v1.6-mistral-7b", 32, "v5e:2x2", 4), ("v1.5-13b", 4, "v5e:2x4", 8), ("v1.6-34b", 4, "v6e:2x4", 8)],
+)
+def test_decoding_holds_one_cache(name, layers, topology, chips):
+    model, rows, context = shallow(c.preset(name), layers), 8, 4096
+    text, mesh = model.text, plan.mesh_of(f"tensor={chips}", None, topology)
+    made = infer_plan.plan_generation(model, mesh, topology, rows, context, new_tokens=512, tiles=5)
     assert list(made) == ["encode", "prefill", "decode"]
     assert all(needs.fits for needs, _ in made.values())
     cache = plan.per_chip(made["prefill"][1].out.cache)
-    assert cache == 2 * TEXT.layers * 8 * 8192 * 128 * 2  # keys and values of one head a chip
+    assert cache == 2 * layers * rows * context * text.kv_heads // chips * text.head_width * 2  # heads are not repeated
     decode, one = made["decode"]
     assert one.memory.reused >= cache
     assert one.memory.temporaries < cache / 10
-    # Two sums a layer, and what it takes to find the likeliest of 8 x 4,096 logits.
-    sent = sum(decode.collective_bytes_per_chip.values())
-    assert sent <= decode.least_collective_bytes_per_chip + 8 * 4096 * 4
+    # Two sums a layer; to draw a token all logits, for the likeliest one a number and its place from each chip.
+    assert decode.collective_bytes_per_chip.keys() == {"all-reduce", "all-gather"}
+    logits = rows * text.vocab_size * 4
+    assert sent(decode) <= decode.least_collective_bytes_per_chip + logits * (chips - 1) / chips + 1024 * chips
 
 
 @compiles

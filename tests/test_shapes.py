@@ -262,6 +262,23 @@ def test_conversations_are_of_all_kinds_and_do_not_repeat_themselves(data):
         assert len(set(asked)) == len(asked) >= 2
 
 
+def test_long_answers_come_first_or_last(data):
+    rows = [row["kinds"] for row in read(data, "train.json")]
+    for kind in ("reasoning", "detail", "caption"):
+        places = {(row[0] == kind, row[-1] == kind) for row in rows if kind in row and len({*row}) > 1}
+        assert places <= {(True, False), (False, True)}
+        assert kind != "reasoning" or len(places) == 2
+
+
+def test_most_sentences_begin_with_a_capital(data):
+    asked = [turn["value"] for row in read(data, "train.json") for turn in row["conversations"][::2]]
+    explained = [question for question in asked if question.lower().endswith("? explain.")]
+    assert {question[-8:] for question in explained} == {"Explain.", "explain."}
+    for question in explained:
+        first = question.removeprefix("<image>\n")[0]
+        assert first.isupper() == question.endswith("Explain.")
+
+
 def test_every_kind_is_tested_as_often(data):
     rows = read(data, "test.json")
     numbers = [sum(row["kinds"] == [kind] for row in rows) for kind in [*questions.SHORT, "reasoning", "two", "text"]]

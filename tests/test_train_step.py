@@ -196,25 +196,47 @@ def test_loss_and_gradients_are_those_of_the_conversations_one_by_one(packed, me
         np.testing.assert_allclose(gradients[path], x, atol=1e-5 * size, rtol=0, err_msg=path)
 
 
-def test_pieces_of_the_head_add_up(monkeypatch):
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_pieces_of_the_head_add_up(monkeypatch, tied, trained):
     """Six pieces, of which the last ones are needed by no row and skipped."""
     rng = np.random.default_rng(0)
     model = c.tiny()
+    model = model.replace(text=dataclasses.replace(model.text, tied_head=tied))
     x_BSD = rng.standard_normal((3, 700, 32), np.float32)
     targets_BS = np.where(rng.random((3, 700)) < 0.5, rng.integers(0, 512, (3, 700)), IGNORE)
-    params = {name: part for name, part in random_params(model)["decoder"].items() if name in ("norm", "head")}
+    params = {name: random_params(model)["decoder"][name] for name in ("norm", "embed" if tied else "head")}
 
     def naive(params, x_BSD):
         logits = jax.nn.log_softmax(decoder.logits(params, model, x_BSD))
         picked = jnp.take_along_axis(logits, np.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(targets_BS != IGNORE, picked, 0))
+        return -0.37 * jnp.sum(jnp.where(targets_BS != IGNORE, picked, 0))
 
+    @jax.jit
     def ours(params, x_BSD):
-        return step_module._head_loss(params, x_BSD, jnp.array(targets_BS), model, one_device(), True)
+        return 0.37 * step_module._head_loss(params, x_BSD, jnp.array(targets_BS), model, one_device(), trained)
 
     monkeypatch.setattr(step_module, "PIECE_LOGITS", 128 * 3 * 512)
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x_BSD) for f in (ours, naive))
+    assert float(ours(params, x_BSD)) == pytest.approx(float(want[0]), rel=1e-5)  # as evaluation has it
+    if not trained:
+        assert not any(np.any(x) for x in jax.tree.leaves(got[1][0]))
+        got, want = (got[0], got[1][1]), (want[0], want[1][1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
+
+
+@pytest.mark.parametrize(("trained", "products"), [(True, 3), (False, 2)])
+def test_logits_are_computed_once(trained, products):
+    """And where the head is not trained, its gradient is not."""
+    model, D, n = c.tiny(), 32, 128
+    params = {name: random_params(model)["decoder"][name] for name in ("norm", "head")}
+
+    def loss(params, x_BSD):
+        return step_module._head_loss(params, x_BSD, jnp.zeros((2, n), int), model, one_device(), trained)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, jnp.zeros((2, n, D))).compile()
+    product = 2 * 2 * n * D * model.text.vocab_size
+    assert compiled.cost_analysis()["flops"] / product == pytest.approx(products, abs=0.5)
 
 
 @pytest.mark.parametrize(("asked", "summed"), [(None, "bf16"), ("float32", "f32")])

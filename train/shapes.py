@@ -102,7 +102,7 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
         if kind == "reasoning":
             found = [questions.reasoning(rng, scene) for _ in range(10)]
             turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))][:5]
-        if len(images) == 1:  # first or last, so that neither kind of answer is only ever read off the other
+        if len(images) == 1:  # long answers first or last: so none can always be read off the others
             short = ask(rng, scene, int(rng.integers(12, 18)) - 2 * len(turns))
             turns = turns + short if rng.random() < 0.5 else short + turns
         rows.append(make_row(rng, f"train-{i}", images, turns))

@@ -261,6 +261,7 @@ def _head_loss(
     spare = ((0, 0), (0, pieces * n - S))
     order_pBn = jnp.pad(order_BS, spare).reshape(B, pieces, n).swapaxes(0, 1)
     targets_pBn = jnp.pad(targets_BS, spare, constant_values=IGNORE).reshape(B, pieces, n).swapaxes(0, 1)
+    parts = jnp.arange(pieces) * n < most, order_pBn, targets_pBn
 
     def pick(x_BSD, order_Bn):
         picked_BnD = jnp.take_along_axis(x_BSD, order_Bn[..., None], axis=1, mode="promise_in_bounds")
@@ -272,37 +273,39 @@ def _head_loss(
         right_Bn = jnp.sum(jnp.where(wanted, logits_BnV, 0), axis=-1)
         return jnp.sum(jnp.where(targets_Bn != IGNORE, jax.nn.logsumexp(logits_BnV, axis=-1) - right_Bn, 0))
 
-    def over_pieces(add_piece, sums):
+    def over_pieces(add_piece, sums, parts):
         def step(sums, part):
             needed, order_Bn, targets_Bn = part
             return jax.lax.cond(needed, add_piece, lambda sums, *_: sums, sums, order_Bn, targets_Bn), None
 
-        return jax.lax.scan(step, sums, (jnp.arange(pieces) * n < most, order_pBn, targets_pBn))[0]
+        return jax.lax.scan(step, sums, parts)[0]
 
     @jax.custom_vjp
-    def loss(params, x_BSD):
+    def loss(params, x_BSD, parts):
         def add_piece(total, order_Bn, targets_Bn):
             return total + loss_of_piece(params, pick(x_BSD, order_Bn), targets_Bn)
 
-        return over_pieces(add_piece, jnp.zeros(()))
+        return over_pieces(add_piece, jnp.zeros(()), parts)
 
-    def loss_and_gradients(params, x_BSD):
-        frozen, moved = ({}, params) if trained else (params, {})
+    def loss_and_gradients(params, x_BSD, parts):
+        frozen, trainable = ({}, params) if trained else (params, {})
 
         def add_piece(sums, order_Bn, targets_Bn):
-            of_both = lambda moved, picked_BnD: loss_of_piece(frozen | moved, picked_BnD, targets_Bn)  # noqa: E731
-            more, (d_more, d_BnD) = jax.value_and_grad(of_both, (0, 1))(moved, pick(x_BSD, order_Bn))
-            total, d_moved, d_BSD = sums
-            row_B1 = jnp.arange(B)[:, None]
-            return total + more, jax.tree.map(jnp.add, d_moved, d_more), d_BSD.at[row_B1, order_Bn].add(d_BnD)
+            def of_both(trainable, picked_BnD):
+                return loss_of_piece(frozen | trainable, picked_BnD, targets_Bn)
 
-        zeros = jax.tree.map(jnp.zeros_like, (moved, x_BSD))
-        total, *gradients = over_pieces(add_piece, (jnp.zeros(()), *zeros))
+            more, (d_more, d_BnD) = jax.value_and_grad(of_both, (0, 1))(trainable, pick(x_BSD, order_Bn))
+            total, d_params, d_BSD = sums
+            row_B1 = jnp.arange(B)[:, None]
+            return total + more, jax.tree.map(jnp.add, d_params, d_more), d_BSD.at[row_B1, order_Bn].add(d_BnD)
+
+        zeros = jax.tree.map(jnp.zeros_like, (trainable, x_BSD))
+        total, *gradients = over_pieces(add_piece, (jnp.zeros(()), *zeros), parts)
         return total, gradients
 
     def scaled(gradients, by):
-        d_moved, d_BSD = jax.tree.map(lambda x: (by * x).astype(x.dtype), gradients)
-        return d_moved or None, d_BSD
+        d_params, d_BSD = jax.tree.map(lambda x: (by * x).astype(x.dtype), gradients)
+        return d_params or None, d_BSD, None
 
     loss.defvjp(loss_and_gradients, scaled)
     # Gathered here, not in each piece.
@@ -312,6 +315,7 @@ def _head_loss(
             for name in ("norm", "embed" if model.text.tied_head else "head")
         },
         x_BSD,
+        parts,
     )
 
 

@@ -62,7 +62,7 @@ WARM_UPS = {
 }
 STAGES = {
     "stage-1": dict(tune="projector", learning_rate=1e-2, steps=800, template="plain"),
-    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2800),
+    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2500),
 }
 
 

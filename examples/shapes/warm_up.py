@@ -133,13 +133,6 @@ class Seen:
     def at(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
         return self.tiles[index], self.names[index], self.places[index], self.middle[index]
 
-    def mirrored(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
-        """As in a mirror: left is right. Other pictures, but the same shapes."""
-        tiles, names, places, middle = (x[:, :, ::-1] for x in self.at(index))
-        across = names[..., -1]  # 0 where nothing is
-        names = np.append(names[..., :-1], np.where(across > 0, len(ACROSS) + 1 - across, 0)[..., None], axis=-1)
-        return tiles, names, places * np.float32([-1, 1, 1, 1]), middle
-
 
 def look(scenes: list[Scene], paths: list[Path], config: LlavaConfig) -> Seen:
     """Cut pictures into tiles as the model sees them."""
@@ -274,17 +267,13 @@ def warm_up_tower(
 
     rng = np.random.default_rng(seed)
     half, base = TILES // 2, np.flatnonzero(seen.base)
-
-    def batches():
-        while True:
-            index = np.concatenate([rng.choice(base, half), rng.choice(len(seen.tiles), half)])
-            halves = zip(seen.at(index[::2]), seen.mirrored(index[1::2]), strict=True)
-            yield tuple(np.concatenate(both) for both in halves)
-
+    batches = (
+        seen.at(np.concatenate([rng.choice(base, half), rng.choice(len(seen.tiles), half)])) for _ in iter(int, 1)
+    )
     some = seen.tiles[rng.integers(len(seen.tiles), size=WHITENED)]
     embed = params["vision"]["embed"] | {"patch": jnp.array(whitened(some, config.vision, seed))}
     trained = {"vision": params["vision"] | {"embed": embed}, "projector": params["projector"]}
-    return params | fit(loss_of, trained, {}, batches(), steps, rate, output, accuracy)
+    return params | fit(loss_of, trained, {}, batches, steps, rate, output, accuracy)
 
 
 # ---------------------------------------------------------------- the decoder
