@@ -313,7 +313,12 @@ def cached_attention(
     keys_BKNM, values_BKMN, *scales_BKM = cached
     B, H, N = q_BHN.shape
     K = k_BKN.shape[1]
-    q_BKGN = q_BHN.reshape(B, K, H // K, N)
+    G = H // K
+    q_BKGN = q_BHN.reshape(B, K, G, N)
+    if (
+        G == 1
+    ):  # twice: of products with one vector XLA's TPU compiler makes sums over another layout, so a second cache
+        q_BKGN = jnp.repeat(q_BKGN, 2, axis=2)
     wide = dict(preferred_element_type=jnp.float32)
     past = jnp.einsum("BKGN,BKNM->BKGM", q_BKGN, keys_BKNM.astype(k_BKN.dtype), **wide)
     if scales_BKM:
@@ -325,4 +330,4 @@ def cached_attention(
     weights = past * scales_BKM[1][:, :, None] if scales_BKM else past
     seen = jnp.einsum("BKGM,BKMN->BKGN", weights.astype(v_BKN.dtype), values_BKMN.astype(v_BKN.dtype), **wide)
     seen = (seen + own * v_BKN[:, :, None]) / (jnp.sum(past, axis=-1, keepdims=True) + own)
-    return seen.astype(q_BHN.dtype).reshape(B, H, N)
+    return seen[:, :, :G].astype(q_BHN.dtype).reshape(B, H, N)
