@@ -122,7 +122,7 @@ def least_collectives(
     for path, x in (flatten_dict(frozen, sep="/") | trained).items():
         mine = math.prod(x.sharding.shard_shape(x.shape)) * size
         if FSDP in x.sharding.spec:
-            again = "/layers/" in path and (path.startswith("decoder/") or path in trained)
+            again = config.remat != "none" and "/layers/" in path and (path.startswith("decoder/") or path in trained)
             total += mine * (fsdp - 1) * (1 + again + (path in trained) * wider)
         elif path in trained:
             total += 2 * mine * wider * (fsdp - 1) / fsdp
