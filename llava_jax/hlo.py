@@ -61,7 +61,7 @@ class Instruction:
         end = _closing(text, bracket)
         self.op = text[behind:bracket].strip()
         self.inside, self.attributes = text[bracket + 1 : end - 1], text[end:]
-        self.args = re.findall(r"%([\w.\-]+)", self.inside)
+        self.args = re.findall(r"%([\w.\-#]+)", self.inside)
 
     def attribute(self, key: str) -> str | None:
         match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
@@ -125,6 +125,17 @@ class Program:
                 self.entry = head[2] if head[1] else self.entry
             elif line == "}":
                 current = None
+        for computation in self.computations.values():
+            self._spell_out(computation)
+
+    @staticmethod
+    def _spell_out(computation: dict[str, Instruction]) -> None:
+        """`%x#3`, as newer releases write an element of a tuple, is an instruction of its own in older ones."""
+        for name in {arg for one in computation.values() for arg in one.args if "#" in arg}:
+            source, index = name.split("#")
+            one = Instruction(f"  %element = () get-tuple-element(%{source}), index={index}")
+            one.name, one.out = name, computation[source].out[int(index) :][:1]
+            computation[name] = one
 
     @functools.cached_property
     def work(self) -> Work:

@@ -1,6 +1,7 @@
 """Reading compiled programs: numbers that can be counted by hand, and those of TPU programs where libtpu installs."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,15 @@ def test_a_loop_of_five_products_with_a_gather_and_a_scatter_each():
     assert work.counts == {"all-gather": 5, "reduce-scatter": 5}
     gathered, product, scattered, counter = (4 + 16) * 32 * 2, (8 * 16 + 16 * 32) * 2, 2 * 32 * 2, 3 * 4
     assert work.hbm_bytes == 5 * (gathered + product + scattered + counter)
+
+
+def test_elements_of_tuples_may_be_written_where_they_are_used():
+    """As newer releases of JAX print them."""
+    text = re.sub(r"  %(i|x|w|j) = \S+ get-tuple-element\(.*\n", "", LOOP)
+    for name, element in (("i", "state#0"), ("x", "state#1"), ("w", "state#2"), ("j", "state.1#0")):
+        text = re.sub(rf"%{name}(?=[,)])", f"%{element}", text)
+    assert text.count("get-tuple-element") == 1 and "%state.1#0" in text
+    assert hlo.Program(text).work == hlo.Program(LOOP).work
 
 
 def test_a_loop_whose_length_is_not_known():
