@@ -163,7 +163,7 @@ def prefill(
         if c.sliding_window:
             visible_BS &= last_B[:, None] - positions < c.sliding_window
         own = (_pick(t, last_B)[:, 0] for t in (k, v))
-        return cached_attention(q[:, 0], *own, _as_cached(k, v, int8=False), visible_BS)
+        return cached_attention(q[:, 0], *own, _as_cached(k, v, int8=False), visible_BS, mesh)
 
     for i in range(c.layers):
         layer = gather(params["layers"][str(i)], f"decoder/layers/{i}", config, mesh)
@@ -232,7 +232,7 @@ def decode_one(
 
         def attend(q, k, v, cached=cached):
             q, k = rotate(q, rope, c.query_scale), rotate(k, rope)
-            seen = cached_attention(q[:, 0], k[:, 0], v[:, 0], cached, visible_BM)
+            seen = cached_attention(q[:, 0], k[:, 0], v[:, 0], cached, visible_BM, mesh)
             # Read first, then write, in this order: or the compiler keeps a copy of the cache to read from.
             seen, cached = jax.lax.optimization_barrier((seen, cached))
             own = _as_cached(k, v, int8=len(cached) > 2)

@@ -148,7 +148,7 @@ def attention(
     Returns:
       [B, S, H, N] in the dtype of q.
     """
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    platform = _platform(mesh)
     if platform == "tpu" and causal and _splash_can(q_BSHN, k_BSKN, mesh):
         return splash_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, window=window, mesh=mesh, saved=saved)
     if platform == "gpu" and q_BSHN.dtype in (jnp.bfloat16, jnp.float16):
@@ -293,12 +293,17 @@ def _cudnn_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window) -> jax
     return jax.nn.dot_product_attention(q_BSHN, k_BSKN, v_BSKN, mask=mask, scale=1.0, implementation="cudnn")
 
 
+def _platform(mesh: Mesh | None) -> str:
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+
+
 def cached_attention(
     q_BHN: jax.Array,
     k_BKN: jax.Array,
     v_BKN: jax.Array,
     cached: tuple[jax.Array, ...],
     visible_BM: jax.Array,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """One query a row against its own key and the cached ones: [B, H, N].
 
@@ -315,9 +320,8 @@ def cached_attention(
     K = k_BKN.shape[1]
     G = H // K
     q_BKGN = q_BHN.reshape(B, K, G, N)
-    if (
-        G == 1
-    ):  # twice: of products with one vector XLA's TPU compiler makes sums over another layout, so a second cache
+    if G == 1 and _platform(mesh) == "tpu":
+        # Twice: products with a single vector XLA makes sums there, for which it copies the cache.
         q_BKGN = jnp.repeat(q_BKGN, 2, axis=2)
     wide = dict(preferred_element_type=jnp.float32)
     past = jnp.einsum("BKGN,BKNM->BKGM", q_BKGN, keys_BKNM.astype(k_BKN.dtype), **wide)

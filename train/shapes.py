@@ -97,8 +97,8 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
             images.append(file_name("train", other))
             turns = ask_about_two(rng, scene, scenes[other], int(rng.integers(8, 12)))
         if kind == "detail":
-            which = questions.pick(rng, ["detail", "caption"])
-            turns = [(which, {"detail": questions.detail, "caption": questions.caption}[which](rng, scene))]
+            name, describe = questions.pick(rng, [("detail", questions.detail), ("caption", questions.caption)])
+            turns = [(name, describe(rng, scene))]
         if kind == "reasoning":
             found = [questions.reasoning(rng, scene) for _ in range(10)]
             turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))][:5]
