@@ -25,14 +25,15 @@ def error(got, want) -> float:
 PACKED = [1] * 70 + [2] * 110 + [0] * 20
 
 
-# In bfloat16 gradients, products of numbers that were rounded, are as far off in plain attention (0.003).
+# To round the exact gradients to bfloat16 is 0.0017 off by itself, and what they are products of has been rounded too.
+# Plain attention's are 0.0029 off.
 @pytest.mark.parametrize(
     ("dtype", "most", "most_backward", "segments", "window", "kv_heads"),
     [
         ("float32", 1e-5, 1e-5, PACKED, None, 1),
-        ("bfloat16", 2e-3, 4e-3, PACKED, None, 1),
+        ("bfloat16", 2e-3, 2.7e-3, PACKED, None, 1),
         ("float32", 1e-5, 1e-5, [1] * 130, 40, 2),
-        ("bfloat16", 2e-3, 4e-3, [1] * 130, 40, 2),
+        ("bfloat16", 2e-3, 2.7e-3, [1] * 130, 40, 2),
     ],
 )
 def test_kernels_give_what_plain_attention_gives(dtype, most, most_backward, segments, window, kv_heads):
