@@ -1,11 +1,13 @@
-"""Speed of generation beside transformers: the same random weights, prompt and picture, on the same device.
+"""Speed of generation beside transformers: the same random weights, prompts and pictures, on the same device.
 
     python benchmarks/generate.py                                         # CPU, float32, 513M parameters
-    python benchmarks/generate.py --preset v1.6-mistral-7b --dtype bfloat16     # on a GPU
+    python benchmarks/generate.py --preset v1.6-mistral-7b --dtype bfloat16 --batch 1,16     # on a GPU
 
 Two child processes hold a model each and take turns, so that both meet the machine in the same mood; each figure
-is the median of the rounds. Prefill is everything from uint8 pixels and token ids to the first token. Prints a
-table, and the figures as JSON with `--json FILE`.
+is the median of the rounds. Prefill is everything from uint8 pixels and token ids to the first token. In the same
+rounds ours measures what the device makes of products of matrices, and how fast it reads memory: prefill's operations
+and what decoding has to read (weights and cache) are shares of these. Prints a table, and the figures as JSON with
+`--json FILE`.
 """
 
 import argparse
@@ -18,28 +20,17 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
 
-SMALL = "513M"
+import devices  # noqa: E402
+
 IMAGE = (672, 672)  # a 2 x 2 grid of tiles and the whole: five tiles, 2,928 features
-TEXT_TOKENS = 30
-GOALS = {"prefill": 0.9, "decode": 3.0}
-
-
-def model_config(preset: str):
-    """The benchmark's own v1.6 model, or a released one's dimensions, in transformers' dialect of vocabulary."""
-    import dataclasses
-
-    from llava_jax import config as c
-
-    if preset != SMALL:
-        base = c.preset(preset)
-        return base.replace(text=dataclasses.replace(base.text, vocab_size=-(-base.text.vocab_size // 64) * 64 + 64))
-    text = c.TextConfig(
-        vocab_size=32064, width=1024, ffn_width=2816, layers=12, heads=16, kv_heads=8, head_width=64,
-        max_positions=8192, rope_theta=1e6, family="mistral",
-    )  # fmt: skip
-    return c.preset("v1.6-mistral-7b").replace(text=text)
+TILES, FEATURES, TEXT_TOKENS = 5, 2928, 30
+# Of transformers' speed; of the measured peaks.
+GOALS = {
+    "cpu": {"prefill": 0.9, "decode": 3.0},
+    "gpu": {"prefill": 1.0, "decode": 2.0, "prefill share": 0.6, "decode share": 0.8},
+}
 
 
 def make_weights(preset: str, directory: Path, dtype: str) -> None:
@@ -47,7 +38,7 @@ def make_weights(preset: str, directory: Path, dtype: str) -> None:
     import torch
     import transformers as tf
 
-    config = model_config(preset)
+    config = devices.model_config(preset)
     text, vision = config.text, config.vision
     inner = {"llama": tf.LlamaConfig, "mistral": tf.MistralConfig}[text.family](
         vocab_size=text.vocab_size, hidden_size=text.width, intermediate_size=text.ffn_width,
@@ -73,56 +64,73 @@ def make_weights(preset: str, directory: Path, dtype: str) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters", file=sys.stderr)
 
 
-def question(config, seed: int = 0):
-    """A picture and 30 token ids around it."""
+def questions(config, rows: int):
+    """A picture and 30 token ids around it, for each row others."""
     import numpy as np
     from PIL import Image
 
-    random = np.random.default_rng(seed)
-    pixels = random.integers(0, 256, (IMAGE[1], IMAGE[0], 3), dtype=np.uint8)
-    ids = random.integers(3, config.text.vocab_size - 64, TEXT_TOKENS)
-    return Image.fromarray(pixels), ids.astype(np.int32)
+    for seed in range(rows):
+        ids = np.random.default_rng(seed).integers(3, config.text.vocab_size - 64, TEXT_TOKENS)
+        yield Image.fromarray(devices.picture(IMAGE, seed)), ids.astype(np.int32)
 
 
 # ---------------------------------------------------------------- the two contestants
 
 
 def serve_ours(pipe, args) -> None:
+    """Told a number of rows, answers so many questions at once; None ends it."""
     import jax
     import numpy as np
 
     from infer.engine import Engine, Request, _Prepared
+    from infer.plan import decoder_flops, encode_flops
     from infer.sampling import Sampling
     from llava_jax import images, splice
+    from llava_jax.checkpoint import _load_source, open_any
     from llava_jax.sharding import inference_mesh
-    from llava_jax.sources import open_source
 
-    source = open_source(Path(args.directory))
-    from llava_jax.checkpoint import _load_source
-
-    mesh = inference_mesh(source.config)
-    params = _load_source(source, mesh, args.dtype)
-    engine = Engine(params, source.config, _NoTokenizer(), mesh)
-    picture, ids = question(source.config)
-    place = images.layout(picture.size, source.config)
-    ids = np.concatenate([ids[:5], [splice.IMAGE], ids[5:]])
-    row = splice.Row(ids, (place,))
-    item = _Prepared(Request(("",)), row, splice.spliced_length(row, source.config))
-    pixels = (images.tiles(picture, place, source.config),)
+    source = open_any(args.directory)
+    config = source.config
+    mesh = inference_mesh(config, jax.devices()[:1])  # as many as transformers takes
+    engine = Engine(_load_source(source, mesh, args.dtype), config, _NoTokenizer(), mesh)
+    engine.eos_ids = ()
     sampling = Sampling(max_new_tokens=args.new_tokens)
+    read = sum(x.nbytes for x in jax.tree.leaves({**engine.params["decoder"], "embed": {}}))
 
-    def run():
-        *_, answers = engine._run([item], [pixels], sampling, steps=args.new_tokens)
-        return answers[0]
+    def prepare(picture, ids):
+        place = images.layout(picture.size, config)
+        ids = np.concatenate([ids[:5], [splice.IMAGE], ids[5:]])
+        row = splice.Row(ids, (place,))
+        item = _Prepared(Request(("",)), row, splice.spliced_length(row, config))
+        return item, (images.tiles(picture, place, config),)
 
-    run()
-    device = jax.devices()[0].device_kind
-    pipe.send({"prompt_tokens": item.length, "device": device, "version": f"jax {jax.__version__}"})
-    while pipe.recv():
-        answer = run()
-        pipe.send(
-            {"prefill": answer.prefill_seconds, "decode": 1 / answer.decode_tokens_per_second, "ids": answer.token_ids}
-        )
+    def run(rows):
+        items, pixels = zip(*(prepare(*question) for question in questions(config, rows)), strict=True)
+        *_, answers = engine._run(list(items), list(pixels), sampling, steps=args.new_tokens)
+        cached = 2 * config.text.layers * config.text.kv_heads * config.text.head_width * np.dtype(args.dtype).itemsize
+        n, steps = items[0].length, args.new_tokens - 1
+        decode = rows / answers[0].decode_tokens_per_second  # seconds of a step
+        flops = encode_flops(config, rows * TILES) + decoder_flops(config, rows, n, n / 2)
+        return {
+            "prefill": answers[0].prefill_seconds,
+            "decode": decode,
+            "ids": [answer.token_ids for answer in answers],
+            "prefill share": flops / answers[0].prefill_seconds / devices.matmul_peak(args.dtype),
+            "decode share": (read + rows * (n + steps / 2) * cached) / decode / devices.read_bandwidth(args.dtype),
+        }
+
+    pipe.send({"device": devices.device_kind(), "platform": jax.default_backend(), "version": f"jax {jax.__version__}"})
+    serve(pipe, run)
+
+
+def serve(pipe, run) -> None:
+    """Run what is asked for; the first time each number of rows is asked for, once before, to compile."""
+    seen = set()
+    while rows := pipe.recv():
+        if rows not in seen:
+            run(rows)
+            seen.add(rows)
+        pipe.send(run(rows))
 
 
 class _NoTokenizer:
@@ -146,21 +154,20 @@ def serve_theirs(pipe, args) -> None:
     import transformers
 
     from llava_jax import images
-    from llava_jax.sources import open_source
+    from llava_jax.checkpoint import open_any
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     model = (
         transformers.LlavaNextForConditionalGeneration.from_pretrained(args.directory, dtype=dtype).to(device).eval()
     )
-    config = open_source(Path(args.directory)).config.replace(image_rules="transformers")
-    picture, ids = question(config)
-    place = images.layout(picture.size, config)
-    tiles = torch.from_numpy(images.tiles(picture, place, config))
-    features = 2928
+    config = open_any(args.directory).config.replace(image_rules="transformers")
     mark = model.config.image_token_id
-    input_ids = torch.from_numpy(np.concatenate([ids[:5], [mark] * features, ids[5:]]))[None].long().to(device)
     mean, std = (torch.tensor(x) for x in (config.vision.image_mean, config.vision.image_std))
+
+    def prepare(picture, ids):
+        tiles = images.tiles(picture, images.layout(picture.size, config), config)
+        return torch.from_numpy(tiles), np.concatenate([ids[:5], [mark] * FEATURES, ids[5:]])
 
     class Clock(transformers.StoppingCriteria):
         """Looks at the time after each token, and never stops."""
@@ -174,24 +181,23 @@ def serve_theirs(pipe, args) -> None:
     clock = Clock()
 
     @torch.inference_mode()
-    def run():
+    def run(rows):
+        tiles, ids = zip(*(prepare(*question) for question in questions(config, rows)), strict=True)
         clock.times = [time.perf_counter()]
-        pixels = ((tiles.float() / 255 - mean) / std).permute(0, 3, 1, 2)[None].to(device, dtype)
+        input_ids = torch.from_numpy(np.stack(ids)).long().to(device)
+        pixels = ((torch.stack(tiles).float() / 255 - mean) / std).permute(0, 1, 4, 2, 3).to(device, dtype)
         out = model.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), pixel_values=pixels,
-            image_sizes=torch.tensor([[IMAGE[1], IMAGE[0]]]), do_sample=False, min_new_tokens=args.new_tokens,
+            image_sizes=torch.tensor([[IMAGE[1], IMAGE[0]]] * rows), do_sample=False, min_new_tokens=args.new_tokens,
             max_new_tokens=args.new_tokens, pad_token_id=0, stopping_criteria=[clock],
         )  # fmt: skip
         start, first, *_, last = clock.times
-        ids = out[0, input_ids.shape[1] :].tolist()
+        ids = out[:, input_ids.shape[1] :].tolist()
         return {"prefill": first - start, "decode": (last - first) / (args.new_tokens - 1), "ids": ids}
 
-    run()
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    version = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    pipe.send({"prompt_tokens": input_ids.shape[1], "device": name, "version": version})
-    while pipe.recv():
-        pipe.send(run())
+    pipe.send({"device": name, "version": f"transformers {transformers.__version__}, torch {torch.__version__}"})
+    serve(pipe, run)
 
 
 # ---------------------------------------------------------------- the match
@@ -199,13 +205,17 @@ def serve_theirs(pipe, args) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", default=SMALL, help=f"a released model's name; default: the {SMALL} model")
+    p.add_argument(
+        "--preset", default=devices.SMALL, help=f"a released model's name; default: the {devices.SMALL} model"
+    )
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.add_argument("--batch", default="1", help="numbers of questions answered at once: 1,16; default 1")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--new-tokens", type=int, default=32)
     p.add_argument("--directory", help="where the weights are, or are to be made; default: a temporary directory")
     p.add_argument("--json", metavar="FILE")
     args = p.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory; the rest is for PyTorch
     with tempfile.TemporaryDirectory() as scratch:
         args.directory = args.directory or scratch
         if not (Path(args.directory) / "config.json").exists():
@@ -217,6 +227,7 @@ def main() -> None:
 
 
 def match(args):
+    """What the contestants say of themselves; for each number of rows the results of each round, by contestant."""
     context = multiprocessing.get_context("spawn")
     contestants = {}
     for name, serve in (("llava-jax", serve_ours), ("transformers", serve_theirs)):
@@ -225,45 +236,52 @@ def match(args):
         process.start()
         theirs.close()
         contestants[name] = (ours, ours.recv())
-    rounds = []
-    for n in range(args.rounds):
-        results = {}
-        for name, (pipe, _) in contestants.items():
-            pipe.send(True)
-            results[name] = pipe.recv()
-        rounds.append(results)
-        said = (f"{name} {r['prefill']:.1f} s, {1 / r['decode']:.1f} tokens/s" for name, r in results.items())
-        print(f"round {n + 1} of {args.rounds}: {'; '.join(said)}", file=sys.stderr)
+    rounds = {}
+    for rows in map(int, args.batch.split(",")):
+        for n in range(args.rounds):
+            results = {}
+            for name, (pipe, _) in contestants.items():
+                pipe.send(rows)
+                results[name] = pipe.recv()
+            rounds.setdefault(rows, []).append(results)
+            said = (f"{name} {r['prefill']:.2f} s, {rows / r['decode']:.1f} tokens/s" for name, r in results.items())
+            print(f"batch {rows}, round {n + 1} of {args.rounds}: {'; '.join(said)}", file=sys.stderr)
     for pipe, _ in contestants.values():
-        pipe.send(False)
+        pipe.send(None)
     return {name: info for name, (_, info) in contestants.items()}, rounds
 
 
 def report(args, infos, rounds) -> None:
-    median = lambda name, key: statistics.median(r[name][key] for r in rounds)  # noqa: E731
-    tokens = infos["llava-jax"]["prompt_tokens"]
-    assert tokens == infos["transformers"]["prompt_tokens"], infos
-    figures = {}
-    print(f"{args.preset}, {args.dtype}, {tokens} prompt tokens, five tiles, batch 1; {os.cpu_count()} cores")
-    print(f"{'':14}{'prefill s':>10}{'prompt tok/s':>14}{'decode tok/s':>14}   device")
+    tokens, goals = FEATURES + TEXT_TOKENS, GOALS["cpu" if infos["llava-jax"].pop("platform") == "cpu" else "gpu"]
+    result = {"preset": args.preset, "dtype": args.dtype, "goals": goals, "devices": infos, "batch": {}}
+    print(f"{args.preset}, {args.dtype}, {tokens} prompt tokens a row, {TILES} tiles; {os.cpu_count()} cores")
     for name, info in infos.items():
-        prefill, decode = median(name, "prefill"), median(name, "decode")
-        figures[name] = {"prefill_seconds": prefill, "decode_tokens_per_second": 1 / decode, **info}
+        print(f"  {name}: {info['device']}, {info['version']}")
+    print(f"{'batch':>5} {'':14}{'prefill s':>10}{'prompt tok/s':>14}{'decode tok/s':>14}")
+    for rows, played in rounds.items():
+
+        def median(of, played=played):
+            return statistics.median(map(of, played))
+
+        figures = result["batch"][rows] = {}
+        for name in infos:
+            prefill, decode = (median(lambda r, name=name, key=key: r[name][key]) for key in ("prefill", "decode"))
+            figures[name] = {"prefill_seconds": prefill, "decode_tokens_per_second": rows / decode}
+            print(f"{rows:>5} {name:14}{prefill:10.3f}{rows * tokens / prefill:14.1f}{rows / decode:14.2f}")
+        for key in ("prefill", "decode"):
+            figures[key] = median(lambda r, key=key: r["transformers"][key] / r["llava-jax"][key])
+            figures[f"{key} share"] = median(lambda r, key=key: r["llava-jax"][f"{key} share"])
+        figures["same_tokens"] = all(r["llava-jax"]["ids"] == r["transformers"]["ids"] for r in played)
+        said = [
+            f"{key} {figures[key]:.2f} x transformers (goal {goals[key]:g}), {figures[f'{key} share']:.0%} of {peak}"
+            + (f" (goal {goals[f'{key} share']:.0%})" if f"{key} share" in goals else "")
+            for key, peak in (("prefill", "the matmul peak"), ("decode", "the memory's bandwidth"))
+        ]
+        print(f"      {'; '.join(said)}")
         print(
-            f"{name:14}{prefill:10.3f}{tokens / prefill:14.1f}{1 / decode:14.2f}   {info['device']}, {info['version']}"
+            f"      the {args.new_tokens} greedy tokens are {'the same' if figures['same_tokens'] else 'NOT the same'}"
         )
-    ratios = {
-        key: statistics.median(r["transformers"][key] / r["llava-jax"][key] for r in rounds)
-        for key in ("prefill", "decode")
-    }
-    print(
-        f"speed against transformers: prefill {ratios['prefill']:.2f} x (goal {GOALS['prefill']}), "
-        f"decode {ratios['decode']:.2f} x (goal {GOALS['decode']:.0f})"
-    )
-    same = rounds[0]["llava-jax"]["ids"] == rounds[0]["transformers"]["ids"]
-    print(f"the {args.new_tokens} greedy tokens are {'the same' if same else 'NOT the same'}")
     if args.json:
-        result = {"preset": args.preset, "dtype": args.dtype, "ratios": ratios, "same_tokens": same, **figures}
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Speed of training on this machine: a small v1.5 model on its CPU, through `python -m train`.
 
-    python benchmarks/train.py --json train.json
+    python benchmarks/train_run.py --json train.json
 
 Conversations have lengths drawn like mix665k's and pictures of COCO's sizes. Reported for packed and for bucketed
 batches: positions in use a second, padding, and the share of the time in which the device waited for data. Before that
@@ -18,7 +18,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # in this order: `train` is the package, not this file
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "benchmarks"),
+]  # in this order: `train` is the package, not the file beside this one
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 WARM = 3  # updates that are not measured: compilation, and the data's start

@@ -1,0 +1,150 @@
+"""Speed of an update on this machine's devices, as a share of what they make of products of matrices in the same run.
+
+    python benchmarks/train.py                                                    # CPU, float32, 3 layers
+    python benchmarks/train.py --preset v1.6-mistral-7b --dtype bfloat16 --json train.json     # GPU or TPU
+
+Stage 1 (projector alone), LoRA and full training of projector and decoder, each with random weights and as many of the
+decoder's layers as fit the device. Rows are full: pictures' tiles first, then text, and every position has a label.
+Counted are the model's operations, none twice, so that what remat computes again lowers the share. `train_run.py`
+measures whole runs, their data included.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # in this order: `train` is the package, not this file
+
+import devices  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from llava_jax import llava, tpu  # noqa: E402
+from llava_jax.config import LlavaConfig  # noqa: E402
+from llava_jax.console import note  # noqa: E402
+from llava_jax.layers import REMAT  # noqa: E402
+from llava_jax.sharding import FSDP, make_mesh, row_multiple  # noqa: E402
+from llava_jax.splice import TEXT, Batch  # noqa: E402
+from train.config import PRESETS, TrainConfig  # noqa: E402
+from train.loop import put_batch  # noqa: E402
+from train.plan import batch_shapes, default_tiles, model_flops  # noqa: E402
+from train.step import load_dtype, setup  # noqa: E402
+
+STAGES = {"stage 1": "projector", "LoRA": "lora", "full": "projector,decoder"}
+GOAL = 0.55  # of the measured peak
+WARM, STEPS = 2, 1000  # updates before those measured; of the run whose schedule is compiled in
+SPARE = 0.95  # of a device's memory may be planned
+
+
+def with_layers(model: LlavaConfig, layers: int) -> LlavaConfig:
+    return model.replace(text=dataclasses.replace(model.text, layers=layers))
+
+
+def layers_that_fit(model: LlavaConfig, config: TrainConfig, mesh, rows: int, length: int, tiles: int) -> int:
+    """As many layers as the compiler's own assignment of memory has room for: it grows by as much with each."""
+    room, most = devices.room(), model.text.layers
+    if room is None:
+        return most
+
+    def needed(layers: int) -> int:
+        shallow = with_layers(model, layers)
+        frozen, state, step, _ = setup(llava.param_shapes(shallow), shallow, config, mesh, STEPS)
+        return tpu.memory(step.lower(frozen, state, batch_shapes(model, mesh, rows, length, tiles)).compile()).peak
+
+    two, four = needed(2), needed(4)
+    return max(1, min(most, 2 + int((SPARE * room - two) // ((four - two) / 2))))
+
+
+def full_rows(model: LlavaConfig, rows: int, length: int, tiles: int) -> Batch:
+    """Rows of `tiles` tiles' features, then text; all positions have labels."""
+    rng = np.random.default_rng(0)
+    side, features = model.vision.image_size, min(length, tiles * model.vision.features_per_tile)
+    ids = rng.integers(3, model.text.vocab_size, (rows, length), dtype=np.int32)
+    taken = np.where(np.arange(length) < features, np.arange(length), TEXT).astype(np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    return Batch(
+        tiles=rng.integers(0, 256, (rows, tiles, side, side, 3), dtype=np.uint8),
+        ids=ids,
+        feature_rows=np.broadcast_to(taken, ids.shape),
+        positions=positions,
+        segments=np.ones_like(ids),
+        labels=ids,
+    )
+
+
+def measure(model: LlavaConfig, config: TrainConfig, rows: int, length: int, tiles: int, steps: int) -> dict:
+    """Seconds of an update, between a measurement of the peak before and one after."""
+    mesh = make_mesh({FSDP: -1})
+    rows *= row_multiple(mesh)
+    flops = model_flops(model, config, rows, length, tiles)
+    peak = devices.matmul_peak(config.dtype)
+    params = devices.random_params(model, mesh, lambda path: load_dtype(path, config))
+    frozen, state, step, _ = setup(params, model, config, mesh, STEPS)
+    batch = put_batch(full_rows(model, rows, length, tiles), mesh, rows)
+    seconds = []
+    for i in range(WARM + steps):
+        start = time.perf_counter()
+        state, metrics = step(frozen, state, batch)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - start)
+        note(f"update {i + 1} of {WARM + steps}: {seconds[-1]:.3f} s, loss {loss:.3f}")
+    del frozen, state, batch
+    peak = max(peak, devices.matmul_peak(config.dtype))
+    took = statistics.median(seconds[WARM:])
+    return {
+        "layers": model.text.layers,
+        "seconds": took,
+        "positions_per_second": rows * length / took,
+        "model_flops": flops,
+        "matmul_peak": peak,
+        "share": flops / took / mesh.size / peak,
+        "loss": loss,
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", default=devices.SMALL, help=f"a released model's name; default: {devices.SMALL}")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.add_argument("--layers", type=int, help="of the decoder; default: as many as fit, 3 on a CPU")
+    p.add_argument("--seq", type=int, help="positions of a row; default: the model's training length, 1024 on a CPU")
+    p.add_argument("--rows", type=int, default=1, help="a device; default 1")
+    p.add_argument("--remat", default="full", choices=list(REMAT))
+    p.add_argument("--steps", type=int, default=5, help="updates measured; default 5")
+    p.add_argument("--stages", default=",".join(STAGES), help=f"default: {','.join(STAGES)}")
+    p.add_argument("--json", metavar="FILE")
+    args = p.parse_args()
+    model, on_cpu = devices.model_config(args.preset), jax.default_backend() == "cpu"
+    length = args.seq or (1024 if on_cpu else model.max_length)
+    tiles = max(1, length // model.vision.features_per_tile) if on_cpu else default_tiles(model, length)
+    figures = {"settings": vars(args), "device": devices.device_kind(), "devices": jax.device_count(), "goal": GOAL}
+    figures["jax"] = jax.__version__
+    print(
+        f"{args.preset}, {args.dtype}, remat {args.remat}, {args.rows} x {length:,} positions and {tiles} tiles a "
+        f"device; {jax.device_count()} x {devices.device_kind()}, jax {jax.__version__}"
+    )
+    print(f"{'':9}{'layers':>7}{'s/update':>10}{'positions/s':>13}{'of matmul peak':>16}")
+    for name in args.stages.split(","):
+        config = PRESETS["v1.6-finetune"].replace(tune=STAGES[name], dtype=args.dtype, remat=args.remat)
+        layers = args.layers or (3 if on_cpu else 0)
+        if not layers:
+            mesh = make_mesh({FSDP: -1})
+            layers = layers_that_fit(model, config, mesh, args.rows * row_multiple(mesh), length, tiles)
+        found = measure(with_layers(model, layers), config, args.rows, length, tiles, args.steps)
+        figures[name] = found
+        print(
+            f"{name:9}{layers:>7}{found['seconds']:>10.3f}{found['positions_per_second']:>13,.0f}"
+            f"{found['share']:>10.0%} (goal {GOAL:.0%})",
+            flush=True,
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
