@@ -3,7 +3,7 @@ reads its memory. And models of random weights, with a released model's dimensio
 """
 
 import dataclasses
-import math
+import functools
 import time
 from collections.abc import Callable
 
@@ -37,40 +37,45 @@ def model_config(name: str) -> c.LlavaConfig:
 
 
 def random_params(model: c.LlavaConfig, mesh: Mesh, dtype_of: Callable[[str], str]) -> llava.Params:
-    """Random weights, made where they are to lie, in the type that each path's is to have."""
+    """Random weights of deviation 0.02, made where they are to lie, in the type that each path's is to have."""
     shapes = llava.param_shapes(model)
     places = flatten_dict(param_shardings(shapes, model, mesh), sep="/")
-    made = {}
-    for i, (path, x) in enumerate(flatten_dict(shapes, sep="/").items()):
-        # Numbers of one period per tensor: drawing billions takes longer than what is to be measured.
-        def fill(i=i, x=x, path=path):
-            wave = jnp.sin(jnp.arange(math.prod(x.shape), dtype=jnp.uint32).astype(jnp.float32) * (i + 1.7))
-            return (1.0 if x.ndim == 1 else 0.02 * wave.reshape(x.shape)) * jnp.ones(x.shape, dtype_of(path))
+    return unflatten_dict(
+        {
+            path: _random(jax.random.key(i), x.shape, dtype_of(path), places[path])
+            for i, (path, x) in enumerate(flatten_dict(shapes, sep="/").items())
+        },
+        sep="/",
+    )
 
-        made[path] = jax.jit(fill, out_shardings=places[path])()
-    return unflatten_dict(made, sep="/")
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _random(key: jax.Array, shape: tuple[int, ...], dtype: str, place: jax.sharding.Sharding) -> jax.Array:
+    most = 0.02 * 3**0.5
+    x = jax.random.uniform(key, shape, dtype, -most, most) if len(shape) > 1 else jnp.ones(shape, dtype)
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of one device in products of large square matrices, the best of a few."""
-    on_cpu = jax.default_backend() == "cpu"
-    n, products = (2048, 2) if on_cpu else (8192, 16)
-    x, w = (jnp.ones((n, n), dtype) / n for _ in range(2))
+    """FLOP/s of one device in products of large square matrices of random numbers, the best of a few."""
+    n, pairs = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
+    x, w = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
+    w = w / n**0.5
 
     @jax.jit
-    def multiply(x, w):
-        return jax.lax.fori_loop(0, products, lambda _, x: (x @ w).astype(x.dtype), x)
+    def multiply(x, w):  # in pairs: a product cannot be written over what it is made of
+        return jax.lax.fori_loop(0, pairs, lambda _, x: (x @ w) @ w, x)
 
-    return products * 2 * n**3 / fastest(lambda: multiply(x, w))
+    return pairs * 4 * n**3 / fastest(lambda: multiply(x, w))
 
 
 def read_bandwidth(dtype: str) -> float:
     """Bytes/s at which one device reads a matrix that no cache holds, to multiply a vector by it or to add it up."""
-    n = 2**14 if jax.default_backend() == "cpu" else 2**15
+    n, times = (2**14, 1) if jax.default_backend() == "cpu" else (2**15, 16)
     w, x = jnp.ones((n, n), dtype), jnp.ones((1, n), dtype)
-    size = n * n * w.dtype.itemsize
+    size = times * n * n * w.dtype.itemsize
     ways = (jax.jit(lambda x, w: x @ w), jax.jit(lambda x, w: jnp.sum(w, dtype=jnp.float32)))
-    return max(size / fastest(lambda way=way: way(x, w)) for way in ways)
+    return max(size / fastest(lambda way=way: [way(x, w) for _ in range(times)]) for way in ways)
 
 
 def fastest(run: Callable) -> float:
@@ -85,12 +90,12 @@ def fastest(run: Callable) -> float:
 
 
 def device_kind() -> str:
-    return jax.devices()[0].device_kind
+    return jax.local_devices()[0].device_kind
 
 
 def room() -> int | None:
     """Bytes that a program may use of one device; None where it is not told, as of a CPU."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def picture(size: tuple[int, int], seed: int) -> np.ndarray:

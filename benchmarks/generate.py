@@ -1,4 +1,5 @@
-"""Speed of generation beside transformers: the same random weights, prompts and pictures, on the same device.
+"""Speed of generation beside transformers: the same random weights, prompts and pictures, on the same device (not on a
+TPU, which transformers does not run on).
 
     python benchmarks/generate.py                                         # CPU, float32, 513M parameters
     python benchmarks/generate.py --preset v1.6-mistral-7b --dtype bfloat16 --batch 1,16     # on a GPU
@@ -27,9 +28,11 @@ import devices  # noqa: E402
 IMAGE = (672, 672)  # a 2 x 2 grid of tiles and the whole: five tiles, 2,928 features
 TILES, FEATURES, TEXT_TOKENS = 5, 2928, 30
 # Of transformers' speed; of the measured peaks.
+SHARES = {"prefill share": 0.6, "decode share": 0.8}
 GOALS = {
     "cpu": {"prefill": 0.9, "decode": 3.0},
-    "gpu": {"prefill": 1.0, "decode": 2.0, "prefill share": 0.6, "decode share": 0.8},
+    "gpu": {"prefill": 1.0, "decode": 2.0, **SHARES},
+    "tpu": SHARES,
 }
 
 
@@ -58,7 +61,8 @@ def make_weights(preset: str, directory: Path, dtype: str) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
-    model = tf.LlavaNextForConditionalGeneration(outer).eval()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = tf.LlavaNextForConditionalGeneration(outer).eval()
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory, max_shard_size="4GB")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters", file=sys.stderr)
@@ -82,13 +86,15 @@ def serve_ours(pipe, args) -> None:
     import jax
     import numpy as np
 
-    from infer.engine import Engine, Request, _Prepared
+    from infer.engine import Buckets, Engine, Request, _Prepared
     from infer.plan import decoder_flops, encode_flops
     from infer.sampling import Sampling
     from llava_jax import images, splice
     from llava_jax.checkpoint import _load_source, open_any
     from llava_jax.sharding import inference_mesh
 
+    if args.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # as torch has it
     source = open_any(args.directory)
     config = source.config
     mesh = inference_mesh(config, jax.devices()[:1])  # as many as transformers takes
@@ -105,18 +111,22 @@ def serve_ours(pipe, args) -> None:
         return item, (images.tiles(picture, place, config),)
 
     def run(rows):
+        assert Buckets().up("rows", rows) == rows, f"batches of {rows} would be filled up"
         items, pixels = zip(*(prepare(*question) for question in questions(config, rows)), strict=True)
         *_, answers = engine._run(list(items), list(pixels), sampling, steps=args.new_tokens)
         cached = 2 * config.text.layers * config.text.kv_heads * config.text.head_width * np.dtype(args.dtype).itemsize
         n, steps = items[0].length, args.new_tokens - 1
+        assert n == FEATURES + TEXT_TOKENS
         decode = rows / answers[0].decode_tokens_per_second  # seconds of a step
         flops = encode_flops(config, rows * TILES) + decoder_flops(config, rows, n, n / 2)
+        peaks = {"matmul": devices.matmul_peak(args.dtype), "bandwidth": devices.read_bandwidth(args.dtype)}
         return {
             "prefill": answers[0].prefill_seconds,
             "decode": decode,
             "ids": [answer.token_ids for answer in answers],
-            "prefill share": flops / answers[0].prefill_seconds / devices.matmul_peak(args.dtype),
-            "decode share": (read + rows * (n + steps / 2) * cached) / decode / devices.read_bandwidth(args.dtype),
+            "prefill share": flops / answers[0].prefill_seconds / peaks["matmul"],
+            "decode share": (read + rows * (n + steps / 2) * cached) / decode / peaks["bandwidth"],
+            **peaks,
         }
 
     pipe.send({"device": devices.device_kind(), "platform": jax.default_backend(), "version": f"jax {jax.__version__}"})
@@ -149,10 +159,12 @@ class _NoTokenizer:
 
 
 def serve_theirs(pipe, args) -> None:
+    import jax
     import numpy as np
     import torch
     import transformers
 
+    jax.config.update("jax_platforms", "cpu")  # the GPU is PyTorch's here
     from llava_jax import images
     from llava_jax.checkpoint import open_any
 
@@ -163,7 +175,7 @@ def serve_theirs(pipe, args) -> None:
     )
     config = open_any(args.directory).config.replace(image_rules="transformers")
     mark = model.config.image_token_id
-    mean, std = (torch.tensor(x) for x in (config.vision.image_mean, config.vision.image_std))
+    mean, std = (torch.tensor(x, device=device) for x in (config.vision.image_mean, config.vision.image_std))
 
     def prepare(picture, ids):
         tiles = images.tiles(picture, images.layout(picture.size, config), config)
@@ -185,7 +197,8 @@ def serve_theirs(pipe, args) -> None:
         tiles, ids = zip(*(prepare(*question) for question in questions(config, rows)), strict=True)
         clock.times = [time.perf_counter()]
         input_ids = torch.from_numpy(np.stack(ids)).long().to(device)
-        pixels = ((torch.stack(tiles).float() / 255 - mean) / std).permute(0, 1, 4, 2, 3).to(device, dtype)
+        pixels = (torch.stack(tiles).to(device).float() / 255 - mean) / std
+        pixels = pixels.permute(0, 1, 4, 2, 3).to(dtype)
         out = model.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), pixel_values=pixels,
             image_sizes=torch.tensor([[IMAGE[1], IMAGE[0]]] * rows), do_sample=False, min_new_tokens=args.new_tokens,
@@ -205,9 +218,7 @@ def serve_theirs(pipe, args) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--preset", default=devices.SMALL, help=f"a released model's name; default: the {devices.SMALL} model"
-    )
+    p.add_argument("--preset", default=devices.SMALL, help=f"a v1.6 model's name; default: the {devices.SMALL} model")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--batch", default="1", help="numbers of questions answered at once: 1,16; default 1")
     p.add_argument("--rounds", type=int, default=3)
@@ -223,6 +234,8 @@ def main() -> None:
             maker = context.Process(target=make_weights, args=(args.preset, Path(args.directory), args.dtype))
             maker.start()
             maker.join()
+            if maker.exitcode:
+                raise SystemExit("no weights were made")
         report(args, *match(args))
 
 
@@ -236,6 +249,8 @@ def match(args):
         process.start()
         theirs.close()
         contestants[name] = (ours, ours.recv())
+        if contestants[name][1].get("platform") == "tpu":
+            break
     rounds = {}
     for rows in map(int, args.batch.split(",")):
         for n in range(args.rounds):
@@ -252,7 +267,7 @@ def match(args):
 
 
 def report(args, infos, rounds) -> None:
-    tokens, goals = FEATURES + TEXT_TOKENS, GOALS["cpu" if infos["llava-jax"].pop("platform") == "cpu" else "gpu"]
+    tokens, goals = FEATURES + TEXT_TOKENS, GOALS[infos["llava-jax"].pop("platform")]
     result = {"preset": args.preset, "dtype": args.dtype, "goals": goals, "devices": infos, "batch": {}}
     print(f"{args.preset}, {args.dtype}, {tokens} prompt tokens a row, {TILES} tiles; {os.cpu_count()} cores")
     for name, info in infos.items():
@@ -268,19 +283,21 @@ def report(args, infos, rounds) -> None:
             prefill, decode = (median(lambda r, name=name, key=key: r[name][key]) for key in ("prefill", "decode"))
             figures[name] = {"prefill_seconds": prefill, "decode_tokens_per_second": rows / decode}
             print(f"{rows:>5} {name:14}{prefill:10.3f}{rows * tokens / prefill:14.1f}{rows / decode:14.2f}")
-        for key in ("prefill", "decode"):
-            figures[key] = median(lambda r, key=key: r["transformers"][key] / r["llava-jax"][key])
-            figures[f"{key} share"] = median(lambda r, key=key: r["llava-jax"][f"{key} share"])
-        figures["same_tokens"] = all(r["llava-jax"]["ids"] == r["transformers"]["ids"] for r in played)
-        said = [
-            f"{key} {figures[key]:.2f} x transformers (goal {goals[key]:g}), {figures[f'{key} share']:.0%} of {peak}"
-            + (f" (goal {goals[f'{key} share']:.0%})" if f"{key} share" in goals else "")
-            for key, peak in (("prefill", "the matmul peak"), ("decode", "the memory's bandwidth"))
-        ]
-        print(f"      {'; '.join(said)}")
-        print(
-            f"      the {args.new_tokens} greedy tokens are {'the same' if figures['same_tokens'] else 'NOT the same'}"
-        )
+        said = {"prefill": [], "decode": []}
+        if "transformers" in infos:
+            for key in said:
+                ratio = figures[key] = median(lambda r, key=key: r["transformers"][key] / r["llava-jax"][key])
+                said[key].append(f"{ratio:.2f} x transformers (goal {goals[key]:g})")
+            figures["same_tokens"] = all(r["llava-jax"]["ids"] == r["transformers"]["ids"] for r in played)
+        for key, peak, unit in (("prefill", "matmul", "TFLOP/s"), ("decode", "bandwidth", "TB/s")):
+            share = figures[f"{key} share"] = median(lambda r, key=key: r["llava-jax"][f"{key} share"])
+            figures[peak] = median(lambda r, peak=peak: r["llava-jax"][peak])
+            goal = f" (goal {goals[f'{key} share']:.0%})" if f"{key} share" in goals else ""
+            said[key].append(f"{share:.0%} of {figures[peak] / 1e12:.3g} {unit}{goal}")
+        print("\n".join(f"      {key}: {', '.join(parts)}" for key, parts in said.items()))
+        if "same_tokens" in figures:
+            same = "the same" if figures["same_tokens"] else "NOT the same (in bfloat16 near-ties part them)"
+            print(f"      the {args.new_tokens} greedy tokens are {same}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 

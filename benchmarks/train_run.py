@@ -18,10 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "benchmarks"),
-]  # in this order: `train` is the package, not the file beside this one
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # in this order: `train` is the package, not a file here
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 WARM = 3  # updates that are not measured: compilation, and the data's start

@@ -285,12 +285,18 @@ def splash_block(S: int) -> int:
 
 
 def _cudnn_attention(q_BSHN, k_BSKN, v_BSKN, segments_BS, causal, window) -> jax.Array:
-    S, whole = q_BSHN.shape[1], slice(0, q_BSHN.shape[1])
-    mask = None
-    if causal or window or segments_BS is not None:
-        segments_BS = jnp.ones((1, S), jnp.int32) if segments_BS is None else segments_BS
-        mask = jax.vmap(lambda s: _visible(s, whole, whole, causal, window))(segments_BS)[:, None]
-    return jax.nn.dot_product_attention(q_BSHN, k_BSKN, v_BSKN, mask=mask, scale=1.0, implementation="cudnn")
+    """cuDNN leaves out what is not causal or beyond a window; segments it is shown as a mask."""
+    mask = None if segments_BS is None else (segments_BS[:, :, None] == segments_BS[:, None])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BSHN,
+        k_BSKN,
+        v_BSKN,
+        mask=mask,
+        scale=1.0,
+        is_causal=causal,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
 
 
 def _platform(mesh: Mesh | None) -> str:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llava_jax import layers
 from llava_jax.layers import attention, splash_attention, splash_block
 from llava_jax.sharding import make_mesh
 
@@ -72,3 +73,23 @@ def test_kernels_run_on_each_devices_rows_and_heads(mesh):
 )
 def test_blocks(length, block):
     assert splash_block(length) == block
+
+
+@pytest.mark.parametrize(
+    ("segments", "causal", "window"),
+    [(None, False, None), (None, True, None), (None, True, 40), (PACKED, True, None), (PACKED, True, 40)],
+)
+def test_what_cudnn_is_asked_for(monkeypatch, segments, causal, window):
+    """Another implementation of the same function gives what plain attention gives."""
+    q, k, v, _ = inputs("float32", 200, heads=4, kv_heads=2)
+    ids = None if segments is None else jnp.asarray([segments], jnp.int32)
+    asked, ours = [], jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *args, implementation, **how: asked.append(implementation) or ours(*args, implementation="xla", **how),
+    )
+    used = slice(None) if ids is None else np.array(segments) > 0
+    got = layers._cudnn_attention(q, k, v, ids, causal, window)[:, used]
+    assert error(got, attention(q, k, v, segments_BS=ids, causal=causal, window=window)[:, used]) < 1e-5
+    assert asked == ["cudnn"]
