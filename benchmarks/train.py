@@ -5,8 +5,8 @@
 
 Stage 1 (projector alone), LoRA and full training of projector and decoder, each with random weights and as many of the
 decoder's layers as fit the device. Rows are full: pictures' tiles first, then text, and every position has a label.
-Counted are the model's operations, none twice: with full remat, which computes a forward pass again, the share is at
-most two thirds in stage 1 and LoRA, three quarters in full training. One host.
+Counted are the model's operations, none twice: full remat computes the decoder's layers forward again, so that of what
+they execute two thirds count in stage 1 and LoRA, three quarters in full training. One host.
 
 `train_run.py` measures whole runs, their data included.
 """
