@@ -1,58 +1,73 @@
-"""The tables of docs/tpu-plan.md: what training and generation need of a chip, for models, stages and slices.
+"""The table of docs/tpu-plan.md: what training and generation need of a chip, for models, stages and slices.
 
-    python benchmarks/tpu_plan.py --json plans.json                 # minutes for each row; goes on where it ended
-    python benchmarks/tpu_plan.py --json plans.json --write docs/tpu-plan.md
+    python benchmarks/tpu_plan.py               # minutes for each row; goes on where it ended
+    python benchmarks/tpu_plan.py --only 34b    # of what is missing, these rows
 
-Each row is a run of `python -m train.plan` or `python -m infer.plan`; rows that are in the file are not compiled again.
+Each row is a run of `python -m train.plan` or `python -m infer.plan`. What they print is kept in docs/tpu-plan.json:
+rows that are there are not compiled again, and the page gets all that are.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PLANS, PAGE = ROOT / "docs" / "tpu-plan.json", ROOT / "docs" / "tpu-plan.md"
 
-V15, NEXT = "llava-v1.5-7b", "llava-v1.6-mistral-7b"
-TRAIN = [  # model, preset, topology, further flags
-    (V15, "v1.5-finetune", "v5e:4x4", ""),
-    (V15, "v1.5-pretrain", "v5e:2x4", ""),
-    (V15, "v1.5-finetune-lora", "v5e:2x4", ""),
-    (V15, "v1.5-finetune", "v6e:2x4", ""),
-    (V15, "v1.5-finetune", "v5e:8x8", ""),
-    (V15, "v1.5-finetune", "v5e:4x8", "--rows-per-chip 4 --tiles-per-row 0"),
-    ("llava-v1.5-13b", "v1.5-finetune", "v5e:8x8", ""),
-    ("llava-v1.5-13b", "v1.5-finetune", "v5p:2x2x4", ""),
-    ("llava-v1.6-34b", "v1.6-finetune", "v5p:4x4x4", ""),
-    ("llava-v1.6-34b", "v1.6-finetune", "v6e:8x8", ""),
-    (NEXT, "v1.6-finetune", "v5e:8x8", ""),
-    (NEXT, "v1.6-finetune", "v4:2x2x4", ""),
-    (V15, "v1.5-finetune", "v4:2x2x4", ""),
-    (V15, "v1.5-finetune", "v5p:2x2x2", "--rows-per-chip 4"),
-    (V15, "v1.5-finetune", "v5p:2x2x2", "--rows-per-chip 4 --remat minimal"),
-    (V15, "v1.5-finetune", "v5p:2x2x2", "--rows-per-chip 4 --remat dots"),
-    (V15, "v1.5-finetune", "v5p:2x2x2", "--rows-per-chip 4 --remat none"),
-]
-INFER = [  # model, topology, mesh, batch, context
-    (NEXT, "v5e:2x2", "tensor=4", 8, 4096),
-    ("llava-v1.5-13b", "v5e:2x4", "tensor=8", 8, 4096),
-    ("llava-v1.6-34b", "v6e:2x4", "tensor=8", 8, 4096),
+SMALL, NEXT, MIDDLE, LARGE = "llava-v1.5-7b", "llava-v1.6-mistral-7b", "llava-v1.5-13b", "llava-v1.6-34b"
+FULL = {  # slices where everything is trained
+    SMALL: ["v4:2x2x4", "v5e:4x4", "v5e:8x8", "v5p:2x2x2", "v6e:2x4"],
+    NEXT: ["v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4"],
+    MIDDLE: ["v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4"],
+    LARGE: ["v4:4x4x4", "v5e:8x16", "v5p:4x4x4", "v6e:8x8"],
+}
+FEW = {  # where little is: a projector, or adapters
+    SMALL: ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"],
+    MIDDLE: ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4"],
+    LARGE: ["v4:2x2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4"],
+}
+GENERATE = {
+    NEXT: ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"],
+    MIDDLE: ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"],
+    LARGE: ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4"],
+}
+OTHERS = [f"{SMALL} --preset v1.5-finetune --topology v5e:4x8 --rows-per-chip 4 --tiles-per-row 0"] + [
+    f"{SMALL} --preset v1.5-finetune --topology v5p:2x2x2 --rows-per-chip 4{remat}"
+    for remat in ("", " --remat minimal", " --remat dots", " --remat none")
 ]
 
 
 def commands() -> list[str]:
-    train = [f"train.plan --model {m} --preset {p} --topology {t} {more}".strip() for m, p, t, more in TRAIN]
-    return train + [
-        f"infer.plan --model {m} --topology {t} --mesh {mesh} --batch {b} --context {c}" for m, t, mesh, b, c in INFER
+    trained = [
+        f"{model} --preset {preset} --topology {topology}"
+        for slices, presets in ((FEW, ["v1.5-pretrain"]), (FULL, []), (FEW, ["v1.5-finetune-lora"]))
+        for model in slices
+        for preset in presets or [f"{model[6:10]}-finetune"]
+        for topology in slices[model]
+    ]
+    asked = [
+        f"{model} --topology {topology} --mesh tensor={chips(topology)} --batch 8 --context 4096"
+        for model, topologies in GENERATE.items()
+        for topology in topologies
+    ]
+    return [f"train.plan --model {rest}" for rest in trained + OTHERS] + [
+        f"infer.plan --model {rest}" for rest in asked
     ]
 
 
-def run(command: str) -> dict:
+def chips(topology: str) -> int:
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
+
+
+def run(command: str) -> dict | None:
     done = subprocess.run(
         [sys.executable, "-m", *command.split(), "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    return json.loads(done.stdout) if done.stdout.strip() else {"error": done.returncode}
+    return json.loads(done.stdout) if done.stdout.strip() else None
 
 
 def row(command: str, plan: dict) -> str:
@@ -79,31 +94,35 @@ def table(plans: dict[str, dict]) -> str:
         "| sent GB (/ least) | compiled in s |",
         "|" + " --- |" * 9,
     ]
-    rows = [row(command, plans[command]) for command in commands() if "fits" in plans.get(command, {})]
+    rows = [row(command, plans[command]) for command in commands() if command in plans]
     return "\n".join(head + rows)
 
 
+def write_page(plans: dict[str, dict]) -> None:
+    """Put the table between the two marks in the page."""
+    before, rest = PAGE.read_text().split("<!-- table -->\n")
+    after = rest.split("<!-- end -->\n")[1]
+    PAGE.write_text(f"{before}<!-- table -->\n{table(plans)}\n<!-- end -->\n{after}")
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description="The tables of docs/tpu-plan.md.")
-    p.add_argument("--json", required=True, metavar="FILE", help="plans so far, and where new ones go")
+    p = argparse.ArgumentParser(description="The table of docs/tpu-plan.md.")
     p.add_argument("--only", default="", metavar="TEXT", help="only rows whose command has this in it")
-    p.add_argument(
-        "--write", metavar="FILE", help="put the table between the two marks in this page, compiling nothing"
-    )
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time, some GB each (default 1)")
     args = p.parse_args()
-    path = Path(args.json)
-    plans = json.loads(path.read_text()) if path.exists() else {}
-    if args.write:
-        page = Path(args.write)
-        before, rest = page.read_text().split("<!-- table -->\n")
-        after = rest.split("<!-- end -->\n")[1]
-        page.write_text(f"{before}<!-- table -->\n{table(plans)}\n<!-- end -->\n{after}")
-        return
-    for command in commands():
-        if command not in plans and args.only in command:
-            print(command, file=sys.stderr)
-            plans[command] = run(command)
-            path.write_text(json.dumps(plans, indent=1) + "\n")
+    plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
+
+    def compile_row(command: str) -> None:
+        print(command, file=sys.stderr)
+        if (plan := run(command)) is None:
+            return
+        plans[command] = plan
+        PLANS.write_text(json.dumps({c: plans[c] for c in commands() if c in plans}, indent=1) + "\n")
+
+    missing = [command for command in commands() if command not in plans and args.only in command]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(compile_row, missing))
+    write_page(plans)
     print(table(plans))
 
 

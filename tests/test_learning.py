@@ -117,7 +117,7 @@ def test_the_first_patch_embedding_tells_patches_apart(modules):
 
 
 def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
-    """At its middle on the base tile, with its place in the picture, which tiles of the grid repeat."""
+    """At its middle on the base tile, with its place in the picture, and again on the tiles of the grid together."""
     warm_up, config = modules("warm_up"), modules("model").CONFIG
     scenes, paths = [make_scene(np.random.default_rng(seed)) for seed in range(12)], []
     for i, scene in enumerate(scenes):
@@ -126,10 +126,10 @@ def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
     seen = warm_up.look(scenes, paths, config)
     starts = np.flatnonzero(seen.base)
     assert len(starts) == len(scenes) and len(seen.tiles) > 3 * len(scenes)
-    assert not seen.middle[~seen.base].any()
     side = config.vision.patches_per_side
     for scene, start, end in zip(scenes, starts, [*starts[1:], len(seen.tiles)], strict=True):
-        assert seen.middle[start].sum() == pytest.approx(len(scene.things), abs=1e-5)
+        for tiles in (slice(start, start + 1), slice(start + 1, end)):
+            assert seen.middle[tiles].sum() == pytest.approx(len(scene.things), abs=1e-5)
         held = seen.middle[start] >= 0.25
         told = {
             (*(options[i] for options, i in zip(warm_up.NAMES, numbers, strict=True)), *place[:2].round(3))
@@ -151,13 +151,15 @@ def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
 
 
 def test_a_middle_near_an_edge_between_patches_is_in_both_in_parts(modules):
-    warm_up, edges = modules("warm_up"), np.arange(5)
-    for at in np.linspace(0, 4.999, 97):
-        held = warm_up._held(at, edges)
-        assert held.sum() == pytest.approx(1) and (held >= 0).all()
-        assert held[int(at)] == 1 if abs(at - round(at)) >= warm_up.NEAR else held[int(at)] >= 0.5
-    np.testing.assert_allclose(warm_up._held(2.0, edges), [0, 0.5, 0.5, 0, 0])
-    assert not warm_up._held(-0.1, edges).any() and not warm_up._held(5.0, edges).any()
+    warm_up = modules("warm_up")
+    for at in np.linspace(0, 9.999, 193):
+        held = np.concatenate([warm_up._held(at, 5), warm_up._held(at - 5, 5)])  # on two tiles side by side
+        if warm_up.NEAR < at < 10 - warm_up.NEAR:
+            assert held.sum() == pytest.approx(1) and (held >= 0).all()
+            assert held[int(at)] == 1 if abs(at - round(at)) >= warm_up.NEAR else held[int(at)] >= 0.5
+    np.testing.assert_allclose(warm_up._held(2.0, 5), [0, 0.5, 0.5, 0, 0])
+    np.testing.assert_allclose([warm_up._held(5.0, 5)[-1], warm_up._held(0.0, 5)[0]], 0.5)
+    assert not warm_up._held(-0.2, 5).any() and not warm_up._held(5.2, 5).any()
 
 
 def test_attention_begins_between_words_and_what_they_name(modules):

@@ -62,7 +62,8 @@ def test_a_layer_adds_the_product_of_its_factors():
         # Through the identity we see what dropout leaves.
         seen = {"kernel": np.zeros((64, 64)), "lora_a": np.eye(64), "lora_b": np.eye(64) / lora.scale(CONFIG)}
         ones, layer = np.ones((512, 64), np.float32), Dense(64)
-        kept, other = (layer.apply({"params": seen | {"lora_key": jax.random.key(i)}}, ones) for i in (0, 1))
+        keys = [jax.random.key(i, impl="rbg") for i in (0, 1)]
+        kept, other = (layer.apply({"params": seen | {"lora_key": key}}, ones) for key in keys)
     assert np.unique(kept).tolist() == [0.0, pytest.approx(4 / 3)]
     assert np.mean(np.asarray(kept) == 0) == pytest.approx(0.25, abs=0.01)
     assert np.any(kept != other)
@@ -70,7 +71,7 @@ def test_a_layer_adds_the_product_of_its_factors():
 
 def test_every_layer_and_linear_drops_in_its_own_way():
     _, state = start()
-    layers = lora.add_dropout(state.trained["decoder"]["layers"], jax.random.key(0))
+    layers = lora.add_dropout(state.trained["decoder"]["layers"], jax.random.key(0, impl="rbg"))
     keys = [x for path, x in flatten_dict(layers, sep="/").items() if path.endswith("lora_key")]
     assert [x.shape for x in keys] == [(2,)] * 7
     assert len({tuple(map(int, jax.random.key_data(key))) for x in keys for key in x}) == 14
@@ -117,7 +118,7 @@ def test_merged_weights_and_every_mesh_give_the_same_loss():
     got = float(loss(unflatten_dict(flat, sep="/"), batch, model, CONFIG, one_device()))
     assert got == pytest.approx(want, rel=1e-6)
 
-    dropout = jax.random.key(0)
+    dropout = jax.random.key(0, impl="rbg")
     want = float(loss(both, batch, model, CONFIG, one_device(), dropout))
     assert abs(got - want) > 0.1
     mesh = make_mesh(parse_mesh("fsdp=4,tensor=2"))

@@ -125,7 +125,9 @@ def setup(
 
     def step(frozen: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         labelled = jnp.sum(next_tokens(batch) != IGNORE)
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        # For dropout, which takes a number for each input of each adapter: "rbg" is one operation, which TPUs have in
+        # hardware; JAX's usual generator makes a number by some fifty.
+        key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
 
         def loss_of_part(trained, part, number):
             params = union(frozen, trained)

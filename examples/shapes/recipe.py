@@ -58,11 +58,11 @@ COMMON = TrainConfig(
 WARM_UPS = {
     "tower": dict(steps=4500, rate=2e-2),
     "look": dict(steps=2000, rate=1e-2),
-    "warm-up": dict(steps=3000, rate=1e-2),
+    "warm-up": dict(steps=3600, rate=1e-2),
 }
 STAGES = {
     "stage-1": dict(tune="projector", learning_rate=1e-2, steps=800, template="plain"),
-    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2500),
+    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2000),
 }
 
 

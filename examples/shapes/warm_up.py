@@ -119,8 +119,8 @@ class Seen:
     names   int32 [N, R, R, 5]: shape, colour, size and place of what covers a patch most, as numbers in `NAMES`
     places  float32 [N, R, R, 4]: that object's middle, across and down from the picture's, in patches of the base
             tile, and the logarithms of its width and height, in patches of this one
-    middle  float32 [N, R, R]: what a patch of the base tile holds of middles of objects, so that they add up to the
-            number of objects
+    middle  float32 [N, R, R]: what a patch holds of middles of objects, so that those of a picture's base tile, and
+            those of its grid, add up to the number of objects
     base    bool [N]: it is a base tile, a whole picture
     """
 
@@ -143,7 +143,7 @@ def look(scenes: list[Scene], paths: list[Path], config: LlavaConfig) -> Seen:
             place = images.layout(image.size, config)
             windows = _windows(place, config.vision.image_size)
             for i, (tile, window) in enumerate(zip(images.tiles(image, place, config), windows, strict=True)):
-                found.append((tile, *_labels(scene, *window, i == 0, config), i == 0))
+                found.append((tile, *_labels(scene, *window, config), i == 0))
             bar.advance()
     return Seen(*(np.stack(part) for part in zip(*found, strict=True)))
 
@@ -160,9 +160,9 @@ def _windows(place: TileLayout, tile: int) -> Iterable[tuple[np.ndarray, np.ndar
             yield np.array([scale, scale]), np.array([column, row]) * tile - margin
 
 
-def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, base: bool, config: LlavaConfig):
+def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, config: LlavaConfig):
     """Names, places and middles on one tile. Places are the whole picture's on every tile: one of the grid cannot tell
-    them, so its rows stay vague, and those of the base tile count. That alone has middles."""
+    them, so its rows stay vague."""
     side, patch = config.vision.patches_per_side, config.vision.patch_size
     names, places = np.zeros((side, side, len(NAMES)), np.int32), np.zeros((side, side, 4), np.float32)
     middle, most = np.zeros((side, side), np.float32), np.full((side, side), COVERED)
@@ -173,7 +173,7 @@ def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, base: bool, con
             np.clip(np.minimum(edges + 1, high) - np.maximum(edges, low), 0, None) for low, high in box.T
         )  # fmt: skip
         cover = down[:, None] * across
-        held_across, held_down = (_held(at, edges) for at in box.mean(axis=0))
+        held_across, held_down = (_held(at, side) for at in box.mean(axis=0))
         held = held_down[:, None] * held_across
         cover += side**2 * held  # which holds of an object's middle, that object has
         mine = cover > most
@@ -182,16 +182,14 @@ def _labels(scene: Scene, scale: np.ndarray, corner: np.ndarray, base: bool, con
         names[mine] = [options.index(name) for options, name in zip(NAMES, said, strict=True)]
         across_down = np.subtract(middle_of(thing, scene), 0.5) * side
         places[mine] = *across_down, *np.log(box[1] - box[0])
-        middle += base * held
+        middle += held
     return names, places, middle
 
 
-def _held(at: float, edges: np.ndarray) -> np.ndarray:
-    """Shares of a middle that columns, or rows, of patches hold: near an edge between two of them, each a part."""
-    if not 0 <= at < len(edges):
-        return np.zeros(len(edges), np.float32)
-    inner = np.clip((at - edges[1:]) / (2 * NEAR) + 0.5, 0, 1)  # how far beyond each edge between patches
-    return np.append(1, inner) * np.append(1 - inner, 1)
+def _held(at: float, side: int) -> np.ndarray:
+    """Shares of a middle that columns, or rows, of patches hold: near an edge, also the tile's, each a part."""
+    beyond = np.clip((at - np.arange(side + 1)) / (2 * NEAR) + 0.5, 0, 1)  # how far beyond each edge
+    return beyond[:-1] - beyond[1:]
 
 
 def whitened(tiles: np.ndarray, config: VisionConfig, seed: int) -> np.ndarray:
