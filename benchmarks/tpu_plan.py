@@ -4,7 +4,7 @@
     python benchmarks/tpu_plan.py --only 34b    # of what is missing, these rows
 
 Each row is a run of `python -m train.plan` or `python -m infer.plan`. What they print is kept in docs/tpu-plan.json:
-rows that are there are not compiled again, and the page gets all that are.
+rows that are there are not compiled again. The page gets all of them, and keeps of its rows those that are not there.
 """
 
 import argparse
@@ -49,14 +49,13 @@ def commands() -> list[str]:
         for preset in presets or [f"{model[6:10]}-finetune"]
         for topology in slices[model]
     ]
-    asked = [
+    generated = [
         f"{model} --topology {topology} --mesh tensor={chips(topology)} --batch 8 --context 4096"
         for model, topologies in GENERATE.items()
         for topology in topologies
     ]
-    return [f"train.plan --model {rest}" for rest in trained + OTHERS] + [
-        f"infer.plan --model {rest}" for rest in asked
-    ]
+    trained = [f"train.plan --model {rest}" for rest in trained + OTHERS]
+    return trained + [f"infer.plan --model {rest}" for rest in generated]
 
 
 def chips(topology: str) -> int:
@@ -70,39 +69,55 @@ def run(command: str) -> dict | None:
     return json.loads(done.stdout) if done.stdout.strip() else None
 
 
-def row(command: str, plan: dict) -> str:
-    gb = lambda n: f"{n / 1e9:.1f}"  # noqa: E731
+def asked(command: str) -> list[str]:
+    """The first cells of a row: model, what, slice, flags."""
     flags = command.split()[1:]
     of = dict(zip(flags[::2], flags[1::2], strict=True))
     what = of.pop("--preset", "") or f"batch {of.pop('--batch')}, context {of.pop('--context')}"
     model, topology = of.pop("--model").removeprefix("llava-"), of.pop("--topology")
     more = ", ".join(f"{flag.removeprefix('--').replace('-', ' ')} {value}" for flag, value in of.items())
-    cells = [model, what, topology, more, f"{gb(plan['peak_bytes_per_chip'])} of {gb(plan['hbm_bytes_per_chip'])}"]
-    cells.append(gb(plan["parameter_bytes_per_chip"] + plan["optimizer_bytes_per_chip"]))
+    return [model, what, topology, more]
+
+
+def found(plan: dict) -> list[str]:
+    """The others."""
+    gb = lambda n: f"{n / 1e9:.1f}"  # noqa: E731
+    cells = [
+        f"{gb(plan['peak_bytes_per_chip'])} of {gb(plan['hbm_bytes_per_chip'])}",
+        gb(plan["parameter_bytes_per_chip"] + plan["optimizer_bytes_per_chip"]),
+    ]
     if plan["executed_flops_per_chip"]:
         sent, least = sum(plan["collective_bytes_per_chip"].values()), plan["least_collective_bytes_per_chip"]
         cells.append(f"{plan['executed_flops_per_chip'] / plan['model_flops_per_chip']:.2f}")
         cells.append(f"{sent / 1e9:.3g}" + (f" ({sent / least:.2f})" if least else ""))
     else:
         cells += ["not known" if plan["fits"] else "does not fit", ""]
-    return "| " + " | ".join([*cells, f"{plan['compile_seconds']:.0f}"]) + " |"
+    return [*cells, f"{plan['compile_seconds']:.0f}"]
 
 
-def table(plans: dict[str, dict]) -> str:
+def table(plans: dict[str, dict], before: str) -> str:
+    """The table; rows of the one `before` that have no plan stay as they are."""
+    lines = [line for line in before.splitlines() if line.startswith("|")]
+    known = {tuple(cell.strip() for cell in line.split("|")[1:5]): line for line in lines}
     head = [
         "| model | what | slice | flags | peak GB | of it parameters and optimizer | executed / model's FLOPs "
         "| sent GB (/ least) | compiled in s |",
         "|" + " --- |" * 9,
     ]
-    rows = [row(command, plans[command]) for command in commands() if command in plans]
-    return "\n".join(head + rows)
+    rows = [
+        "| " + " | ".join([*asked(command), *found(plans[command])]) + " |"
+        if command in plans
+        else known.get(tuple(asked(command)))
+        for command in commands()
+    ]
+    return "\n".join([*head, *filter(None, rows)])
 
 
 def write_page(plans: dict[str, dict]) -> None:
     """Put the table between the two marks in the page."""
     before, rest = PAGE.read_text().split("<!-- table -->\n")
-    after = rest.split("<!-- end -->\n")[1]
-    PAGE.write_text(f"{before}<!-- table -->\n{table(plans)}\n<!-- end -->\n{after}")
+    old, after = rest.split("<!-- end -->\n")
+    PAGE.write_text(f"{before}<!-- table -->\n{table(plans, old)}\n<!-- end -->\n{after}")
 
 
 def main() -> None:
@@ -123,7 +138,6 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(compile_row, missing))
     write_page(plans)
-    print(table(plans))
 
 
 if __name__ == "__main__":
