@@ -12,7 +12,7 @@ import json
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +43,10 @@ OTHERS = [f"{SMALL} --preset v1.5-finetune --topology v5e:4x8 --rows-per-chip 4 
 
 def commands() -> list[str]:
     trained = [
-        f"{model} --preset {preset} --topology {topology}"
-        for slices, presets in ((FEW, ["v1.5-pretrain"]), (FULL, []), (FEW, ["v1.5-finetune-lora"]))
-        for model in slices
-        for preset in presets or [f"{model[6:10]}-finetune"]
-        for topology in slices[model]
+        f"{model} --preset {preset or f'{model[6:10]}-finetune'} --topology {topology}"
+        for preset, slices in (("v1.5-pretrain", FEW), ("", FULL), ("v1.5-finetune-lora", FEW))
+        for model, topologies in slices.items()
+        for topology in topologies
     ]
     generated = [
         f"{model} --topology {topology} --mesh tensor={chips(topology)} --batch 8 --context 4096"
@@ -127,16 +126,13 @@ def main() -> None:
     args = p.parse_args()
     plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
 
-    def compile_row(command: str) -> None:
-        print(command, file=sys.stderr)
-        if (plan := run(command)) is None:
-            return
-        plans[command] = plan
-        PLANS.write_text(json.dumps({c: plans[c] for c in commands() if c in plans}, indent=1) + "\n")
-
     missing = [command for command in commands() if command not in plans and args.only in command]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(compile_row, missing))
+        running = {pool.submit(run, command): command for command in missing}
+        for done in as_completed(running):
+            if plan := done.result():
+                plans[running[done]] = plan
+                PLANS.write_text(json.dumps({c: plans[c] for c in commands() if c in plans}, indent=1) + "\n")
     write_page(plans)
 
 

@@ -1,5 +1,5 @@
 """What compiled TPU programs hold: the 7B models whole, larger ones with few of their layers, each of which is a whole
-one's, or narrow.
+one's.
 
 Larger models are compiled whole by `benchmarks/tpu_plan.py`, whose table is in docs/tpu-plan.md.
 """
@@ -80,18 +80,15 @@ def test_a_7b_model_fits_and_keeps_to_the_least(topology):
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "preset", "topology"),
-    [("v1.5-13b", "v1.5-finetune", "v5e:8x8"), ("v1.6-34b", "v1.6-finetune", "v5p:4x4x4")],
+    [
+        ("v1.5-13b", "v1.5-finetune", "v5e:8x8"),
+        ("v1.5-13b", "v1.5-finetune", "v5p:2x2x4"),
+        ("v1.6-34b", "v1.6-finetune", "v5p:4x4x4"),
+        ("v1.6-34b", "v1.6-finetune", "v6e:8x8"),
+    ],
 )
 def test_larger_models_keep_to_the_least(name, preset, topology):
     check_step(full_rows(name, preset, topology, layers=4))
-
-
-@compiles
-@needs_libtpu
-@pytest.mark.parametrize("topology", ["v5p:2x2x4", "v6e:8x8"])
-def test_on_their_other_slices_a_narrow_model_does(topology):
-    needs = step(topology=topology)
-    assert sent(needs) <= 1.10 * needs.least_collective_bytes_per_chip
 
 
 @compiles

@@ -76,7 +76,7 @@ def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
             key = dense.get_variable("params", "lora_key")
             rows = row_index() * len(x) + jnp.arange(len(x))  # of all devices: so that every mesh drops the same
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-            dropped = round(config.lora_dropout * 2**16)
+            dropped = min(round(config.lora_dropout * 2**16), 2**16 - 1)
             kept = jax.lax.map(lambda key: jax.random.bits(key, x.shape[1:], "uint16") >= dropped, keys)
             x = jnp.where(kept, x / (1 - config.lora_dropout), 0).astype(x.dtype)
         a, b = (dense.get_variable("params", name) for name in FACTORS)
