@@ -195,13 +195,15 @@ def test_two_pictures():
     assert {question: found.get(question) for question in some} == some
 
 
-def test_captions_name_everything_as_one_reads():
+def test_captions_count_and_name_everything_as_one_reads():
     rng = np.random.default_rng(0)
     everything = (
         "at the top left a small red circle, at the top center a large blue star and at the bottom left a small blue "
         "circle"
     )
-    assert questions.caption(rng, SCENE)[1] == everything
+    numbers = "objects: 3, small objects: 2, large objects: 1, circles: 2, stars: 1, red objects: 1, blue objects: 2"
+    assert questions.caption(rng, SCENE)[1] == f"{numbers}, {everything}"
+    assert questions.description(rng, SCENE)[1] == everything
     assert questions.detail(rng, SCENE)[1] == f"3 objects: {everything}"
 
 
@@ -253,7 +255,7 @@ def test_rows_are_training_data(data):
 
 def test_conversations_are_of_all_kinds_and_do_not_repeat_themselves(data):
     rows = read(data, "train.json")
-    kinds = {*shapes.SHORT, "detail", "caption", "reasoning", "two", "text"}
+    kinds = {*shapes.SHORT, "detail", "description", "reasoning", "two", "text"}
     assert {kind for row in rows for kind in row["kinds"]} == kinds
     assert {len(row.get("image", [])) == 2 for row in rows if isinstance(row.get("image"), list)} == {True}
     assert any("image" not in row for row in rows)
@@ -264,7 +266,7 @@ def test_conversations_are_of_all_kinds_and_do_not_repeat_themselves(data):
 
 def test_long_answers_come_first_or_last(data):
     rows = [row["kinds"] for row in read(data, "train.json")]
-    for kind in ("reasoning", "detail", "caption"):
+    for kind in ("reasoning", "detail", "description"):
         places = {(row[0] == kind, row[-1] == kind) for row in rows if kind in row and len({*row}) > 1}
         assert places <= {(True, False), (False, True)}
         assert kind != "reasoning" or len(places) == 2

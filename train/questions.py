@@ -271,10 +271,24 @@ def detail(rng: Rng, scene: Scene) -> Turn:
     return pick(rng, asked), f"{number} object{'s' if number > 1 else ''}: {placed(scene)}"
 
 
-def caption(rng: Rng, scene: Scene) -> Turn:
-    """As stage 1 wants it: all that a projector has to bring across."""
+def description(rng: Rng, scene: Scene) -> Turn:
     asked = ("describe the picture.", "what is in the picture?", "what do you see?")
     return pick(rng, asked), placed(scene)
+
+
+def caption(rng: Rng, scene: Scene) -> Turn:
+    """As stage 1 wants it, all that a projector has to bring across: how many there are of what, and what is where."""
+    asked = ("count and describe what is in the picture.", "how many objects are there of what, and where?")
+    return pick(rng, asked), f"{', '.join(counted(scene))}, {placed(scene)}"
+
+
+def counted(scene: Scene) -> list[str]:
+    """Numbers of objects: of all, of each size, shape and colour that is there."""
+    groups = [("objects", {})]
+    groups += [(f"{size} objects", {"size": size}) for size in SIZES]
+    groups += [(plural(shape), {"shape": shape}) for shape in SHAPES]
+    groups += [(f"{colour} objects", {"colour": colour}) for colour in COLOURS]
+    return [f"{name}: {number}" for name, wanted in groups if (number := len(scene.having(**wanted)))]
 
 
 # ---------------------------------------------------------------- two pictures, no picture

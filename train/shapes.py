@@ -3,7 +3,7 @@
     python -m train.shapes --output shapes --examples 20000 --seed 0
 
     images/             PNG files: train-N.png, test-N.png
-    captions.json       stage 1: each training picture, and what is where in it
+    captions.json       stage 1: each training picture, how many objects of what it shows, and what is where
     train.json          stage 2: conversations about the training pictures, two pictures, and none
     test.json           questions about other pictures, one a row, as many of each kind
     test_captions.json  captions of these
@@ -97,7 +97,7 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
             images.append(file_name("train", other))
             turns = ask_about_two(rng, scene, scenes[other], int(rng.integers(8, 12)))
         if kind == "detail":
-            name, describe = questions.pick(rng, [("detail", questions.detail), ("caption", questions.caption)])
+            name, describe = questions.pick(rng, [("detail", questions.detail), ("description", questions.description)])
             turns = [(name, describe(rng, scene))]
         if kind == "reasoning":
             found = [questions.reasoning(rng, scene) for _ in range(10)]

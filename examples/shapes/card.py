@@ -18,8 +18,8 @@ in it.
 
 ## Training
 
-`python examples/shapes/recipe.py`: a warm-up of the tower on labelled patches and of the decoder on questions
-(there are no pretrained ones this small), the projector reset, then LLaVA's two stages: the projector alone on
+`python examples/shapes/recipe.py`: a warm-up of the tower on labelled patches and of the decoder on questions and
+captions (there are no pretrained ones this small), the projector reset, then LLaVA's two stages: the projector alone on
 captions, then projector and decoder on conversations with the tower frozen.
 
 | held-out captions | loss for each token |
@@ -49,11 +49,11 @@ was answered most often in training to questions of the same wording.
 ## Limits
 
 It miscounts by one now and then, the more objects the oftener, and most of all where it has to count twice
-(`reasoning`). Of the first {described:,} held-out captions {described_right:.1%} are right to the word; in the others
-an object is wrong, named twice or forgotten. It knows nothing but such pictures and such questions, in English, mostly
-one line long; of anything else it makes something up in the same words. Colours between two of its eight, shapes that
-touch, and more than six objects are outside of what it has seen. It is there to try and to test things with, not to be
-used.
+(`reasoning`). Of {described:,} detailed descriptions of held-out pictures {described_right:.1%} are right to the word;
+in the others an object is wrong, named twice or forgotten. It knows nothing but such pictures and such questions, in
+English, mostly one line long; of anything else it makes something up in the same words. Colours between two of its
+eight, shapes that touch, and more than six objects are outside of what it has seen. It is there to try and to test
+things with, not to be used.
 """
 
 
@@ -77,6 +77,6 @@ def write_card(results: dict[str, Any], **facts: Any) -> str:
     losses = results["captions_loss"]
     return TEXT.format(
         kinds="\n".join(kinds), sizes="\n".join(sizes), questions=asked["questions"], noise=noise["questions"],
-        described=results["captions"]["questions"], described_right=results["captions"]["accuracy"],
+        described=results["details"]["questions"], described_right=results["details"]["accuracy"],
         reset=losses["reset"], stage_1=losses["stage-1"], **facts,
     )  # fmt: skip

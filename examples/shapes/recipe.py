@@ -7,6 +7,7 @@
     tower/     its tower knows shapes (warm_up.py): there are no pretrained ones this small
     look/      its decoder looks for what a word names
     warm-up/   it knows all kinds of questions
+    captions/  and captions: a decoder that does not know them has a projector learn, in stage 1, to ask for them
     reset/     the same with a projector that knows nothing, where the published models begin
     stage-1/   the projector alone, on captions
     stage-2/   projector and decoder, on conversations; the tower stays as it is
@@ -17,6 +18,7 @@ phase that it was in; seeds are fixed.
 """
 
 import collections
+import itertools
 import json
 import re
 import shutil
@@ -59,10 +61,11 @@ WARM_UPS = {
     "tower": dict(steps=4500, rate=2e-2),
     "look": dict(steps=2000, rate=1e-2),
     "warm-up": dict(steps=3600, rate=1e-2),
+    "captions": dict(steps=700, rate=4e-3),
 }
 STAGES = {
     "stage-1": dict(tune="projector", learning_rate=1e-2, steps=800, template="plain"),
-    "stage-2": dict(tune="projector,decoder", learning_rate=1e-3, steps=2000),
+    "stage-2": dict(tune="projector,decoder", learning_rate=5e-4, steps=800),
 }
 
 
@@ -117,7 +120,10 @@ def warm_up_decoder(name: str, output: Path, data: Path, checkpoint: Path, share
             aspect_ratio="square",
             max_length=230,
         )
-    params = warm_up.warm_up_decoder(config, **scaled(WARM_UPS[name], share))
+    configs = [config]
+    if name == "captions":  # every third batch
+        configs = [config, config, config.replace(data=str(data / "captions.json"), template="plain")]
+    params = warm_up.warm_up_decoder(configs, **scaled(WARM_UPS[name], share))
     save(output / name, CONFIG, params, tokenizer_of(checkpoint))
 
 
@@ -204,6 +210,16 @@ def ask_about_sizes(scenes: list[Scene], path: Path) -> None:
     path.write_text(json.dumps(rows))
 
 
+def ask_for_details(scenes: list[Scene], path: Path) -> None:
+    """Descriptions, to be right to the word."""
+    rows = []
+    for i, scene in enumerate(scenes):
+        rng = shapes.rng_for(SEED, "test", i, 5)
+        turn = questions.detail(rng, scene)
+        rows.append(shapes.make_row(rng, f"{i}", [shapes.file_name("test", i)], [("detail", turn)]))
+    path.write_text(json.dumps(rows))
+
+
 def write_noise(data: Path, tests: int, output: Path) -> None:
     """Noise of the test pictures' sizes."""
     (output / "noise").mkdir(parents=True, exist_ok=True)
@@ -248,6 +264,7 @@ def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]
     """Accuracy by kind; without looking; without the tiles beyond the base one."""
     scenes = [make_scene(shapes.rng_for(SEED, "test", i, 0)) for i in range(tests)]
     ask_about_sizes(scenes, output / "sizes.json")
+    ask_for_details(scenes[: SOME // 4], output / "details.json")
     write_noise(data, tests, output)
     engine = Engine.load(model)
     base = Engine.load(model)
@@ -259,7 +276,7 @@ def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]
 
     return {
         "questions": ask(engine, data / "test.json", data / "images"),
-        "captions": ask(engine, data / "test_captions.json", data / "images", SOME // 4),
+        "details": ask(engine, output / "details.json", data / "images"),
         "noise": ask(engine, data / "test.json", output / "noise", SOME),
         "prior": prior(data / "test.json", data / "train.json"),
         "sizes": ask(engine, output / "sizes.json", data / "images", SOME),
@@ -312,11 +329,11 @@ def main() -> None:
     with quick_gradients():
         if not (output / "tower").exists():
             warm_up_tower(output, data, args.examples, args.tests, args.share)
-        for name, checkpoint in (("look", output / "tower"), ("warm-up", output / "look")):
+        for before, name in itertools.pairwise(WARM_UPS):
             if not (output / name).exists():
-                warm_up_decoder(name, output, data, checkpoint, args.share)
+                warm_up_decoder(name, output, data, output / before, args.share)
         if not (output / "reset").exists():
-            reset_projector(output / "warm-up", output / "reset")
+            reset_projector(output / "captions", output / "reset")
         first = run_stage("stage-1", output, data, output / "reset", args.share)
         second = run_stage("stage-2", output, data, first, args.share)
     make_bundle(second, output / "bundle")

@@ -8,7 +8,7 @@ cost AdamW alone taught the tower a third as much.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ WHITENED = 4000  # tiles that the patch embedding begins from
 NOISE = 0.01  # variance below this share of the mean is not drawn out to one
 AT_MIDDLES, SHARES, NUMBER = 6.0, 16.0, 4.0  # weights of the tower's losses, names' being one
 TILES = 32  # of an update of the tower
-HELD_OUT = 40  # batches of questions that an accuracy is measured on
+HELD_OUT = 20  # batches of questions that an accuracy is measured on
 EVERY, WATCHED = 10, 25  # updates from one line of metrics to the next, lines from one measured accuracy to the next
 
 
@@ -277,14 +277,16 @@ def warm_up_tower(
 # ---------------------------------------------------------------- the decoder
 
 
-def warm_up_decoder(config: TrainConfig, steps: int, rate: float) -> Params:
-    """The checkpoint that `config` names, its decoder and projector trained on its data.
+def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> Params:
+    """The checkpoint that `configs` name, its decoder and projector trained on a batch of each one's data in turn; one
+    may be there several times. The first one's settings hold for the rest.
 
     Its accuracy: the share of held-out conversations of which every token is right that it had to predict, given those
     before it.
     """
-    found, mesh = open_checkpoint(config.checkpoint), make_mesh({}, jax.devices()[:1])
-    data = open_data(config, found.config, found.tokenizer)
+    config, mesh = configs[0], make_mesh({}, jax.devices()[:1])
+    found = open_checkpoint(config.checkpoint)
+    opened = {config: open_data(config, found.config, found.tokenizer) for config in configs}
     params = found.load(mesh, lambda path: step.load_dtype(path, config))
     frozen, state, *_ = step.setup(params, found.config, config, mesh, steps)
 
@@ -311,8 +313,9 @@ def warm_up_decoder(config: TrainConfig, steps: int, rate: float) -> Params:
                 asked, right = asked + len(said), right + len(said) - len(np.unique(segments[row]))
         return right / asked
 
-    batches = (loop.put_batch(batch, mesh, data.rows) for batch, _ in data)
+    passes = {config: iter(data) for config, data in opened.items()}
+    batches = (loop.put_batch(next(passes[c])[0], mesh, opened[c].rows) for c in itertools.cycle(configs))
     trained = fit(loss_of, state.trained, frozen, batches, steps, rate, Path(config.output), accuracy)
-    data.close()
-    held_out.close()
+    for data in (*opened.values(), held_out):
+        data.close()
     return step.export_params(frozen, dataclasses.replace(state, trained=trained))
