@@ -17,10 +17,12 @@ from conftest import one_device
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions
 from llava_jax import llava
+from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import tiny
 from llava_jax.vision import normalise, project, vision_features
 from train import loop
 from train.config import TrainConfig
+from train.data import open_data
 from train.questions import middle_of, place_of
 from train.scenes import COLOURS, draw, make_scene
 
@@ -160,6 +162,38 @@ def test_a_middle_near_an_edge_between_patches_is_in_both_in_parts(modules):
     np.testing.assert_allclose(warm_up._held(2.0, 5), [0, 0.5, 0.5, 0, 0])
     np.testing.assert_allclose([warm_up._held(5.0, 5)[-1], warm_up._held(0.0, 5)[0]], 0.5)
     assert not warm_up._held(-0.2, 5).any() and not warm_up._held(5.2, 5).any()
+
+
+def test_the_decoder_is_trained_on_batches_of_all_data_in_turn(modules, tmp_path, monkeypatch):
+    model, warm_up = modules("model"), modules("warm_up")
+    small = dict(width=32, ffn_width=64, layers=1, heads=2)
+    config = model.CONFIG.replace(
+        text=dataclasses.replace(model.CONFIG.text, **small, kv_heads=1, vocab_size=300),
+        vision=dataclasses.replace(model.CONFIG.vision, **small, image_size=24, patch_size=12),
+        grid_pinpoints=((24, 48), (48, 24)),
+    )
+    one, other = write_rows(tmp_path, "one", 40, 0), write_rows(tmp_path, "other", 40, 1)
+    tokenizer = model.make_tokenizer(model.texts_of(one), 300)
+    model.save(tmp_path / "start", config, model.start(config, 0, tokenizer), tokenizer)
+    asking = TrainConfig(
+        checkpoint=str(tmp_path / "start"), data=str(one), eval_data=str(other), image_folder=str(tmp_path),
+        output=str(tmp_path / "log"), tune="projector,decoder", global_batch_size=4, max_length=64, dtype="float32",
+        workers=0,
+    )  # fmt: skip
+    telling = asking.replace(data=str(other), template="plain")
+
+    taken = []
+
+    def fit(loss_of, params, frozen, batches, *_):
+        taken.extend(next(batches) for _ in range(6))
+        return params
+
+    monkeypatch.setattr(warm_up, "fit", fit)
+    warm_up.warm_up_decoder([asking, asking, telling], steps=6, rate=1e-3)
+    found = open_checkpoint(tmp_path / "start")
+    first, second = (iter(open_data(c, found.config, found.tokenizer)) for c in (asking, telling))
+    for got, source in zip(taken, [first, first, second] * 2, strict=True):
+        np.testing.assert_array_equal(got.ids, next(source)[0].ids)
 
 
 def test_attention_begins_between_words_and_what_they_name(modules):

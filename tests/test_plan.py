@@ -1,7 +1,8 @@
 """What compiled TPU programs hold: the 7B models whole, larger ones with few of their layers, each of which is a whole
 one's.
 
-Larger models are compiled whole by `benchmarks/tpu_plan.py`, whose table is in docs/tpu-plan.md.
+Larger models are compiled whole, and on more slices, by `benchmarks/tpu_plan.py`, whose table is in docs/tpu-plan.md:
+here all of that would take the suite beyond 20 minutes.
 """
 
 import dataclasses
@@ -82,9 +83,7 @@ def test_a_7b_model_fits_and_keeps_to_the_least(topology):
     ("name", "preset", "topology"),
     [
         ("v1.5-13b", "v1.5-finetune", "v5e:8x8"),
-        ("v1.5-13b", "v1.5-finetune", "v5p:2x2x4"),
         ("v1.6-34b", "v1.6-finetune", "v5p:4x4x4"),
-        ("v1.6-34b", "v1.6-finetune", "v6e:8x8"),
     ],
 )
 def test_larger_models_keep_to_the_least(name, preset, topology):

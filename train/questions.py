@@ -277,7 +277,7 @@ def description(rng: Rng, scene: Scene) -> Turn:
 
 
 def caption(rng: Rng, scene: Scene) -> Turn:
-    """As stage 1 wants it, all that a projector has to bring across: how many there are of what, and what is where."""
+    """As stage 1 wants it, all that a projector has to bring across: how many of each kind, and what is where."""
     asked = ("count and describe what is in the picture.", "how many objects are there of what, and where?")
     return pick(rng, asked), f"{', '.join(counted(scene))}, {placed(scene)}"
 

@@ -3,7 +3,7 @@
     python -m train.shapes --output shapes --examples 20000 --seed 0
 
     images/             PNG files: train-N.png, test-N.png
-    captions.json       stage 1: each training picture, how many objects of what it shows, and what is where
+    captions.json       stage 1: how many objects of each size, shape and colour a picture shows, and what is where
     train.json          stage 2: conversations about the training pictures, two pictures, and none
     test.json           questions about other pictures, one a row, as many of each kind
     test_captions.json  captions of these

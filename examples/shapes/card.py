@@ -50,10 +50,10 @@ was answered most often in training to questions of the same wording.
 
 It miscounts by one now and then, the more objects the oftener, and most of all where it has to count twice
 (`reasoning`). Of {described:,} detailed descriptions of held-out pictures {described_right:.1%} are right to the word;
-in the others an object is wrong, named twice or forgotten. It knows nothing but such pictures and such questions, in
-English, mostly one line long; of anything else it makes something up in the same words. Colours between two of its
-eight, shapes that touch, and more than six objects are outside of what it has seen. It is there to try and to test
-things with, not to be used.
+in the others the number, an object or its place is wrong, or one is named twice or forgotten. It knows nothing but such
+pictures and such questions, in English, mostly one line long; of anything else it makes something up in the same words.
+Colours between two of its eight, shapes that touch, and more than six objects are outside of what it has seen. It is
+there to try and to test things with, not to be used.
 """
 
 

@@ -7,7 +7,7 @@
     tower/     its tower knows shapes (warm_up.py): there are no pretrained ones this small
     look/      its decoder looks for what a word names
     warm-up/   it knows all kinds of questions
-    captions/  and captions: a decoder that does not know them has a projector learn, in stage 1, to ask for them
+    captions/  and captions: or stage 1 would teach the projector to ask for captions, not to show what is there
     reset/     the same with a projector that knows nothing, where the published models begin
     stage-1/   the projector alone, on captions
     stage-2/   projector and decoder, on conversations; the tower stays as it is
@@ -121,8 +121,9 @@ def warm_up_decoder(name: str, output: Path, data: Path, checkpoint: Path, share
             max_length=230,
         )
     configs = [config]
-    if name == "captions":  # every third batch
-        configs = [config, config, config.replace(data=str(data / "captions.json"), template="plain")]
+    if name == "captions":  # every third batch is of captions, as stage 1 has them
+        captions = config.replace(data=str(data / "captions.json"), template=STAGES["stage-1"]["template"])
+        configs = [config, config, captions]
     params = warm_up.warm_up_decoder(configs, **scaled(WARM_UPS[name], share))
     save(output / name, CONFIG, params, tokenizer_of(checkpoint))
 
@@ -211,7 +212,7 @@ def ask_about_sizes(scenes: list[Scene], path: Path) -> None:
 
 
 def ask_for_details(scenes: list[Scene], path: Path) -> None:
-    """Descriptions, to be right to the word."""
+    """Requests for a detailed description of each; the answer has to be right to the word."""
     rows = []
     for i, scene in enumerate(scenes):
         rng = shapes.rng_for(SEED, "test", i, 5)
@@ -294,7 +295,8 @@ def draw_curves(output: Path) -> Image.Image:
         measured = [line for line in lines if "accuracy" in line]
         if measured:
             curve = Curve("", points(measured, [line["accuracy"] for line in measured]), dots=True)
-            panels.append(Panel(f"{name}: held-out accuracy", "updates", [curve], high=1.0, percent=True))
+            what = "patches" if name == "tower" else "questions"
+            panels.append(Panel(f"{name}: held-out {what}", "updates", [curve], high=1.0, percent=True))
     return draw_panels(panels, across=3)
 
 

@@ -279,10 +279,10 @@ def warm_up_tower(
 
 def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> Params:
     """The checkpoint that `configs` name, its decoder and projector trained on a batch of each one's data in turn; one
-    may be there several times. The first one's settings hold for the rest.
+    may be there several times. Each says how its data is read, the first one all else.
 
-    Its accuracy: the share of held-out conversations of which every token is right that it had to predict, given those
-    before it.
+    Its accuracy: the share of the first one's held-out conversations of which every token is right that it had to
+    predict, given those before it.
     """
     config, mesh = configs[0], make_mesh({}, jax.devices()[:1])
     found = open_checkpoint(config.checkpoint)
