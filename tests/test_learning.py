@@ -55,17 +55,21 @@ def write_rows(folder: Path, split: str, number: int, seed: int) -> Path:
     return folder / f"{split}.json"
 
 
+def save_start(model, folder: Path, rows: Path, **small: int) -> None:
+    """A checkpoint with tower and decoder of such dimensions, random weights and a tokenizer for these rows."""
+    config = model.CONFIG.replace(
+        text=dataclasses.replace(model.CONFIG.text, **small, kv_heads=1, vocab_size=300),
+        vision=dataclasses.replace(model.CONFIG.vision, **small, image_size=24, patch_size=12),
+        grid_pinpoints=((24, 48), (48, 24)),
+    )
+    tokenizer = model.make_tokenizer(model.texts_of(rows), 300)
+    model.save(folder, config, model.start(config, 0, tokenizer), tokenizer)
+
+
 def test_it_learns_to_see(modules, tmp_path):
     recipe = modules("model")
     train, test = write_rows(tmp_path, "train", 2000, 0), write_rows(tmp_path, "test", 128, 1)
-    small = dict(width=64, ffn_width=128, layers=2, heads=2)
-    config = recipe.CONFIG.replace(
-        text=dataclasses.replace(recipe.CONFIG.text, **small, kv_heads=1, vocab_size=300),
-        vision=dataclasses.replace(recipe.CONFIG.vision, **small, image_size=24, patch_size=12),
-        grid_pinpoints=((24, 48), (48, 24)),
-    )
-    tokenizer = recipe.make_tokenizer(recipe.texts_of(train), 300)
-    recipe.save(tmp_path / "start", config, recipe.start(config, 0, tokenizer), tokenizer)
+    save_start(recipe, tmp_path / "start", train, width=64, ffn_width=128, layers=2, heads=2)
 
     def accuracy(checkpoint: Path) -> float:
         engine = Engine.load(checkpoint, mesh=one_device())
@@ -166,15 +170,8 @@ def test_a_middle_near_an_edge_between_patches_is_in_both_in_parts(modules):
 
 def test_the_decoder_is_trained_on_batches_of_all_data_in_turn(modules, tmp_path, monkeypatch):
     model, warm_up = modules("model"), modules("warm_up")
-    small = dict(width=32, ffn_width=64, layers=1, heads=2)
-    config = model.CONFIG.replace(
-        text=dataclasses.replace(model.CONFIG.text, **small, kv_heads=1, vocab_size=300),
-        vision=dataclasses.replace(model.CONFIG.vision, **small, image_size=24, patch_size=12),
-        grid_pinpoints=((24, 48), (48, 24)),
-    )
     one, other = write_rows(tmp_path, "one", 40, 0), write_rows(tmp_path, "other", 40, 1)
-    tokenizer = model.make_tokenizer(model.texts_of(one), 300)
-    model.save(tmp_path / "start", config, model.start(config, 0, tokenizer), tokenizer)
+    save_start(model, tmp_path / "start", one, width=32, ffn_width=64, layers=1, heads=2)
     asking = TrainConfig(
         checkpoint=str(tmp_path / "start"), data=str(one), eval_data=str(other), image_folder=str(tmp_path),
         output=str(tmp_path / "log"), tune="projector,decoder", global_batch_size=4, max_length=64, dtype="float32",

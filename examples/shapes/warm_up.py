@@ -93,7 +93,7 @@ def fit(
             if number % EVERY == 0 or number == steps:
                 accuracy = {"accuracy": watch(params)} if number % (WATCHED * EVERY) == 0 or number == steps else {}
                 files.write({"step": number, "loss": float(loss)} | accuracy)
-                bar.advance(EVERY, f"loss {float(loss):.3f}")
+                bar.advance(number % EVERY or EVERY, f"loss {float(loss):.3f}")
     files.close()
     return params
 
@@ -286,7 +286,7 @@ def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> 
     """
     config, mesh = configs[0], make_mesh({}, jax.devices()[:1])
     found = open_checkpoint(config.checkpoint)
-    opened = {config: open_data(config, found.config, found.tokenizer) for config in configs}
+    opened = {c: open_data(c, found.config, found.tokenizer) for c in configs}
     params = found.load(mesh, lambda path: step.load_dtype(path, config))
     frozen, state, *_ = step.setup(params, found.config, config, mesh, steps)
 
@@ -313,7 +313,7 @@ def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> 
                 asked, right = asked + len(said), right + len(said) - len(np.unique(segments[row]))
         return right / asked
 
-    passes = {config: iter(data) for config, data in opened.items()}
+    passes = {c: iter(data) for c, data in opened.items()}
     batches = (loop.put_batch(next(passes[c])[0], mesh, opened[c].rows) for c in itertools.cycle(configs))
     trained = fit(loss_of, state.trained, frozen, batches, steps, rate, Path(config.output), accuracy)
     for data in (*opened.values(), held_out):
