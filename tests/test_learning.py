@@ -19,6 +19,7 @@ from infer.evaluate import evaluate, exact_match, read_questions
 from llava_jax import llava
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import tiny
+from llava_jax.console import InputError
 from llava_jax.vision import normalise, project, vision_features
 from train import loop
 from train.config import TrainConfig
@@ -35,7 +36,7 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(SHAPES)
     before = set(sys.modules)
     yield importlib.import_module
-    for name in {"model", "warm_up", "cpu"} & (set(sys.modules) - before):
+    for name in {path.stem for path in SHAPES.glob("*.py")} & (set(sys.modules) - before):
         del sys.modules[name]
 
 
@@ -78,7 +79,7 @@ def test_it_learns_to_see(modules, tmp_path):
 
     run = TrainConfig(
         checkpoint=str(tmp_path / "start"), data=str(train), image_folder=str(tmp_path), output=str(tmp_path / "run"),
-        tune="projector,decoder,vision", learning_rate=1e-3, steps=450, global_batch_size=16, max_length=64,
+        tune="projector,decoder,vision", learning_rate=2e-3, steps=250, global_batch_size=16, max_length=64,
         positions_per_row=256, dtype="float32", remat="none", save_every=0, adam_b2=0.98, workers=0, warmup_ratio=0.1,
     )  # fmt: skip
     chance = 1 / len(COLOURS)
@@ -191,6 +192,18 @@ def test_the_decoder_is_trained_on_batches_of_all_data_in_turn(modules, tmp_path
     first, second = (iter(open_data(c, found.config, found.tokenizer)) for c in (asking, telling))
     for got, source in zip(taken, [first, first, second] * 2, strict=True):
         np.testing.assert_array_equal(got.ids, next(source)[0].ids)
+
+
+def test_a_run_goes_on_only_with_the_settings_that_it_was_begun_with(modules, tmp_path):
+    recipe, run = modules("recipe"), tmp_path / "run"
+    recipe.begin(run, {"share": 1.0, "tower": {"steps": 2}})
+    recipe.begin(run, {"share": 1.0, "tower": {"steps": 2}})
+    with pytest.raises(InputError, match="other settings.*settings.json.*name a new directory"):
+        recipe.begin(run, {"share": 1.0, "tower": {"steps": 3}})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        recipe.begin(tmp_path / "other", {})
 
 
 def test_attention_begins_between_words_and_what_they_name(modules):

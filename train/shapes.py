@@ -14,6 +14,8 @@ All in the original's format, with the kind of each question beside it (`kinds`)
 import argparse
 import collections
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,18 @@ def rng_for(seed: int, split: str, index: int, what: int) -> Rng:
 
 def make_scenes(split: str, number: int, seed: int, taken: set[Scene], folder: Path) -> list[Scene]:
     """Scenes that are none of `taken`, which they join, and their pictures, in files."""
-    scenes = []
-    with Progress(f"drawing {split} pictures", number, "pictures") as bar:
-        for i in range(number):
-            rng = rng_for(seed, split, i, 0)
-            while (scene := make_scene(rng)) in taken:
-                pass
-            taken.add(scene)
-            scenes.append(scene)
-            draw(scene, rng).save(folder / file_name(split, i))
+    scenes, rngs = [], [rng_for(seed, split, i, 0) for i in range(number)]
+    for rng in rngs:
+        while (scene := make_scene(rng)) in taken:
+            pass
+        taken.add(scene)
+        scenes.append(scene)
+
+    def save(i: int) -> None:
+        draw(scenes[i], rngs[i]).save(folder / file_name(split, i))
+
+    with Progress(f"drawing {split} pictures", number, "pictures") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(save, range(number)):
             bar.advance()
     return scenes
 

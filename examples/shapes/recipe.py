@@ -14,15 +14,17 @@
     bundle/    the model in transformers' format, its card, its curves, a picture
 
 Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). Interrupted, the same command goes on with the
-phase that it was in; seeds are fixed.
+phase that it was in (settings.json says what the directory was begun with); seeds are fixed.
 """
 
 import collections
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from convert.to_hf import to_hf
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions, table
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.console import Parser, Progress, enable_compilation_cache, note, run_main
+from llava_jax.console import InputError, Parser, Progress, enable_compilation_cache, note, run_main
 from llava_jax.llava import Params
 from llava_jax.sharding import make_mesh
 from train import loop, questions, shapes
@@ -152,9 +154,12 @@ def write_looking(data: Path, examples: int, tests: int) -> None:
 def squash(names: list[str], source: Path, target: Path) -> None:
     """Pictures as the base tile shows them."""
     target.mkdir(parents=True, exist_ok=True)
-    with Progress("squashing", len(names), "pictures") as bar:
-        for name in names:
-            Image.open(source / name).resize((TILE, TILE)).save(target / name)
+
+    def save(name: str) -> None:
+        Image.open(source / name).resize((TILE, TILE)).save(target / name)
+
+    with Progress("squashing", len(names), "pictures") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(save, names):
             bar.advance()
 
 
@@ -311,6 +316,23 @@ def points(lines: list[dict[str, Any]], values: list[float]) -> list[tuple[float
 # ---------------------------------------------------------------- the command
 
 
+def begin(output: Path, settings: dict[str, Any]) -> None:
+    """Take a new directory, or one that was begun with these settings.
+
+    Raises:
+      InputError: it holds something else.
+    """
+    path = output / "settings.json"
+    if path.exists():
+        if json.loads(path.read_text()) != settings:
+            raise InputError(f"--output {output}: was begun with other settings ({path}); name a new directory")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"--output {output}: is not empty; name a new directory")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def main() -> None:
     p = Parser(prog="python examples/shapes/recipe.py", description="Train the small model of shapes.")
     p.add_argument("--output", required=True, metavar="DIR")
@@ -320,6 +342,7 @@ def main() -> None:
     args = p.parse_args()
     enable_compilation_cache()
     output, data = Path(args.output).absolute(), Path(args.output).absolute() / "data"
+    begin(output, dict(examples=args.examples, tests=args.tests, share=args.share, seed=SEED) | WARM_UPS | STAGES)
     if not data.exists():
         shutil.rmtree(drawn := output / "drawing", ignore_errors=True)
         shapes.write(drawn, args.examples, args.tests, SEED)
