@@ -194,16 +194,34 @@ def test_the_decoder_is_trained_on_batches_of_all_data_in_turn(modules, tmp_path
         np.testing.assert_array_equal(got.ids, next(source)[0].ids)
 
 
-def test_a_run_goes_on_only_with_the_settings_that_it_was_begun_with(modules, tmp_path):
+def test_a_run_goes_on_only_with_the_settings_that_it_was_begun_with(modules, tmp_path, run_cli):
     recipe, run = modules("recipe"), tmp_path / "run"
-    recipe.begin(run, {"share": 1.0, "tower": {"steps": 2}})
-    recipe.begin(run, {"share": 1.0, "tower": {"steps": 2}})
-    with pytest.raises(InputError, match="other settings.*settings.json.*name a new directory"):
-        recipe.begin(run, {"share": 1.0, "tower": {"steps": 3}})
+    settings = {"share": 1.0, "tower": {"steps": 2}, "grid": ((1, 2),)}
+    recipe.begin(run, settings)
+    recipe.begin(run, settings)
+    with pytest.raises(InputError, match="settings: share is 1.0 there and 0.5 here; go on with its values, or"):
+        recipe.begin(run, settings | {"share": 0.5})
+    status, out, err = run_cli(recipe.main, "--output", str(run))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert 'tower is {"steps": 2} there and {"steps": 4500,' in err and "examples is null there" in err
+
+    (run / "settings.json").write_text('{"share": 1')
+    with pytest.raises(InputError, match="share is null there and 1.0 here"):
+        recipe.begin(run, settings)
+    (run / "settings.json").rename(run / "settings.new")  # interrupted while it was written
+    recipe.begin(run, settings)
+    recipe.begin(run, settings)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(InputError, match="is not empty"):
-        recipe.begin(tmp_path / "other", {})
+        recipe.begin(tmp_path / "other", settings)
+
+
+@pytest.mark.parametrize("wrong", [("--examples", "0"), ("--tests", "-1"), ("--share", "nan"), ("--share", "0")])
+def test_wrong_flags_take_no_directory(modules, tmp_path, run_cli, wrong):
+    status, _, err = run_cli(modules("recipe").main, "--output", str(tmp_path / "run"), *wrong)
+    assert status == 1 and err.startswith(f"error: {wrong[0]} {wrong[1]}") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_attention_begins_between_words_and_what_they_name(modules):

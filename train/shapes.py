@@ -15,6 +15,7 @@ import argparse
 import collections
 import json
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,30 @@ def rng_for(seed: int, split: str, index: int, what: int) -> Rng:
 def make_scenes(split: str, number: int, seed: int, taken: set[Scene], folder: Path) -> list[Scene]:
     """Scenes that are none of `taken`, which they join, and their pictures, in files."""
     scenes, rngs = [], [rng_for(seed, split, i, 0) for i in range(number)]
-    for rng in rngs:
-        while (scene := make_scene(rng)) in taken:
-            pass
-        taken.add(scene)
-        scenes.append(scene)
+    with Progress(f"making {split} scenes", number, "scenes") as bar:
+        for rng in rngs:
+            while (scene := make_scene(rng)) in taken:
+                pass
+            taken.add(scene)
+            scenes.append(scene)
+            bar.advance()
 
     def save(i: int) -> None:
         draw(scenes[i], rngs[i]).save(folder / file_name(split, i))
 
-    with Progress(f"drawing {split} pictures", number, "pictures") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(save, range(number)):
-            bar.advance()
+    save_each(f"drawing {split} pictures", save, range(number))
     return scenes
+
+
+def save_each(what: str, save: Callable[[Any], None], pictures: Sequence) -> None:
+    """Call `save` for each, in threads (what takes long in Pillow and numpy does not hold Python's lock)."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with Progress(what, len(pictures), "pictures") as bar:
+            for _ in pool.map(save, pictures):
+                bar.advance()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def file_name(split: str, index: int) -> str:

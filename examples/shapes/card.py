@@ -18,9 +18,9 @@ in it.
 
 ## Training
 
-`python examples/shapes/recipe.py`: a warm-up of the tower on labelled patches and of the decoder on questions and
-captions (there are no pretrained ones this small), the projector reset, then LLaVA's two stages: the projector alone on
-captions, then projector and decoder on conversations with the tower frozen.
+`python examples/shapes/recipe.py --output DIR`: a warm-up of the tower on labelled patches and of the decoder
+on questions and captions (there are no pretrained ones this small), the projector reset, then LLaVA's two stages: the
+projector alone on captions, then projector and decoder on conversations with the tower frozen.
 
 | held-out captions | loss for each token |
 | --- | --- |

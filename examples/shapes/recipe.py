@@ -20,11 +20,12 @@ phase that it was in (settings.json says what the directory was begun with); see
 import collections
 import itertools
 import json
-import os
+import math
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from convert.to_hf import to_hf
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions, table
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.console import InputError, Parser, Progress, enable_compilation_cache, note, run_main
+from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
 from llava_jax.llava import Params
 from llava_jax.sharding import make_mesh
 from train import loop, questions, shapes
@@ -158,9 +159,7 @@ def squash(names: list[str], source: Path, target: Path) -> None:
     def save(name: str) -> None:
         Image.open(source / name).resize((TILE, TILE)).save(target / name)
 
-    with Progress("squashing", len(names), "pictures") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(save, names):
-            bar.advance()
+    shapes.save_each("squashing", save, names)
 
 
 def reset_projector(warm: Path, reset: Path) -> None:
@@ -322,15 +321,30 @@ def begin(output: Path, settings: dict[str, Any]) -> None:
     Raises:
       InputError: it holds something else.
     """
-    path = output / "settings.json"
+    path, settings = output / "settings.json", json.loads(json.dumps(settings))
+    written = path.with_suffix(".new")
     if path.exists():
-        if json.loads(path.read_text()) != settings:
-            raise InputError(f"--output {output}: was begun with other settings ({path}); name a new directory")
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:
+            there = {}
+        shown = lambda value: textwrap.shorten(json.dumps(value), 80)  # noqa: E731
+        differences = [
+            f"{name} is {shown(there.get(name))} there and {shown(value)} here"
+            for name, value in settings.items()
+            if there.get(name) != value
+        ]
+        if differences:
+            raise InputError(
+                f"--output {output}: was begun with other settings: {'; '.join(differences)}; go on with its values, "
+                "or name a new directory"
+            )
         return
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and set(output.iterdir()) - {written}:
         raise InputError(f"--output {output}: is not empty; name a new directory")
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    written.write_text(json.dumps(settings, indent=2) + "\n")
+    written.replace(path)
 
 
 def main() -> None:
@@ -340,9 +354,15 @@ def main() -> None:
     p.add_argument("--tests", type=int, default=TESTS, metavar="N", help=f"test pictures (default {TESTS})")
     p.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates, for a quick try (default 1)")
     args = p.parse_args()
-    enable_compilation_cache()
+    for name in ("examples", "tests"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not 0 < args.share < math.inf:
+        raise InputError(f"--share {args.share}: must be above 0")
     output, data = Path(args.output).absolute(), Path(args.output).absolute() / "data"
-    begin(output, dict(examples=args.examples, tests=args.tests, share=args.share, seed=SEED) | WARM_UPS | STAGES)
+    flags = dict(examples=args.examples, tests=args.tests, share=args.share)
+    begin(output, flags | WARM_UPS | STAGES | dict(common=asdict(COMMON), model=asdict(CONFIG)))
+    enable_compilation_cache()
     if not data.exists():
         shutil.rmtree(drawn := output / "drawing", ignore_errors=True)
         shapes.write(drawn, args.examples, args.tests, SEED)
