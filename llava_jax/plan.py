@@ -4,16 +4,18 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from llava_jax import hlo, tpu
@@ -61,7 +63,7 @@ class Compiled:
 def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
     """Compile and read a `jax.stages.Lowered`."""
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as written:
+    with tempfile.TemporaryDirectory() as written, without_cache():
         try:
             compiled = lowered.compile({"xla_dump_to": written, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
@@ -80,6 +82,20 @@ def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
         lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), lowered.out_info, compiled.output_shardings
     )
     return Compiled(seconds, memory.peak, memory, work, out)
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """JAX's persistent cache would keep programs for TPUs that are not there, but cannot read them; and what comes from a
+    cache is not compiled, so neither timed nor written down."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it asks only once whether it is enabled
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 # ---------------------------------------------------------------- flags

@@ -1,16 +1,23 @@
-"""Eight emulated devices for all tests; golden data of the reference implementation under `golden/`."""
+"""Eight emulated devices for all tests, which share compiled programs; golden data of the reference implementation
+under `golden/`."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same for pytest's workers, and for commands that tests run
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import functools
 import importlib.util
 import json
 import random
-import shutil
 from pathlib import Path
 
 import jax

@@ -15,6 +15,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -224,6 +225,28 @@ def test_the_program_that_is_read_is_the_one_that_was_compiled():
     work = plan.compile_for_tpu(lowered).work
     assert work == hlo.Program(lowered.compile().as_text()).work
     assert work.flops == 2 * 64 * 1024 * 512 / 8 and sum(work.collectives.values()) > 0
+
+
+@compiles
+@needs_libtpu
+def test_no_cache_keeps_it(tmp_path):
+    """It could not be read again."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name, value in zip(names, (str(tmp_path), 0), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        mesh = plan.mesh_of("fsdp=4", None, "v5e:2x2")
+        shape = jax.ShapeDtypeStruct((64,), "float32", sharding=NamedSharding(mesh, P("fsdp")))
+        assert plan.compile_for_tpu(jax.jit(jnp.sin).lower(shape)).peak > 0
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: jnp.cos(x) + 41)(1.0)
+        assert list(tmp_path.iterdir())  # others are kept as before
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_of_a_program_that_is_not_written_down_the_memory_is_known(monkeypatch, capsys):
