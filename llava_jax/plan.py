@@ -86,8 +86,8 @@ def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
-    """JAX's persistent cache would keep programs for TPUs that are not there, but cannot read them; and what comes from a
-    cache is not compiled, so neither timed nor written down."""
+    """JAX's persistent cache would keep programs for TPUs that are not there, and cannot read them; besides, what comes
+    from a cache is not compiled, so neither timed nor written down."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # it asks only once whether it is enabled
