@@ -35,7 +35,10 @@ GENERATE = {
     MIDDLE: ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"],
     LARGE: ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4"],
 }
-OTHERS = [f"{SMALL} --preset v1.5-finetune --topology v5e:4x8 --rows-per-chip 4 --tiles-per-row 0"] + [
+OTHERS = [
+    f"{SMALL} --preset v1.5-finetune --topology v5e:4x4 --reduce-dtype float32",
+    f"{SMALL} --preset v1.5-finetune --topology v5e:4x8 --rows-per-chip 4 --tiles-per-row 0",
+] + [
     f"{SMALL} --preset v1.5-finetune --topology v5p:2x2x2 --rows-per-chip 4{remat}"
     for remat in ("", " --remat minimal", " --remat dots", " --remat none")
 ]

@@ -79,7 +79,7 @@ def test_it_learns_to_see(modules, tmp_path):
 
     run = TrainConfig(
         checkpoint=str(tmp_path / "start"), data=str(train), image_folder=str(tmp_path), output=str(tmp_path / "run"),
-        tune="projector,decoder,vision", learning_rate=2e-3, steps=250, global_batch_size=16, max_length=64,
+        tune="projector,decoder,vision", learning_rate=1e-3, steps=450, global_batch_size=16, max_length=64,
         positions_per_row=256, dtype="float32", remat="none", save_every=0, adam_b2=0.98, workers=0, warmup_ratio=0.1,
     )  # fmt: skip
     chance = 1 / len(COLOURS)
