@@ -4,7 +4,7 @@
     python benchmarks/tpu_plan.py --only 34b    # of what is missing, these rows
 
 Each row is a run of `python -m train.plan` or `python -m infer.plan`. What they print is kept in docs/tpu-plan.json:
-rows that are there are not compiled again. The page gets all of them, and keeps of its rows those that are not there.
+rows that are there are not compiled again. The page gets all of them.
 """
 
 import argparse
@@ -97,29 +97,21 @@ def found(plan: dict) -> list[str]:
     return [*cells, f"{plan['compile_seconds']:.0f}"]
 
 
-def table(plans: dict[str, dict], before: str) -> str:
-    """The table; rows of the one `before` that have no plan stay as they are."""
-    lines = [line for line in before.splitlines() if line.startswith("|")]
-    known = {tuple(cell.strip() for cell in line.split("|")[1:5]): line for line in lines}
+def table(plans: dict[str, dict]) -> str:
     head = [
         "| model | what | slice | flags | peak GB | of it parameters and optimizer | executed / model's FLOPs "
         "| sent GB (/ least) | compiled in s |",
         "|" + " --- |" * 9,
     ]
-    rows = [
-        "| " + " | ".join([*asked(command), *found(plans[command])]) + " |"
-        if command in plans
-        else known.get(tuple(asked(command)))
-        for command in commands()
-    ]
-    return "\n".join([*head, *filter(None, rows)])
+    rows = ["| " + " | ".join([*asked(command), *found(plan)]) + " |" for command, plan in plans.items()]
+    return "\n".join([*head, *rows])
 
 
 def write_page(plans: dict[str, dict]) -> None:
     """Put the table between the two marks in the page."""
     before, rest = PAGE.read_text().split("<!-- table -->\n")
-    old, after = rest.split("<!-- end -->\n")
-    PAGE.write_text(f"{before}<!-- table -->\n{table(plans, old)}\n<!-- end -->\n{after}")
+    after = rest.split("<!-- end -->\n")[1]
+    PAGE.write_text(f"{before}<!-- table -->\n{table(plans)}\n<!-- end -->\n{after}")
 
 
 def main() -> None:
@@ -135,7 +127,8 @@ def main() -> None:
         for done in as_completed(running):
             if plan := done.result():
                 plans[running[done]] = plan
-                PLANS.write_text(json.dumps({c: plans[c] for c in commands() if c in plans}, indent=1) + "\n")
+                plans = {command: plans[command] for command in commands() if command in plans}
+                PLANS.write_text(json.dumps(plans, indent=1) + "\n")
     write_page(plans)
 
 

@@ -185,7 +185,7 @@ def plans(tpu_plan):
 
 def test_the_page_shows_all_of_them(tpu_plan, plans):
     assert list(plans) == tpu_plan.commands()
-    rows = tpu_plan.table(json.loads(tpu_plan.PLANS.read_text()), before="")
+    rows = tpu_plan.table(json.loads(tpu_plan.PLANS.read_text()))
     assert f"<!-- table -->\n{rows}\n<!-- end -->" in tpu_plan.PAGE.read_text()
 
 
