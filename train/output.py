@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +186,23 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
     if CHECKSUM not in there:
         raise InputError(f"--output {path.parent}: holds something else (its config.json is not of a run)")
     moved = {"checkpoint"} if wanted[FINGERPRINT] and there.get(FINGERPRINT) == wanted[FINGERPRINT] else set()
-    differences = [
-        f"{name} is {_shown(there.get(name))} there and {_shown(value)} here"
-        for name, value in wanted.items()
-        if name not in MAY_CHANGE | moved and there.get(name) != value
-    ]
-    if differences:
+    if found := differences(there, {name: value for name, value in wanted.items() if name not in MAY_CHANGE | moved}):
         raise InputError(
-            f"--output {path.parent}: holds a run of another configuration: {'; '.join(differences)}; "
+            f"--output {path.parent}: holds a run of another configuration: {'; '.join(found)}; "
             "go on with its values, or name another directory"
         )
 
 
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Which of the values wanted, as JSON has them, are others there: "steps is 3 there and 4 here"."""
+    return [
+        f"{name} is {_shown(there.get(name))} there and {_shown(value)} here"
+        for name, value in wanted.items()
+        if there.get(name) != value
+    ]
+
+
 def _shown(value: Any) -> str:
-    return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+    if isinstance(value, str):
+        return value[:12] + "..." if len(value) == 64 else json.dumps(value)
+    return textwrap.shorten(json.dumps(value), 80)

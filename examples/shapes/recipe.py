@@ -23,7 +23,6 @@ import json
 import math
 import re
 import shutil
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +47,7 @@ from llava_jax.sharding import make_mesh
 from train import loop, questions, shapes
 from train.config import TrainConfig
 from train.data import open_data
+from train.output import differences
 from train.questions import plural
 from train.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.step import setup
@@ -328,15 +328,9 @@ def begin(output: Path, settings: dict[str, Any]) -> None:
             there = json.loads(path.read_text())
         except ValueError:
             there = {}
-        shown = lambda value: textwrap.shorten(json.dumps(value), 80)  # noqa: E731
-        differences = [
-            f"{name} is {shown(there.get(name))} there and {shown(value)} here"
-            for name, value in settings.items()
-            if there.get(name) != value
-        ]
-        if differences:
+        if found := differences(there, settings):
             raise InputError(
-                f"--output {output}: was begun with other settings: {'; '.join(differences)}; go on with its values, "
+                f"--output {output}: was begun with other settings: {'; '.join(found)}; go on with its values, "
                 "or name a new directory"
             )
         return
