@@ -13,8 +13,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same for pytest's worke
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-# Programs here are small and run once, so XLA is not to spend a fifth of all tests' time on making them quick; its
-# compiler for TPUs takes no notice.
+# As JAX's own tests: compiling is most of what these programs take, of which XLA would spend a good part on making them
+# quick. Its compiler for TPUs takes no notice. With 0, tests run what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import functools

@@ -100,11 +100,11 @@ def test_no_worse_than_a_text_decoder_in_maxtext():
 @needs_libtpu
 def test_nothing_moves_that_grows_with_the_sequence():
     """Neither for the splice nor the embedding nor the loss, which is two pieces of 512 positions: all but parameters
-    and gradients is less than half of a row's activations, sent once, to one chip."""
+    and gradients is less than a third of a row's activations, sent once, to one chip."""
     length, topology = 1024, "v5e:4x4"
     mesh = plan.mesh_of(None, functools.partial(make_mesh, {"fsdp": -1}), topology)
     needs = train_plan.plan_step(MODEL, PRESETS["v1.5-finetune"], mesh, topology, rows=1, length=length, tiles=4)[0]
-    assert 0 <= sent(needs) - needs.least_collective_bytes_per_chip < length * TEXT.width * 2 / 2
+    assert sent(needs) - needs.least_collective_bytes_per_chip < length * TEXT.width * 2 / 3
 
 
 @compiles
@@ -114,6 +114,7 @@ def test_nothing_moves_that_grows_with_the_sequence():
     [("v1.6-mistral-7b", 32, "v5e:2x2", 4, 5), ("v1.5-13b", 4, "v5e:2x4", 8, 0), ("v1.6-34b", 4, "v6e:2x4", 8, 0)],
 )
 def test_decoding_holds_one_cache(name, layers, topology, chips, tiles):
+    """All models have the same tower: it is compiled for one."""
     model, rows, context = shallow(c.preset(name), layers), 8, 4096
     text, mesh = model.text, plan.mesh_of(f"tensor={chips}", None, topology)
     made = infer_plan.plan_generation(model, mesh, topology, rows, context, new_tokens=512, tiles=tiles)

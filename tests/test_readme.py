@@ -16,8 +16,9 @@ def test_the_python_runs(capsys, monkeypatch):
     assert "(" in capsys.readouterr().out
 
 
-def test_the_first_commands_run():
+def test_the_first_commands_run(monkeypatch):
     """Those that need no checkpoint, the installation before them aside."""
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # as users run them
     commands = re.findall(r"^python -m infer\.generate(?: --image infer.*)?$", README, re.M)
     for command, answer in zip(commands, ("5", "left"), strict=True):
         command = command.replace("python", sys.executable, 1)

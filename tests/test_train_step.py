@@ -23,7 +23,6 @@ from train import step as step_module
 from train.config import PRESETS, TrainConfig
 from train.step import export_params, setup
 
-FAST = {"xla_backend_optimization_level": 0}  # these programs take longer to compile than to run
 PLAIN = TrainConfig(
     learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0, dtype="float32", lora_rank=4,
     lora_alpha=8.0,
@@ -42,7 +41,7 @@ def start(config: TrainConfig, batch, model=None, mesh=None, params=None, total_
     model, mesh = model or c.tiny(), mesh or one_device()
     frozen, state, step, evaluate = setup(params or random_params(model), model, config, mesh, total_steps)
     batch = jax.tree.map(lambda x: put_rows(x, mesh), batch)
-    step = step.lower(frozen, state, batch).compile(compiler_options=FAST)
+    step = step.lower(frozen, state, batch).compile()
     return frozen, state, step, evaluate, batch
 
 
@@ -317,7 +316,7 @@ def test_every_preset_trains_what_it_says_and_nothing_else(name):
 def flops(config: TrainConfig, model, batch: Batch) -> float:
     """Executed for a step, by the compiler's count, which takes a loop's body once: models have one layer here."""
     frozen, state, step, _ = setup(llava.param_shapes(model), model, config, one_device(), 8)
-    return step.lower(frozen, state, batch).compile(compiler_options=FAST).cost_analysis()["flops"]
+    return step.lower(frozen, state, batch).compile().cost_analysis()["flops"]
 
 
 def test_stage_one_computes_no_weight_gradients_of_the_decoder():
