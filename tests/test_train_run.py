@@ -37,6 +37,11 @@ CHECKPOINT = GOLDEN / "checkpoints/v1.5-llama"
 WORDS = ("cat", "dog", "tree", "house", "street")
 
 
+def mesh_of_one(sizes):
+    """Whatever was asked for: one of the eight devices."""
+    return make_mesh({}, jax.devices()[:1])
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Twenty conversations; those with a picture, as stage 1 wants them; half of these for evaluation."""
@@ -68,7 +73,7 @@ def flags(data, output, *more) -> list[str]:
 @pytest.fixture
 def one_device(monkeypatch):
     """Runs in this process use one of its eight devices: that compiles faster."""
-    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ def finished(tmp_path_factory, data):
     output = tmp_path_factory.mktemp("finished") / "out"
     more = ("--eval-data", data / "eval.json", "--eval-every", 5, "--keep", 1, "--profile-steps", "2:3")
     with pytest.MonkeyPatch.context() as patch, open(output.parent / "said", "w+") as said:
-        patch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+        patch.setattr(loop, "make_mesh", mesh_of_one)
         patch.setattr("sys.stderr", said)
         _, config = command.read_config(flags(data, output, *more))
         assert loop.train(loop.prepare(config)) == 0
@@ -231,7 +236,7 @@ def test_what_eight_devices_write_is_what_one_writes(train, data, monkeypatch, t
     for output in ("eight", "one"):
         status, _, err = train(tmp_path / output, *full)
         assert status == 0, err
-        monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+        monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
     eight, one = (open_ours(tmp_path / output / "model").tensors for output in ("eight", "one"))
     assert eight.keys() == one.keys()
     moved = {path for path in one if not path.endswith("k/bias")}  # attention takes no notice of that
@@ -345,7 +350,7 @@ def test_an_object_store_gets_copies_of_what_is_appended_to(train, finished, one
     assert train(bucket)[0] == 128 + signal.SIGTERM
     monkeypatch.undo()
     monkeypatch.setattr(output_module, "is_remote", lambda path: True)
-    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
     assert [line["step"] for line in read_metrics(bucket)] == [1, 2, 3]
     assert train(bucket)[0] == 0
     assert steps_and_losses(bucket) == steps_and_losses(finished[0])
