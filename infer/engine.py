@@ -208,8 +208,7 @@ class Engine:
         """The part of an unfinished answer's text that more tokens cannot change."""
         if answer.stopped_by:
             return answer.text
-        text = self.tokenizer.decode(self.tokenizer.without_open_bytes(answer.token_ids)).strip().rstrip("\ufffd")
-        text, stop = text.rstrip(), self.template.stop
+        text, stop = self.tokenizer.decode_settled(answer.token_ids).strip(), self.template.stop
         if stop:
             held = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
             text = text[: len(text) - held]

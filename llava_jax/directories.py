@@ -12,7 +12,7 @@ from llava_jax.console import InputError, first_line
 from llava_jax.sources import has_tensors
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
 def find_directory(where: str | os.PathLike) -> Path:

@@ -1,27 +1,36 @@
 """The tokenizer of a checkpoint: text to ids with character offsets, and back.
 
-One engine (`tokenizers`) for both kinds of file. A SentencePiece `tokenizer.model` is turned into the same BPE
-with byte fallback, and is preferred where a directory has both, since the reference trains and runs with it.
+A tokenizer is the checkpoint's own engine, never rebuilt:
 
-`legacy` is where LLaMA tokenizers differ. SentencePiece puts a space in front of a text. A legacy tokenizer
-does so for each piece of text between special tokens (`</s>USER` gives `▁USER`), the corrected one at the
-beginning of the text only (`USER`). Weights want the setting they were trained with, which is the `legacy` key
-of `tokenizer_config.json`, absent meaning true (transformers 4.37 `LlamaTokenizer`). We honour it for either
-kind of file: newer transformers ignore what `tokenizer.json` says there, older ones ignore the key.
+    tokenizer.model   SentencePiece itself, whatever the model's type and normalization. Around it, the rules of the
+                      class that the reference runs (the slow `LlamaTokenizer` of transformers 4.37.2): text is split at
+                      added tokens, and `legacy` says where the dummy prefix goes.
+    tokenizer.json    `tokenizers`, as the file stands.
+
+`tokenizer.model` is preferred where a directory has both, since the reference trains and runs with it.
+
+`legacy` is the key of that name in `tokenizer_config.json`, absent meaning true. SentencePiece puts a space in front of
+a text. The legacy tokenizer does so for each piece of text between added tokens (`</s>USER` gives `▁USER`), the
+corrected one at the beginning of the text only (`USER`). Weights want the setting that they were trained with.
 """
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from llava_jax.config_json import read_json
-from llava_jax.console import InputError
+from llava_jax.console import InputError, first_line, note
 
 FILES = (
     "tokenizer.model",
@@ -29,8 +38,14 @@ FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
 )
 SPACE = "▁"
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the first line of what Llama 3 calls tokenizer.model
+
+Offsets = list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -39,84 +54,64 @@ class Tokenizer:
     Attributes:
       bos_id: begins a prompt; None where the tokenizer adds none.
       eos_id, unk_id, pad_id: None where there is none.
+      files: the files it was read from, by name, to go along with a checkpoint.
     """
 
-    def __init__(
-        self,
-        engine: tokenizers.Tokenizer,
-        settings: dict[str, Any],
-        *,
-        legacy: bool | None = None,
-        files: dict[str, bytes] | None = None,
-    ):
-        """`legacy`: where spaces go before text; None for engines that are not LLaMA's, or know by themselves."""
-        self._engine = engine
-        self._legacy = legacy
-        self._prepend = legacy is False  # then `engine` puts none anywhere, and `encode` does
-        self.files = files or {}  # the files it was read from, to go along with a checkpoint
-        token = {k: _content(settings.get(f"{k}_token")) for k in ("bos", "eos", "unk", "pad")}
-        ids = self._ids = {k: engine.token_to_id(t) if t else None for k, t in token.items()}
+    def __init__(self, engine: "_SentencePiece | _Json", settings: dict[str, Any], files: dict[str, bytes]):
+        self._engine, self._settings, self.files = engine, settings, files
+        token = {key: _content(settings.get(f"{key}_token")) for key in ("bos", "eos", "unk", "pad")}
+        ids = self._ids = {key: engine.token_id(t) if t else None for key, t in token.items()}
         self.bos_id = ids["bos"] if settings["add_bos_token"] else None
         self.eos_id, self.unk_id = ids["eos"], ids["unk"]
         self.pad_id = ids["pad"] if ids["pad"] is not None else ids["unk"]
 
     def __len__(self) -> int:
-        return self._engine.get_vocab_size(with_added_tokens=True)
+        """One more than the highest id."""
+        return len(self._engine)
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, special tokens in it recognised but none added, and each one's (start, end) in it."""
-        shift = 0
-        if self._prepend and text:
-            text, shift = " " + text.replace(SPACE, " "), 1
-        encoding = self._engine.encode(text, add_special_tokens=False)
-        ids = encoding.ids
-        offsets = [(max(a - shift, 0), max(b - shift, 0)) for a, b in encoding.offsets]
-        if shift and len(ids) > 1 and encoding.tokens[0] == SPACE and encoding.special_tokens_mask[1]:
-            ids, offsets = ids[1:], offsets[1:]  # no space before a text that begins with a special token
-        return ids, offsets
+    def encode(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids of a text, added tokens in it recognised but no BOS or EOS added, and each one's (start, end) in it."""
+        return self._engine.encode(text)
 
-    def decode(self, ids, *, special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of ids; special tokens are left out unless `special`."""
-        return self._engine.decode([int(i) for i in ids], skip_special_tokens=not special)
+        return self._engine.decode([int(i) for i in ids], special)
 
-    def without_open_bytes(self, ids: Sequence[int]) -> Sequence[int]:
-        """Ids up to where more of them could change the text: a run of single bytes may become another character."""
+    def decode_settled(self, ids: Sequence[int]) -> str:
+        """The part of the text of ids that no id after them can change: it ends before an unfinished character."""
         n = len(ids)
-        while n and _is_byte(self._engine.id_to_token(int(ids[n - 1]))):
+        while n and re.fullmatch(r"<0x[0-9A-F]{2}>", self._engine.token(int(ids[n - 1])) or ""):
             n -= 1
-        return ids[:n]
+        return self.decode(ids[:n]).rstrip("\ufffd")
 
     def token_id(self, token: str) -> int | None:
-        return self._engine.token_to_id(token)
+        return self._engine.token_id(token)
+
+    def token(self, i: int) -> str | None:
+        return self._engine.token(i)
 
     def add_special(self, tokens: list[str]) -> None:
         """Add special tokens that the vocabulary lacks, at its end."""
-        self._engine.add_special_tokens(
-            [tokenizers.AddedToken(t, normalized=False, special=True) for t in tokens if self.token_id(t) is None]
-        )
+        self._engine.add_special([token for token in tokens if self.token_id(token) is None])
 
     def transformers_files(self, new_tokens: Sequence[str] = (), *, pad: str | None = None) -> dict[str, Any]:
-        """This tokenizer for transformers, by file name: `tokenizer.json` holds all of it, and is taken as it is.
+        """This tokenizer for transformers, by file name: `tokenizer.json` holds all of it, and is used as it stands.
 
-        Whole prompts get the ids there that `prompts.encode` gives them here piece by piece: in legacy style anyway,
-        otherwise wherever a newline follows the image, as in every template.
+        A whole prompt gets the ids there that `prompts.encode` gives it piece by piece. If the tokenizer is not legacy,
+        that holds for prompts that begin with no space and have a newline after each image, as all templates do.
 
         Args:
           new_tokens: special tokens to add at the end.
           pad: the token to pad with; None for the tokenizer's own.
         """
-        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
-        if self._prepend:
-            # A space goes before the text, and before a piece that begins with a newline: it stands behind an image.
-            engine.normalizer = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
-            engine.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
-        name = {key: i if i is None else engine.id_to_token(i) for key, i in self._ids.items()}
+        engine = self._engine.for_transformers()
+        name = {key: i if i is None else self.token(i) for key, i in self._ids.items()}
         if self.bos_id is not None and engine.encode("a").ids[:1] != [self.bos_id]:
             bos = name["bos"]
             engine.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
             )
-        engine.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in new_tokens])
+        engine.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in new_tokens])
         settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
         for gone in ("auto_map", "chat_template", "add_prefix_space", "extra_special_tokens", "use_fast", "backend"):
             settings.pop(gone, None)
@@ -135,18 +130,24 @@ class Tokenizer:
         }  # fmt: skip
         name["pad"] = pad or name["pad"]
         settings |= {f"{key}_token": token for key, token in name.items() if token is not None}
-        if self._legacy is not None:
-            settings["legacy"] = self._legacy
+        if isinstance(self._engine, _SentencePiece):
+            settings["legacy"] = self._engine.legacy
         kept = {file: self.files[file] for file in ("tokenizer.model",) if file in self.files}
         return {**kept, "tokenizer.json": engine.to_str(pretty=True), "tokenizer_config.json": settings}
 
 
-def _is_byte(token: str | None) -> bool:
-    return token is not None and re.fullmatch(r"<0x[0-9A-F]{2}>", token) is not None
-
-
 def _content(token) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _added(token: str | dict, special: bool) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=special, normalized=not special)
+    flags = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(token["content"], special=token.get("special", special), **flags)
+
+
+# ---------------------------------------------------------------- reading
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
@@ -159,104 +160,290 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     try:
         files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
     except OSError as error:
-        raise InputError(f"{directory}: its tokenizer cannot be read ({error})") from None
+        raise InputError(f"{directory}: its tokenizer cannot be read ({error.strerror or error})") from None
+    config = read_json(directory / "tokenizer_config.json") or {}
     settings = (read_json(directory / "special_tokens_map.json") or {}) | {
-        k: v for k, v in (read_json(directory / "tokenizer_config.json") or {}).items() if v is not None
+        key: value for key, value in config.items() if value is not None
     }
+    added = read_json(directory / "added_tokens.json") or {}
+    if "tokenizer.json" in files and TIKTOKEN.match(files.get("tokenizer.model", b"")):
+        files.pop("tokenizer.model")
     if "tokenizer.model" in files:
-        engine = _from_sentencepiece(files["tokenizer.model"], directory / "tokenizer.model")
-        legacy = settings.get("legacy", True)
         plain = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-        settings = plain | settings
-    elif "tokenizer.json" in files:
-        try:
-            engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        except Exception as error:
-            raise InputError(f"{directory / 'tokenizer.json'}: cannot be read ({error})") from None
-        is_llama = _is_llama(engine)
-        legacy = settings.get("legacy") if is_llama else None
-        encoded = engine.encode("a", add_special_tokens=True)
-        first = encoded.tokens[0] if encoded.special_tokens_mask[:1] == [1] else None
+        engine = _SentencePiece(
+            files["tokenizer.model"], plain | settings, _added_tokens(settings, added), directory / "tokenizer.model"
+        )
+    elif "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys():
+        engine = _Json(_read_engine(files, settings, directory), _added_tokens(settings, added), settings, directory)
+        first = engine.first_token
         plain = {"bos_token": first, "add_bos_token": first is not None}
-        if is_llama:
+        if str(settings.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
+            # What this class of transformers has by default, whatever the file says.
             usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-            plain |= {key: token for key, token in usual.items() if engine.token_to_id(token) is not None}
+            plain |= {key: token for key, token in usual.items() if engine.token_id(token) is not None}
             plain["add_bos_token"] = True
-        settings = plain | settings
     else:
         raise InputError(f"{directory}: no tokenizer (neither tokenizer.model nor tokenizer.json)")
-    if legacy is not None:
-        _set_spaces(engine, legacy)
-    _add_tokens(engine, settings, read_json(directory / "added_tokens.json") or {}, directory)
-    return Tokenizer(engine, settings, legacy=legacy, files=files)
+    return Tokenizer(engine, plain | settings, files)
 
 
-def _is_llama(engine: tokenizers.Tokenizer) -> bool:
-    """Whether it is a SentencePiece BPE in the `tokenizers` format, with its choice of where spaces go."""
-    model = json.loads(engine.to_str())["model"]
-    return model["type"] == "BPE" and bool(model.get("byte_fallback"))
+def _special_tokens(settings: dict[str, Any]) -> list[str | dict]:
+    """The special tokens that a checkpoint's files name."""
+    more = [settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    more = [list(tokens.values()) if isinstance(tokens, dict) else tokens for tokens in more]
+    return [settings[key] for key in SPECIAL if settings.get(key)] + list(itertools.chain(*more))
 
 
-def _set_spaces(engine: tokenizers.Tokenizer, legacy: bool) -> None:
-    """Spaces become `▁`; in legacy style one more goes before each piece of text between special tokens."""
-    replace = normalizers.Replace(" ", SPACE)
-    engine.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if legacy else replace
-    engine.pre_tokenizer = None
-
-
-def _add_tokens(engine: tokenizers.Tokenizer, settings: dict[str, Any], added: dict[str, int], directory: Path) -> None:
+def _added_tokens(settings: dict[str, Any], added: dict[str, int]) -> dict[int, AddedToken]:
     """Tokens beyond the model's own pieces: `added_tokens_decoder` (new) and `added_tokens.json` (old)."""
-    tokens = {
-        int(i): token if isinstance(token, dict) else {"content": token}
-        for i, token in (settings.get("added_tokens_decoder") or {}).items()
-    }
-    for content, i in added.items():
-        tokens.setdefault(int(i), {"content": content, "special": True})
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        content = _content(settings.get(key))
-        i = content and engine.token_to_id(content)
-        if i is not None and content:
-            tokens.setdefault(i, {"content": content, "special": True})
-    for i, token in sorted(tokens.items()):
-        content = token["content"]
-        add = engine.add_special_tokens if token.get("special", False) else engine.add_tokens
-        flags = {k: token.get(k, False) for k in ("single_word", "lstrip", "rstrip", "normalized")}
-        add([tokenizers.AddedToken(content, special=token.get("special", False), **flags)])
-        if engine.token_to_id(content) != i:
-            raise InputError(
-                f"{directory}: the added token {content!r} should have id {i}, but the vocabulary before it "
-                f"makes it {engine.token_to_id(content)}"
-            )
+    special = {_content(token) for token in _special_tokens(settings)}
+    old = {int(i): _added(content, content in special) for content, i in added.items()}
+    new = settings.get("added_tokens_decoder") or {}
+    return old | {int(i): _added(token, False) for i, token in new.items()}
 
 
-def _from_sentencepiece(proto: bytes, path: Path) -> tokenizers.Tokenizer:
-    """A SentencePiece BPE model as a `tokenizers` one: same pieces, same merges, in the order of their scores."""
-    import sentencepiece
-
+def _read_engine(files: dict[str, bytes], settings: dict[str, Any], directory: Path) -> tokenizers.Tokenizer:
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        if "tokenizer.json" not in files:  # the two files of GPT-2's kind: their class in transformers reads them
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(
+                directory, tokenizer_type=None, trust_remote_code=False
+            ).backend_tokenizer
+        fields = json.loads(files["tokenizer.json"])
+        fields |= {"truncation": None, "padding": None}  # of whoever saved it; neither is part of a prompt
+        return tokenizers.Tokenizer.from_str(json.dumps(fields))
     except Exception as error:
-        raise InputError(f"{path}: no SentencePiece model ({error})") from None
-    n = model.get_piece_size()
-    pieces = [model.id_to_piece(i) for i in range(n)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    plain = {
-        piece: i for i, piece in enumerate(pieces)
-        if not (model.is_unknown(i) or model.is_control(i) or model.is_byte(i) or model.is_unused(i))
-    }  # fmt: skip
-    merges = []
-    for piece, i in plain.items():
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [(a, b) for a, b in halves if a in plain and b in plain]
-        merges += [(-model.get_score(i), i, plain[a], plain[b], (a, b)) for a, b in pairs]
-    merges.sort(key=lambda merge: merge[:4])
-    unk = pieces[model.unk_id()]
-    engine = tokenizers.Tokenizer(
-        models.BPE(vocab, [pair for *_, pair in merges], unk_token=unk, fuse_unk=True, byte_fallback=True)
-    )
-    engine.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    control = [pieces[i] for i in range(n) if model.is_control(i) or model.is_unknown(i)]
-    engine.add_special_tokens([tokenizers.AddedToken(p, normalized=False, special=True) for p in control])
-    return engine
+        name = "tokenizer.json" if "tokenizer.json" in files else "vocab.json"
+        raise InputError(f"{directory / name}: cannot be read ({first_line(error)})") from None
+
+
+# ---------------------------------------------------------------- SentencePiece
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A stretch of a text: what it says, where it begins, and its id if it is an added token."""
+
+    text: str
+    start: int
+    id: int | None = None
+
+
+class _SentencePiece:
+    """SentencePiece, inside the rules of transformers 4.37.2 (tokenization_utils.py `PreTrainedTokenizer.tokenize`,
+    models/llama/tokenization_llama.py)."""
+
+    def __init__(self, proto: bytes, settings: dict[str, Any], added: dict[int, AddedToken], path: Path):
+        self.legacy = bool(settings.get("legacy", True))
+        self._proto = proto
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(
+                model_proto=proto if self.legacy else _without_dummy_prefix(proto)
+            )
+            self._size = self._model.get_piece_size()
+        except Exception as error:
+            raise InputError(f"{path}: no SentencePiece model ({first_line(error)})") from None
+        self._unk = str(_content(settings["unk_token"]))
+        self._unk_length = len(self._model.encode(self._unk))
+        self._special = {_content(token) for token in _special_tokens(settings)}
+        self.added = dict(added)
+        contents = {token.content for token in self.added.values()}
+        for token in _special_tokens(settings):
+            given = settings["unk_token"] is token or token in ("<s>", "</s>")
+            if _content(token) not in contents and (self._piece_id(_content(token)) is not None or not given):
+                self._add(_added(token, True))
+        self._index()
+
+    def __len__(self) -> int:
+        return max(self._size, *(i + 1 for i in self.added))
+
+    def _add(self, token: AddedToken) -> None:
+        i = self._piece_id(token.content)
+        self.added[len(self) if i is None else i] = token
+
+    def _index(self) -> None:
+        self._ids = {token.content: i for i, token in self.added.items()}
+        by_length = sorted(filter(None, self._ids), key=len, reverse=True)
+        self._split_at = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+
+    def add_special(self, tokens: list[str]) -> None:
+        for token in tokens:
+            self._add(AddedToken(token, normalized=False, special=True))
+        self._special |= set(tokens)
+        self._index()
+
+    def _piece_id(self, token: str) -> int | None:
+        i = self._model.piece_to_id(token)
+        return i if self._model.id_to_piece(i) == token else None
+
+    def token_id(self, token: str) -> int | None:
+        return self._ids[token] if token in self._ids else self._piece_id(token)
+
+    def token(self, i: int) -> str | None:
+        if i in self.added:
+            return self.added[i].content
+        return self._model.id_to_piece(i) if 0 <= i < self._size else None
+
+    def encode(self, text: str) -> tuple[list[int], Offsets]:
+        shift = 0
+        if not self.legacy and text:
+            text, shift = SPACE + text.replace(SPACE, " "), 1
+        ids, offsets = [], []
+        for piece in self._split(text):
+            if piece.id is not None:
+                if shift and piece.text in self._special and [self.token(i) for i in ids] == [SPACE]:
+                    ids, offsets = [], []  # no space before a text that begins with a special token
+                ids.append(piece.id)
+                offsets.append((piece.start, piece.start + len(piece.text)))
+            else:
+                found, spans = self._encode_text(piece.text)
+                ids += found
+                offsets += [(piece.start + a, piece.start + b) for a, b in spans]
+        return ids, [(max(a - shift, 0), max(b - shift, 0)) for a, b in offsets]
+
+    def _split(self, text: str) -> list[_Piece]:
+        """The text at its added tokens, each of which may take spaces beside it along, or want to be a word."""
+        pieces, end = [], 0
+        for match in self._split_at.finditer(text):
+            if match.start() > end:
+                pieces.append(_Piece(text[end : match.start()], end))
+            pieces.append(_Piece(match[0], match.start(), self._ids[match[0]]))
+            end = match.end()
+        if end < len(text):
+            pieces.append(_Piece(text[end:], end))
+        for i, piece in enumerate(pieces):
+            if piece.id is None:
+                continue
+            token = self.added[piece.id]
+            left = pieces[i - 1] if i else None
+            right = pieces[i + 1] if i + 1 < len(pieces) else None
+            if token.rstrip and right and right.id is None:
+                kept = right.text.lstrip()
+                pieces[i + 1] = right = _Piece(kept, right.start + len(right.text) - len(kept))
+            if token.lstrip and left and left.id is None:
+                pieces[i - 1] = left = _Piece(left.text.rstrip(), left.start)
+            if token.single_word and left and left.text and left.text[-1] != " ":
+                pieces[i - 1], pieces[i] = _Piece(left.text + piece.text, left.start), _Piece("", piece.start)
+            elif token.single_word and right and right.text and right.text[0] != " ":
+                pieces[i + 1], pieces[i] = _Piece(piece.text + right.text, piece.start), _Piece("", piece.start)
+        return [piece for piece in pieces if piece.text]
+
+    def _encode_text(self, text: str) -> tuple[list[int], Offsets]:
+        skip = ""
+        if not self.legacy and text.startswith((SPACE, " ")):
+            skip = self._unk  # SentencePiece would strip the space at the beginning of a text
+        found = self._model.encode(skip + text, return_type="offset_mapping")
+        ids, offsets = found["ids"], found["offsets"]
+        if skip and len(ids) >= self._unk_length:
+            ids, offsets = ids[self._unk_length :], offsets[self._unk_length :]
+        return ids, [(max(a - len(skip), 0), max(b - len(skip), 0)) for a, b in offsets]
+
+    def decode(self, ids: list[int], special: bool) -> str:
+        text, run = "", []
+        for i in [*ids, None]:
+            token = self.added.get(i) if i is not None else None
+            if i is not None and token is None:
+                if 0 <= i < self._size:  # not a row that only pads the embeddings
+                    run.append(i)
+                continue
+            if run:
+                decoded = self._model.decode(run)
+                first = not text and not self.legacy and self._model.id_to_piece(run[0]).startswith(SPACE)
+                text += decoded.removeprefix(" ") if first else decoded
+                run = []
+            if token and (special or not token.special):
+                text += token.content
+        return text
+
+    def for_transformers(self) -> tokenizers.Tokenizer:
+        """What transformers' own converter makes of it."""
+        from transformers import PreTrainedTokenizerFast
+
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "tokenizer.model").write_bytes(self._proto)
+            engine = PreTrainedTokenizerFast.from_pretrained(directory, legacy=self.legacy).backend_tokenizer
+        for i, token in sorted(self.added.items()):
+            while engine.get_vocab_size() < i:  # ids there have no gaps
+                engine.add_special_tokens([f"<|reserved_{engine.get_vocab_size()}|>"])
+            flags = {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "special")}
+            engine.add_tokens([AddedToken(token.content, normalized=False, **flags)])
+            if engine.token_to_id(token.content) != i:
+                raise InputError(
+                    f"the added token {token.content!r} has id {i}, which transformers' tokenizer cannot give it"
+                )
+        spec = _parse(self._proto).normalizer_spec
+        if spec.precompiled_charsmap:
+            note("warning: transformers' normalization differs from SentencePiece's in some combined characters")
+        if not self.legacy:
+            if not spec.add_dummy_prefix:
+                first = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+                others = [engine.pre_tokenizer] if engine.pre_tokenizer else []
+                engine.pre_tokenizer = pre_tokenizers.Sequence([first, *others])
+            # A piece of text that begins with a newline stands behind an image, and is a text of its own here.
+            after_image = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
+            engine.normalizer = normalizers.Sequence([after_image, *([engine.normalizer] if engine.normalizer else [])])
+        return engine
+
+
+def _parse(proto: bytes):
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(proto)
+
+
+def _without_dummy_prefix(proto: bytes) -> bytes:
+    """The model, as the tokenizer loads it that is not legacy."""
+    model = _parse(proto)
+    model.normalizer_spec.add_dummy_prefix = False
+    return model.SerializeToString()
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+class _Json:
+    """`tokenizers`, as `tokenizer.json` stands, and the added tokens that other files of the directory name."""
+
+    def __init__(
+        self, engine: tokenizers.Tokenizer, added: dict[int, AddedToken], settings: dict[str, Any], directory: Path
+    ):
+        self._engine = engine
+        for i, token in sorted(added.items()):
+            (engine.add_special_tokens if token.special else engine.add_tokens)([token])
+            if (found := engine.token_to_id(token.content)) != i:
+                raise InputError(
+                    f"{directory}: the added token {token.content!r} should have id {i}, but the vocabulary before it "
+                    f"makes it {found}"
+                )
+        for token in _special_tokens(settings):
+            if engine.token_to_id(_content(token)) is not None:
+                engine.add_special_tokens([_added(token, True)])
+
+    def __len__(self) -> int:
+        return self._engine.get_vocab_size(with_added_tokens=True)
+
+    @functools.cached_property
+    def first_token(self) -> str | None:
+        """The special token that the file's post-processor puts first."""
+        encoded = self._engine.encode("a", add_special_tokens=True)
+        return encoded.tokens[0] if encoded.special_tokens_mask[:1] == [1] else None
+
+    def encode(self, text: str) -> tuple[list[int], Offsets]:
+        encoding = self._engine.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: list[int], special: bool) -> str:
+        return self._engine.decode(ids, skip_special_tokens=not special)
+
+    def token_id(self, token: str) -> int | None:
+        return self._engine.token_to_id(token)
+
+    def token(self, i: int) -> str | None:
+        return self._engine.id_to_token(i)
+
+    def add_special(self, tokens: list[str]) -> None:
+        self._engine.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+
+    def for_transformers(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._engine.to_str())

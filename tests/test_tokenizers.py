@@ -1,0 +1,209 @@
+"""Every kind of tokenizer file beside SentencePiece, transformers 4.37.2 and the transformers at hand.
+
+`golden/tokenizers/make.py` made the files, and what transformers 4.37.2 gives for them.
+"""
+
+import gzip
+import json
+import shutil
+
+import pytest
+from conftest import GOLDEN
+
+from llava_jax.console import InputError
+from llava_jax.prompts import encode
+from llava_jax.tokenizer import load_tokenizer
+
+KINDS = GOLDEN / "tokenizers"
+STRINGS = json.loads((KINDS / "strings.json").read_text())
+SENTENCEPIECE = sorted(file.parent.name for file in KINDS.glob("*/tokenizer.model"))
+JSON = sorted(file.parent.name for file in KINDS.glob("*/tokenizer.json"))
+EXPECTED = json.loads(gzip.decompress((KINDS / "expected.json.gz").read_bytes()))
+
+
+def copy_with(kind: str, directory, **settings):
+    """A tokenizer with other settings."""
+    shutil.copytree(KINDS / kind, directory)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return directory
+
+
+def test_there_are_twelve_kinds_and_two_hundred_strings():
+    assert len(SENTENCEPIECE) + len(JSON) >= 12
+    assert len(STRINGS) == 200
+    assert EXPECTED.keys() == set(SENTENCEPIECE)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_ids_are_those_of_the_slow_tokenizer(kind, legacy, tmp_path):
+    tokenizer = load_tokenizer(copy_with(kind, tmp_path / "t", legacy=legacy))
+    for text, ids in zip(STRINGS, EXPECTED[kind][str(legacy).lower()], strict=True):
+        assert tokenizer.encode(text)[0] == ids, repr(text)
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_without_added_tokens_ids_are_sentencepieces_own(kind):
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(str(KINDS / kind / "tokenizer.model"))
+    tokenizer = load_tokenizer(KINDS / kind)
+    added = [token.content for token in tokenizer._engine.added.values()]
+    texts = [text for text in STRINGS if not any(token in text for token in added)]
+    assert len(texts) > 50
+    for text in texts:
+        assert tokenizer.encode(text)[0] == model.encode(text), repr(text)
+
+
+@pytest.mark.parametrize("kind", JSON)
+def test_a_tokenizer_json_is_run_as_it_stands(kind):
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(KINDS / kind)
+    raw = tokenizers.Tokenizer.from_file(str(KINDS / kind / "tokenizer.json"))
+    ours = load_tokenizer(KINDS / kind)
+    for text in STRINGS:
+        ids = ours.encode(text)[0]
+        assert ids == theirs.encode(text, add_special_tokens=False), repr(text)
+        assert ids == raw.encode(text, add_special_tokens=False).ids, repr(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), repr(text)
+    first = theirs.encode("a")[0]
+    assert ours.bos_id == (first if first in theirs.all_special_ids else None)
+    assert ours.eos_id == theirs.eos_token_id
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", [*SENTENCEPIECE, *JSON])
+def test_offsets_cover_the_text_in_order(kind, legacy, tmp_path):
+    tokenizer = load_tokenizer(copy_with(kind, tmp_path / "t", legacy=legacy))
+    for text in STRINGS:
+        ids, offsets = tokenizer.encode(text)
+        assert len(ids) == len(offsets)
+        starts = [start for start, _ in offsets]
+        assert starts == sorted(starts), repr(text)
+        assert all(0 <= start <= end <= len(text) for start, end in offsets), repr(text)
+        for i, (start, end) in zip(ids, offsets, strict=True):
+            if len(token := tokenizer.token(i)) > 5 and token[:3] != "<0x" and token in text:  # added, or a long word
+                assert text[start:end].strip() == token.strip()
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", [*SENTENCEPIECE, *JSON])
+def test_decoding_streams_without_a_broken_character(kind, legacy, tmp_path):
+    tokenizer = load_tokenizer(copy_with(kind, tmp_path / "t", legacy=legacy))
+    for text in STRINGS:
+        ids, shown = tokenizer.encode(text)[0], ""
+        whole = tokenizer.decode(ids)
+        for n in range(len(ids) + 1):
+            settled = tokenizer.decode_settled(ids[:n])
+            assert settled.startswith(shown), repr(text)
+            shown = settled
+        assert whole.startswith(shown)
+        assert "\ufffd" not in whole or "\ufffd" in text, repr(text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "yi", "user-defined", "llama-3", "byte-level"])  # without normalization
+def test_decoding_gives_the_text_back(kind):
+    tokenizer = load_tokenizer(KINDS / kind)
+    for text in ("Hello there, two cats.", "naïve café 猫 🙂 e\u0301", "line one\nline two", "a  b", "x\x01y"):
+        assert tokenizer.decode(encode(text, tokenizer)[0]) == text
+
+
+def can_be_said_in_transformers(text: str, kind: str, legacy: bool) -> bool:
+    """Whether `tokenizers` has the means to do with a text what SentencePiece and the slow tokenizer do."""
+    stacked = "a\u0308\u0323" in text  # its normalization goes by grapheme
+    beyond = {
+        "nfkc": stacked or "\r\n" in text or "\x7f" in text,
+        "openllama": stacked or "▁" in text,  # of the marks for spaces, extra ones are kept
+        "unigram": "<0x0A>" in text,  # the text of a byte piece is taken for the piece
+        "added": "cats" in text,  # another idea of what a word is
+    }
+    # Without legacy, a space before the text is added only where none is, and a newline behind any token is taken for
+    # one behind an image.
+    if not legacy and kind in SENTENCEPIECE and (text.startswith((" ", "▁", "<|im_", "<image>")) or "[/INST]" in text):
+        return False
+    return not beyond.get(kind, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "legacy"),
+    [
+        (kind, legacy) for kind in [*SENTENCEPIECE, *JSON] for legacy in (True, False)
+        if legacy or kind not in ("nfkc", "openllama")  # no published model is like that
+    ],
+)  # fmt: skip
+def test_transformers_gets_the_same_ids(kind, legacy, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = load_tokenizer(copy_with(kind, tmp_path / "t", legacy=legacy))
+    (tmp_path / "hf").mkdir()
+    for name, content in ours.transformers_files().items():
+        if isinstance(content, bytes):
+            (tmp_path / "hf" / name).write_bytes(content)
+        else:
+            (tmp_path / "hf" / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    again = load_tokenizer(tmp_path / "hf")
+    assert (again.bos_id, again.eos_id, again.pad_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+    compared = 0
+    for text in STRINGS:
+        ids = ours.encode(text)[0]
+        assert again.encode(text)[0] == ids, repr(text)
+        if can_be_said_in_transformers(text, kind, legacy):
+            assert theirs.encode(text, add_special_tokens=False) == ids, repr(text)
+            compared += 1
+    assert compared > 100
+
+
+# ---------------------------------------------------------------- what files say
+
+
+def test_truncation_and_padding_of_a_file_are_no_part_of_a_prompt(tmp_path):
+    path = copy_with("llama-3", tmp_path / "t") / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    fields["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fields["padding"] = {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "!",
+    }  # fmt: skip
+    path.write_text(json.dumps(fields))
+    text = "What is shown in this image?"
+    assert load_tokenizer(tmp_path / "t").encode(text) == load_tokenizer(KINDS / "llama-3").encode(text)
+
+
+def test_bos_is_what_the_class_or_the_file_adds(tmp_path):
+    assert load_tokenizer(KINDS / "metaspace").bos_id is None  # its file has no post-processor
+    as_llama = copy_with("metaspace", tmp_path / "llama", tokenizer_class="LlamaTokenizerFast")
+    assert load_tokenizer(as_llama).bos_id == 1
+    assert load_tokenizer(copy_with("llama-3", tmp_path / "off", add_bos_token=False)).bos_id is None
+
+
+def test_gpt_files_without_tokenizer_json(tmp_path):
+    """`vocab.json` and `merges.txt`, as slow tokenizers of Qwen's and GPT-2's kind are saved."""
+    model = json.loads((KINDS / "qwen-2" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+    whole = load_tokenizer(KINDS / "qwen-2")
+    tokens = {str(whole.token_id(t)): {"content": t, "special": True} for t in ("<|im_start|>", "<|im_end|>")}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "added_tokens_decoder": tokens}
+    settings["added_tokens_decoder"][str(whole.token_id("<|endoftext|>"))] = {
+        "content": "<|endoftext|>",
+        "special": True,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "<|im_start|>user\nWhat is it? 猫<|im_end|>"
+    assert load_tokenizer(tmp_path).encode(text)[0] == whole.encode(text)[0]
+
+
+def test_a_tokenizer_model_of_tiktoken_gives_way_to_tokenizer_json(tmp_path):
+    copy_with("llama-3", tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    assert load_tokenizer(tmp_path / "t").bos_id == load_tokenizer(KINDS / "llama-3").bos_id
+
+
+def test_an_added_token_that_a_tokenizer_json_cannot_hold(tmp_path):
+    directory = copy_with("qwen-2", tmp_path / "t", added_tokens_decoder={"900": {"content": "<far>"}})
+    with pytest.raises(InputError, match="'<far>' should have id 900"):
+        load_tokenizer(directory)
