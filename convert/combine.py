@@ -14,7 +14,7 @@ import numpy as np
 
 from llava_jax import names
 from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth
-from llava_jax.config_json import read_json
+from llava_jax.config_json import is_original, read_json
 from llava_jax.console import InputError
 from llava_jax.sources import Found, Source, Tensor, configure, find_tower, has_tensors, open_file, open_source
 
@@ -207,8 +207,10 @@ def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
         )
     fields = read_json(adapter / "config.json")
     directory = base if fields is None else adapter
+    if fields:
+        fields.pop("quantization_config", None)  # of the base that QLoRA trained on; the one given here is whole
     fields = fields or read_json(base / "config.json") or {}
-    original = not isinstance(fields.get("text_config"), dict)
+    original = is_original(fields)
     tower = find_tower(directory, fields, vision_tower) if original else vision_tower
     config = configure(fields, directory, tower, name=adapter.name, decoder=base)
     found = Found(config, "original" if original else "transformers")

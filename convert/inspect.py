@@ -8,8 +8,8 @@ import numpy as np
 
 from llava_jax import names
 from llava_jax.config import LlavaConfig, tiny
-from llava_jax.config_json import read_config, read_json
-from llava_jax.console import InputError, printable
+from llava_jax.config_json import is_original, read_config, read_json
+from llava_jax.console import InputError, note, printable
 from llava_jax.directories import find_directory
 from llava_jax.orbax_files import open_ours
 from llava_jax.sources import open_file, tensor_files
@@ -80,7 +80,7 @@ def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig
     """Dialect and configuration, None where the configuration is no LLaVA's or does not stand by itself."""
     if fields is None:
         return "none", None
-    if isinstance(fields.get("text_config"), dict):
+    if not is_original(fields):
         dialect = "transformers"
     elif any(key in fields for key in ("mm_vision_tower", "mm_hidden_size")):
         dialect = "original"
@@ -90,7 +90,8 @@ def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig
     try:
         vision = read_json(directory / tower / "config.json") if isinstance(tower, str) and tower else None
         return dialect, read_config(fields, vision=vision, name=directory.name)
-    except InputError:
+    except InputError as error:
+        note(f"warning: {error}")
         return dialect, None
 
 

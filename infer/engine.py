@@ -118,8 +118,7 @@ class Engine:
     ):
         self.params, self.config, self.tokenizer, self.mesh = params, config, tokenizer, mesh
         self.int8_cache = int8_cache
-        self.template_name = template or choose_template(config)
-        self.template = get_template(self.template_name)
+        self.template = get_template(template or choose_template(config))
         self.buckets = buckets or Buckets()
         prepare_tokenizer(tokenizer, config)
         self.eos_ids = end_ids(config, tokenizer, self.template)
@@ -154,7 +153,7 @@ class Engine:
         """
         found = open_checkpoint(checkpoint, vision_tower=vision_tower)
         config = found.config.with_image_rules(image_rules) if image_rules else found.config
-        get_template(template or choose_template(config))
+        get_template(template or choose_template(config))  # raises before the weights are read
         placed = mesh or inference_mesh(config)
         placed = make_mesh(parse_mesh(placed)) if isinstance(placed, str) else placed
         params = found.load(placed, dtype or default_dtype(placed))

@@ -7,6 +7,7 @@ from llava_jax.console import InputError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3  # of Pillow's `Image.Resampling`
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
@@ -70,6 +71,13 @@ class VisionConfig:
     activation: str = "quick_gelu"
     feature_layers: tuple[int, ...] = (-2,)
     keep_class_token: bool = False  # `cls_patch` (original), `full` (Hugging Face)
+    # What the image processor does to a picture that is no grid of tiles (`preprocessor_config.json`).
+    resize: tuple[int, ...] | None = None  # (shortest edge,), or (height, width); () not at all; None to `image_size`
+    center_crop: bool = True
+    resample: int = BICUBIC
+    # And to the pixels of all: (value * rescale_factor - mean) / deviation, the latter two only if `normalize`.
+    rescale_factor: float = 1 / 255
+    normalize: bool = True
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
@@ -108,7 +116,9 @@ class LlavaConfig:
     use_im_patch: bool = False
     max_length: int | None = None  # positions after splicing that the model was trained with
     padding_side: str = "right"
-    template: str | None = None  # conversation template; None: chosen from the rest (templates.choose_template)
+    # The conversation template: its name, or a chat template's Jinja program; None: chosen from the rest.
+    template: str | None = None
+    template_from: str = ""  # the file of the checkpoint that says so
     name: str = ""  # what the checkpoint calls itself, a hint for the template
     vision_tower: str | None = None  # where the original's config says the tower is
     image_token_id: int | None = None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded

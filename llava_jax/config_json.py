@@ -8,7 +8,9 @@ Three dialects are understood:
   holds the tables against the classes);
 - the original's (`mm_vision_tower` and friends beside the fields of the language model).
 
-`model_type` does not tell the last two apart (both write `llava`), the fields do.
+A checkpoint is believed or refused: model types and decoders that are not listed here are refused by name, and every
+key is read, known to make no difference, supported with some values only, or named in a warning (`config_keys`).
+`model_type` does not tell the last two dialects apart (both write `llava`), the fields do.
 """
 
 import ast
@@ -18,8 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config import CLIP_MEAN, CLIP_STD, PINPOINTS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
-from llava_jax.console import InputError
+from llava_jax.config_keys import check_keys
+from llava_jax.console import InputError, shorten
 
+# Hugging Face: model type -> class.
+MODEL_TYPES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+# The original: model type, or class, -> family of the decoder. Plain language models are parts of a LLaVA to be.
+ORIGINAL_TYPES = {
+    "llava": None,  # whatever the class says; LLaMA without one
+    "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2",
+    "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "Yi": "llama",
+}  # fmt: skip
+ORIGINAL_CLASSES = {
+    "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaQwenForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "YiForCausalLM": "llama",
+    "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
+}  # fmt: skip
 # Defaults of the transformers classes (v4 and v5 agree) for fields that sparse files leave out.
 _TEXT_DEFAULTS = {
     "llama": dict(
@@ -67,7 +83,7 @@ def read_config(
     Args:
       config: the parsed `config.json`.
       vision: the vision tower's own `config.json`, for original checkpoints, which only name their tower.
-      preprocessor: `preprocessor_config.json`, where there is one.
+      preprocessor: the image processor's settings, where there are any (`read_preprocessor`).
       generation: `generation_config.json`, where there is one; its `eos_token_id` is the one that counts.
       name: what to call the checkpoint (its directory or hub name); a hint for the conversation template.
 
@@ -78,19 +94,24 @@ def read_config(
         return _read_config(config, vision, preprocessor or {}, generation or {}, name)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"config.json: a field is not what it should be ({what})") from None
+        raise InputError(f"config.json: a field is not what it should be ({shorten(what)})") from None
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a foreign `config.json` is the original's, and not transformers'."""
+    return not isinstance(config.get("text_config"), dict)
 
 
 def _read_config(config, vision, preprocessor, generation, name) -> LlavaConfig:
     if config.get("format") == "llava-jax":
         return _from_ours(config)
-    if isinstance(config.get("text_config"), dict):
+    if not is_original(config):
         read = _from_hugging_face(config, preprocessor)
     elif any(k in config for k in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
         read = _from_original(config, vision, preprocessor)
     else:
         raise InputError(
-            f"config.json is not LLaVA's (model_type {config.get('model_type')!r}): it has neither a text_config "
+            f"config.json is not LLaVA's (model_type {_shown(config.get('model_type'))}): it has neither a text_config "
             "nor mm_vision_tower"
         )
     eos = generation.get("eos_token_id")
@@ -98,8 +119,35 @@ def _read_config(config, vision, preprocessor, generation, name) -> LlavaConfig:
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
         read = read.replace(text=dataclasses.replace(read.text, eos_ids=ids))
     hints = (str(config.get("_name_or_path") or ""), name)
-    read = read.replace(template=config.get("conversation_template"))
+    template = config.get("conversation_template")
+    read = read.replace(template=template, template_from="config.json" if template else "")
     return read.replace(name=" ".join(hint.rstrip("/").rsplit("/", 1)[-1] for hint in hints).strip())
+
+
+def _shown(value: Any) -> str:
+    return shorten(repr(value))
+
+
+def _refuse(field: str, value: Any, known) -> InputError:
+    return InputError(f"config.json: {field} {_shown(value)} is not supported, only {', '.join(known)}")
+
+
+def _refuse_quantized(config: dict[str, Any], preposition: str = "") -> None:
+    """Raise an InputError if weights are quantized: by which method, with how many bits."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    loads = {bits: settings.get(f"load_in_{bits}bit") for bits in (4, 8)}
+    method = settings.get("quant_method") or ("bitsandbytes" if any(loads.values()) else "an unnamed method")
+    if method == "bitsandbytes" and not any(loads.values()):
+        return  # written by a loader that was not asked to quantize
+    bits = settings.get("bits") or settings.get("w_bit") or next((b for b, load in loads.items() if load), None)
+    for group in (settings.get("config_groups") or {}).values():  # compressed-tensors
+        bits = bits or (group.get("weights") or {}).get("num_bits")
+    raise InputError(
+        f"config.json: quantization_config{preposition}: weights quantized by {shorten(str(method))}"
+        f"{f' to {bits} bits' if bits else ''} are not supported; give the model's unquantized weights"
+    )
 
 
 def _from_ours(config: dict[str, Any]) -> LlavaConfig:
@@ -127,73 +175,105 @@ def _tuples(value):
 
 def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> LlavaConfig:
     text, vision = config["text_config"], config.get("vision_config")
-    following = config.get("model_type") == "llava_next"
+    classes = config.get("architectures") or []
+    kind = config.get("model_type", next((t for t, name in MODEL_TYPES.items() if name in classes), None))
+    if kind not in MODEL_TYPES:
+        raise _refuse("model_type", kind, MODEL_TYPES)
+    following = kind == "llava_next"
+    for part, where in ((config, ""), (text, " of text_config"), (vision or {}, " of vision_config")):
+        _refuse_quantized(part, where)
+    check_keys("transformers", config)
+    check_keys("text", text)
     layers = config.get("vision_feature_layer", -2)
     strategy = config.get("vision_feature_select_strategy", "default")
-    vision = _vision(
-        _CLIP_L_336 if vision is None else vision,
-        preprocessor,
-        feature_layers=tuple(layers) if isinstance(layers, list) else (layers,),
-        keep_class_token=strategy == "full",
-    )
+    if strategy not in ("default", "full"):
+        raise _refuse("vision_feature_select_strategy", strategy, ("default", "full"))
     if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
-        raise InputError(f"config.json: projector_hidden_act {act!r} is not supported, only gelu")
+        raise _refuse("projector_hidden_act", act, ("gelu",))
+    pinpoints = _pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else ()
+    # The processor's own padding is off unless its file says otherwise; all v1.5 weights were trained with it.
+    aspect = "anyres" if following else config.get("image_aspect_ratio", "pad")
+    pads = preprocessor.get("do_pad", False) and preprocessor.get("image_processor_type") != "CLIPImageProcessor"
     return LlavaConfig(
-        text=_text(text.get("model_type", "llama"), text, {"tie_word_embeddings": _tied(config, text)}),
-        vision=vision,
+        text=_text(text.get("model_type", "llama"), text, tied=_is_tied(config) or _is_tied(text)),
+        vision=_vision(
+            _CLIP_L_336 if vision is None else vision,
+            preprocessor,
+            aspect,
+            pinpoints,
+            feature_layers=tuple(layers) if isinstance(layers, list) else (layers,),
+            keep_class_token=strategy == "full",
+        ),
         projector="mlp2x_gelu",
         projector_bias=config.get("multimodal_projector_bias", True),
-        # The processor's own padding is off unless its file says otherwise; all v1.5 weights were trained with it.
-        aspect_ratio="anyres" if following else config.get("image_aspect_ratio", "pad"),
-        pads_in_transformers=following or bool(preprocessor.get("do_pad", False)),
+        aspect_ratio=aspect,
+        pads_in_transformers=following or bool(pads),
         merge="spatial_unpad" if following else "flat",
-        grid_pinpoints=_pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else (),
+        grid_pinpoints=pinpoints,
         max_length=None,
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
     )
 
 
-def _tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
-    """Hugging Face models tie what the outer configuration says; old files say it inside only."""
-    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+def _is_tied(config: dict[str, Any]) -> bool:
+    """Whether the head is the embeddings, unless the checkpoint has a head of its own (`sources.Found.check`).
+
+    transformers 5 takes either place's word for it (models/llava/configuration_llava.py).
+    """
+    return bool(config.get("tie_word_embeddings", False))
 
 
 def _from_original(config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: dict[str, Any]) -> LlavaConfig:
-    kind = " ".join([config.get("model_type", ""), *(config.get("architectures") or [])]).lower()
-    if "mpt" in kind:
-        raise InputError("config.json: MPT decoders are not supported, only LLaMA, Mistral, Yi and Qwen2")
-    decoder = config.get("model_type", "llama").lower()
-    if "llava" not in decoder and decoder not in ("llama", "mistral", "qwen2", "yi"):
-        raise InputError(f"config.json: decoder {decoder!r} is not supported, only LLaMA, Mistral, Yi and Qwen2")
-    family = "mistral" if "mistral" in kind else "qwen2" if "qwen" in kind else "llama"
+    family = _original_family(config)
+    _refuse_quantized(config)
+    check_keys("original", config)
     tower = config.get("mm_vision_tower")
     if vision is None:
         if tower not in KNOWN_TOWERS:
             raise InputError(
-                f"config.json names the vision tower {tower!r}, which is not here: "
+                f"config.json names the vision tower {_shown(tower)}, which is not here: "
                 "give its directory with --vision-tower"
             )
         vision = KNOWN_TOWERS[tower]
     aspect = config.get("image_aspect_ratio") or "square"
     pinpoints = config.get("image_grid_pinpoints")
+    pinpoints = _pinpoints(pinpoints) if aspect == "anyres" and pinpoints else ()
+    select = config.get("mm_vision_select_feature", "patch")
+    if select not in ("patch", "cls_patch"):
+        raise _refuse("mm_vision_select_feature", select, ("patch", "cls_patch"))
     return LlavaConfig(
-        text=_text(family, config, {}),
+        text=_text(family, config, tied=_is_tied(config)),
         vision=_vision(
             vision,
             preprocessor,
+            aspect,
+            pinpoints,
             feature_layers=(config.get("mm_vision_select_layer", -2),),
-            keep_class_token=config.get("mm_vision_select_feature", "patch") == "cls_patch",
+            keep_class_token=select == "cls_patch",
         ),
         projector=config.get("mm_projector_type", "linear"),
         aspect_ratio=aspect,
         merge=config.get("mm_patch_merge_type", "flat"),
-        grid_pinpoints=_pinpoints(pinpoints) if aspect == "anyres" and pinpoints else (),
+        grid_pinpoints=pinpoints,
         use_im_start_end=config.get("mm_use_im_start_end", False),
         use_im_patch=config.get("mm_use_im_patch_token", True),
         max_length=config.get("tokenizer_model_max_length"),
         padding_side=config.get("tokenizer_padding_side", "right"),
         vision_tower=tower,
     )
+
+
+def _original_family(config: dict[str, Any]) -> str:
+    """The decoder's family. Model type and class must be known, and must not contradict each other."""
+    kind, classes = config.get("model_type", "llava"), config.get("architectures") or []
+    if kind not in ORIGINAL_TYPES:
+        raise _refuse("model_type", kind, (name for name in ORIGINAL_TYPES if name.startswith("llava")))
+    if unknown := [name for name in classes if name not in ORIGINAL_CLASSES]:
+        raise _refuse("architecture", unknown[0], (name for name in ORIGINAL_CLASSES if name.startswith("Llava")))
+    families = {ORIGINAL_TYPES[kind], *(ORIGINAL_CLASSES[name] for name in classes)} - {None} or {"llama"}
+    if len(families) > 1:
+        raise InputError(f"config.json: model_type {kind} and architecture {classes[0]} contradict each other")
+    return families.pop()
 
 
 def _pinpoints(value) -> tuple[tuple[int, int], ...]:
@@ -205,23 +285,17 @@ def _pinpoints(value) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b)) for a, b in value)
 
 
-def _text(family: str, fields: dict[str, Any], more: dict[str, Any]) -> TextConfig:
+def _text(family: str, fields: dict[str, Any], *, tied: bool) -> TextConfig:
     if family not in _TEXT_DEFAULTS:
         raise InputError(
-            f"config.json: decoder {family!r} is not supported, only {', '.join(_TEXT_DEFAULTS)} "
+            f"config.json: decoder {_shown(family)} is not supported, only {', '.join(_TEXT_DEFAULTS)} "
             "(Vicuna and Yi are llama)"
         )
-    get = (_TEXT_DEFAULTS[family] | fields | more).get
+    get = (_TEXT_DEFAULTS[family] | fields).get
     width, heads = get("hidden_size"), get("num_attention_heads")
-    window = get("sliding_window")
-    if family == "llama" or (family == "qwen2" and not get("use_sliding_window", False)):
-        window = None
-    if window and family == "qwen2" and (first := get("max_window_layers", 28)) > 0:
-        if first < get("num_hidden_layers"):
-            raise InputError("config.json: a sliding window in some layers only (max_window_layers) is not supported")
-        window = None
     eos = get("eos_token_id", 2)
     rope = dict(get("rope_parameters") or get("rope_scaling") or {})
+    check_keys("rope", rope)
     return TextConfig(
         vocab_size=get("vocab_size"),
         width=width,
@@ -235,16 +309,34 @@ def _text(family: str, fields: dict[str, Any], more: dict[str, Any]) -> TextConf
         rope_theta=float(rope.get("rope_theta", get("rope_theta"))),
         rope_scaling=_rope_scaling(rope),
         max_positions=get("max_position_embeddings"),
-        sliding_window=window,
+        sliding_window=_sliding_window(family, get),
         qkv_bias=get("attention_bias", False) or family == "qwen2",
         o_bias=get("attention_bias", False),
         mlp_bias=get("mlp_bias", False),
-        tied_head=bool(get("tie_word_embeddings", False)),
+        tied_head=tied,
         family=family,
         bos_id=get("bos_token_id", 1),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         pad_id=get("pad_token_id"),
     )
+
+
+def _sliding_window(family: str, get) -> int | None:
+    """The window that all layers look back at, None if they see everything."""
+    window, layers = get("sliding_window"), get("num_hidden_layers")
+    if not window or family == "llama" or (family == "qwen2" and not get("use_sliding_window", False)):
+        return None
+    kinds = get("layer_types")  # transformers 5
+    if kinds is None:
+        first = get("max_window_layers", 28) if family == "qwen2" else 0  # layers before it see everything
+        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise _refuse("layer_types", unknown.pop(), ("full_attention", "sliding_attention"))
+    if len(set(kinds)) > 1:
+        raise InputError(
+            "config.json: a sliding window in some layers only (layer_types, max_window_layers) is not supported"
+        )
+    return window if "sliding_attention" in kinds else None
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
@@ -264,10 +356,17 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     raise InputError(f"config.json: rope scaling {kind!r} is not supported, only linear and llama3")
 
 
-def _vision(vision: dict[str, Any], preprocessor: dict[str, Any], **more) -> VisionConfig:
+def _vision(
+    vision: dict[str, Any],
+    preprocessor: dict[str, Any],
+    aspect_ratio: str,
+    pinpoints: tuple[tuple[int, int], ...],
+    **more,
+) -> VisionConfig:
     vision = vision.get("vision_config", vision) if vision.get("model_type") == "clip" else vision
     if (kind := vision.get("model_type", "clip_vision_model")) != "clip_vision_model":
-        raise InputError(f"config.json: vision tower {kind!r} is not supported, only CLIP (clip_vision_model)")
+        raise InputError(f"config.json: vision tower {_shown(kind)} is not supported, only CLIP (clip_vision_model)")
+    check_keys("vision", vision)
     get = (_CLIP_DEFAULTS | vision).get
     return VisionConfig(
         image_size=get("image_size"),
@@ -278,10 +377,100 @@ def _vision(vision: dict[str, Any], preprocessor: dict[str, Any], **more) -> Vis
         heads=get("num_attention_heads"),
         norm_eps=get("layer_norm_eps"),
         activation=get("hidden_act"),
-        image_mean=tuple(preprocessor.get("image_mean") or CLIP_MEAN),
-        image_std=tuple(preprocessor.get("image_std") or CLIP_STD),
+        **read_pixels(preprocessor, get("image_size"), aspect_ratio, pinpoints),
         **more,
     )
+
+
+# ---------------------------------------------------------------- the image processor
+
+PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+
+
+def read_preprocessor(directory: Path) -> dict[str, Any]:
+    """The image processor's settings: those that transformers 5 writes into `processor_config.json`, or those of
+    `preprocessor_config.json` (models/auto/image_processing_auto.py `get_image_processor_config`)."""
+    nested = (read_json(directory / "processor_config.json") or {}).get("image_processor")
+    if nested is not None and not isinstance(nested, dict):
+        raise InputError(f"{directory / 'processor_config.json'}: image_processor is no JSON object")
+    return nested or read_json(directory / "preprocessor_config.json") or {}
+
+
+def read_pixels(
+    preprocessor: dict[str, Any], image_size: int, aspect_ratio: str, pinpoints: tuple[tuple[int, int], ...]
+) -> dict[str, Any]:
+    """The fields of `VisionConfig` that an image processor's settings make.
+
+    Raises:
+      InputError: it makes something of an image that neither the original nor transformers would feed this tower.
+    """
+    get = preprocessor.get
+
+    def refuse(field: str, why: str) -> InputError:
+        value = json.dumps(get(field)) if field in preprocessor else "missing"
+        return InputError(f"the image processor's {field} ({shorten(value)}) {why}")
+
+    kind = str(get("image_processor_type") or get("feature_extractor_type") or PROCESSORS[0])
+    kind = kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if kind not in PROCESSORS:
+        raise refuse("image_processor_type", f"is not supported, only {', '.join(PROCESSORS)}")
+    check_keys("preprocessor", preprocessor)
+    crops = get("do_center_crop", True)
+    crop = _edges(get("crop_size")) or (image_size,)
+    if crops and set(crop) != {image_size}:
+        raise refuse("crop_size", f"is not the vision tower's image size, {image_size}")
+    resize = (_edges(get("size")) or (image_size,)) if get("do_resize", True) else ()
+    if resize is not None and not crops and resize != (image_size, image_size):
+        raise refuse("do_center_crop", f"wants a size of height and width {image_size}: tiles are square")
+    if aspect_ratio == "anyres":
+        if resize and set(resize) != {image_size}:
+            raise refuse("size", f"is not the vision tower's image size, {image_size}, which tiles of a grid have")
+        resize, crops = (image_size,), True  # tiles are of that size already
+        listed = get("image_grid_pinpoints")
+        if listed and set(_pinpoints(listed)) != set(pinpoints):
+            raise refuse("image_grid_pinpoints", "are not those of config.json")
+    resample = get("resample", 3)
+    if type(resample) is not int or not 1 <= resample <= 5:
+        raise refuse("resample", "is not supported, only Pillow's 1 to 5 (Lanczos, bilinear, bicubic, box, Hamming)")
+    factor = get("rescale_factor", 1 / 255) if get("do_rescale", True) else 1.0
+    if type(factor) not in (int, float) or not 0 < factor <= 1:
+        raise refuse("rescale_factor", "must be above 0, and at most 1")
+    mean, std = get("image_mean") or CLIP_MEAN, get("image_std") or CLIP_STD
+    for field, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != 3 or not all(type(x) in (int, float) for x in values) or (field[6:] == "std" and 0 in values):
+            raise refuse(field, "must be three numbers, one for each colour" + ", not 0" * (field == "image_std"))
+    return dict(
+        resize=None if resize == (image_size,) else resize,
+        center_crop=bool(crops),
+        resample=resample,
+        rescale_factor=float(factor),
+        normalize=bool(get("do_normalize", True)),
+        image_mean=tuple(map(float, mean)),
+        image_std=tuple(map(float, std)),
+    )
+
+
+def _edges(size: Any) -> tuple[int, ...] | None:
+    """(shortest edge,) or (height, width) of a `size` in any of its spellings; None where there is none."""
+    if size is None:
+        return None
+    if type(size) is int:  # as CLIP's first files have it
+        edges = (size,)
+    elif isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        edges = (size["shortest_edge"],)
+    elif isinstance(size, dict) and set(size) == {"height", "width"}:
+        edges = (size["height"], size["width"])
+    else:
+        edges = ()
+    if not edges or not all(type(edge) is int and 0 < edge <= 10_000 for edge in edges):
+        raise InputError(
+            f"the image processor's size {shorten(json.dumps(size))} is not supported, only a shortest_edge, or a "
+            "height and a width"
+        )
+    return edges
+
+
+# ---------------------------------------------------------------- JSON
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -73,6 +73,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def shorten(text: object, limit: int = 100) -> str:
+    """Something that the user gave, as part of a line of ours: at most `limit` characters, the middle left out."""
+    text = str(text)
+    tail = limit // 3
+    return text if len(text) <= limit else f"{text[: limit - tail - 3]}...{text[-tail:]}"
+
+
 def note(message: str) -> None:
     """A line for the user that is not the result."""
     if _hushed:

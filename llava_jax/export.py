@@ -27,7 +27,7 @@ from llava_jax.directories import new_directory
 from llava_jax.prompts import end_ids
 from llava_jax.safetensors import Pending
 from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
-from llava_jax.templates import MARK, choose_template, get_template, jinja
+from llava_jax.templates import MARK, choose_template, get_template, is_program, jinja
 from llava_jax.tokenizer import Tokenizer
 
 PAD = "<pad>"
@@ -215,22 +215,18 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
         "vision_feature_layer": layers,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": config.text.tied_head,
-        "image_aspect_ratio": config.aspect_ratio,  # this and the next are ours, for the way back
-        "conversation_template": choose_template(config),
+        "image_aspect_ratio": config.aspect_ratio,  # ours, for the way back, as conversation_template is
         "text_config": _text_fields(config.text) | {"vocab_size": extra.rows, "pad_token_id": extra.pad_id},
         "vision_config": _vision_fields(vision),
     }
+    if not is_program(choose_template(config)):
+        model["conversation_template"] = choose_template(config)
     if anyres:
         model["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
-    side = vision.image_size
     pixels = {
         "image_processor_type": f"{kind}ImageProcessor",
         "processor_class": f"{kind}Processor",
-        "do_convert_rgb": True, "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
-        "do_pad": anyres or config.aspect_ratio == "pad",
-        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side},
-        "resample": 3, "rescale_factor": 1 / 255,
-        "image_mean": list(vision.image_mean), "image_std": list(vision.image_std),
+        "do_pad": anyres or config.aspect_ratio == "pad", **_pixel_fields(vision),
     }  # fmt: skip
     if anyres:
         pixels["image_grid_pinpoints"] = model["image_grid_pinpoints"]
@@ -302,6 +298,21 @@ def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _pixel_fields(vision: VisionConfig) -> dict[str, Any]:
+    """What an image processor does to pixels, in transformers' words."""
+    side = vision.image_size
+    resize = (side,) if vision.resize is None else vision.resize
+    fields = {
+        "do_convert_rgb": True, "do_resize": bool(resize), "do_center_crop": vision.center_crop, "do_rescale": True,
+        "do_normalize": vision.normalize, "crop_size": {"height": side, "width": side}, "resample": vision.resample,
+        "rescale_factor": vision.rescale_factor,
+        "image_mean": list(vision.image_mean), "image_std": list(vision.image_std),
+    }  # fmt: skip
+    if resize:
+        fields["size"] = {"shortest_edge": resize[0]} if len(resize) == 1 else {"height": resize[0], "width": resize[1]}
+    return fields
+
+
 # ---------------------------------------------------------------- the original's files
 
 
@@ -354,13 +365,9 @@ def _write_tower(directory: epath.Path, source: Source) -> None:
     }
     _write_tensors(directory, tensors, SHARD_BYTES)
     vision = source.config.vision
-    side = vision.image_size
     fields = _vision_fields(vision) | {"architectures": ["CLIPVisionModel"]}
     pixels = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True, "do_rescale": True,
-        "do_normalize": True, "do_convert_rgb": True, "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side}, "resample": 3, "rescale_factor": 1 / 255,
-        "image_mean": list(vision.image_mean), "image_std": list(vision.image_std),
+        "image_processor_type": "CLIPImageProcessor", **_pixel_fields(vision)
     }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

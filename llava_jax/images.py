@@ -31,7 +31,7 @@ import urllib.request
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava_jax.config import LlavaConfig
+from llava_jax.config import BICUBIC, LlavaConfig, VisionConfig
 from llava_jax.console import InputError
 
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning threshold, where it too speaks of a decompression bomb
@@ -235,10 +235,12 @@ def tiles(image: Image.Image, place: TileLayout, config: LlavaConfig) -> np.ndar
     if place.grid is None:
         if config.aspect_ratio == "pad":
             image = _pad_to_square(image, tuple(int(x * 255) for x in config.vision.image_mean))
-        return _resize_and_crop(image, tile)[None]
+        return _resize_and_crop(image, config.vision)[None]
+    # The original's grids are bicubic whatever the image processor says; transformers' are as it says.
+    resample = Image.Resampling(config.vision.resample if config.image_rules == "transformers" else BICUBIC)
     columns, rows = place.grid
-    whole = np.asarray(image.resize((tile, tile)))
-    grid = np.asarray(_fit(image, (columns * tile, rows * tile)))
+    whole = np.asarray(image.resize((tile, tile), resample))
+    grid = np.asarray(_fit(image, (columns * tile, rows * tile), resample))
     grid = grid.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
     return np.concatenate([whole[None], grid])
 
@@ -257,17 +259,27 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Im
     return square
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The CLIP image processor on uint8: the shortest side to `size`, then the middle."""
-    short, long = sorted(image.size)
-    long = int(size * long / short)
-    width, height = (size, long) if image.width <= image.height else (long, size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+def _resize_and_crop(image: Image.Image, vision: VisionConfig) -> np.ndarray:
+    """The CLIP image processor on uint8 (transformers' CLIPImageProcessor): resize, then the middle."""
+    size = vision.image_size
+    resize = (size,) if vision.resize is None else vision.resize
+    if len(resize) == 2:
+        height, width = resize
+    elif len(resize) == 1:  # the shortest edge
+        short, long = sorted(image.size)
+        long = int(resize[0] * long / short)
+        width, height = (resize[0], long) if image.width <= image.height else (long, resize[0])
+    else:
+        width, height = image.size
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling(vision.resample))
+    if vision.center_crop:  # black where it is smaller
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)
 
 
-def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _fit(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
     """llava/mm_utils.py `resize_and_pad_image`: scale to touch `size`, in the middle, black around."""
     width, height = size
     by_width, by_height = width / image.width, height / image.height
@@ -276,5 +288,5 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     else:
         new = (min(math.ceil(image.width * by_height), width), height)
     canvas = Image.new("RGB", size, (0, 0, 0))
-    canvas.paste(image.resize(new, Image.Resampling.BICUBIC), ((width - new[0]) // 2, (height - new[1]) // 2))
+    canvas.paste(image.resize(new, resample), ((width - new[0]) // 2, (height - new[1]) // 2))
     return canvas

@@ -213,7 +213,8 @@ def save(
             _save_tree(staged / "unused", unused, dtype, directory)
         for name, contents in tokenizer_files.items():
             (staged / name).write_bytes(contents)
-        settings = config.replace(template=choose_template(config)).to_json()
+        template_from = config.template_from or "config.json"
+        settings = config.replace(template=choose_template(config), template_from=template_from).to_json()
         (staged / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

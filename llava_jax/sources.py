@@ -9,6 +9,7 @@ to its place on a mesh. What is no whole LLaVA (a language model, an adapter, a 
 import collections
 import concurrent.futures
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,12 +18,18 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax import names, safetensors, torch_files
+from llava_jax.chat_template import read_chat_template, with_chat_template
 from llava_jax.config import LlavaConfig
-from llava_jax.config_json import read_config, read_json
-from llava_jax.console import InputError
+from llava_jax.config_json import is_original, read_config, read_json, read_preprocessor
+from llava_jax.console import InputError, note
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of
 
+MOST = 8  # tensors of a kind of mistake that are named
+# What quantized weights are stored as (bitsandbytes, GPTQ, AWQ, compressed-tensors, HQQ).
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|SCB|weight_format|W_q|weight_packed|weight\.(absmax|quant_map|nested_|quant_state).*)$"
+)
 FLOATS = {np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
 INDEXES = (safetensors.INDEX, "pytorch_model.bin.index.json")
 AHEAD = 2  # threads that read tensors while one is being written
@@ -72,7 +79,7 @@ def open_source(directory: Path, *, vision_tower: Path | None = None, name: str 
     fields = read_json(directory / "config.json")
     if fields is None:
         raise InputError(f"{directory}: no checkpoint (there is no config.json)")
-    original = not isinstance(fields.get("text_config"), dict)
+    original = is_original(fields)
     tower = find_tower(directory, fields, vision_tower) if original else vision_tower
     config = configure(fields, directory, tower, name=name or directory.resolve().name)
     found = Found(config, "original" if original else "transformers")
@@ -91,14 +98,16 @@ def configure(
       tower: a CLIP directory; the original cuts pictures as the file beside that says.
       decoder: the directory of the language model, where that is another.
     """
-    original = not isinstance(fields.get("text_config"), dict)
-    return read_config(
+    original = is_original(fields)
+    config = read_config(
         fields,
         vision=read_json(tower / "config.json") if tower else None,
-        preprocessor=read_json((tower if original and tower else directory) / "preprocessor_config.json"),
+        preprocessor=read_preprocessor(tower if original and tower else directory),
         generation=read_json((decoder or directory) / "generation_config.json"),
         name=name,
     )
+    # The template beside an original is its language model's, which knows no images and was not trained with.
+    return config if original else with_chat_template(config, read_chat_template(directory))
 
 
 def find_tower(directory: Path, fields: dict, given: Path | None) -> Path | None:
@@ -154,6 +163,15 @@ def has_tensors(directory: Path) -> bool:
         return bool(tensor_files(directory))
     except InputError:
         return False
+
+
+HEAD, EMBEDDING = "decoder/head/kernel", "decoder/embed/embedding"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of names, and how many more there are."""
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more
 
 
 class Found:
@@ -224,6 +242,12 @@ class Found:
         Raises:
           InputError: it is not whole; everything that is wrong is named.
         """
+        if quantized := [name for name in self.unknown if QUANTIZED.search(name.split(" ")[0])]:
+            raise InputError(
+                f"{directory}: its weights are quantized ({quantized[0]}), which is not supported; give the model's "
+                "unquantized weights"
+            )
+        self._resolve_head()
         missing = [path for path in self.wanted if path not in self.tensors]
         if any(path.startswith("vision/") for path in missing) and not self.has_tower():
             raise InputError(
@@ -237,7 +261,7 @@ class Found:
             if t.shape != (self.wanted | self.optional)[path] or t.dtype not in FLOATS
         ]
         problems = [
-            f"{what}: {', '.join(which)}"
+            f"{what}: {listed(which)}"
             for what, which in [
                 ("missing tensors", [names.write_name(p, self.dialect, self.config)[0] for p in missing]),
                 ("tensors that the index names and their file lacks", self.absent),
@@ -250,6 +274,21 @@ class Found:
         if problems:
             raise InputError(f"{directory}: {'; '.join(problems)}")
         return Source(directory, self.config, self.tensors, self.unused)
+
+    def _resolve_head(self) -> None:
+        """A head of the checkpoint's own is used although the configuration ties it to the embeddings, as transformers
+        5 does (modeling_utils.py `tie_weights`); one that equals them is not needed."""
+        head, embedding = (self.unused.get(HEAD), self.tensors.get(EMBEDDING))
+        if not (self.config.text.tied_head and head and embedding) or head.shape != embedding.shape[::-1]:
+            return
+        if np.array_equal(head.read(), embedding.read().T):
+            return
+        note(
+            f"warning: config.json ties the head to the embeddings, but the checkpoint has its own ({head.name}): used"
+        )
+        self.config = self.config.replace(text=dataclasses.replace(self.config.text, tied_head=False))
+        self.wanted[HEAD] = self.optional.pop(HEAD)
+        self.tensors[HEAD] = self.unused.pop(HEAD)
 
     def _theirs(self, path: str, shape: tuple[int, ...]) -> list[int]:
         """A shape as their file has it."""
@@ -271,7 +310,7 @@ def optional_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     if not config.has_newline:
         shapes["newline"] = (text.width,)
     if text.tied_head:
-        shapes["decoder/head/kernel"] = (text.width, text.vocab_size)
+        shapes[HEAD] = (text.width, text.vocab_size)
     return shapes
 
 

@@ -1,7 +1,8 @@
 """Conversation templates: how a conversation is written out for a model (host only).
 
 `render` writes a conversation out in a template and says which characters the model is trained on; `jinja` writes the
-template out as a program for transformers that does the same. Prompts equal llava/conversation.py's.
+template out as a program for transformers that does the same, `render_chat` runs such a program. Prompts equal
+llava/conversation.py's.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError
+from llava_jax.console import InputError, first_line, shorten
 
 MARK = "<image>"
 IMAGE_START, IMAGE_END, IMAGE_PATCH = "<im_start>", "<im_end>", "<im_patch>"
@@ -20,7 +21,8 @@ IMAGE_START, IMAGE_END, IMAGE_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 class Template:
     """How a conversation is written out (llava/conversation.py `Conversation`).
 
-    style    single    `{system}{sep}{role}: {turn}{sep}...`
+    style    jinja     `system` is the program of a checkpoint's own chat template
+             single    `{system}{sep}{role}: {turn}{sep}...`
              two       `{system}{sep}{role}: {question}{sep}{role}: {answer}{sep2}...`
              chatml    `{system}{sep}{role}{turn}{sep}...`
              llama_2   `{sep}[INST] <<SYS>>...{question} [/INST] {answer} {sep2}...`
@@ -138,38 +140,60 @@ TEMPLATES |= {
 
 
 def get_template(name: str) -> Template:
-    """A template by its name.
+    """A template by its name, or of a chat template's Jinja program.
 
     Raises:
       InputError: there is none of that name.
     """
+    if is_program(name):
+        return Template("jinja", name)
     if name not in TEMPLATES:
-        raise InputError(f"unknown template {name!r}; known: {', '.join(sorted(TEMPLATES))}")
+        raise InputError(f"unknown template {shorten(repr(name))}; known: {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]
 
 
 def choose_template(config: LlavaConfig) -> str:
-    """The template that a checkpoint was most likely trained for, from its configuration.
+    """The template that a checkpoint was most likely trained for: a name, or the program of its own chat template.
 
-    The reference goes by the checkpoint's name (llava/eval/run_llava.py); this goes by what the decoder is and
-    uses the name only where LLaMA decoders differ.
+    What the checkpoint's files say counts first (`config.template`). Without that this goes by what the decoder is, and
+    by the checkpoint's name where LLaMA decoders differ. (The reference goes by the name alone,
+    llava/eval/run_llava.py.)
     """
+    return config.template or _guess(config)[0]
+
+
+def explain_template(config: LlavaConfig, name: str | None = None) -> str:
+    """Which template a model gets, and why, for people. `name` is what the user asked for."""
+    if name:
+        return f"{name} (as asked for)"
+    if config.template and is_program(config.template):
+        return f"of the checkpoint ({config.template_from or 'its configuration'}; no named one writes the same)"
     if config.template:
-        return config.template
+        return f"{config.template} (by the checkpoint's {config.template_from or 'configuration'})"
+    guessed, reason = _guess(config)
+    return f"{guessed} (for {reason}; --template names another)"
+
+
+def is_program(template: str) -> bool:
+    """Whether it is a chat template's Jinja program, and no name."""
+    return "{%" in template or "{{" in template
+
+
+def _guess(config: LlavaConfig) -> tuple[str, str]:
     text, name = config.text, config.name.lower()
     if text.family == "qwen2":
-        return "qwen_1_5"
-    if 128_000 <= text.vocab_size < 150_000:  # Llama 3
-        return "llava_llama_3"
-    if 64_000 <= text.vocab_size < 65_000:  # Yi
-        return "chatml_direct"
+        return "qwen_1_5", "a Qwen decoder"
+    if 128_000 <= text.vocab_size < 150_000:
+        return "llava_llama_3", "a Llama 3 decoder"
+    if 64_000 <= text.vocab_size < 65_000:
+        return "chatml_direct", "a Yi decoder"
     if text.family == "mistral":
-        return "mistral_instruct"
+        return "mistral_instruct", "a Mistral decoder"
     if "llama-2" in name or "llama2" in name:
-        return "llava_llama_2"
+        return "llava_llama_2", "a Llama 2 decoder, by the checkpoint's name"
     if re.search(r"[-_]v0\b", name):
-        return "llava_v0"
-    return "llava_v1"
+        return "llava_v0", "a first LLaVA, by the checkpoint's name"
+    return "llava_v1", "a Vicuna decoder"
 
 
 # ---------------------------------------------------------------- writing a conversation out
@@ -187,8 +211,13 @@ def render(template: Template, turns: Sequence[str | None], *, system: str | Non
 
     Returns:
       The text, and the spans of characters that the model is trained on: the answers, each with what separates
-      it from the role before it and with the marker that ends it.
+      it from the role before it and with the marker that ends it. A checkpoint's own chat template has no spans.
+
+    Raises:
+      InputError: a checkpoint's own chat template does not take the conversation.
     """
+    if template.style == "jinja":
+        return render_chat(template.system, turns, system=system), []
     text = template.system if system is None else template.with_system(system)
     spans: list[Span] = []
 
@@ -229,6 +258,46 @@ def render(template: Template, turns: Sequence[str | None], *, system: str | Non
     return text, spans
 
 
+def render_chat(program: str, turns: Sequence[str | None], *, system: str | None = None) -> str:
+    """Write a conversation out by a chat template of transformers.
+
+    Images that come first in a turn, each on a line of its own, are given to the template as images, for it to write;
+    others stay in the text. A template that takes text only is given text only.
+
+    Raises:
+      InputError: the template does not take the conversation.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    marks = sum(turn.count(MARK) for turn in turns if turn)
+    said = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    messages = [(role, turn) for role, turn in zip(said, turns, strict=True) if turn is not None]
+    messages = ([("system", system)] if system else []) + messages
+    problem = ""
+    for content_of in (_parts, str):
+        try:
+            [[text], _] = render_jinja_template(
+                [[{"role": role, "content": content_of(text)} for role, text in messages]],
+                chat_template=program,
+                add_generation_prompt=turns[-1] is None,
+            )
+        except Exception as error:  # whatever a stranger's program raises
+            problem = problem or first_line(error)
+            continue
+        if text.count(MARK) == marks:
+            return text
+    raise InputError(
+        "the checkpoint's own chat template cannot write this conversation"
+        f"{f' ({shorten(problem)})' if problem else ''}; name a template with --template"
+    )
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    lines = re.match(rf"(?:{re.escape(MARK)}\n)*", text)[0]
+    images = [{"type": "image"}] * lines.count(MARK)
+    return [*images, {"type": "text", "text": text[len(lines) :]}]
+
+
 def mark(config: LlavaConfig) -> str:
     """What stands for an image in text: the mark, between its start and end tokens where the model has them."""
     return f"{IMAGE_START}{MARK}{IMAGE_END}" if config.use_im_start_end else MARK
@@ -240,6 +309,8 @@ def jinja(template: Template, config: LlavaConfig) -> str:
     Messages have a role (`system`, `user`, `assistant`) and a content: text, or a list of `{"type": "image"}` and
     `{"type": "text", "text": ...}`, whose images come first.
     """
+    if template.style == "jinja":
+        return template.system
     quote = json.dumps
     head, tail = "{%- macro said(m) -%}", "{%- endmacro -%}"
     said = (

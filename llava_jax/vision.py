@@ -16,8 +16,11 @@ from llava_jax.sharding import BATCH, TENSOR, constrain, gather
 
 def normalise(tiles: jax.Array, config: VisionConfig, dtype=jnp.float32) -> jax.Array:
     """uint8 pixels [..., H, W, 3] to what the tower was trained on: scaled to 0..1, mean and deviation taken out."""
-    mean, std = (jnp.array(x, jnp.float32) for x in (config.image_mean, config.image_std))
-    return ((tiles.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+    pixels = tiles.astype(jnp.float32) / (1 / config.rescale_factor)  # 255, and not a factor that is nearly 1/255
+    if config.normalize:
+        mean, std = (jnp.array(x, jnp.float32) for x in (config.image_mean, config.image_std))
+        pixels = (pixels - mean) / std
+    return pixels.astype(dtype)
 
 
 class Embedding(nn.Module):

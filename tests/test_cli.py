@@ -39,8 +39,7 @@ def test_as_a_new_user_runs_it():
     want = golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=24).text
     assert run.stdout.strip("\n") == want
     assert run.stderr.splitlines() == [
-        "template mistral_instruct (chosen from the checkpoint; --template names another); "
-        "cpu, mesh data=1,fsdp=1,tensor=1"
+        "template mistral_instruct (for a Mistral decoder; --template names another); cpu, mesh data=1,fsdp=1,tensor=1"
     ]
 
 
@@ -75,7 +74,7 @@ def test_several_images_system_and_template(answers):
     )
     status, out, err = answers(*ONE, *args, "--json")
     assert status == 0
-    assert "template vicuna_v1;" in err
+    assert "template vicuna_v1 (as asked for);" in err
     assert json.loads(out)["image_tokens"] > 70
 
 

@@ -287,7 +287,7 @@ def test_unused_tensors_are_checked_too(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["gemma", "granite", "phi3", "qwen3"])
 def test_decoders_of_other_kinds_are_refused(model_type):
-    with pytest.raises(InputError, match=f"decoder '{model_type}' is not supported"):
+    with pytest.raises(InputError, match=f"model_type '{model_type}' is not supported"):
         read_config({"model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336"})
 
 

@@ -42,7 +42,9 @@ def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainC
     trained = {path: _whole(x) for path, x in flatten_dict(params, sep="/").items()}
     if not output.first:
         return
-    kept = {} if config.template in (None, "plain") else {"template": config.template}
+    kept = {}
+    if config.template not in (None, "plain"):
+        kept = {"template": config.template, "template_from": "config.json"}
     source = found.source()
     result = dataclasses.replace(
         source,

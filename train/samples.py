@@ -20,7 +20,7 @@ from llava_jax.conversations import check_row, read_rows
 from llava_jax.images import TileLayout, image_size, layout, open_image, tiles
 from llava_jax.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.splice import IGNORE, IMAGE, Row, widths
-from llava_jax.templates import choose_template, get_template
+from llava_jax.templates import choose_template, get_template, is_program
 from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 
@@ -92,6 +92,11 @@ class Samples:
           InputError: the file, the folder or the template cannot be used.
         """
         self.template = template or choose_template(model)
+        if is_program(self.template):
+            raise InputError(
+                f"the checkpoint has a chat template of its own ({model.template_from}), which does not say what is "
+                "trained: name a template with --template"
+            )
         self._template = get_template(self.template)
         self._check_template(tokenizer)
         self.path, self.folder = path, Path(image_folder or ".")
