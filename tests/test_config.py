@@ -250,7 +250,8 @@ PUBLISHED = {
     },
     "liuhaotian/llava-v1.6": {
         **ORIGINAL, "architectures": ["LlavaMistralForCausalLM"], "attention_dropout": 0.0,
-        "image_crop_resolution": 224, "image_split_resolution": 224, "mm_projector_lr": None, "mm_vision_tower_lr": 2e-06,
+        "image_crop_resolution": 224, "image_split_resolution": 224, "mm_projector_lr": None,
+        "mm_vision_tower_lr": 2e-06,
         "model_type": "llava_mistral", "sliding_window": None, "tokenizer_model_max_length": 4096,
         "tokenizer_padding_side": "right", "unfreeze_mm_vision_tower": True, "rope_theta": 1e6,
     },

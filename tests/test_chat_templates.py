@@ -1,0 +1,183 @@
+"""The chat template that a checkpoint carries: recognized as a named one, or run as it is."""
+
+import json
+import shutil
+
+import pytest
+from conftest import GOLDEN, golden_tensors, write_checkpoint
+
+from convert.to_hf import to_hf
+from convert.to_orbax import to_orbax
+from infer import generate
+from llava_jax import config as c
+from llava_jax.chat_template import read_chat_template, with_chat_template
+from llava_jax.checkpoint import open_any, open_checkpoint
+from llava_jax.console import InputError
+from llava_jax.templates import TEMPLATES, choose_template, explain_template, get_template, jinja, render
+from train.samples import Samples
+
+# llava-hf/llava-1.5-7b-hf's: no system message, `USER:` and `ASSISTANT:`.
+USER_ASSISTANT = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}{% for content in "
+    "message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}"
+    "{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# Mistral's own, of text only, as its tokenizer has it.
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + ' ' + eos_token}}{% else %}{{ raise_exception('Only user and assistant!') }}"
+    "{% endif %}{% endfor %}"
+)
+FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "processor_config.json")
+
+
+def write_template(directory, file: str, program, **settings):
+    """A directory with a tokenizer and a chat template."""
+    directory.mkdir(exist_ok=True)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / "tokenizer" / name, directory)
+    if file.endswith(".jinja"):
+        (directory / file).write_text(program)
+        return directory
+    path = directory / file
+    there = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(there | {"chat_template": program} | settings))
+    return directory
+
+
+def resolved(directory, config=None) -> c.LlavaConfig:
+    return with_chat_template(config or c.tiny(template=None), read_chat_template(directory))
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name].image_tag])
+def test_each_named_template_is_recognized_by_what_it_writes(name, tmp_path):
+    config = c.tiny(template=None)
+    for i, file in enumerate(FILES):
+        directory = write_template(tmp_path / str(i), file, jinja(get_template(name), config))
+        found = resolved(directory)
+        assert get_template(found.template) == get_template(name)  # or another name of the same
+        assert found.template_from == file
+
+
+@pytest.mark.parametrize("program", [USER_ASSISTANT, INST.replace(" [/INST]", "[/INST]")])
+def test_any_other_is_run_as_transformers_runs_it(program, tmp_path):
+    from transformers import AutoTokenizer
+
+    config = resolved(write_template(tmp_path / "t", "chat_template.json", program))
+    assert "{%" in config.template
+    theirs = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    text = program != USER_ASSISTANT
+    question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages = [
+        {"role": "user", "content": "<image>\nWhat is it?" if text else question},
+        {"role": "assistant", "content": "A cat." if text else [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": "Why?" if text else [{"type": "text", "text": "Why?"}]},
+    ]
+    want = theirs.apply_chat_template(messages, chat_template=program, tokenize=False, add_generation_prompt=True)
+    got, spans = render(get_template(config.template), ["<image>\nWhat is it?", "A cat.", "Why?", None])
+    assert got == want.removeprefix("<s>")  # which the tokenizer puts there
+    assert spans == []
+
+
+def test_a_system_message_and_marks_inside_the_text(tmp_path):
+    config = resolved(write_template(tmp_path / "t", "chat_template.jinja", USER_ASSISTANT))
+    template = get_template(config.template)
+    text, _ = render(template, ["What changed from <image> to <image>?", None])
+    assert text == "USER: What changed from <image> to <image>? ASSISTANT:"
+    assert render(template, ["Hi", None], system="Be brief.")[0].startswith("Be brief. USER: Hi")
+    with pytest.raises(InputError, match=r"cannot write this conversation .*Only user and assistant.*--template"):
+        render(get_template(INST), ["Hi", None], system="Be brief.")
+
+
+def test_a_template_of_text_only_that_writes_a_named_one(tmp_path):
+    found = resolved(write_template(tmp_path / "t", "tokenizer_config.json", INST))
+    assert found.template == "mistral_instruct"
+    assert explain_template(found) == "mistral_instruct (by the checkpoint's tokenizer_config.json)"
+
+
+def test_of_several_files_the_processors_counts(tmp_path):
+    write_template(tmp_path / "t", "tokenizer_config.json", INST)
+    write_template(tmp_path / "t", "chat_template.json", USER_ASSISTANT, bos_token="<s>")
+    assert resolved(tmp_path / "t").template_from == "chat_template.json"
+    (tmp_path / "t" / "chat_template.jinja").write_text(jinja(get_template("chatml_direct"), c.tiny()))
+    assert resolved(tmp_path / "t").template == "chatml_direct"
+
+
+def test_of_several_by_name_the_default_counts(tmp_path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": INST}]
+    assert resolved(write_template(tmp_path / "t", "tokenizer_config.json", named)).template == "mistral_instruct"
+    assert read_chat_template(write_template(tmp_path / "u", "tokenizer_config.json", named[:1])) is None
+
+
+def test_another_image_token_becomes_the_mark(tmp_path):
+    program = USER_ASSISTANT.replace("<image>", "<|vision|>")
+    write_template(tmp_path / "t", "processor_config.json", program, image_token="<|vision|>")
+    config = resolved(tmp_path / "t")
+    assert render(get_template(config.template), ["<image>\nHi", None])[0] == "USER: <image>\nHi ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    "program", ["{% for m in messages %}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "no {{ '' }}"]
+)
+def test_a_template_that_cannot_be_run_is_named_and_not_used(program, tmp_path, capsys):
+    config = resolved(write_template(tmp_path / "t", "chat_template.jinja", program))
+    assert config.template is None
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: chat_template.jinja: not used")
+
+
+def test_what_config_json_names_stands(tmp_path):
+    directory = write_template(tmp_path / "t", "chat_template.jinja", USER_ASSISTANT)
+    assert resolved(directory, c.tiny(template="llava_v1")).template == "llava_v1"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A whole checkpoint of transformers' with a template of its own."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "hf"
+    to_hf(GOLDEN / "checkpoints/v1.6-mistral", directory)
+    fields = json.loads((directory / "config.json").read_text())
+    del fields["conversation_template"]
+    (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "chat_template.jinja").write_text(USER_ASSISTANT)
+    return directory
+
+
+def test_inference_runs_it_and_says_so(checkpoint, run_cli):
+    status, _, err = run_cli(generate.main, "--checkpoint", checkpoint, "--prompt", "Hi", "--max-new-tokens", 2)
+    assert status == 0
+    assert "template of the checkpoint (chat_template.jinja; no named one writes the same)" in err
+
+
+def test_training_asks_for_a_template(checkpoint, tmp_path):
+    found = open_checkpoint(checkpoint)
+    data = tmp_path / "data.json"
+    data.write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]}])
+    )
+    with pytest.raises(InputError, match=r"chat template of its own \(chat_template.jinja\).*--template"):
+        Samples(str(data), str(tmp_path), found.config, found.tokenizer)
+    assert len(Samples(str(data), str(tmp_path), found.config, found.tokenizer, template="v1")) == 1
+
+
+@pytest.mark.parametrize("form", ["transformers", "original"])
+def test_it_goes_along_with_conversions(checkpoint, form, tmp_path):
+    program = open_checkpoint(checkpoint).config.template
+    to_orbax(checkpoint, tmp_path / "orbax")
+    assert open_checkpoint(tmp_path / "orbax").config.template == program
+    to_hf(tmp_path / "orbax", tmp_path / "back", form=form)
+    back = open_any(tmp_path / "back").config
+    turns = ["<image>\nWhat?", "A cat.", "Why?", None]
+    assert render(get_template(choose_template(back)), turns) == render(get_template(program), turns)
+
+
+def test_the_template_beside_an_original_is_its_language_models(tmp_path):
+    directory = write_checkpoint(tmp_path / "c", golden_tensors("v1.6-mistral"), "v1.6-mistral")
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": USER_ASSISTANT}))
+    assert choose_template(open_checkpoint(directory).config) == "mistral_instruct"
