@@ -3,7 +3,8 @@
 import argparse
 
 from llava_jax.config import IMAGE_RULES
-from llava_jax.console import enable_compilation_cache
+from llava_jax.console import enable_compilation_cache, note
+from llava_jax.templates import explain_template
 
 
 def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
@@ -31,15 +32,16 @@ def add_cache_flag(parser) -> None:
 
 
 def load_engine(args: argparse.Namespace):
-    """The `infer.engine.Engine` that the flags ask for.
+    """The `infer.engine.Engine` that the flags ask for. Says which template it takes, and on what it runs.
 
     Raises:
       InputError: as `Engine.load`.
     """
     enable_compilation_cache()
     from infer.engine import Engine  # takes its time, which --help and wrong flags need not wait for
+    from llava_jax.sharding import format_mesh
 
-    return Engine.load(
+    engine = Engine.load(
         args.checkpoint,
         mesh=args.mesh,
         dtype=args.dtype,
@@ -48,3 +50,6 @@ def load_engine(args: argparse.Namespace):
         vision_tower=args.vision_tower,
         image_rules=args.image_rules,
     )
+    template, mesh = explain_template(engine.config, args.template), format_mesh(engine.mesh.shape)
+    note(f"template {template}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")
+    return engine

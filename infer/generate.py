@@ -15,7 +15,7 @@ from pathlib import Path
 
 from infer.flags import add_model_flags, load_engine
 from llava_jax.console import InputError, Parser, note, run_main
-from llava_jax.templates import explain_template, get_template
+from llava_jax.templates import get_template
 
 BUNDLED = Path(__file__).parent / "shapes"  # its README.md is its card
 KNOWS = "knows pictures of coloured shapes and nothing else"
@@ -99,11 +99,6 @@ def main() -> int:
         check_images(args.image)
 
     engine = load_engine(args)
-    from llava_jax.sharding import format_mesh
-
-    mesh = format_mesh(engine.mesh.shape)
-    template = explain_template(engine.config, args.template)
-    note(f"template {template}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")
     if questions is not None:
         from infer.questions import answer_questions
 

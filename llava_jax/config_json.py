@@ -267,7 +267,7 @@ def _original_family(config: dict[str, Any]) -> str:
     """The decoder's family. Model type and class must be known, and must not contradict each other."""
     kind, classes = config.get("model_type", "llava"), config.get("architectures") or []
     if kind not in ORIGINAL_TYPES:
-        raise _refuse("model_type", kind, (name for name in ORIGINAL_TYPES if name.startswith("llava")))
+        raise _refuse("model_type", kind, ORIGINAL_TYPES)
     if unknown := [name for name in classes if name not in ORIGINAL_CLASSES]:
         raise _refuse("architecture", unknown[0], (name for name in ORIGINAL_CLASSES if name.startswith("Llava")))
     families = {ORIGINAL_TYPES[kind], *(ORIGINAL_CLASSES[name] for name in classes)} - {None} or {"llama"}

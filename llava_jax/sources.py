@@ -21,7 +21,7 @@ from llava_jax import names, safetensors, torch_files
 from llava_jax.chat_template import read_chat_template, with_chat_template
 from llava_jax.config import LlavaConfig
 from llava_jax.config_json import is_original, read_config, read_json, read_preprocessor
-from llava_jax.console import InputError, note
+from llava_jax.console import InputError, note, shorten
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of
 
@@ -171,7 +171,7 @@ HEAD, EMBEDDING = "decoder/head/kernel", "decoder/embed/embedding"
 def listed(names: Sequence[str]) -> str:
     """The first few of names, and how many more there are."""
     more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    return ", ".join(names[:MOST]) + more
+    return ", ".join(shorten(name) for name in names[:MOST]) + more
 
 
 class Found:
@@ -244,8 +244,8 @@ class Found:
         """
         if quantized := [name for name in self.unknown if QUANTIZED.search(name.split(" ")[0])]:
             raise InputError(
-                f"{directory}: its weights are quantized ({quantized[0]}), which is not supported; give the model's "
-                "unquantized weights"
+                f"{directory}: its weights are quantized ({shorten(quantized[0])}), which is not supported; give the "
+                "model's unquantized weights"
             )
         self._resolve_head()
         missing = [path for path in self.wanted if path not in self.tensors]

@@ -171,7 +171,12 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     if "tokenizer.model" in files:
         plain = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         engine = _SentencePiece(
-            files["tokenizer.model"], plain | settings, _added_tokens(settings, added), directory / "tokenizer.model"
+            files["tokenizer.model"],
+            directory / "tokenizer.model",
+            legacy=bool(settings.get("legacy", True)),
+            unk=_content((plain | settings)["unk_token"]),
+            special=_special_tokens(settings) + [token for key, token in plain.items() if key in SPECIAL],
+            added=_added_tokens(settings, added),
         )
     elif "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys():
         engine = _Json(_read_engine(files, settings, directory), _added_tokens(settings, added), settings, directory)
@@ -234,9 +239,17 @@ class _SentencePiece:
     """SentencePiece, inside the rules of transformers 4.37.2 (tokenization_utils.py `PreTrainedTokenizer.tokenize`,
     models/llama/tokenization_llama.py)."""
 
-    def __init__(self, proto: bytes, settings: dict[str, Any], added: dict[int, AddedToken], path: Path):
-        self.legacy = bool(settings.get("legacy", True))
-        self._proto = proto
+    def __init__(
+        self,
+        proto: bytes,
+        path: Path,
+        *,
+        legacy: bool,
+        unk: str,
+        special: list[str | dict],
+        added: dict[int, AddedToken],
+    ):
+        self.legacy, self._proto, self._unk = legacy, proto, unk
         try:
             self._model = sentencepiece.SentencePieceProcessor(
                 model_proto=proto if self.legacy else _without_dummy_prefix(proto)
@@ -244,14 +257,15 @@ class _SentencePiece:
             self._size = self._model.get_piece_size()
         except Exception as error:
             raise InputError(f"{path}: no SentencePiece model ({first_line(error)})") from None
-        self._unk = str(_content(settings["unk_token"]))
-        self._unk_length = len(self._model.encode(self._unk))
-        self._special = {_content(token) for token in _special_tokens(settings)}
+        self._unk_length = len(self._model.encode(unk))
+        self._special = {_content(token) for token in special}
         self.added = dict(added)
-        contents = {token.content for token in self.added.values()}
-        for token in _special_tokens(settings):
-            given = settings["unk_token"] is token or token in ("<s>", "</s>")
-            if _content(token) not in contents and (self._piece_id(_content(token)) is not None or not given):
+        contents = {token.content for token in added.values()}
+        for token in special:
+            # A usual one that the checkpoint neither names nor has is none.
+            usual = token in ("<s>", "</s>", "<unk>") and self._piece_id(token) is None
+            if _content(token) not in contents and not usual:
+                contents.add(_content(token))
                 self._add(_added(token, True))
         self._index()
 
