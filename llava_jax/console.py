@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input like any other: one line, status 1."""
 
     def error(self, message: str):
+        message = re.sub(r"'.{101,}'|\S{101,}", lambda found: shorten(found[0]), message, flags=re.DOTALL)
         raise InputError(f"{message} (--help lists all flags)")
 
 

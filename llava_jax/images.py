@@ -19,6 +19,7 @@ Which pixels a file holds is decided in `open_image`:
 - Of an animation the first frame is taken.
 """
 
+import base64
 import dataclasses
 import http.client
 import io
@@ -27,12 +28,13 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_jax.config import BICUBIC, LlavaConfig, VisionConfig
-from llava_jax.console import InputError
+from llava_jax.console import InputError, shorten
 
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning threshold, where it too speaks of a decompression bomb
 MAX_ASPECT = 200
@@ -59,7 +61,7 @@ def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     """A picture as RGB, as a person sees it.
 
     Args:
-      source: a path, an http(s) URL, the bytes of a file, or a Pillow image.
+      source: a path, an `http(s):`, `data:` or `file:` URL, the bytes of a file, or a Pillow image.
 
     Raises:
       InputError: no such file, not an image, truncated, or of a size that no LLaVA can look at.
@@ -97,9 +99,10 @@ def _open(source) -> tuple[str, Image.Image]:
     else:
         source = fetch(source)
         if isinstance(source, bytes):
-            what, file = getattr(source, "url", "image"), io.BytesIO(source)
+            what, file = getattr(source, "name", "image"), io.BytesIO(source)
         elif isinstance(source, (str, os.PathLike)):
-            what = file = os.fspath(source)
+            file = os.fspath(source)
+            what = shorten(file)
         else:
             raise InputError(f"an image is a path, a URL, bytes or a Pillow image, not {type(source).__name__}")
         try:
@@ -125,41 +128,141 @@ def _open(source) -> tuple[str, Image.Image]:
     return what, image
 
 
-class Download(bytes):
-    """The bytes of a file, and the URL that they came from."""
+class Fetched(bytes):
+    """The bytes of a file, and what errors call it."""
 
-    url: str
+    name: str
 
 
 def fetch(source):
-    """A picture behind an http(s) URL as `Download`, to be read more than once; anything else as it is.
+    """A picture behind a URL, to be read more than once: an `http(s):` or `data:` URL as the `Fetched` bytes of a file,
+    a `file:` URL as a path. Anything else as it is.
 
     Raises:
-      InputError: it cannot be fetched.
+      InputError: it cannot be fetched, or is no URL of an image.
     """
-    if not (isinstance(source, str) and is_url(source)):
+    if not isinstance(source, str):
         return source
-    data = Download(_download(source))
-    data.url = source
+    scheme, colon, rest = source[:9].partition(":")
+    scheme = scheme.lower() if colon else ""
+    if scheme == "file" and rest.startswith("/"):
+        return _path_of(source)
+    if scheme not in ("http", "https", "data") or (scheme != "data" and not rest.startswith("//")):
+        return source
+    data = Fetched(_decode(source) if scheme == "data" else _download(source))
+    data.name = shorten(source)
     return data
 
 
 def is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
+    """Whether it is to be downloaded."""
+    return source[:8].lower().startswith(("http://", "https://"))
+
+
+def label(name: str) -> str:
+    """What lists call an image: its name, but for a `data:` URL, which is the image itself."""
+    return shorten(name) if name[:5].lower() == "data:" else name
 
 
 def _download(url: str) -> bytes:
+    name = shorten(url)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)
     except urllib.error.HTTPError as error:
-        raise InputError(f"{url}: the server answers {error.code} {error.reason}") from None
+        raise InputError(f"{name}: the server answers {error.code} {shorten(error.reason)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"{url}: cannot be fetched ({getattr(error, 'reason', error)})") from None
+        raise InputError(f"{name}: cannot be fetched ({shorten(getattr(error, 'reason', error))})") from None
     if len(data) > MAX_DOWNLOAD:
-        raise InputError(f"{url}: larger than {MAX_DOWNLOAD >> 20} MiB")
+        raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
     return data
+
+
+def _decode(url: str) -> bytes:
+    """What a `data:` URL holds (RFC 2397), in base64 of either alphabet, padded or not, or percent-encoded."""
+    head, comma, body = url.partition(",")
+    kind, *settings = (part.strip().lower() for part in head[len("data:") :].split(";"))
+    if not comma:
+        raise InputError(f"{shorten(url)}: a data: URL without a comma, and so without data")
+    if kind and not kind.startswith("image/"):
+        raise InputError(f"{shorten(url)}: a data: URL of {shorten(kind, 40)}, not of an image")
+    try:
+        data = urllib.parse.unquote_to_bytes(body)
+        if "base64" in settings:
+            data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/"))
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError:
+        raise InputError(f"{shorten(url)}: a data: URL with broken {'base64' if settings else 'text'}") from None
+    if not data:
+        raise InputError(f"{shorten(url)}: a data: URL without data")
+    return data
+
+
+def _path_of(url: str) -> str:
+    """The path in a `file:` URL (RFC 8089)."""
+    host, path = "", url[len("file:") :]
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+    if host.lower() not in ("", "localhost"):
+        raise InputError(f"{shorten(url)}: a file of host {shorten(host, 40)}; only those of this machine can be read")
+    try:
+        path = os.fsdecode(urllib.parse.unquote_to_bytes(path))
+    except ValueError:
+        raise InputError(f"{shorten(url)}: a file: URL that is no Unicode") from None
+    if path in ("", "/"):
+        raise InputError(f"{shorten(url)}: a file: URL that names no file")
+    return path
+
+
+class ImageFolder:
+    """Where the images are that a file names; no name leads out of it."""
+
+    def __init__(self, folder: str | os.PathLike | None, *, follow_links: bool = False):
+        """
+        Args:
+          folder: None or "" for the current directory.
+          follow_links: also links in the folder that lead out of it.
+
+        Raises:
+          InputError: there is no such directory.
+        """
+        self.folder, self.follow_links = Path(folder or "."), follow_links
+        if not self.folder.is_dir():
+            raise InputError(f"--image-folder {shorten(self.folder)}: no such directory")
+        self._absolute, self._real = os.path.abspath(self.folder), os.path.realpath(self.folder)
+
+    def find(self, name: str) -> str | Fetched:
+        """The path of a name: relative to the folder, absolute or a `file:` URL inside it; or what a `data:` URL holds.
+
+        Raises:
+          InputError: it leads out of the folder, or is to be downloaded, or a URL of no image.
+        """
+        if is_url(name):
+            raise InputError(f"{shorten(name)}: a URL to download; images that a file names are in the image folder")
+        found = fetch(name)
+        if isinstance(found, Fetched):
+            return found
+        path = PurePath(found)
+        if ".." in path.parts:
+            raise InputError(f"{shorten(name)}: leads out of the image folder")
+        file = str(self.folder / path)
+        if self.follow_links and not path.is_absolute():
+            return file
+        try:
+            real = PurePath(os.path.realpath(file))
+        except ValueError:  # no file can have such a name, which opening it says better
+            return file
+        inside = real.is_relative_to(self._real)
+        if path.is_absolute() and not (inside or any(map(path.is_relative_to, (self._absolute, self._real)))):
+            raise InputError(f"{shorten(name)}: leads out of the image folder, {shorten(self._absolute)}")
+        if not (inside or self.follow_links):
+            raise InputError(
+                f"{shorten(name)}: leads out of the image folder, by a link to {shorten(real)} "
+                "(--follow-links allows it)"
+            )
+        return file
 
 
 def _to_rgb(image: Image.Image, what: str) -> Image.Image:
@@ -175,7 +278,7 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 # ---------------------------------------------------------------- layout

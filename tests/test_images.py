@@ -1,9 +1,11 @@
+import base64
 import io
 import json
 import struct
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from llava_jax import config as c
 from llava_jax.console import InputError
-from llava_jax.images import TileLayout, image_size, layout, open_image, tiles
+from llava_jax.images import ImageFolder, TileLayout, image_size, layout, open_image, tiles
 from llava_jax.splice import NEWLINE, count_features, merge_rows
 from llava_jax.vision import normalise
 
@@ -238,6 +240,75 @@ def test_urls_that_are_none(url):
 def test_url_that_nobody_answers():
     with pytest.raises(InputError, match="cannot be fetched"):
         open_image("http://127.0.0.1:9/a.png")
+
+
+# ---------------------------------------------------------------- data: and file: URLs
+
+
+def test_data_urls(scene):
+    png = save(scene, "PNG")
+    text = base64.b64encode(png).decode()
+    for url in (
+        f"data:image/png;base64,{text}",
+        f"data:image/jpeg;name=a.png;base64,{text}",  # what kind it is, its bytes say
+        f"data:;base64,{text}",
+        f"DATA:IMAGE/PNG;BASE64,{text}",
+        f"data:image/png;base64,{text.rstrip('=')}",
+        f"data:image/png;base64,{base64.urlsafe_b64encode(png).decode()}",
+        f"data:image/png;base64,{quote(text, safe='')}",
+        f"data:image/png;base64, {text[:60]}\r\n{text[60:]}\n",
+        f"data:image/png,{quote(png)}",
+        f"data:,{quote(png)}",
+    ):
+        np.testing.assert_array_equal(open_image(url), scene)
+        assert image_size(url) == scene.size
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("data:image/png;base64", "without a comma"), ("data:", "without a comma"), ("data:,", "without data"),
+        ("data:image/png;base64,", "without data"), ("data:image/png;base64,%%%", "broken base64"),
+        ("data:image/png;base64,a", "broken base64"), ("data:image/png;base64,aGk=aGk=", "broken base64"),
+        ("data:image/png;base64,\ud800", "broken base64"), ("data:text/html;base64,aGk=", "of text/html, not of"),
+        ("data:image/png;base64,aGk=", "not an image"), ("data:image/png,hello", "not an image"),
+        ("data:application/pdf,hello", "of application/pdf, not of an image"),
+        ("file://", "names no file"), ("file:///", "names no file"), ("file://localhost", "names no file"),
+        ("file://host/a.png", "a file of host host; only those of this machine"),
+        ("file:///no/such.png", "/no/such.png: no such image"), ("file:/no/such.png", "/no/such.png: no such image"),
+        ("file:///a%00.png", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_urls_that_hold_no_image(url, says):
+    with pytest.raises(InputError, match=says):
+        open_image(url)
+
+
+def test_file_urls(scene, tmp_path):
+    for name in ("a.png", "a b#1?.png", "100%.png", "\u00e4.png"):
+        write(tmp_path / name, save(scene, "PNG"))
+        for start in ("file://", "file://localhost", "FILE://LocalHost", "file:"):
+            np.testing.assert_array_equal(open_image(f"{start}{quote(str(tmp_path / name))}"), scene)
+    np.testing.assert_array_equal(open_image(f"file://{tmp_path}/a b#1?.png"), scene)  # as many write it
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a" * 9999, "/" + "a/" * 4000, "x y " * 2000, "data:image/png;base64," + "A" * 9999, "data:" + "a" * 9999,
+        "data:text/" + "a" * 9999 + ",b", "data:image/png;base64," + "?" * 9999, "http://h:1/" + "a b" * 3000,
+        "http://[" + "a" * 9999, "file:///" + "a" * 9999, "file://" + "a" * 9999 + "/b", "http://x:1/" + "a" * 9999,
+    ],
+)  # fmt: skip
+def test_no_error_repeats_a_long_name(source, tmp_path):
+    for ask in (open_image, image_size, ImageFolder(tmp_path).find):
+        try:
+            ask(source)
+        except InputError as error:
+            assert len(str(error)) < 300
+            assert not any(source[i : i + 101] in str(error) for i in range(0, len(source) - 100, 50))
+        else:
+            assert ask not in (open_image, image_size)
 
 
 def test_transformers_rules_agree_with_its_processors():
