@@ -4,20 +4,21 @@
 
 The file is in the format of training data (`llava_jax.conversations`), and its answers are the right ones. Each
 question is asked with what was said before it, right answers included. `kinds` beside a conversation names the kind of
-each of its questions.
+each of its questions. A row that cannot be read counts as one question that failed; the others are asked.
 """
 
 import argparse
-import collections
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from infer.flags import add_model_flags, load_engine
-from llava_jax.console import InputError, Parser, Progress, note, run_main
-from llava_jax.conversations import check_row, read_rows
+from llava_jax.console import InputError, Parser, Progress, note, run_main, shorten
+from llava_jax.conversations import note_unread_keys, read_conversation, read_rows
+from llava_jax.images import ImageFolder
 from llava_jax.templates import MARK
 
 TOLD = 10  # broken questions that are named; the rest are counted
@@ -35,65 +36,129 @@ def _plain(text: str) -> str:
     return text.strip().lower().removesuffix(".").rstrip()
 
 
-METRICS: dict[str, Metric] = {"exact_match": exact_match}
+def scienceqa(answer: str, right: str) -> float:
+    """1 where both name the same option of a question with several (llava/eval/eval_science_qa.py)."""
+    return float(read_option(answer) is not None and read_option(answer) == read_option(right))
+
+
+def read_option(answer: str) -> str | None:
+    """The letter that an answer is, or begins with ("B. ..."), or the only one after "The answer is"; else None.
+
+    A letter that the question has no option for counts as one, and so as wrong. (The reference once drew an option at
+    random then.)
+    """
+    if re.fullmatch("[A-E]", answer) or re.match(r"[A-E]\. ", answer):
+        return answer[0]
+    found = re.findall("The answer is ([A-Z]).", answer)
+    return found[0] if len(found) == 1 else None
+
+
+METRICS: dict[str, Metric] = {"exact_match": exact_match, "scienceqa": scienceqa}
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """`turns` is question, answer, ..., question."""
+    """`turns` is question, answer, ..., question; `images` are paths, or the bytes of `data:` URLs."""
 
     name: str  # where it stands, for errors
     kind: str
-    turns: tuple[str, ...]
-    images: tuple[str, ...]
-    answer: str
+    turns: tuple[str, ...] = ()
+    images: tuple = ()
+    answer: str = ""
+    system: str | None = None
+    problem: str = ""  # what is wrong with the row, which has no question then
 
 
 # ---------------------------------------------------------------- the file
 
 
 def read_questions(path: Path, folder: Path) -> list[Question]:
-    """All questions of a file in the format of training data.
+    """All questions of a file in the format of training data, and one with a `problem` for each row that is broken.
 
     Raises:
-      InputError: it cannot be read, or a conversation in it is none.
+      InputError: the file cannot be read, or no row of it can.
     """
-    if not folder.is_dir():
-        raise InputError(f"--image-folder {folder}: no such directory")
-    found = []
-    for number, row in enumerate(read_rows(path)):
-        name = f"{path} row {number}"
+    images = ImageFolder(folder, follow_links=True)
+    rows = read_rows(path)
+    note_unread_keys(path, rows)
+    found: list[Question] = []
+    for number, row in enumerate(rows):
+        name = f"{shorten(path)} row {number}"
         try:
-            found += _questions_of(row, name, folder)
+            found += _questions_of(row, name, images)
         except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+            found.append(Question(name, NO_KIND, problem=f"{name}: {error}"))
     return found
 
 
-def _questions_of(row: Any, name: str, folder: Path) -> list[Question]:
-    turns, images = check_row(row)
-    if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise InputError("speakers must take turns: human, gpt, human, gpt, ...")
+def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
+    """Those that have an answer. As in training, an answer that comes first is left out; a question that comes last
+    has nothing to be compared with."""
+    conversation = read_conversation(row)
+    turns = conversation.turns
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]
+    if [turn["from"] for turn in turns] != (["human", "gpt"] * len(turns))[: len(turns)]:
+        speakers = shorten(", ".join(turn["from"] for turn in conversation.turns))
+        raise InputError(f"speakers must take turns, human first; here they are {speakers}")
+    if len(turns) < 2:
+        raise InputError("no answer")
     said = tuple(turn["value"] for turn in turns)
-    kinds = row.get("kinds", [NO_KIND] * (len(said) // 2))
-    if not isinstance(kinds, list) or len(kinds) != len(said) // 2 or not all(isinstance(kind, str) for kind in kinds):
-        raise InputError(f"kinds must name one kind for each of the {len(said) // 2} questions")
-    paths = tuple(str(folder / image) for image in images)
-    if len(paths) == 1:
+    n = len(said) // 2
+    kinds = row.get("kinds") or [NO_KIND] * n
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) not in (n, len(said) - n)  # of all its questions, answered or not
+        or not all(isinstance(kind, str) for kind in kinds)
+    ):
+        raise InputError(f"kinds must name one kind for each of the {n} questions")
+    images = tuple(map(folder.find, conversation.images))
+    marks = sum(text.count(MARK) for text in said)
+    if marks not in (0, len(images)):
+        raise InputError(f"{marks} {MARK} marks for {len(images)} images")
+    if len(images) == 1:
         said = tuple(map(_mark_first, said))
-    marks = [text.count(MARK) for text in said]
     return [
         # Images come with the turn that has their marks; with the first where there are none.
         Question(
-            name, kind, said[: 2 * i + 1], paths[: sum(marks[: 2 * i + 1])] if any(marks) else paths, said[2 * i + 1]
+            name,
+            kind,
+            said[: 2 * i + 1],
+            images[: sum(text.count(MARK) for text in said[: 2 * i + 1])] if marks else images,
+            said[2 * i + 1],
+            conversation.system,
         )
-        for i, kind in enumerate(kinds)
+        for i, kind in enumerate(kinds[:n])
     ]
 
 
 def _mark_first(text: str) -> str:
     """The mark of a single image in front of its turn, as in training."""
-    return f"{MARK}\n{text.replace(MARK, '').strip()}" if MARK in text else text
+    return f"{MARK}\n{text.replace(MARK, '').strip()}".strip() if MARK in text else text
+
+
+def check_answers(questions: list[Question], metric: str) -> list[Question]:
+    """The questions; those whose right answer the metric cannot read have a `problem`.
+
+    Raises:
+      InputError: none is left that can be asked.
+    """
+    options = [read_option(question.answer) for question in questions]
+    if metric == "scienceqa":
+        questions = [
+            dataclasses.replace(
+                one, problem=f"{one.name}: the right answer names no option, as --metric scienceqa wants"
+            )
+            if option is None and not one.problem
+            else one
+            for one, option in zip(questions, options, strict=True)
+        ]
+    elif any(options) and all(option or one.problem for option, one in zip(options, questions, strict=True)):
+        note("the right answers name options; --metric scienceqa compares these alone")
+    if all(question.problem for question in questions):
+        more = f" ({len(questions)} rows, and none can be asked)" if len(questions) > 1 else ""
+        raise InputError(f"{questions[0].problem}{more}")
+    return questions
 
 
 # ---------------------------------------------------------------- answers
@@ -104,41 +169,63 @@ def evaluate(engine, questions: list[Question], metric: Metric, *, rows: int, ma
 
     Returns:
       `accuracy` (mean of the metric), `questions` and `failed` (how many; those that failed count as wrong),
-      `by_kind`: kind -> `accuracy` and `questions`.
+      `by_kind`: kind -> `accuracy` and `questions`. Of ScienceQA also `with_images`, the same for the questions that
+      have images, and `no_option`, how many answers name no single option.
     """
     from infer.engine import Request
     from infer.sampling import Sampling
 
-    requests = [Request(question.turns, question.images, None, question.name) for question in questions]
-    scores: dict[str, list[float]] = collections.defaultdict(list)
-    failed = 0
+    scores = [0.0] * len(questions)
+    failed = unread = 0
+
+    def fail(problem: object) -> None:
+        nonlocal failed
+        failed += 1
+        if failed <= TOLD:
+            note(f"error: {problem}")
+
+    for question in questions:
+        if question.problem:
+            fail(question.problem)
+    asked = [i for i, question in enumerate(questions) if not question.problem]
+    has_system = engine.template.style != "plain"  # as in training, which tells it
+    requests = [
+        Request(one.turns, one.images, one.system if has_system else None, one.name)
+        for one in (questions[i] for i in asked)
+    ]
+    right = 0.0
     with Progress("asking", len(requests), "questions") as bar:
-        for i, answer in engine.generate(requests, Sampling(max_new_tokens=max_new_tokens), rows=rows):
+        settings = Sampling(max_new_tokens=max_new_tokens)
+        for done, (i, answer) in enumerate(engine.generate(requests, settings, rows=rows), 1):
             if isinstance(answer, InputError):
-                failed += 1
-                if failed <= TOLD:
-                    note(f"error: {answer}")
-            score = 0.0 if isinstance(answer, InputError) else metric(answer.text, questions[i].answer)
-            scores[questions[i].kind].append(score)
-            bar.advance(1, f"accuracy {_mean([score for part in scores.values() for score in part]):.1%}")
-    return {
-        "accuracy": _mean([score for part in scores.values() for score in part]),
-        "questions": len(questions),
-        "failed": failed,
-        "by_kind": {
-            kind: {"accuracy": _mean(scores[kind]), "questions": len(scores[kind])}
-            for kind in dict.fromkeys(question.kind for question in questions)
-        },
-    }
+                fail(answer)
+            else:
+                scores[asked[i]] = metric(answer.text, questions[asked[i]].answer)
+                unread += read_option(answer.text) is None
+            right += scores[asked[i]]
+            bar.advance(1, f"accuracy {right / (done + len(questions) - len(asked)):.1%}")
+
+    def part(chosen: Callable[[Question], bool]) -> dict[str, Any]:
+        some = [score for score, question in zip(scores, questions, strict=True) if chosen(question)]
+        return {"accuracy": _mean(some), "questions": len(some)}
+
+    kinds = dict.fromkeys(question.kind for question in questions)
+    result = part(lambda one: True) | {"failed": failed}
+    result["by_kind"] = {kind: part(lambda one, kind=kind: one.kind == kind) for kind in kinds}
+    if metric is scienceqa:
+        result |= {"with_images": part(lambda one: bool(one.images)), "no_option": unread}
+    return result
 
 
 def _mean(scores: list[float]) -> float:
-    return sum(scores) / len(scores)
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people: a line for each kind, and one for all."""
     lines = [*result["by_kind"].items()] if len(result["by_kind"]) > 1 else []
+    if result.get("with_images", {}).get("questions"):
+        lines.append(("with images", result["with_images"]))
     lines.append((NO_KIND, result))
     width = max(len(kind) for kind, _ in lines)
     return "\n".join(f"{kind:{width}}  {part['accuracy']:7.2%}  of {part['questions']:,}" for kind, part in lines)
@@ -152,7 +239,10 @@ def parser() -> argparse.ArgumentParser:
     add_model_flags(p)
     p.add_argument("--data", required=True, metavar="FILE", help="conversations: a JSON list or JSON lines")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
-    p.add_argument("--metric", choices=METRICS, default="exact_match", help="(default exact_match)")
+    p.add_argument(
+        "--metric", choices=METRICS, default="exact_match",
+        help="exact_match, the default: the same words; scienceqa: the same option, as the reference reads it",
+    )  # fmt: skip
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions at a time (default 32)")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
     p.add_argument("--json", action="store_true", help="print one JSON object: accuracy, by_kind")
@@ -164,10 +254,12 @@ def main() -> int:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
-    questions = read_questions(Path(args.data), Path(args.image_folder or "."))
+    questions = check_answers(read_questions(Path(args.data), Path(args.image_folder or ".")), args.metric)
     engine = load_engine(args)
     result = evaluate(engine, questions, METRICS[args.metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
     print(json.dumps(result) if args.json else table(result))
+    if result.get("no_option"):
+        note(f"{result['no_option']} answers name no single option; they count as wrong")
     if result["failed"]:
         note(f"error: {result['failed']} of {result['questions']} questions could not be asked; they count as wrong")
     return 1 if result["failed"] else 0

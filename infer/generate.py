@@ -26,9 +26,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m infer.generate", description="Answer questions about pictures.")
     add_model_flags(p, default=f"the bundled model, which {KNOWS}")
     one = p.add_argument_group("one question")
-    one.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a path or an http(s) URL; repeatable"
-    )
+    about = "a path, or an http(s), data: or file: URL; repeatable"
+    one.add_argument("--image", action="append", default=[], metavar="FILE", help=about)
     one.add_argument(
         "--prompt", metavar="TEXT", help="the question; <image> marks say where the images go, default: in front"
     )

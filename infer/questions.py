@@ -3,7 +3,7 @@
     {"question_id": 1, "image": "a.jpg", "text": "What is this?"}            one of the questions
     {"question_id": 1, "prompt": "What is this?", "text": "A cat.", "answer_id": ..., "model_id": ..., "metadata": {}}
 
-`image` may be a list, or missing. Answers are written as they come; a second run skips what is answered.
+`image` (or `images`) may be a list, or missing. Answers are written as they come; a second run skips what is answered.
 """
 
 import argparse
@@ -14,15 +14,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from llava_jax.console import InputError, Progress, note
-from llava_jax.images import is_url
+from llava_jax.console import InputError, Progress, note, shorten
+from llava_jax.conversations import image_names
+from llava_jax.images import ImageFolder
 
 TOLD = 10  # broken questions that are named; the rest are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """What a questions file holds, and what was wrong with it."""
+    """What a questions file holds, and what was wrong with it. `image` of a row is a list of paths and bytes."""
 
     rows: list[dict[str, Any]]
     line_numbers: list[int]
@@ -36,22 +37,21 @@ def read_questions(args: argparse.Namespace) -> Questions:
     Raises:
       InputError: a file cannot be read, or there is no question in it.
     """
-    path, folder = Path(args.questions), Path(args.image_folder or ".")
-    if not folder.is_dir():
-        raise InputError(f"--image-folder {folder}: no such directory")
+    path, folder = Path(args.questions), ImageFolder(args.image_folder, follow_links=True)
+    name = shorten(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or shorten(error)})") from None
     done = _answered(Path(args.answers))
     rows, numbers, errors, skipped = [], [], [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = _question(line)
+            row = _question(line, folder)
         except InputError as error:
-            errors.append(f"{path} line {number}: {error}")
+            errors.append(f"{name} line {number}: {error}")
             continue
         key = _key(row["question_id"], row["text"])
         if done[key]:
@@ -61,33 +61,27 @@ def read_questions(args: argparse.Namespace) -> Questions:
         rows.append(row)
         numbers.append(number)
     if not (rows or errors or skipped):
-        raise InputError(f"{path}: no questions in it")
+        raise InputError(f"{name}: no questions in it")
     try:
         with open(args.answers, "a"):
             pass
     except OSError as error:
-        raise InputError(f"--answers {args.answers}: cannot be written ({error.strerror})") from None
+        raise InputError(f"--answers {shorten(args.answers)}: cannot be written ({error.strerror})") from None
     return Questions(rows, numbers, errors, skipped)
 
 
-def _question(line: str) -> dict[str, Any]:
+def _question(line: str, folder: ImageFolder) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from None
+        raise InputError(f"not JSON ({shorten(error)})") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "question_id" not in row:
         raise InputError("a question needs question_id and text")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InputError("its text is not Unicode: half a character in it") from None
-    images = row.get("image")
-    images = [] if images is None else images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) for image in images):
-        raise InputError("image must be a file name or a list of them")
-    if url := next((image for image in images if is_url(image)), None):
-        raise InputError(f"{url} is a URL; images of a questions file are files of --image-folder")
-    return row | {"image": images}
+    return row | {"image": list(map(folder.find, image_names(row)))}
 
 
 def _key(question_id, prompt: str) -> str:
@@ -107,16 +101,15 @@ def _answered(path: Path) -> collections.Counter[str]:
         answers = [json.loads(line) for line in whole.split(b"\n") if line.strip()]
         return collections.Counter(_key(answer["question_id"], answer["prompt"]) for answer in answers)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{shorten(path)}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is there already, and is no answers file") from None
+        raise InputError(f"{shorten(path)}: is there already, and is no answers file") from None
 
 
 def answer_questions(engine, questions: Questions, sampling, args: argparse.Namespace) -> int:
     """Answer, write, and report. Returns the exit status: 1 if any question could not be answered."""
     from infer.engine import Request
 
-    folder = Path(args.image_folder or ".")
     for error in questions.errors[:TOLD]:
         note(f"error: {error}")
     if questions.answered:
@@ -124,9 +117,9 @@ def answer_questions(engine, questions: Questions, sampling, args: argparse.Name
     requests = [
         Request(
             (row["text"],),
-            tuple(str(folder / image) for image in row["image"]),
+            tuple(row["image"]),
             args.system,
-            f"{args.questions} line {number}",
+            f"{shorten(args.questions)} line {number}",
             number,
         )
         for row, number in zip(questions.rows, questions.line_numbers, strict=True)

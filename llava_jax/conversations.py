@@ -1,19 +1,80 @@
 """The format of data files, which training and evaluation read: rows of conversations.
 
-It is the reference's (llava/train/train.py `LazySupervisedDataset`): a JSON list, or one object a line, of
+A file is a JSON list, or one object a line. The original's rows (llava/train/train.py `LazySupervisedDataset`) are
 
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
 
-`image` may be a list, or be missing.
+where `image` may be a list, or be missing; others are
+
+    {"id": ..., "images": ["a.jpg"], "system": "Be brief.",
+     "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cat."}]}
+
+`read_conversation` makes the same `Conversation` of either. What a row says and is not read is never dropped in
+silence: keys that would change what is learnt make the row a bad one, keys that nobody knows are named once a file.
 """
 
+import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.console import InputError
+from llava_jax.console import InputError, note, shorten
+from llava_jax.templates import MARK
+
+SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+
+# Keys that would change what is learnt, and that are not read: a row that has one is a bad one, which says this.
+_VIDEO, _AUDIO, _TOOLS = "video is not supported", "audio is not supported", "tool calls are not supported"
+_PREFERENCES = "training on preferences is not supported"
+_IMAGE = "not a key for images; name them in image or images"
+NOT_READ = {
+    "video": _VIDEO, "videos": _VIDEO, "audio": _AUDIO, "audios": _AUDIO, "tools": _TOOLS, "functions": _TOOLS,
+    "chosen": _PREFERENCES, "rejected": _PREFERENCES, "kto_tag": _PREFERENCES,
+    **dict.fromkeys(
+        ("image_url", "image_urls", "image_path", "image_paths", "image_file", "image_files", "img", "imgs"), _IMAGE
+    ),
+}  # fmt: skip
+_WHOLE_ROW = "not read in a turn; the files of all turns belong in images beside them"
+NOT_READ_IN_TURNS = {
+    "tool_calls": _TOOLS, "function_call": _TOOLS, "tool_call_id": _TOOLS, "video": _VIDEO, "videos": _VIDEO,
+    "audio": _AUDIO, "audios": _AUDIO, "image": _WHOLE_ROW, "images": _WHOLE_ROW,
+    "weight": "weights of turns are not supported",
+}  # fmt: skip
+
+# Keys that are read, and keys that describe a row and change nothing.
+READ = {"id", "conversations", "messages", "image", "images", "system", "kinds"}
+DESCRIBE = {
+    *("model", "source", "dataset", "dataset_name", "data_source", "split", "task", "type", "category", "capability"),
+    *("question_id", "question_type", "image_id", "width", "height", "size", "language", "lang", "license", "tags"),
+    *("metadata", "meta", "url", "date", "timestamp", "hash"),
+}
+READ_IN_TURNS = {"from", "value", "role", "content"}
+DESCRIBE_IN_TURNS = {"id", "name", "kind", "model"}
+READ_IN_PARTS = {"type", "text", "image", "image_url", "path", "url", "index"}
+IMAGE_PARTS = ("image", "image_url")
+TOLD = 10  # keys of a file that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A row of a data file, whatever its format.
+
+    Attributes:
+      turns: `[{"from": "human" | "gpt", "value": text}, ...]`, with an `<image>` mark where an image stands.
+      images: their names, in the order of the marks: files of the image folder, or `data:` and `file:` URLs.
+      system: a system message instead of the template's; None for the template's own.
+    """
+
+    turns: list[dict[str, str]]
+    images: tuple[str, ...] = ()
+    system: str | None = None
+
+
+# ---------------------------------------------------------------- the file
 
 
 def read_rows(path: str | os.PathLike) -> list[Any]:
@@ -22,19 +83,20 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
     Raises:
       InputError: there is no such file, it is empty, or the list is broken.
     """
+    name = shorten(path)
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if data[:4096].lstrip().startswith((b"[", b"\xef\xbb\xbf[")):
         try:
             rows = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not JSON ({error})") from None
+            raise InputError(f"{name}: not JSON ({shorten(error)})") from None
     else:
-        rows = [_read_line(line) for line in data.splitlines() if line.strip()]
+        rows = [_read_line(line) for line in data.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
     if not rows:
-        raise InputError(f"{path}: no conversations in it; it should be a JSON list or JSON lines")
+        raise InputError(f"{name}: no conversations in it; it should be a JSON list or JSON lines")
     return rows
 
 
@@ -42,31 +104,194 @@ def _read_line(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return InputError(f"not JSON ({error})")
+        return InputError(f"not JSON ({shorten(error)})")
 
 
-def check_row(row: Any) -> tuple[list[dict[str, str]], tuple[str, ...]]:
-    """The turns and the image names of a row of the data file.
+def note_unread_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
+    """Warn once about each key of a file's rows, and of their turns, that nobody knows."""
+    known = {*READ, *DESCRIBE, *NOT_READ}
+    known_in_turns = {*READ_IN_TURNS, *DESCRIBE_IN_TURNS, *NOT_READ_IN_TURNS}
+    found: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            continue
+        for key in row.keys() - known:
+            found.setdefault(f"key {shorten(key, 40)!r}", number)
+        for turn in _turns_of(row):
+            if not isinstance(turn, dict):
+                continue
+            for key in turn.keys() - known_in_turns:
+                found.setdefault(f"key {shorten(key, 40)!r} of a turn", number)
+            for part in _parts_of(turn):
+                for key in part.keys() - READ_IN_PARTS:
+                    found.setdefault(f"key {shorten(key, 40)!r} of a part", number)
+    for what, number in sorted(found.items(), key=lambda item: (item[1], item[0]))[:TOLD]:
+        note(f"warning: {shorten(path)}: {what} is not read (first in row {number})")
+    if len(found) > TOLD:
+        note(f"warning: {shorten(path)}: nor are {len(found) - TOLD} other keys")
+
+
+# ---------------------------------------------------------------- a row
+
+
+def read_conversation(row: Any) -> Conversation:
+    """A row of a data file as a conversation.
+
+    Speakers are checked to be known, not to take turns.
 
     Raises:
-      InputError: it is no conversation.
+      InputError: it is no conversation, or has a key that would mean something and is not read.
     """
     if isinstance(row, InputError):
         raise InputError(str(row))
     if not isinstance(row, dict):
         raise InputError("not a JSON object")
-    images = row.get("image")
-    images = [] if images is None else images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) and image for image in images):
-        raise InputError("image must be a file name or a list of them")
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise InputError("conversations must be a list of turns")
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
-            raise InputError("each turn of conversations must have from and value, both text")
+    names = image_names(row)
+    key = _one_of(row, "conversations", "messages")
+    said = row.get(key)
+    if not isinstance(said, list) or not said:
+        raise InputError(
+            f"{key} must be a list of turns" + ("" if key in row else "; there is neither it nor messages")
+        )
+    parts = _Parts(names)
+    turns = [_read_turn(turn, key, parts) for turn in said]
+    system = row.get("system") or None
+    if system is not None and not isinstance(system, str):
+        raise InputError("system must be text")
+    if turns[0]["from"] == "system":
+        if system:
+            raise InputError(f"a system message both in system and in {key}; give one")
+        system = turns.pop(0)["value"] or None
+    if any(turn["from"] == "system" for turn in turns):
+        raise InputError("a system message that is not the first turn")
+    if system and MARK in system:
+        raise InputError(f"the system message has an {MARK} mark; images belong to the questions")
+    for text in (system or "", *(turn["value"] for turn in turns)):
         try:
-            turn["value"].encode()
+            text.encode()
         except UnicodeEncodeError as error:  # half of a pair of \\u escapes
             raise InputError(f"text that is no Unicode ({error.reason})") from None
-    return turns, tuple(images)
+    return Conversation(turns, parts.images(), system)
+
+
+def image_names(row: dict[str, Any]) -> list[str]:
+    """The names in `image` or `images` of a row: a text, a list of them, or nothing.
+
+    Raises:
+      InputError: they are something else, or the row has a key that would mean something and is not read.
+    """
+    _refuse(row, NOT_READ)
+    key = _one_of(row, "image", "images")
+    names = row.get(key)
+    names = [] if names is None else names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{key} must be a file name or a list of them")
+    return names
+
+
+def has_images(row: Any) -> bool:
+    """Whether a row names images, or has places for them."""
+    if not isinstance(row, dict):
+        return False
+    parts = (part for turn in _turns_of(row) if isinstance(turn, dict) for part in _parts_of(turn))
+    return bool(row.get("image") or row.get("images")) or any(part.get("type") in IMAGE_PARTS for part in parts)
+
+
+def has_system(row: Any) -> bool:
+    """Whether a row has a system message of its own."""
+    if not isinstance(row, dict):
+        return False
+    first = next(iter(_turns_of(row)), None)
+    in_turns = isinstance(first, dict) and str(first.get("from", first.get("role"))).lower() == "system"
+    return bool(row.get("system")) or in_turns
+
+
+class _Parts:
+    """The images of a row, as the parts of its messages name them or point at those in `images`."""
+
+    def __init__(self, names: list[str]):
+        self.given, self.found, self.named = names, [], 0
+
+    def add(self, part: dict[str, Any]) -> None:
+        for key in ("image", "image_url", "path", "url"):
+            if (name := part.get(key)) is not None:
+                break
+        else:
+            at = part.get("index")
+            at = len(self.found) if at is None else at
+            if not isinstance(at, int) or not 0 <= at < len(self.given):
+                raise InputError(f"an image part for image {shorten(at)}, and {len(self.given)} are named in images")
+            self.found.append(self.given[at])
+            return
+        name = name.get("url") if isinstance(name, dict) else name
+        if not isinstance(name, str) or not name:
+            raise InputError("an image part must name a file, or nothing where images does")
+        if self.given:
+            raise InputError("images named both in the parts of messages and beside them; name them in one place")
+        self.found.append(name)
+
+    def images(self) -> tuple[str, ...]:
+        """Those that the parts show; without such parts, all that the row names."""
+        if self.found and len({*self.given} - {*self.found}):
+            raise InputError(f"{len(self.found)} image parts for {len(self.given)} images")
+        return tuple(self.found or self.given)
+
+
+def _read_turn(turn: Any, key: str, parts: _Parts) -> dict[str, str]:
+    wanted = "from and value" if key == "conversations" else "role and content"
+    if not isinstance(turn, dict):
+        raise InputError(f"each turn of {key} must have {wanted}, both text")
+    _refuse(turn, NOT_READ_IN_TURNS)
+    speaker, value = turn.get(_one_of(turn, "from", "role")), turn.get(_one_of(turn, "value", "content"))
+    if isinstance(value, list):
+        value = _join(value, parts)
+    if not isinstance(speaker, str) or not isinstance(value, str):
+        raise InputError(f"each turn of {key} must have {wanted}, both text")
+    if speaker.lower() not in SPEAKERS:
+        raise InputError(f"a turn of {shorten(speaker, 40)!r}; known are {', '.join(SPEAKERS)}")
+    return {"from": SPEAKERS[speaker.lower()], "value": value}
+
+
+def _join(content: list[Any], parts: _Parts) -> str:
+    """The parts of a message as one text. An image is a mark on a line of its own; texts are joined as they are."""
+    text = ""
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise InputError("a message with a part of type text and no text")
+            text += ("\n" if part["text"] and text.endswith(MARK) else "") + part["text"]
+        elif kind in IMAGE_PARTS:
+            parts.add(part)
+            text += ("\n" if text and not text.endswith("\n") else "") + MARK
+        else:
+            shown = shorten(kind, 40) if isinstance(kind, str) else "unknown"
+            raise InputError(f"a message with a part of type {shown}; only text and image are read")
+    return text
+
+
+def _turns_of(row: dict[str, Any]) -> Sequence[Any]:
+    turns = row.get("conversations") or row.get("messages")
+    return turns if isinstance(turns, list) else ()
+
+
+def _parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    content = turn.get("content") or turn.get("value")
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def _refuse(there: dict[str, Any], keys: dict[str, str]) -> None:
+    for key in sorted(there.keys() & keys.keys()):
+        value = there[key]
+        if value not in (None, "", [], {}) and not (key == "weight" and value == 1):
+            raise InputError(f"{key}: {keys[key]}")
+
+
+def _one_of(there: dict[str, Any], first: str, second: str) -> str:
+    """Which of two keys for one thing there is."""
+    empty = (None, "", [])
+    if second not in there or there[second] in empty:
+        return second if first not in there and second in there else first
+    if first in there and there[first] not in empty:
+        raise InputError(f"both {first} and {second}; give one of them")
+    return second

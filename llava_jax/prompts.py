@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError
+from llava_jax.console import InputError, shorten
 from llava_jax.splice import IGNORE, IMAGE
 from llava_jax.templates import IMAGE_END, IMAGE_PATCH, IMAGE_START, MARK, Span, Template, mark, render
 from llava_jax.tokenizer import Tokenizer
@@ -93,6 +93,7 @@ def encode_conversation(
     tokenizer: Tokenizer,
     config: LlavaConfig | None = None,
     *,
+    system: str | None = None,
     images: int = 1,
     image_last: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +102,7 @@ def encode_conversation(
     Args:
       conversation: `[{"from": "human" | "gpt", "value": text}, ...]`.
       config: for `mm_use_im_start_end`.
+      system: a system message instead of the template's; the plain template, which discards questions, has none.
       images: how many the conversation has. With one, the marks of a turn become a single one in front of it,
         as the reference does (`preprocess_multimodal`); with several they stay where they are.
       image_last: put that single mark behind the turn's text.
@@ -114,7 +116,7 @@ def encode_conversation(
     values = [_place_marks(turn["value"], template, config, images, image_last) for turn in conversation]
     speakers = [turn["from"] for turn in conversation]
     if template.style == "single":
-        return _encode_v0(speakers, values, template, tokenizer)
+        return _encode_v0(speakers, values, template, tokenizer, system)
     turns = _turns(speakers, values)
     if template.style == "plain":
         if len(turns) != 2 or MARK not in turns[0]:
@@ -122,7 +124,7 @@ def encode_conversation(
         text = MARK + turns[1] + template.sep
         spans = [(len(MARK), len(text))]
     else:
-        text, spans = render(template, turns)
+        text, spans = render(template, turns, system=system)
     ids, offsets = encode(text, tokenizer)
     return ids, np.where(_inside(offsets, spans) & (ids != IMAGE), ids, IGNORE)
 
@@ -140,7 +142,7 @@ def _turns(speakers: list[str], values: list[str]) -> list[str]:
     first = 1 if speakers[:1] == ["gpt"] else 0  # the reference drops an answer that nobody asked for
     expected = ["human", "gpt"] * len(speakers)
     if speakers[first:] != expected[: len(speakers) - first]:
-        raise InputError(f"speakers must take turns, human first; here they are {', '.join(speakers)}")
+        raise InputError(f"speakers must take turns, human first; here they are {shorten(', '.join(speakers))}")
     return values[first:]
 
 
@@ -152,7 +154,9 @@ def _inside(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return inside
 
 
-def _encode_v0(speakers: list[str], values: list[str], template: Template, tokenizer: Tokenizer):
+def _encode_v0(
+    speakers: list[str], values: list[str], template: Template, tokenizer: Tokenizer, system: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """v0's own layout and mask, drift included.
 
     Its training text is not its prompt: `{system}\\n\\n### Human: ...\\n### Assistant: ...\\n### `. Of a human
@@ -160,7 +164,7 @@ def _encode_v0(speakers: list[str], values: list[str], template: Template, token
     before it, each counted with a BOS that the whole text has only once (train.py `_mask_targets`).
     """
     names = {"human": template.roles[0], "gpt": template.roles[1]}
-    header = f"{template.system}\n\n"
+    header = f"{template.system if system is None else template.with_system(system)}\n\n"
     pieces = [
         f"### {names.get(speaker.lower(), 'unknown')}: {value}\n"
         for speaker, value in zip(speakers, values, strict=True)

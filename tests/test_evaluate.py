@@ -1,13 +1,17 @@
 """`python -m infer.evaluate`: which answers count as right, and how they are counted."""
 
+import base64
+import gzip
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import GOLDEN, QUESTION, golden_engine
 
 from infer import evaluate
-from infer.evaluate import exact_match, read_questions
+from infer.evaluate import exact_match, read_option, read_questions, scienceqa
+from llava_jax.templates import get_template
 
 CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
 PICTURES = ["0_64x48.png", "3_90x30.png"]
@@ -106,14 +110,113 @@ def test_a_question_that_cannot_be_asked_is_named_and_counts_as_wrong(run, folde
     assert err.splitlines()[-1] == "error: 1 of 2 questions could not be asked; they count as wrong"
 
 
+def test_rows_are_asked_as_training_reads_them(folder):
+    """An answer that comes first is left out, so is a question that comes last; other formats and system messages."""
+    data = "data:image/png;base64," + base64.b64encode((folder / "images" / PICTURES[0]).read_bytes()).decode()
+    said = row(["Hello", "a?", "1", "b?", "2", "Thanks!"])["conversations"]
+    for turn, speaker in zip(said, ["gpt", "human"] * 3, strict=True):
+        turn["from"] = speaker
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "c?"}, {"type": "image", "image": data}]},
+        {"role": "assistant", "content": "3"},
+    ]
+    absolute = str(folder / "images" / PICTURES[0])
+    rows = [
+        {"conversations": said, "kinds": ["x", "y", "z"]},
+        {"messages": messages},
+        row(["d?<image>", "4"], image=f"file://{absolute}") | {"system": "Be kind."},
+        row(["e?", "5"], image=[absolute, PICTURES[1]]),
+    ]
+    write(folder, rows)
+    a, b, c, d, e = read_questions(folder / "test.json", folder / "images")
+    assert [(one.turns, one.answer, one.kind) for one in (a, b)] == [(("a?",), "1", "x"), (("a?", "1", "b?"), "2", "y")]
+    assert (c.turns, c.answer, c.system) == (("<image>\nc?",), "3", "Be brief.")
+    assert c.images == ((folder / "images" / PICTURES[0]).read_bytes(),)
+    assert (d.turns, d.system, d.images) == (("<image>\nd?",), "Be kind.", (absolute,))
+    assert e.images == (absolute, str(folder / "images" / PICTURES[1]))
+
+
+def test_a_bad_row_fails_alone(run, folder):
+    none = golden_engine("v1.6-mistral").ask("Hello", max_new_tokens=4).text
+    brief = golden_engine("v1.6-mistral").ask("Hello", system="Be brief.", max_new_tokens=4).text
+    rows = ["{", row(["Hello", none]), {"id": 3, "video": "a.mp4"}, row(["Hello", brief]) | {"system": "Be brief."}]
+    data = write(folder, "\n".join(one if isinstance(one, str) else json.dumps(one) for one in rows))
+    status, out, err = run(*data)
+    assert (status, out.split()) == (1, ["all", "50.00%", "of", "4"])
+    assert "row 0: not JSON" in err and "row 2: video: video is not supported" in err
+    assert err.splitlines()[-1] == "error: 2 of 4 questions could not be asked; they count as wrong"
+
+
+# ---------------------------------------------------------------- ScienceQA
+
+
+def test_options_are_read_as_the_reference_reads_them():
+    """All answers of a published model. Of one it names D where the question had two options; the script that scored
+    them drew one at random then."""
+    drawn = {"3247"}
+    with gzip.open(GOLDEN / "evaluation/scienceqa.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 4241
+    read = {row["question_id"]: read_option(row["text"]) for row in rows}
+    assert {row["question_id"] for row in rows if read[row["question_id"]] != "ABCDE"[row["option"]]} == drawn
+    assert read["3247"] == "D"
+
+
+@pytest.mark.parametrize(
+    ("answer", "option"),
+    [
+        ("B", "B"), ("B. a cat", "B"), ("The answer is B.", "B"), ("Cats meow. The answer is C.\nBECAUSE: x", "C"),
+        ("The answer is B, as cats meow", "B"), ("", None), ("b", None), ("B.", None), ("F", None), ("Bears", None),
+        ("(B)", None), ("The answer is B", None), ("The answer is A. The answer is B.", None), ("AB", None),
+        ("The answer is F.", "F"),
+    ],
+)  # fmt: skip
+def test_option_of_an_answer(answer, option):
+    assert read_option(answer) == option
+    assert scienceqa(answer, "Dogs bark. The answer is B.") == (option == "B")
+    assert scienceqa(answer, "B") == (option == "B")
+
+
+def test_scienceqa_is_counted(folder, capsys):
+    """Of all questions, of those with images, and how many answers name no option."""
+    said = ["Cats meow. The answer is B.", "B", "I do not know.", "A"]
+
+    class Engine:
+        template = get_template("v1")
+
+        def generate(self, requests, sampling, *, rows):
+            yield from ((i, SimpleNamespace(text=said[i])) for i in reversed(range(len(requests))))
+
+    rows = [row(["Which?", "Because. The answer is B."], image=PICTURES[0] if i % 2 else None) for i in range(4)]
+    rows.append(row(["Which?", "a cat"]))
+    write(folder, rows)
+    questions = read_questions(folder / "test.json", folder / "images")
+    checked = evaluate.check_answers(questions, "scienceqa")
+    got = evaluate.evaluate(Engine(), checked, scienceqa, rows=2, max_new_tokens=4)
+    assert (got["accuracy"], got["questions"], got["failed"], got["no_option"]) == (0.4, 5, 1, 1)
+    assert got["with_images"] == {"accuracy": 0.5, "questions": 2}
+    assert evaluate.table(got).split("\n") == ["with images   50.00%  of 2", "all           40.00%  of 5"]
+    assert "row 4: the right answer names no option, as --metric scienceqa wants" in capsys.readouterr().err
+    evaluate.check_answers(questions[:4], "exact_match")
+    assert capsys.readouterr().err == "the right answers name options; --metric scienceqa compares these alone\n"
+    evaluate.check_answers(questions, "exact_match")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
         ("[", "not JSON"),
         ([], "no conversations in it"),
         ("{", "row 0: not JSON"),
-        ([row(["a?"])], "row 0: speakers must take turns"),
-        ([row(["a?", "1"]), {"id": 3}], "row 1: conversations must be a list"),
+        ([row(["a?"])], "row 0: no answer"),
+        ([{"conversations": [{"from": "human", "value": "a"}] * 2}], "row 0: speakers must take turns"),
+        ([{"conversations": [{"from": "system", "value": "a"}]}], "row 0: no answer"),
+        ([{"id": 2}, {"id": 3}], "row 0: conversations must be a list of turns; there is neither it nor messages (2 "),
+        ([row(["<image>a?", "1"])], "row 0: 1 <image> marks for 0 images"),
+        ([row(["<image>a?", "1"], image="http://x/a.png")], "row 0: http://x/a.png: a URL to download"),
+        ([row(["<image>a?", "1"], image="/etc/passwd")], "row 0: /etc/passwd: leads out of the image folder"),
         ([row(["a?", "1"], ["x", "y"])], "row 0: kinds must name one kind for each of the 1 questions"),
         ([row(["a?", 1])], "row 0: each turn of conversations must have from and value, both text"),
     ],

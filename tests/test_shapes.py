@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 from llava_jax.config import tiny
-from llava_jax.conversations import check_row
+from llava_jax.conversations import read_conversation
 from llava_jax.images import layout
 from train import questions, shapes
 from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
@@ -244,7 +244,8 @@ def test_rows_are_training_data(data):
         rows = read(data, name)
         assert len({row["id"] for row in rows}) == len(rows)
         for row in rows:
-            turns, images = check_row(row)
+            conversation = read_conversation(row)
+            turns, images = conversation.turns, conversation.images
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(row["kinds"])
             marks = [turn["value"].count("<image>") for turn in turns]
             assert marks[0] == len(images) and not any(marks[1:])

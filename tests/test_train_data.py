@@ -1,9 +1,13 @@
 """Data of training: from a file of conversations and a folder of pictures to batches."""
 
+import base64
+import collections
+import hashlib
 import itertools
 import json
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from llava_jax.splice import IGNORE, IMAGE, TEXT
 from train import packing, preview, scienceqa
 from train.config import TrainConfig
 from train.data import open_data
+from train.mixture import Part, checksum, read_parts
 from train.packing import fill_rows, good_length
 from train.samples import BadSample, Samples
 
@@ -67,6 +72,13 @@ def good_row(i: int) -> dict:
 
 # What may be wrong with a line of the data file, and what is said about it.
 PICTURE = {"image": "0.png"}
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
+
+
+def parts(*content, role="user"):
+    return {"role": role, "content": content}
+
+
 BROKEN = {
     "{": "not JSON",
     '"text"': "not a JSON object",
@@ -78,7 +90,7 @@ BROKEN = {
     '{"conversations": [{"from": "human", "value": 3}]}': "each turn of conversations must have from and value",
     json.dumps({"conversations": turns("\ud800", "x")}): "text that is no Unicode",
     json.dumps({"conversations": [{"from": "human", "value": "a"}] * 2}): "speakers must take turns",
-    json.dumps({"conversations": [{"from": "system", "value": "a"}]}): "speakers must take turns",
+    json.dumps({"conversations": [{"from": "system", "value": "a"}]}): "no answer",
     json.dumps({"conversations": turns("a")}): "no answer",
     json.dumps({"conversations": turns("a", "")}): "no answer",
     json.dumps({"conversations": turns("<image>\na", "x")}): "1 <image> marks for 0 images",
@@ -87,6 +99,38 @@ BROKEN = {
     json.dumps({"image": ["0.png"] * 2, "conversations": turns("<image>", "x")}): "1 <image> marks for 2 images",
     json.dumps({"image": 3, "conversations": turns("<image>", "x")}): "image must be a file name",
     json.dumps({"image": [""], "conversations": turns("<image>", "x")}): "image must be a file name",
+    json.dumps({"images": 3, "conversations": turns("<image>", "x")}): "images must be a file name",
+    json.dumps(PICTURE | {"images": ["0.png"], "conversations": turns("<image>", "x")}): "both image and images",
+    json.dumps({"messages": MESSAGES, "conversations": turns("a", "x")}): "both conversations and messages",
+    json.dumps({"messages": [MESSAGES[0] | {"from": "human"}, MESSAGES[1]]}): "both from and role",
+    json.dumps({"messages": [{"role": "user"}]}): "each turn of messages must have role and content",
+    json.dumps({"messages": [*MESSAGES, {"role": "tool", "content": "3"}]}): "a turn of 'tool'; known are human, user",
+    json.dumps({"messages": [*MESSAGES, {"role": "system", "content": "a"}]}): "a system message that is not",
+    json.dumps({"system": "a", "messages": [{"role": "system", "content": "a"}, *MESSAGES]}): "a system message both",
+    json.dumps({"system": ["a"], "messages": MESSAGES}): "system must be text",
+    json.dumps({"system": "\ud800", "messages": MESSAGES}): "text that is no Unicode",
+    json.dumps(PICTURE | {"system": "<image>", "messages": MESSAGES}): "the system message has an <image> mark",
+    json.dumps({"messages": [parts({"type": "video", "video": "a.mp4"}), MESSAGES[1]]}): "a part of type video;",
+    json.dumps({"messages": [parts({"type": "text"}), MESSAGES[1]]}): "a part of type text and no text",
+    json.dumps({"messages": [parts("a"), MESSAGES[1]]}): "a part of type unknown",
+    json.dumps({"messages": [parts({"type": "image"}), MESSAGES[1]]}): "an image part for image 0, and 0 are named",
+    json.dumps({"messages": [parts({"type": "image", "image": 3}), MESSAGES[1]]}): "an image part must name a file",
+    json.dumps(PICTURE | {"messages": [parts({"type": "image", "path": "1.png"}), MESSAGES[1]]}): "images named both",
+    json.dumps(PICTURE | {"messages": [parts({"type": "image", "index": 1}), MESSAGES[1]]}): "an image part for image",
+    json.dumps({"images": ["0.png", "1.png"], "messages": [parts({"type": "image"}), MESSAGES[1]]}):
+        "1 image parts for 2 images",
+    json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"tool_calls": [1]}]}): "tool calls are not supported",
+    json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}): "weight: weights of turns are not supported",
+    json.dumps({"messages": [MESSAGES[0] | {"images": ["0.png"]}, MESSAGES[1]]}): "images: not read in a turn",
+} | {
+    json.dumps({key: value, "messages": MESSAGES}): f"{key}: {says}"
+    for key, value, says in [
+        ("video", "a.mp4", "video is not supported"), ("videos", ["a.mp4"], "video is not supported"),
+        ("audio", "a.wav", "audio is not supported"), ("audios", ["a.wav"], "audio is not supported"),
+        ("tools", "[]", "tool calls"), ("functions", [1], "tool calls"), ("chosen", {"value": "x"}, "training on pref"),
+        ("rejected", "x", "training on pref"), ("kto_tag", False, "training on pref"),
+        ("image_url", "0.png", "not a key for images"), ("image_path", "0.png", "not a key for images"),
+    ]
 } | {
     json.dumps({"image": name, "conversations": turns("<image>\nWhat?", "x")}): says
     for name, says in {
@@ -102,9 +146,16 @@ BROKEN = {
         "../0.png": "leads out of the image folder",
         "a/../../0.png": "leads out of the image folder",
         "nul\0.png": "cannot be read",
-        "https://example.com/a.png": "no such image",
+        "https://example.com/a.png": "a URL to download",
+        "HTTP://example.com/a.png": "a URL to download",
+        "file:///etc/passwd": "leads out of the image folder",
+        "file://host/0.png": "a file of host host",
+        "file:///../0.png": "leads out of the image folder",
+        "data:image/png;base64,????": "broken base64",
+        "data:image/png;base64,aGVsbG8=": "not an image",
+        "data:text/plain,hello": "not of an image",
     }.items()
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -238,8 +289,116 @@ def test_what_is_wrong_with_a_sample(line, write, folder, models):
     found = found if isinstance(found, BadSample) else samples.load(found)
     assert BROKEN[line] in found.reason
     assert samples.name(found).startswith(f"{samples.path} row 0")
-    about_picture = any(text in found.reason for text in ("image folder", "no such", "broken", "not an", "cannot be"))
+    about_picture = any(
+        text in found.reason for text in ("image folder", "no such", "broken", "not an", "cannot be", "URL", "host")
+    )
     assert bool(found.file) == (about_picture or "a directory" in found.reason)
+
+
+def test_a_conversation_is_the_same_in_every_format(write, folder, models):
+    """Ids, labels and tiles of `messages`, of parts, of `images` and of a system message, wherever they stand."""
+    data = "data:image/png;base64," + base64.b64encode((folder / "0.png").read_bytes()).decode()
+    image, question = {"type": "image"}, {"type": "text", "text": "What?"}
+    answer = {"role": "assistant", "content": "x"}
+    said = turns("<image>\nWhat?", "x")
+    one = [
+        {"image": "0.png", "conversations": said},
+        {"image": ["0.png"], "conversations": turns("What?<image>", "x")},
+        {"images": "0.png", "conversations": [{"role": "user", "content": "<image>\nWhat?"}, answer]},
+        {"images": ["0.png"], "image": None, "messages": said, "system": "", "tools": "", "videos": []},
+        {"images": ["0.png"], "messages": [parts(image, question), parts({"type": "text", "text": "x"}, role="gpt")]},
+        {"messages": [parts(question, image | {"path": "0.png"}), answer | {"weight": 1}]},
+        {"messages": [parts(image | {"url": str(folder / "0.png")}, question), answer]},
+        {"messages": [parts({"type": "image_url", "image_url": {"url": data}}, question), answer]},
+        {"messages": [parts({"type": "image_url", "image_url": f"file://{folder}/0.png"}, question), answer]},
+        {"image": data, "conversations": said},
+        {"image": "data:;base64," + quote(data.split(",")[1]), "conversations": said},
+        {"image": "DATA:image/png," + quote((folder / "0.png").read_bytes()), "conversations": said},
+        {"image": f"file://localhost{folder}/%30.png", "conversations": said},
+    ]
+    two = [
+        {"image": ["1.png", "2.png"], "conversations": turns("<image>\n<image>\nWhat?", "x")},
+        {"images": ["1.png", "2.png"], "messages": [parts(image, image, question), answer]},
+        {
+            "images": ["2.png", "1.png"],
+            "messages": [parts(image | {"index": 1}, image | {"index": 0}, question), answer],
+        },
+        {"messages": [parts(image | {"image": "1.png"}, image | {"image": "2.png"}, question), answer]},
+    ]
+    told = [
+        {"system": "Be brief.", "conversations": turns("a", "x")},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *turns("a", "x")]},
+        {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
+        {"messages": [parts({"type": "text", "text": "Be brief."}, role="System"), *MESSAGES]},
+    ]
+    for rows in (one, two, told):
+        samples = Samples(write(rows), str(folder), *models["v1.6-mistral"], template="llava_llama_2")
+        found = [samples.load(samples.measure(i)) for i in range(len(rows))]
+        assert samples.has_image.tolist() == [rows is not told] * len(rows)
+        for row in found:
+            np.testing.assert_array_equal(row.ids, found[0].ids)
+            np.testing.assert_array_equal(row.labels, found[0].labels)
+            assert [tile.tobytes() for tile in row.tiles] == [tile.tobytes() for tile in found[0].tiles]
+
+
+def test_a_system_message_replaces_the_templates(write, folder, models):
+    model, tokenizer = models["v1.5-llama"]
+    rows = [{"system": "Be brief.", "conversations": turns("a", "the")}, {"conversations": turns("a", "the")}]
+    for template in ("v1", "llava_v0", "llava_llama_2", "mistral_instruct"):
+        samples = Samples(write(rows), str(folder), model, tokenizer, template=template)
+        own, other = (samples.measure(i).row for i in (0, 1))
+        text = tokenizer.decode(own.ids, special=True)
+        assert "Be brief." in text and "artificial" not in text and "helpful" not in text
+        assert tokenizer.decode(own.ids[own.labels != IGNORE]) == tokenizer.decode(other.ids[other.labels != IGNORE])
+
+
+def test_plain_has_no_place_for_a_system_message_and_says_so_once(write, folder, models, capsys):
+    rows = [PICTURE | {"conversations": turns("<image>", "x")}, PICTURE | {"conversations": turns("<image>", "x")}]
+    path = write([row | {"system": "Be brief."} for row in rows])
+    samples = Samples(path, str(folder), *models["v1.5-llama"], template="plain")
+    [plain] = [Samples(write(rows, "b.json"), str(folder), *models["v1.5-llama"], template="plain").measure(0)]
+    np.testing.assert_array_equal(samples.measure(1).row.ids, plain.row.ids)
+    says = f"warning: {path}: the template plain has no place for its system messages\n"
+    assert capsys.readouterr().err == says
+
+
+def test_keys_that_nobody_knows_are_named_once(write, folder, models, capsys):
+    known = {"id": 1, "model": "x", "source": "y", "kinds": ["z"], "conversations": turns("a", "x"), "video": []}
+    odd = [known, known | {"bbox": [1]}, known | {"bbox": [2], "k" * 300: 1}]
+    odd.append({"messages": [parts({"type": "text", "text": "a", "fps": 3}), MESSAGES[1] | {"mood": "good"}]})
+    path = write(odd)
+    Samples(path, str(folder), *models["v1.5-llama"])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"warning: {path}: key 'bbox' is not read (first in row 1)",
+        f"warning: {path}: key '{'k' * 24}...{'k' * 13}' is not read (first in row 2)",
+        f"warning: {path}: key 'fps' of a part is not read (first in row 3)",
+        f"warning: {path}: key 'mood' of a turn is not read (first in row 3)",
+    ]
+    Samples(write([known | {f"key{i}": 1 for i in range(15)}]), str(folder), *models["v1.5-llama"])
+    said = capsys.readouterr().err.splitlines()
+    assert (len(said), said[-1]) == (11, f"warning: {path}: nor are 5 other keys")
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_absolute_paths_in_the_image_folder_are_taken(write, folder, models, tmp_path, follow):
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "sub").mkdir(exist_ok=True)
+    names = [
+        f"{folder}/0.png",
+        f"{tmp_path}/link/0.png",
+        f"file://{folder}/0.png",
+        f"{folder}/sub/../0.png",
+        "/etc/passwd",
+    ]
+    path = write([{"image": name, "conversations": turns("<image>", "x")} for name in names])
+    for place, taken in ((folder, 3), (tmp_path / "link", 3), ("/", 3), (folder / "sub", 0)):
+        samples = Samples(path, str(place), *models["v1.6-mistral"], follow_links=follow)
+        found = [samples.measure(i) for i in range(4)]
+        assert [isinstance(one, BadSample) for one in found] == [i >= taken for i in range(4)], place
+        assert all("leads out of the image folder" in one.reason for one in found[taken:])
+        if place != "/":
+            assert "leads out of the image folder" in samples.measure(4).reason
 
 
 def test_a_picture_is_at_fault_by_name(write, folder, models):
@@ -466,10 +625,10 @@ def test_too_many_bad_samples_stop_a_run(write, config, models):
     rows = [good_row(i) for i in range(100)]
     for i in (5, 50):
         rows[i] = {"image": "missing.png", "conversations": turns("<image>", "x")}
-    with pytest.raises(
-        InputError, match="bad samples: 2 among the first 100, more than --max-bad-share 0.01 allows; .*l"
-    ):
+    refused = "bad samples: 2 among the first 100, more than --max-bad-share 0.01 allows; row 5: .*; row 50: .*image$"
+    with pytest.raises(InputError, match=refused):
         open_data(config(write(rows)), *models["v1.6-mistral"])
+    assert not Path(config("").output, "bad_samples.jsonl").exists()
     with pytest.raises(InputError, match="row 5: .*missing.png: no such image"):
         open_data(config(write(rows), on_bad_sample="fail"), *models["v1.6-mistral"])
     rows[5], rows[50] = good_row(5), good_row(50) | {"image": "truncated.jpg"}
@@ -479,8 +638,42 @@ def test_too_many_bad_samples_stop_a_run(write, config, models):
         take(data, 30)
     rows[9] = good_row(9) | {"image": "truncated.jpg"}
     data = open_data(config(write(rows)), *models["v1.6-mistral"])
-    with pytest.raises(InputError, match="bad samples: 2 among the first 100"):
+    with pytest.raises(
+        InputError, match=r"bad samples: 2 among the first 100, .*; row \d+ .*/bad_samples.jsonl lists them"
+    ):
         take(data, 30)
+    assert len(Path(config("").output, "bad_samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_one_bad_sample_of_a_few_stops_nothing(write, config, models, capsys):
+    """In each pass it is met again. Two are too many, and the error names them; nothing is listed of a run refused."""
+    rows = [good_row(i) for i in range(15)]
+    rows[4] = {"image": "missing.png", "conversations": turns("<image>", "x")}
+    settings = config(write(rows))
+    data = open_data(settings, *models["v1.6-mistral"])
+    infos = [next(data)[1] for _ in range(4 * data.steps_per_epoch)]
+    data.close()
+    assert infos[-1]["epoch"] >= 3 and infos[-1]["bad"] >= 4
+    assert (
+        capsys.readouterr().err
+        == f"bad sample: {settings.data} row 4: {settings.image_folder}/missing.png: no such image\n"
+    )
+    with pytest.raises(
+        InputError, match=r"bad samples: 1 among the first 15, more than --max-bad-share 0 allows; .*row 4: "
+    ):
+        open_data(settings.replace(max_bad_share=0.0), *models["v1.6-mistral"])
+    for i in (6, 8, 11, 12):
+        rows[i] = {"id": f"bad{i}", "conversations": turns("a")}
+    settings = config(write(rows), output=f"{settings.output}2")
+    with pytest.raises(InputError) as error:
+        open_data(settings, *models["v1.6-mistral"])
+    assert str(error.value) == (
+        f"{settings.data}: bad samples: 5 among the first 15, more than --max-bad-share 0.01 allows; "
+        f"row 4: {settings.image_folder}/missing.png: no such image; row 6 (id bad6): no answer; "
+        "row 8 (id bad8): no answer; and 2 more"
+    )
+    assert not Path(settings.output).exists()
+    assert capsys.readouterr().err == ""
 
 
 def test_processes_stop_together_at_what_each_of_them_found(write, config, models):
@@ -712,6 +905,121 @@ def test_one_pass_can_be_made_again(write, config, models):
     same(first, second)
     assert len(first) == data.steps_per_epoch
     assert {batch.ids.shape for batch, _ in first} == {(data.rows, 240)}
+
+
+# ---------------------------------------------------------------- several files
+
+
+def test_weights_take_a_share_of_a_file_or_repeat_it():
+    assert Part("a").choose(5, (0, 0)).tolist() == [0, 1, 2, 3, 4]
+    halves = [
+        Part("a", weight=0.5).choose(15, (seed, part)).tolist() for seed, part in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+    assert [len({*half} & {*range(15)}) for half in halves] == [8] * 4
+    assert halves[0] == halves[1] == sorted(halves[0])
+    assert halves[0] != halves[2] != halves[3] != halves[0]
+    more = Part("a", weight=2.5).choose(4, (0, 0)).tolist()
+    assert more[:8] == [*range(4)] * 2 and len({*more[8:]}) == 2
+    assert len(Part("a", weight=0.1).choose(30, (0, 0))) == 3  # not 4, as 0.1 * 30 rounded up would be
+    assert len(Part("a", weight=1e-6).choose(30, (0, 0))) == 1
+
+
+def test_yaml_lists_as_llava_next_has_them(tmp_path):
+    for strategy, rows in {
+        "all": [*range(10)], None: [*range(10)], "first:3": [0, 1, 2], "end:3": [7, 8, 9], "first:25%": [0, 1, 2],
+        "end:10%": [9], "first:100": [*range(10)], "end:100": [*range(10)], "random:100": [*range(10)],
+    }.items():  # fmt: skip
+        line = f'\n    sampling_strategy: "{strategy}"' if strategy else ""
+        (tmp_path / "mix.yaml").write_text(f"datasets:\n  - json_path: a.json{line}\n  - json_path: b.jsonl\n")
+        first, second = read_parts(["c.json=2", str(tmp_path / "mix.yaml")])[1:]
+        assert (first.path, first.choose(10, (0, 0)).tolist()) == ("a.json", rows)
+        assert second == Part("b.jsonl")
+    (tmp_path / "mix.yaml").write_text('datasets: [{json_path: a.json, sampling_strategy: "random:25%"}]')
+    assert len({*read_parts(str(tmp_path / "mix.yaml"))[0].choose(10, (0, 0)).tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        ("a: [", "not YAML"), ("", "must have one key, datasets"), ("datasets: []", "must have one key, datasets"),
+        ("datasets: 3", "must have one key, datasets"), ("datasets: [3]", r"datasets\[0\] has no json_path"),
+        ("datasets: [{json_path: a}]\nmore: 1", "must have one key, datasets"),
+        ("datasets: [{json_path: a, data_root: b}]", r"datasets\[0\]: data_root is not read"),
+        *[
+            (f'datasets: [{{json_path: a, sampling_strategy: "{x}"}}]', f"sampling_strategy '{x}': write all, or first")
+            for x in ("some", "first", "first:", "first:0", "end:x", "random:-1", "random:200%", "first:1.5%", "last:3")
+        ],
+    ],
+)  # fmt: skip
+def test_yaml_that_cannot_be_used(contents, says, tmp_path):
+    (tmp_path / "mix.yaml").write_text(contents)
+    with pytest.raises(InputError, match=says):
+        read_parts(str(tmp_path / "mix.yaml"))
+
+
+def test_weights_that_are_none(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b=2").write_text("[]")
+    assert read_parts(str(tmp_path / "b=2")) == [Part(str(tmp_path / "b=2"))]
+    for weight in ("0", "-1", "nan", "inf", "1e9", "half", ""):
+        with pytest.raises(InputError, match="the weight behind = must be a number above 0"):
+            read_parts(f"{tmp_path}/a.json={weight}")
+    with pytest.raises(InputError, match="c=3.json: cannot be read"):
+        read_rows(read_parts(f"{tmp_path}/c=3.json")[0].path)
+    with pytest.raises(InputError, match="mix.yaml=2: a YAML file has its own"):
+        read_parts("mix.yaml=2")
+
+
+@pytest.mark.parametrize("batching", ["packed", "bucketed"])
+def test_several_files_are_one_list(batching, write, config, models, capsys):
+    """Each row as often as its file's weight says, in the order of no file, resumed bit for bit; the bad ones named by
+    their own file."""
+    model = models["v1.6-mistral"]
+    first = write([good_row(i) for i in range(20)], "a.json")
+    second = write([good_row(i) | {"id": f"b{i}"} for i in range(12)] + ["{"], "b.jsonl")
+    third = write([good_row(i) | {"id": f"c{i}"} for i in range(10)], "c.json")
+    settings = config((first, f"{second}=2", f"{third}=0.5"), batching=batching, max_bad_share=0.1)
+    data = open_data(settings, *model)
+    assert len(data.samples) == 20 + 2 * 13 + 5
+    whole = [next(data) for _ in range(data.steps_per_epoch + 4)]
+    data.close()
+    once = take(open_data(settings, *model, train=False))
+    seen = collections.Counter(i for _, info in once for i in info["ids"])
+    assert [seen[f"row{i}"] for i in range(20)] == [1] * 20 and [seen[f"b{i}"] for i in range(12)] == [2] * 12
+    assert sorted(seen[f"c{i}"] for i in range(10)) == [0] * 5 + [1] * 5
+    assert seen.keys() == {i for _, info in whole for i in info["ids"]}
+    assert f"bad sample: {second} row 12: not JSON" in capsys.readouterr().err
+    [listed] = map(json.loads, Path(settings.output, "bad_samples.jsonl").read_text().splitlines())
+    assert (listed["data"], listed["index"]) == (second, 12)
+    data = open_data(settings, *model)
+    same(take(data, 3), whole[:3])
+    state = json.loads(json.dumps(data.get_state()))
+    again = open_data(settings.replace(workers=0), *model)
+    again.set_state(state)
+    same(take(again, 3), whole[3:6])
+
+
+def test_checksum_is_of_the_files_and_of_their_shares(write):
+    """That of one file alone is its own, as sha256sum prints it."""
+    a, b = write([1], "a.json"), write([2], "b.json")
+    moved = write([1], "moved.json")
+    sums = [checksum(read_parts(data)) for data in (a, b, (a, b), (b, a), (a, f"{b}=0.5"), f"{a}=2")]
+    assert len({*sums}) == len(sums)
+    assert sums[0] == hashlib.sha256(Path(a).read_bytes()).hexdigest() == checksum(read_parts(moved))
+    assert checksum(read_parts((moved, b))) == sums[2]
+    with pytest.raises(InputError, match="--data nowhere.json: cannot be read"):
+        checksum(read_parts((a, "nowhere.json")))
+
+
+def test_preview_of_several_files(write, folder, run_cli):
+    paths = [write([good_row(i)], name) for i, name in ((0, "a.json"), (7, "b.json"))]
+    args = ["--data", paths[0], "--data", f"{paths[1]}=2", "--checkpoint", GOLDEN / "checkpoints" / "v1.6-mistral"]
+    status, out, err = run_cli(preview.main, *args, "--image-folder", folder, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert [(row["data"], row["index"], row["id"]) for row in rows] == [
+        (paths[0], 0, "row0"), (paths[1], 0, "row7"), (paths[1], 0, "row7"),
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- preview

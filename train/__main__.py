@@ -13,9 +13,10 @@ import os
 import sys
 import types
 
-from llava_jax.console import InputError, Parser, enable_compilation_cache, hush, note, run_main
+from llava_jax.console import InputError, Parser, enable_compilation_cache, hush, note, run_main, shorten
 from train.processes import are_several, connect, watched
 
+SEVERAL = ("data", "eval_data")  # flags that are given once for each file
 PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "output")
 
 
@@ -43,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
         if field.type is bool:
             fields.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         else:
-            fields.add_argument(flag, metavar=field.name.upper(), help=about)
+            action = "append" if field.name in SEVERAL else "store"
+            fields.add_argument(flag, metavar=field.name.upper(), action=action, help=about)
     return p
 
 
@@ -67,7 +69,7 @@ def parse(field: dataclasses.Field, text: str):
             return kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
-            raise InputError(f"--{field.name.replace('_', '-')} {text!r}: must be {wanted}") from None
+            raise InputError(f"--{field.name.replace('_', '-')} {shorten(text)!r}: must be {wanted}") from None
     return text if str in kinds else tuple(filter(None, text.split(",")))
 
 
@@ -83,27 +85,37 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
     args, unknown = p.parse_known_args(arguments)
     for argument in unknown:
         if not argument.startswith("--"):
-            raise InputError(f"{argument!r}: no flag goes with it (--help lists all)")
+            raise InputError(f"{shorten(argument)!r}: no flag goes with it (--help lists all)")
         known = [flag for action in p._actions for flag in action.option_strings]
-        raise InputError(f"unknown field {argument.split('=')[0]}{nearest(argument.split('=')[0], known)}")
+        raise InputError(f"unknown field {shorten(argument.split('=')[0])}{nearest(argument.split('=')[0], known)}")
     if args.list_presets:
         return args, TrainConfig()
     if args.preset is not None and args.preset not in PRESETS:
-        raise InputError(f"unknown preset {args.preset!r}{nearest(args.preset, PRESETS)}; --list-presets lists all")
+        raise InputError(
+            f"unknown preset {shorten(args.preset)!r}{nearest(args.preset, PRESETS)}; --list-presets lists all"
+        )
     given = {}
     for field in dataclasses.fields(TrainConfig):
         value = getattr(args, field.name)
+        if isinstance(value, list):
+            value = tuple(value) if len(value) > 1 else value[0]
         if value is not None:
             given[field.name] = parse(field, value) if isinstance(value, str) else value
     for name in PATHS:  # so that the same run is known as such from another directory
-        hub_name = name in ("checkpoint", "vision_tower") and not os.path.exists(given.get(name) or "")
-        if given.get(name) and "://" not in given[name] and not hub_name:
-            given[name] = os.path.abspath(given[name])
+        value = given.get(name)
+        if isinstance(value, tuple):
+            given[name] = tuple(map(_absolute, value))
+        elif value and not (name in ("checkpoint", "vision_tower") and not os.path.exists(value)):  # a hub name
+            given[name] = _absolute(value)
     config = (PRESETS[args.preset] if args.preset else TrainConfig()).replace(**given)
     for name in ("checkpoint", "data", "output"):
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
     return args, config
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 def nearest(name: str, known) -> str:

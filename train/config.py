@@ -32,7 +32,9 @@ class TrainConfig:
     """
 
     # data
-    data: str = _("", "conversations in the original's format: a JSON list or JSON lines")
+    data: str | tuple[str, ...] = _(
+        "", "conversations: JSON list, JSON lines, LLaVA-NeXT's YAML, FILE=0.5 for half of its rows; repeatable"
+    )
     image_folder: str = _("", "where the images are that the data names")
     follow_links: bool = _(False, "links in the image folder may lead out of it, to other disks")
     template: str | None = _(None, "conversation template; None: the checkpoint's")
@@ -49,7 +51,7 @@ class TrainConfig:
     tiles_per_row: int | None = _(None, "room for tiles of a packed row; None: from the data")
     aspect_ratio: str | None = _(None, "square, pad or anyres; None: the checkpoint's")
     image_first: str = _("as_is", "as_is: a single image before its question, as the reference; random: or after it")
-    eval_data: str | None = _(None, "held-out conversations to evaluate on")
+    eval_data: str | tuple[str, ...] | None = _(None, "held-out conversations to evaluate on; repeatable")
     eval_every: int = _(0, "updates between evaluations; 0: only after the last")
 
     # model
@@ -137,7 +139,8 @@ class TrainConfig:
 
 def _check_type(name: str, value: Any, wanted: Any) -> None:
     """What a saved configuration or a caller gives, against the field's annotation; an int may stand for a float."""
-    kinds = wanted.__args__ if isinstance(wanted, types.UnionType) else (typing.get_origin(wanted) or wanted,)
+    kinds = wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
     kinds = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         says = wanted.__name__ if isinstance(wanted, type) else wanted

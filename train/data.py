@@ -33,7 +33,8 @@ from train.config import TrainConfig
 from train.packing import enough_tiles, fill_rows, good_length
 from train.samples import BadSample, BadSamples, Sample, Samples
 
-PICTURES = 8  # conversations whose pictures are tried beforehand
+PICTURES = 8  # conversations whose pictures are tried beforehand, until those of one can be read
+FEW = 32  # those of so many are all read beforehand
 WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
 # What the longest row and the most tiles of a bucketed batch are rounded up to.
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -51,11 +52,11 @@ def open_data(
     rows_multiple: int = 1,
     process: int = 0,
     processes: int = 1,
-    path: str | None = None,
+    path: str | Sequence[str] | None = None,
     train: bool = True,
     folder: Path | None = None,
 ) -> "Data":
-    """Open a data file, and look at some of it.
+    """Open a data file or several, and look at some of what they hold.
 
     Args:
       model: the checkpoint's; `config.aspect_ratio` replaces its own.
@@ -138,26 +139,30 @@ class Data:
     # ------------------------------------------------------------ beforehand
 
     def _look(self) -> list[Sample]:
-        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read.
+        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read; of
+        a few that those of all can.
 
         Text alone can always be read, and says nothing about the image folder.
         """
         good, bad = _part(self._map_measure(self._measure, self._looked_at))
         pictured = [one for one in good if one.images]
         broken = [one for one in bad if one.file]
-        for one in pictured[:: -(-len(pictured) // PICTURES) or 1]:
+        few, readable = len(pictured) <= FEW, False
+        for one in pictured[:: 1 if few else -(-len(pictured) // PICTURES)]:
             loaded = self.samples.load(one)
-            if isinstance(loaded, Row):
+            if isinstance(loaded, BadSample):
+                broken.append(loaded)
+                bad.append(loaded)
+                continue
+            readable = True
+            if not few:
                 break
-            broken.append(loaded)
-            bad.append(loaded)
-        else:
-            if broken:
-                raise InputError(f"none of its pictures can be read; first of all, {self.samples.name(broken[0])}")
-            if not good:
-                raise InputError(f"nothing in it can be trained on; first of all, {self.samples.name(bad[0])}")
+        if broken and not readable:
+            raise InputError(f"none of its pictures can be read; first of all, {self.samples.names(broken)}")
+        if not good:
+            raise InputError(f"nothing in it can be trained on; first of all, {self.samples.names(bad)}")
         self.bad.add(bad, seen=len(self._looked_at), known_to_all=True)
-        self.bad.set_state((0, 0))  # these come again in their windows
+        self.bad.begin()
         return good
 
     def _picture_tiles(self) -> int:
@@ -260,8 +265,7 @@ class Data:
     def _measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
         one = self.samples.measure(index, epoch)
         if isinstance(one, Sample) and one.tiles > self.tiles:
-            reason = f"{one.tiles} tiles, and a row has room for {self.tiles} (--tiles-per-row)"
-            return BadSample(index, one.id, None, reason)
+            return one.bad(f"{one.tiles} tiles, and a row has room for {self.tiles} (--tiles-per-row)")
         return one
 
     def _plan(self, number: int, indices: Sequence[int]) -> "_Window":
@@ -307,8 +311,8 @@ class Data:
         )
         bad = [one for row in spliced for one in row if isinstance(one, BadSample)]
         self.bad.add(bad)
-        lost = {one.index for one in bad}
-        kept = [one for row in rows for one in row if one.index not in lost]
+        lost = {one.number for one in bad}
+        kept = [one for row in rows for one in row if one.number not in lost]
         tokens = sum(one.length for one in kept)
         return batch, {
             "conversations": len(kept),

@@ -24,6 +24,7 @@ from etils import epath
 
 from llava_jax.console import InputError, first_line, note
 from llava_jax.directories import find_directory
+from train import mixture
 from train.config import TrainConfig
 
 # A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
@@ -31,7 +32,7 @@ MAY_CHANGE = {
     "data", "image_folder", "follow_links", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
     "on_bad_sample", "max_bad_share", "save_every", "keep", "log_every", "profile_steps", "export_hf",
 }  # fmt: skip
-CHECKSUM = "data_sha256"  # `data` may move, but not change
+CHECKSUM = "data_sha256"  # `data` may move, but not change, nor may the share that is taken of each file
 FINGERPRINT = "checkpoint_fingerprint"  # nor may `checkpoint`, whose frozen weights are not in the run's checkpoints
 PLACES, PLACE_BYTES = 16, 4096  # of each of its files that are looked at
 
@@ -149,14 +150,10 @@ def is_remote(path: str) -> bool:
 
 def describe(config: TrainConfig) -> dict[str, Any]:
     """What `config.json` holds."""
-    digest = hashlib.sha256()
-    try:
-        with open(config.data, "rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-    except OSError as error:
-        raise InputError(f"--data {config.data}: cannot be read ({error.strerror or error})") from None
-    checksums = {CHECKSUM: digest.hexdigest(), FINGERPRINT: fingerprint(config.checkpoint)}
+    checksums = {
+        CHECKSUM: mixture.checksum(mixture.read_parts(config.data)),
+        FINGERPRINT: fingerprint(config.checkpoint),
+    }
     return json.loads(json.dumps(dataclasses.asdict(config) | checksums))
 
 

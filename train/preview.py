@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import InputError, Parser, note, run_main
+from llava_jax.console import InputError, Parser, note, run_main, shorten
+from llava_jax.images import label
 from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
 from llava_jax.tokenizer import Tokenizer
 from train.config import IMAGE_FIRST, PRESETS, TrainConfig
@@ -24,7 +25,9 @@ from train.samples import BadSample, Sample, Samples
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m train.preview", description="Show what the model will see.")
-    p.add_argument("--data", required=True, metavar="FILE", help="a JSON list or JSON lines of conversations")
+    p.add_argument(
+        "--data", required=True, action="append", metavar="FILE", help="conversations, as for training; repeatable"
+    )
     p.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint directory or a hub name")
     p.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
@@ -68,7 +71,7 @@ def main() -> int:
     )
     shown = range(args.start, min(args.start + args.n, len(samples)))
     if not shown:
-        raise InputError(f"{args.data} has {len(samples)} rows; there is none to show from --start {args.start}")
+        raise InputError(f"{samples.path} has {len(samples)} rows; there is none to show from --start {args.start}")
     bad = 0
     for index in shown:
         sample = samples.measure(index, args.epoch)
@@ -76,7 +79,8 @@ def main() -> int:
         if isinstance(row, BadSample):
             bad += 1
             if args.json:
-                print(json.dumps({"index": index, "id": row.id, "file": row.file, "error": row.reason}))
+                described = {"data": row.data, "index": row.index, "id": row.id, "file": row.file, "error": row.reason}
+                print(json.dumps(described))
             note(f"error: {samples.name(row)}")
             continue
         described = describe(samples, sample, row, model, found.tokenizer)
@@ -88,6 +92,7 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
     """What `--json` prints of a conversation. `ids` is -200 where an image feature stands."""
     batch = splice([row], model, max_length=sample.length)
     return {
+        "data": sample.data,
         "index": sample.index,
         "id": sample.id,
         "template": samples.template,
@@ -96,7 +101,7 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
         "trained": int((batch.labels[0, 1:] != IGNORE).sum()),
         "images": [
             {
-                "file": name,
+                "file": label(name),
                 "grid": place.grid,
                 "tiles": place.tiles,
                 "features": count_features(place, model),
@@ -131,7 +136,7 @@ def render(samples: Samples, described: dict[str, Any]) -> str:
     """The same for people."""
     begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
     lines = [
-        f"row {described['index']} (id {described['id']}), template {described['template']}: "
+        f"row {described['index']} (id {shorten(described['id'], 40)}), template {described['template']}: "
         f"{described['length']} positions, {described['trained']} of them trained; "
         + (f"{described['cut']} more are cut off" if described["cut"] else "nothing is cut off")
     ]

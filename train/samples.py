@@ -1,30 +1,31 @@
 """Conversations of a data file, one at a time: read, checked, tokenized, laid out; then their pictures.
 
-The format is that of `llava_jax.conversations`. What a conversation takes of a row (positions, tiles) is known without
-its pixels: `Samples.measure` is cheap, `Samples.load` reads the pictures. Either answers what is wrong with a broken
-one instead of raising it.
+The format is that of `llava_jax.conversations`; several files make one list (`train.mixture`). What a conversation
+takes of a row (positions, tiles) is known without its pixels: `Samples.measure` is cheap, `Samples.load` reads the
+pictures. Either answers what is wrong with a broken one instead of raising it.
 """
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, note
-from llava_jax.conversations import check_row, read_rows
-from llava_jax.images import TileLayout, image_size, layout, open_image, tiles
+from llava_jax.console import InputError, note, shorten
+from llava_jax.conversations import has_images, has_system, note_unread_keys, read_conversation, read_rows
+from llava_jax.images import ImageFolder, TileLayout, image_size, label, layout, open_image, tiles
 from llava_jax.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.splice import IGNORE, IMAGE, Row, widths
 from llava_jax.templates import choose_template, get_template, is_program
 from llava_jax.tokenizer import Tokenizer
+from train import mixture
 from train.config import TrainConfig
 
 TOLD = 10  # bad samples that are named; the rest are listed in a file
+NAMED = 3  # those that an error names
 ENOUGH = 1000  # conversations that a share of bad ones is counted against, at least
 
 
@@ -32,7 +33,9 @@ ENOUGH = 1000  # conversations that a share of bad ones is counted against, at l
 class Sample:
     """A conversation measured: its row has everything but pixels."""
 
-    index: int  # in the data file
+    number: int  # among all that a run has; another for each time that its row is repeated
+    data: str  # the data file
+    index: int  # of its row there
     id: Any  # what the data file calls it; its index where it does not
     epoch: int
     row: Row
@@ -44,11 +47,17 @@ class Sample:
     def tiles(self) -> int:
         return self.row.tile_count
 
+    def bad(self, reason: str, file: str | None = None) -> "BadSample":
+        """The same as one that cannot be trained on."""
+        return BadSample(self.number, self.data, self.index, self.id, file, reason)
+
 
 @dataclasses.dataclass(frozen=True)
 class BadSample:
     """A conversation that cannot be trained on."""
 
+    number: int
+    data: str
     index: int
     id: Any
     file: str | None  # the image at fault, if one is
@@ -56,19 +65,18 @@ class BadSample:
 
 
 class Samples:
-    """The conversations of a data file.
+    """The conversations of a data file, or of several.
 
     Attributes:
-      path: the file.
+      path: the file, or in a few words the files.
       model: whose pictures and tokens they become.
-      rows: what the file holds; an `InputError` for a line that is no JSON.
       has_image: bool [n].
       template: the name of the conversation template.
     """
 
     def __init__(
         self,
-        path: str,
+        data: str | Sequence[str],
         image_folder: str,
         model: LlavaConfig,
         tokenizer: Tokenizer,
@@ -79,9 +87,10 @@ class Samples:
         seed: int = 0,
         follow_links: bool = False,
     ):
-        """Read a data file.
+        """Read data files.
 
         Args:
+          data: as `--data` has it (`train.mixture`).
           template: None for the model's own.
           max_length: positions after splicing at which a conversation is cut, on the right.
           image_first: "as_is" puts the mark of a single image in front of its turn, as the reference does; "random"
@@ -89,7 +98,7 @@ class Samples:
           follow_links: also those in the image folder that lead out of it.
 
         Raises:
-          InputError: the file, the folder or the template cannot be used.
+          InputError: a file, the folder or the template cannot be used.
         """
         self.template = template or choose_template(model)
         if is_program(self.template):
@@ -99,41 +108,60 @@ class Samples:
             )
         self._template = get_template(self.template)
         self._check_template(tokenizer)
-        self.path, self.folder = path, Path(image_folder or ".")
-        if not self.folder.is_dir():
-            raise InputError(f"--image-folder {self.folder}: no such directory")
-        self._real_folder = None if follow_links else os.path.realpath(self.folder)
-        self.rows = read_rows(path)
-        self.has_image = np.array([isinstance(row, dict) and bool(row.get("image")) for row in self.rows])
+        self._folder = ImageFolder(image_folder, follow_links=follow_links)
+        parts = mixture.read_parts(data)
+        self.path = mixture.describe(parts)
+        self._rows = {path: read_rows(path) for path in dict.fromkeys(part.path for part in parts)}
+        for path, rows in self._rows.items():
+            note_unread_keys(path, rows)
+            if self._template.style == "plain" and any(map(has_system, rows)):
+                note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
+        self._paths = [part.path for part in parts]
+        chosen = [part.choose(len(self._rows[part.path]), (seed, i)) for i, part in enumerate(parts)]
+        self._part, self._index = np.repeat(np.arange(len(parts)), list(map(len, chosen))), np.concatenate(chosen)
+        pictured = {path: np.array(list(map(has_images, rows))) for path, rows in self._rows.items()}
+        self.has_image = np.concatenate([pictured[path][rows] for path, rows in zip(self._paths, chosen, strict=True)])
         prepare_tokenizer(tokenizer, model)
         self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self._random_order, self._seed = image_first == "random", seed
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._index)
 
-    def name(self, bad: BadSample) -> str:
+    def name(self, bad: BadSample, *, path: bool = True) -> str:
         """What is wrong, and where, for people."""
-        called = "" if bad.id == bad.index else f" (id {bad.id})"
-        return f"{self.path} row {bad.index}{called}: {bad.reason}"
+        called = "" if bad.id == bad.index else f" (id {shorten(bad.id, 40)})"
+        return f"{shorten(bad.data) + ' ' if path else ''}row {bad.index}{called}: {bad.reason}"
+
+    def names(self, bad: Sequence[BadSample], total: int = 0, *, told: str = "") -> str:
+        """The first few in a line, and how many more there are of `total`; `told` is the file spoken of already."""
+        named = []
+        for one in bad[:NAMED]:
+            named.append(self.name(one, path=shorten(one.data) != told))
+            told = shorten(one.data)
+        more = max(total, len(bad)) - len(named)
+        return "; ".join([*named, *[f"and {more} more"] * bool(more)])
 
     def measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
         """Tokenize a conversation and lay its pictures out.
 
         The result depends on the arguments and the seed alone.
         """
-        row = self.rows[index]
+        number, data, index = index, self._paths[self._part[index]], int(self._index[index])
+        row = self._rows[data][index]
         name = row.get("id", index) if isinstance(row, dict) else index
         image = None
         try:
-            turns, images = check_row(row)
+            conversation = read_conversation(row)
+            images = conversation.images
             ids, labels = encode_conversation(
-                turns,
+                conversation.turns,
                 self._template,
                 self._tokenizer,
                 self.model,
+                system=conversation.system,
                 images=len(images),
-                image_last=self._random_order and np.random.default_rng((self._seed, epoch, index)).random() < 0.5,
+                image_last=self._random_order and np.random.default_rng((self._seed, epoch, number)).random() < 0.5,
             )
             if len(ids) and ids.max() >= self.model.text.vocab_size:
                 raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.model.text.vocab_size}")
@@ -147,21 +175,21 @@ class Samples:
                 asked = (labels[1:] != IGNORE).any()
                 raise InputError(f"no answer within {self._max_length} positions" if asked else "no answer")
             room = length if self._max_length is None else min(length, self._max_length)
-            return Sample(index, name, epoch, row, images[: len(row.layouts)], room, length - room)
+            return Sample(number, data, index, name, epoch, row, images[: len(row.layouts)], room, length - room)
         except InputError as error:
-            return BadSample(index, name, image, str(error))
+            return BadSample(number, data, index, name, image and label(image), str(error))
 
     def load(self, sample: Sample) -> Row | BadSample:
         """The conversation with its tiles."""
         cut = []
         for name, place in zip(sample.images, sample.row.layouts, strict=True):
             try:
-                image = open_image(self._find(name))
+                image = open_image(self._folder.find(name))
                 if place.grid and image.size != place.size:
-                    raise InputError(f"{name}: {image.size} pixels, though its header says {place.size}")
+                    raise InputError(f"{shorten(name)}: {image.size} pixels, though its header says {place.size}")
                 cut.append(tiles(image, place, self.model))
             except InputError as error:
-                return BadSample(sample.index, sample.id, name, str(error))
+                return sample.bad(str(error), label(name))
         return dataclasses.replace(sample.row, tiles=tuple(cut))
 
     def _check_template(self, tokenizer: Tokenizer) -> None:
@@ -188,30 +216,10 @@ class Samples:
     def _layout(self, image: str) -> TileLayout:
         """Only anyres asks for a picture's size. Other pictures are not touched before their batch is made, so that
         each process touches only its own."""
-        _check_name(image)
+        found = self._folder.find(image)
         side = self.model.vision.image_size
-        size = image_size(self._find(image)) if self.model.aspect_ratio == "anyres" else (side, side)
+        size = image_size(found) if self.model.aspect_ratio == "anyres" else (side, side)
         return layout(size, self.model)
-
-    def _find(self, image: str) -> Path:
-        """Where a picture is: in the image folder, and unless links may, whatever leads to it does not leave that."""
-        _check_name(image)
-        path = self.folder / image
-        if self._real_folder is None:
-            return path
-        try:
-            real = os.path.realpath(path)
-        except ValueError:  # no file can have such a name, which opening it says better
-            return path
-        if not PurePath(real).is_relative_to(self._real_folder):
-            raise InputError(f"{image}: leads out of the image folder, by a link to {real} (--follow-links allows it)")
-        return path
-
-
-def _check_name(image: str) -> None:
-    path = PurePath(image)
-    if path.is_absolute() or ".." in path.parts:
-        raise InputError(f"{image}: leads out of the image folder")
 
 
 class BadSamples:
@@ -223,6 +231,7 @@ class BadSamples:
 
     Attributes:
       count, seen: bad samples that all processes know of, among so many conversations; those met again count again.
+      begun: whether the run has begun. One that is refused before leaves no list, so the error says all that is known.
       own, others: the pictures that this process found broken; that the others did, as of the last `agree`.
     """
 
@@ -233,6 +242,8 @@ class BadSamples:
         self._config, self._samples, self._process, self._alone = config, samples, process, processes == 1
         self.count = self.seen = self.own = self.others = self._told = 0
         self._failed = ""  # what is to stop all processes
+        self._first: list[BadSample] = []  # to name in an error
+        self.begun = False
         name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
         self._file = folder and folder / name
         self._listed = self._read()
@@ -254,16 +265,19 @@ class BadSamples:
             self.count += len(bad)
         else:
             self.own += len(bad)
-        if not known_to_all or self._process == 0:
-            for one in bad:
-                self._list(one)
+        self._first += bad[: NAMED - len(self._first)]
         problem = self._samples.name(bad[0]) if bad and self._config.on_bad_sample == "fail" else ""
-        if known_to_all or self._alone:
-            if problem:
-                raise InputError(problem)
-            self._check(self.count + (self.own if self._alone else 0), self.seen)
-        else:
-            self._failed = self._failed or problem
+        try:
+            if known_to_all or self._alone:
+                if problem:
+                    raise InputError(problem)
+                self._check(self.count + (self.own if self._alone else 0), self.seen)
+        except InputError:
+            if self.begun:
+                self._list(bad, known_to_all)
+            raise
+        self._list(bad, known_to_all)
+        self._failed = self._failed or problem
 
     def agree(self, share: Callable[[str], list[str]]) -> None:
         """Tell the other processes what only this one knows, and learn what they do. All call it at the same update.
@@ -285,6 +299,11 @@ class BadSamples:
             raise InputError(next(filter(None, failures)))
         self._check(max(counts) + of_all, max(seens))
 
+    def begin(self) -> None:
+        """The conversations looked at beforehand come again: count anew."""
+        self.set_state((0, 0))
+        self._first, self.begun = [], True
+
     def get_state(self) -> list[int]:
         """What a run that goes on begins to count from."""
         return [self.total, self.seen]
@@ -293,19 +312,27 @@ class BadSamples:
         self.count, self.seen = state
 
     def _check(self, count: int, seen: int) -> None:
-        # Of a few conversations one alone would be a large share.
-        allowed = self._config.max_bad_share * max(seen, min(len(self._samples), ENOUGH))
+        # A share is counted against a thousand conversations at least, or all there are. One of a few is a large share:
+        # one in each pass over the data is never too many, unless none is allowed.
+        share, n = self._config.max_bad_share, len(self._samples)
+        allowed = max(share * max(seen, min(n, ENOUGH)), -(-seen // n) if share else 0)
         if count > allowed:
-            where = f"; {self._file} lists them" if self._file else ""
+            where = f"; {self._file} lists them" if self._file and self.begun else ""
+            named = f"; {self._samples.names(self._first, count, told=self._samples.path)}" if self._first else ""
             raise InputError(
                 f"{self._samples.path}: bad samples: {count} among the first {max(seen, count)}, more "
-                f"than --max-bad-share {self._config.max_bad_share:g} allows{where}"
+                f"than --max-bad-share {share:g} allows{named}{where}"
             )
 
-    def _list(self, bad: BadSample) -> None:
-        if (self._samples.path, bad.index) in self._listed:
+    def _list(self, bad: Sequence[BadSample], known_to_all: bool) -> None:
+        if not known_to_all or self._process == 0:
+            for one in bad:
+                self._list_one(one)
+
+    def _list_one(self, bad: BadSample) -> None:
+        if (bad.data, bad.index) in self._listed:
             return
-        self._listed.add((self._samples.path, bad.index))
+        self._listed.add((bad.data, bad.index))
         self._told += 1
         if self._told <= TOLD:
             note(f"bad sample: {self._samples.name(bad)}")
@@ -313,7 +340,9 @@ class BadSamples:
             note("more bad samples are " + (f"listed in {self._file}" if self._file else "not named"))
         if self._file is None:
             return
-        line = json.dumps({"data": self._samples.path} | dataclasses.asdict(bad), ensure_ascii=False)
+        line = json.dumps(
+            {name: getattr(bad, name) for name in ("data", "index", "id", "file", "reason")}, ensure_ascii=False
+        )
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:

@@ -1,0 +1,154 @@
+"""Several data files as one: which rows of which file a run is trained on.
+
+    --data a.json --data b.json=0.5 --data mix.yaml
+
+A weight takes that share of a file's rows: 0.5 a half of them, drawn at random, 2 each of them twice, 2.5 each twice
+and a half of them once more. A YAML file lists data files as LLaVA-NeXT's do (llava/train/train.py
+`LazySupervisedDataset`):
+
+    datasets:
+      - json_path: a.json
+        sampling_strategy: "first:1000"   # or "end:20%", "random:50%", "all"
+
+What is drawn depends on the seed and on the place in the list, and is the same in every epoch.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import yaml
+
+from llava_jax.console import InputError, shorten
+
+STRATEGIES = ("first", "end", "random")
+MOST = 1000  # times that a file may be repeated
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A data file, and how much of it is taken."""
+
+    path: str
+    strategy: str = "random"  # which rows, where not all are
+    weight: float = 1.0  # how many, as a share of all
+    rows: int | None = None  # how many, instead
+
+    def choose(self, n: int, seed: Sequence[int]) -> np.ndarray:
+        """The rows, int64 [m], of a file that has `n`, in the file's order; those repeated come again behind."""
+        wanted = math.ceil(round(self.weight * n, 6)) if self.rows is None else self.rows
+        if self.strategy != "random":
+            first = 0 if self.strategy == "first" else max(n - wanted, 0)
+            return np.arange(n)[first : first + wanted]
+        times, rest = divmod(wanted if self.rows is None else min(wanted, n), n)
+        drawn = np.sort(np.random.default_rng(seed).choice(n, rest, replace=False))
+        return np.concatenate([*[np.arange(n)] * times, drawn])
+
+
+def read_parts(data: str | Sequence[str]) -> list[Part]:
+    """The files of `FILE`, `FILE=WEIGHT`, `MIX.yaml`, or a list of these.
+
+    Raises:
+      InputError: a weight or a YAML file cannot be used.
+    """
+    parts = []
+    for text in [data] if isinstance(data, str) else data:
+        part = _weighed(text)
+        if not part.path.lower().endswith((".yaml", ".yml")):
+            parts.append(part)
+        elif part.weight == 1:
+            parts += _read_yaml(part.path)
+        else:
+            raise InputError(f"--data {shorten(text)}: a YAML file has its own sampling_strategy for each file")
+    return parts
+
+
+def describe(parts: Sequence[Part]) -> str:
+    """The files in a few words."""
+    more = len(parts) - 1
+    return shorten(parts[0].path) + (f" and {more} more file{'s' * (more > 1)}" if more else "")
+
+
+def checksum(parts: Sequence[Part]) -> str:
+    """SHA-256 of a file's bytes; of several files, or of a share of one, that of their bytes and shares.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+    digests = {path: _digest(path) for path in dict.fromkeys(part.path for part in parts)}
+    if len(parts) == 1 and parts[0].weight == 1 and parts[0].rows is None:
+        return digests[parts[0].path]
+    lines = [f"{digests[part.path]} {part.strategy} {part.weight} {part.rows}\n" for part in parts]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(2**24):
+                digest.update(piece)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--data {shorten(path)}: cannot be read ({reason})") from None
+    return digest.hexdigest()
+
+
+def _weighed(text: str) -> Part:
+    path, equals, weight = text.rpartition("=")
+    if not equals or os.path.exists(text):
+        return Part(text)
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if 0 < number <= MOST:
+        return Part(path, weight=number)
+    if not os.path.exists(path):  # then the name is what is wrong, and = may be part of it
+        return Part(text)
+    raise InputError(f"--data {shorten(text)}: the weight behind = must be a number above 0, at most {MOST}")
+
+
+def _read_yaml(path: str) -> list[Part]:
+    name = f"--data {shorten(path)}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            contents = yaml.safe_load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or shorten(error)})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{name}: not YAML ({shorten(' '.join(str(error).split()))})") from None
+    entries = contents.get("datasets") if isinstance(contents, dict) else None
+    if not isinstance(entries, list) or not entries or len(contents) > 1:
+        raise InputError(f"{name}: must have one key, datasets, with a list of json_path and sampling_strategy")
+    parts = []
+    for number, entry in enumerate(entries):
+        where = f"{name}: datasets[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
+            raise InputError(f"{where} has no json_path")
+        if unknown := [key for key in entry if key not in ("json_path", "sampling_strategy")]:
+            raise InputError(
+                f"{where}: {shorten(unknown[0], 40)} is not read; only json_path and sampling_strategy are"
+            )
+        parts.append(_sampled(entry["json_path"], entry.get("sampling_strategy", "all"), where))
+    return parts
+
+
+def _sampled(path: str, strategy: object, where: str) -> Part:
+    """A part by LLaVA-NeXT's words for it; a percentage is rounded up to a row, as there."""
+    if strategy in ("all", None):
+        return Part(path)
+    kind, _, amount = str(strategy).partition(":")
+    digits = amount.strip().removesuffix("%")
+    if kind in STRATEGIES and digits.isascii() and digits.isdecimal() and int(digits[:12]) > 0:
+        if not amount.strip().endswith("%"):
+            return Part(path, kind, rows=int(digits[:12]))
+        if int(digits[:12]) <= 100:
+            return Part(path, kind, int(digits) / 100)
+    raise InputError(
+        f"{where}: sampling_strategy {shorten(strategy, 40)!r}: write all, or first, end or random, then : and a "
+        "number of rows or of %"
+    )
