@@ -42,9 +42,8 @@ class Template:
 
     def with_system(self, system: str) -> str:
         """The template's system text with another message in it."""
-        if self.style == "chatml" and "\n" in self.system:
-            return self.system[: self.system.index("\n") + 1] + system
-        return system
+        header, end, _ = self.system.partition({"chatml": "\n", "llama_3": "\n\n"}.get(self.style, "\0"))
+        return header + end + system if end else system
 
 
 _HUMAN = (

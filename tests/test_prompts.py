@@ -69,6 +69,8 @@ def test_another_system_message(name):
     assert "Be brief." in text
     own = get_template(name).system.split("\n")[-1]
     assert not own or own not in text
+    headers = {"chatml": "<|im_start|>system\n", "llama_3": "<|start_header_id|>system<|end_header_id|>\n\n"}
+    assert headers.get(get_template(name).style, "") + "Be brief." in text
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
