@@ -1,8 +1,10 @@
 """`python -m infer.generate` as people run it: answers, files of questions, and one clear line for bad input."""
 
+import base64
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +116,9 @@ BAD = {
     "too long": (lambda t: ("--prompt", "word " * 900), "more than fit the model's context of 512"),
     "unknown template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
+    "broken data URL": (lambda t: ("--image", "data:image/png;base64," + "A" * 9999), "AAA: not an image"),
+    "file of a host": (lambda t: ("--image", "file://host/a.png"), "a file of host host"),
+    "long flag": (lambda t: ("--top-k", "x" * 9999), "invalid int value: 'xxx"),
     "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
     "mesh spelling": (lambda t: ("--mesh", "8"), "write it as data=1,fsdp=8"),
     "temperature": (lambda t: ("--temperature", "-1"), "temperature"),
@@ -129,6 +134,7 @@ def test_bad_input_is_one_line_and_status_1(answers, tmp_path, name):
     assert (status, out, len(lines)) == (1, "", 1), err
     assert lines[0].startswith("error: ")
     assert says in lines[0]
+    assert not re.search("x{101}|A{101}", lines[0])
 
 
 @pytest.mark.parametrize("module", ["infer.generate", "infer.evaluate", "convert", "train.preview", "train.shapes"])
@@ -224,6 +230,26 @@ def test_several_questions_under_one_id(answers, folder):
     assert sorted(a["prompt"] for a in read_answers(folder)) == sorted(row["text"] for row in rows)
     status, _, err = ask_many(answers, folder)
     assert (status, err) == (0, "all 3 questions are answered already\n")
+
+
+def test_images_of_questions_may_be_urls_of_files_and_data(answers, folder):
+    file = folder / "images" / PICTURE.name
+    data = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    images = [PICTURE.name, str(file), f"file://{file}", data, [data]]
+    rows = [{"question_id": i, "image": image, "text": QUESTION} for i, image in enumerate(images)]
+    rows += [{"question_id": 5, "images": [PICTURE.name], "text": QUESTION}]
+    bad = ["http://x/a.png", f"file://{folder}/a.jsonl", "data:image/png;base64,?" + "A" * 9999, "../q.jsonl"]
+    rows += [{"question_id": 6 + i, "image": image, "text": QUESTION} for i, image in enumerate(bad)]
+    rows += [{"question_id": 10, "video": "a.mp4", "text": QUESTION}]
+    write_questions(folder / "q.jsonl", rows)
+    status, _, err = ask_many(answers, folder)
+    assert (status, "error: 5 questions were not answered" in err) == (1, True)
+    assert len({answer["text"] for answer in read_answers(folder)}) == 1
+    assert sorted(answer["question_id"] for answer in read_answers(folder)) == [0, 1, 2, 3, 4, 5]
+    says = ["a URL to download", "leads out of", "broken base64", "leads out of", "video: video is not supported"]
+    for number, what in enumerate(says, 7):
+        assert re.search(f"q.jsonl line {number}: .*{what}", err)
+    assert "A" * 101 not in err
 
 
 def test_a_second_run_does_only_what_is_left(answers, folder):

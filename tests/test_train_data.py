@@ -19,9 +19,11 @@ from llava_jax.console import InputError
 from llava_jax.conversations import read_rows
 from llava_jax.splice import IGNORE, IMAGE, TEXT
 from train import packing, preview, scienceqa
+from train.__main__ import read_config
 from train.config import TrainConfig
 from train.data import open_data
 from train.mixture import Part, checksum, read_parts
+from train.output import Output
 from train.packing import fill_rows, good_length
 from train.samples import BadSample, Samples
 
@@ -1009,6 +1011,25 @@ def test_checksum_is_of_the_files_and_of_their_shares(write):
     assert checksum(read_parts((moved, b))) == sums[2]
     with pytest.raises(InputError, match="--data nowhere.json: cannot be read"):
         checksum(read_parts((a, "nowhere.json")))
+
+
+def test_a_run_of_several_files_resumes_with_the_same_shares_only(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = GOLDEN / "checkpoints" / "v1.5-llama"
+    write([good_row(0)], "a.json"), write([good_row(1)], "b.json"), write([good_row(1)], "moved.json")
+
+    def output(*data):
+        flags = [part for one in data for part in ("--data", one)]
+        _, config = read_config(["--checkpoint", str(checkpoint), "--output", "run", "--eval-data", "b.json", *flags])
+        assert config.eval_data == str(tmp_path / "b.json")
+        assert config.data == (tuple(str(tmp_path / one) for one in data) if len(data) > 1 else str(tmp_path / data[0]))
+        return Output(config)
+
+    output("a.json", "b.json=0.5").write_config()
+    assert output("a.json", "moved.json=0.5").resumed
+    for other in (("a.json",), ("a.json", "b.json"), ("b.json=0.5", "a.json")):
+        with pytest.raises(InputError, match="data_sha256 is .* there and .* here"):
+            output(*other)
 
 
 def test_preview_of_several_files(write, folder, run_cli):

@@ -2,7 +2,8 @@
 
     python -m train.scienceqa --base-dir ScienceQA/data/scienceqa --split train --prompt-format QCM-LEA
 
-reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-LEA.json` beside them.
+reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-LEA.json` beside them. A split made so is
+evaluated with `python -m infer.evaluate --metric scienceqa`.
 """
 
 import contextlib
