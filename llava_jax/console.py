@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input like any other: one line, status 1."""
 
     def error(self, message: str):
-        message = re.sub(r"'.{101,}'|\S{101,}", lambda found: shorten(found[0]), message, flags=re.DOTALL)
+        message = re.sub(r"'[^']{101,}'", lambda found: shorten(found[0]), message)
         raise InputError(f"{message} (--help lists all flags)")
 
 
@@ -32,7 +32,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
     except InputError as error:
         status = 1
-        print("error: " + printable(str(error)), file=sys.stderr)
+        print("error: " + _readable(error), file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
         print("interrupted", file=sys.stderr)
@@ -41,9 +41,14 @@ def run_main(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a permission
         status = 1
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + _readable(error), file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _readable(error: Exception) -> str:
+    """Its message on a line. A word of more than 100 characters is an input, repeated as it was given."""
+    return printable(re.sub(r"\S{101,}", lambda found: shorten(found[0]), str(error)))
 
 
 def enable_compilation_cache() -> None:

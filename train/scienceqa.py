@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config_json import read_json
-from llava_jax.console import InputError, Parser, note, run_main
+from llava_jax.console import InputError, Parser, note, run_main, shorten
 
 # Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
 QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
@@ -42,8 +42,8 @@ def question_and_answer(problem: dict[str, Any], prompt_format: str) -> tuple[st
     asked, _, answered = prompt_format.partition("-")
     if asked not in QUESTIONS or answered not in ANSWERS:
         raise InputError(
-            f"--prompt-format {prompt_format!r}: write it as one of {', '.join(QUESTIONS)}, then -, then one of "
-            f"{', '.join(ANSWERS)}"
+            f"--prompt-format {shorten(prompt_format)!r}: write it as one of {', '.join(QUESTIONS)}, then -, then one "
+            f"of {', '.join(ANSWERS)}"
         )
     parts = {
         "Q": problem["question"],
@@ -84,24 +84,29 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
     """
     problems, splits = (_read(base_dir / name) for name in ("problems.json", "pid_splits.json"))
     if split not in splits:
-        raise InputError(f"--split {split}: {base_dir / 'pid_splits.json'} has {', '.join(splits)}")
+        raise InputError(f"--split {shorten(split)}: {base_dir / 'pid_splits.json'} has {shorten(', '.join(splits))}")
     numbers = splits[split]
     if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
-        raise InputError(f"{base_dir / 'pid_splits.json'}: {split} must be a list of problems' numbers, as texts")
+        raise InputError(
+            f"{base_dir / 'pid_splits.json'}: {shorten(split)} must be a list of problems' numbers, as texts"
+        )
     rows = []
     for number in numbers:
         try:
             problem = problems[number]
             if problem["answer"] not in range(len(problem["choices"])):
+                answer, n = shorten(repr(problem["answer"])), len(problem["choices"])
                 raise InputError(
-                    f"{base_dir / 'problems.json'}: problem {number}: answer {problem['answer']!r} is none of its "
-                    f"{len(problem['choices'])} choices, counted from 0"
+                    f"{base_dir / 'problems.json'}: problem {shorten(number)}: answer {answer} is none of its {n} "
+                    "choices, counted from 0"
                 )
             question, answer = question_and_answer(problem, prompt_format)
             image = problem["image"]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{base_dir / 'problems.json'}: problem {number} is not ScienceQA's ({reason})") from None
+            raise InputError(
+                f"{base_dir / 'problems.json'}: problem {shorten(number)} is not ScienceQA's ({shorten(reason)})"
+            ) from None
         row = {"id": number}
         if image is not None:
             row["image"] = os.path.join(number, image)
