@@ -112,19 +112,21 @@ def note_unread_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
     known = {*READ, *DESCRIBE, *NOT_READ}
     known_in_turns = {*READ_IN_TURNS, *DESCRIBE_IN_TURNS, *NOT_READ_IN_TURNS}
     found: dict[str, int] = {}
+
+    def look(number: int, there: dict[str, Any], known: set[str], where: str) -> None:
+        if not there.keys() <= known:
+            for key in there.keys() - known:
+                found.setdefault(f"key {shorten(key, 40)!r}{where}", number)
+
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             continue
-        for key in row.keys() - known:
-            found.setdefault(f"key {shorten(key, 40)!r}", number)
+        look(number, row, known, "")
         for turn in _turns_of(row):
-            if not isinstance(turn, dict):
-                continue
-            for key in turn.keys() - known_in_turns:
-                found.setdefault(f"key {shorten(key, 40)!r} of a turn", number)
-            for part in _parts_of(turn):
-                for key in part.keys() - READ_IN_PARTS:
-                    found.setdefault(f"key {shorten(key, 40)!r} of a part", number)
+            if isinstance(turn, dict):
+                look(number, turn, known_in_turns, " of a turn")
+                for part in _parts_of(turn):
+                    look(number, part, READ_IN_PARTS, " of a part")
     for what, number in sorted(found.items(), key=lambda item: (item[1], item[0]))[:TOLD]:
         note(f"warning: {shorten(path)}: {what} is not read (first in row {number})")
     if len(found) > TOLD:

@@ -161,6 +161,7 @@ class Data:
             raise InputError(f"none of its pictures can be read; first of all, {self.samples.names(broken)}")
         if not good:
             raise InputError(f"nothing in it can be trained on; first of all, {self.samples.names(bad)}")
+        bad.sort(key=lambda one: one.number)
         self.bad.add(bad, seen=len(self._looked_at), known_to_all=True)
         self.bad.begin()
         return good
