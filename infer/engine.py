@@ -175,7 +175,7 @@ class Engine:
         Args:
           prompt: the question, or a conversation: question, answer, ..., question. Images stand where it has
             `<image>` marks; without any they come first.
-          images: paths, http(s) URLs, bytes of files, or Pillow images.
+          images: paths, `http(s):`, `data:` or `file:` URLs, bytes of files, or Pillow images.
           system: a system message instead of the template's.
           **sampling: fields of `Sampling`.
 

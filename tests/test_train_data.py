@@ -656,6 +656,7 @@ def test_one_bad_sample_of_a_few_stops_nothing(write, config, models, capsys):
     infos = [next(data)[1] for _ in range(4 * data.steps_per_epoch)]
     data.close()
     assert infos[-1]["epoch"] >= 3 and infos[-1]["bad"] >= 4
+    open_data(settings.replace(data=f"{settings.data}=3"), *models["v1.6-mistral"]).close()
     assert (
         capsys.readouterr().err
         == f"bad sample: {settings.data} row 4: {settings.image_folder}/missing.png: no such image\n"

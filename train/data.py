@@ -34,7 +34,7 @@ from train.packing import enough_tiles, fill_rows, good_length
 from train.samples import BadSample, BadSamples, Sample, Samples
 
 PICTURES = 8  # conversations whose pictures are tried beforehand, until those of one can be read
-FEW = 32  # those of so many are all read beforehand
+FEW = 32  # those of so many are all read beforehand, if they are to be trained on
 WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
 # What the longest row and the most tiles of a bucketed batch are rounded up to.
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -147,7 +147,7 @@ class Data:
         good, bad = _part(self._map_measure(self._measure, self._looked_at))
         pictured = [one for one in good if one.images]
         broken = [one for one in bad if one.file]
-        few, readable = len(pictured) <= FEW, False
+        few, readable = self.train and len(pictured) <= FEW, False
         for one in pictured[:: 1 if few else -(-len(pictured) // PICTURES)]:
             loaded = self.samples.load(one)
             if isinstance(loaded, BadSample):

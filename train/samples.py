@@ -71,6 +71,7 @@ class Samples:
       path: the file, or in a few words the files.
       model: whose pictures and tokens they become.
       has_image: bool [n].
+      repeats: times that a row occurs among them, at most.
       template: the name of the conversation template.
     """
 
@@ -118,6 +119,7 @@ class Samples:
                 note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
         self._paths = [part.path for part in parts]
         chosen = [part.choose(len(self._rows[part.path]), (seed, i)) for i, part in enumerate(parts)]
+        self.repeats = max(int(np.bincount(rows).max()) for rows in chosen)
         self._part, self._index = np.repeat(np.arange(len(parts)), list(map(len, chosen))), np.concatenate(chosen)
         pictured = {path: np.array(list(map(has_images, rows))) for path, rows in self._rows.items()}
         self.has_image = np.concatenate([pictured[path][rows] for path, rows in zip(self._paths, chosen, strict=True)])
@@ -265,7 +267,9 @@ class BadSamples:
             self.count += len(bad)
         else:
             self.own += len(bad)
-        self._first += bad[: NAMED - len(self._first)]
+        for one in bad:
+            if len(self._first) < NAMED and (one.data, one.index) not in {(a.data, a.index) for a in self._first}:
+                self._first.append(one)
         problem = self._samples.name(bad[0]) if bad and self._config.on_bad_sample == "fail" else ""
         try:
             if known_to_all or self._alone:
@@ -312,10 +316,10 @@ class BadSamples:
         self.count, self.seen = state
 
     def _check(self, count: int, seen: int) -> None:
-        # A share is counted against a thousand conversations at least, or all there are. One of a few is a large share:
-        # one in each pass over the data is never too many, unless none is allowed.
+        # A share is counted against a thousand conversations at least, or all there are. One row of a few is a large
+        # share: one, as often as it comes in each pass over the data, is never too many, unless none is allowed.
         share, n = self._config.max_bad_share, len(self._samples)
-        allowed = max(share * max(seen, min(n, ENOUGH)), -(-seen // n) if share else 0)
+        allowed = max(share * max(seen, min(n, ENOUGH)), -(-seen // n) * self._samples.repeats if share else 0)
         if count > allowed:
             where = f"; {self._file} lists them" if self._file and self.begun else ""
             named = f"; {self._samples.names(self._first, count, told=self._samples.path)}" if self._first else ""
