@@ -548,7 +548,7 @@ def test_a_picture_that_one_process_cannot_read_stops_both(data, tmp_path):
     rows = json.loads((data / "plain.json").read_text())
     shutil.copytree(data / "images", tmp_path / "images")
     (tmp_path / "images" / "cut.png").write_bytes((data / "images" / rows[0]["image"]).read_bytes()[:60])
-    rows[-1]["image"] = "cut.png"
+    rows = [*rows * 3, rows[-1] | {"image": "cut.png"}]  # more than are all read beforehand
     (tmp_path / "data.json").write_text(json.dumps(rows))
     more = ("--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--on-bad-sample", "fail")
     run = dict(stderr=subprocess.PIPE, text=True)
