@@ -856,13 +856,56 @@ def test_the_batch_holds_about_as_many_conversations_as_asked_for(write, config,
     assert np.mean([info["conversations"] for info in infos]) == pytest.approx(32, rel=0.15)
 
 
-def test_batches_larger_than_asked_for_are_told(write, config, models):
-    settings = config(write([good_row(i) for i in range(64)]), global_batch_size=4, max_length=2048)
-    shorter = settings.replace(max_length=256)
-    for changed, told in ((settings, True), (shorter, False), (settings.replace(batching="bucketed"), False)):
-        data = open_data(changed, *models["v1.6-mistral"])
-        assert (data.estimate()["conversations"] > 6) == ("warning: " in data.describe()) == told
-        data.close()
+@pytest.mark.parametrize(
+    ("n", "asked", "multiple", "held", "says"),
+    [
+        (64, 4, 1, 4, "rows are not as full as they could be, so that a batch holds 4 conversations: --global-batch"),
+        (64, 4, 4, 4, "rows are not as full as they could be, so that a batch holds 4 conversations: --global-batch"),
+        (64, 6, 4, 6, "rows are not as full as they could be, so that a batch holds 6 conversations: --global-batch"),
+        (64, 4, 8, 8, "warning: a batch holds about 8 conversations instead of 4: the mesh and the number of "),
+        (12, 128, 1, 12, "warning: --global-batch-size 128 is more than the 12 conversations that can be trained on"),
+        (1, 128, 1, 1, "warning: --global-batch-size 128 is more than the 1 conversation that can be trained on"),
+        (12, 128, 8, 12, "batches of 12 are made instead"),
+        (200, 128, 1, 128, None),
+    ],
+)
+def test_a_batch_holds_what_was_asked_for_as_far_as_there_is_data_and_the_mesh_allows(
+    n, asked, multiple, held, says, write, config, models
+):
+    """Though a row has room for more conversations than that. The first lines say what a batch holds."""
+    settings = config(write([good_row(i) for i in range(n)]), global_batch_size=asked, max_length=1024)
+    data = open_data(settings, *models["v1.6-mistral"], rows_multiple=multiple)
+    first, *more = data.describe().splitlines()
+    assert f"(--global-batch-size {asked})" in first
+    assert bool(more) == bool(says)
+    assert says is None or (says in more[0] and f"about {held} conversation" in first)
+    assert data.rows % multiple == 0 and data.rows <= max(held, multiple)
+    infos = [info for _, info in take(data, 1 + 2 * n // held)]
+    assert np.mean([info["conversations"] for info in infos]) == pytest.approx(held, rel=0.15)
+
+
+@pytest.mark.parametrize(("n", "multiple", "rows"), [(1, 1, 1), (12, 8, 16)])
+def test_bucketed_batches_are_no_larger_than_the_data(n, multiple, rows, write, config, models):
+    settings = config(write([good_row(i) for i in range(n)]), batching="bucketed", global_batch_size=128)
+    data = open_data(settings, *models["v1.6-mistral"], rows_multiple=multiple)
+    assert (data.rows, data.steps_per_epoch) == (rows, 1)
+    assert f"can be trained on: batches of {n} are made instead" in data.describe()
+    assert "instead of" not in data.describe()
+    assert take(data, 1)[0][1]["conversations"] == n
+
+
+def test_rows_that_are_not_full_have_no_room_for_more(write, config, models):
+    """Neither positions, of a file that is known as a whole, nor tiles: padding would be computed with."""
+    rows = [good_row(0)] * 40
+    found = {}
+    for size in (1, 40):
+        data = open_data(config(write(rows), global_batch_size=size, max_length=2048), *models["v1.6-mistral"])
+        batch, info = take(data, 1)[0]
+        assert (info["conversations"], batch.ids.shape, batch.tiles.shape[:2]) == (
+            size, (data.rows, data.length), (data.rows, data.tiles),
+        )  # fmt: skip
+        found[size] = data.rows, data.length
+    assert found[1] == (1, 128) and found[40][1] > 128
 
 
 def test_tiles_of_a_row_are_few_but_hardly_decide_what_fits(write, config, models):

@@ -23,14 +23,16 @@ from typing import Any
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.images import most_tiles
+from llava_jax.sharding import format_mesh, row_multiple
 from llava_jax.splice import Batch, Row, pack
 from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.packing import enough_tiles, fill_rows, good_length
+from train.packing import NEAR, PIECE, enough_tiles, fill_rows, good_length, rows_of_batch, spread
 from train.samples import BadSample, BadSamples, Sample, Samples
 
 PICTURES = 8  # conversations whose pictures are tried beforehand, until those of one can be read
@@ -87,6 +89,17 @@ def open_data(
     return Data(config, samples, bad, math.lcm(rows_multiple, processes), process, processes, train)
 
 
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises:
+    InputError: the mesh does not divide the batch.
+    """
+    if config.global_batch_size % row_multiple(mesh):
+        raise InputError(
+            f"--global-batch-size {config.global_batch_size}: the mesh ({format_mesh(mesh.shape)}) cuts a batch into "
+            f"{row_multiple(mesh)} parts; give it a multiple of that, or another --mesh"
+        )
+
+
 class Data:
     """Batches of a data file; see `open_data`. Iteration yields `(Batch, info)`.
 
@@ -131,10 +144,10 @@ class Data:
             self.length = config.positions_per_row or good_length(sizes, self.length, samples.model.text.width)
             if config.tiles_per_row is None:
                 self.tiles = enough_tiles(sizes, self.length, self._picture_tiles())
-            self._sample = self._fill(sample)
-        else:
-            self._sample = [[one] for one in sorted(sample, key=lambda one: bool(one.images))]
-        self._set_rows(self._wanted_rows())
+        self._measured, self._per_row = sample, None
+        self._longest, self._most_tiles = self.length, self.tiles  # of a row, while nothing says that it needs less
+        self._full = len(sample) / len(self._fill(sample)) if self.packed else 1.0  # conversations of a full row
+        self._set_rows(*self._wanted_rows())
 
     # ------------------------------------------------------------ beforehand
 
@@ -170,26 +183,47 @@ class Data:
         """Tiles that any one picture may have."""
         return most_tiles(self.samples.model) if self.samples.has_image.any() else 0
 
-    def _wanted_rows(self) -> int:
+    @property
+    def _wanted(self) -> int:
+        """Conversations of a batch: as many as asked for, or all there are."""
+        usable = len(self._measured) * len(self.samples) // len(self._looked_at)
+        return min(self.config.global_batch_size, usable)
+
+    def _wanted_rows(self) -> tuple[int, float | None]:
+        """As `rows_of_batch`."""
         wanted, multiple = self.config.global_batch_size, self._multiple
         if self.packed:
-            return max(1, round(wanted / self._conversations_per_row / multiple)) * multiple
+            return rows_of_batch(self._wanted, self._full, multiple)
         if wanted % multiple:
-            causes = "the mesh and the number of processes"
-            if self.config.accumulate > 1:
-                causes = f"the mesh, the number of processes and --accumulate {self.config.accumulate}"
             raise InputError(
-                f"--global-batch-size {wanted}: with one conversation a row, {causes} want a multiple of {multiple}"
+                f"--global-batch-size {wanted}: with one conversation a row, {self._causes()} want a multiple of "
+                f"{multiple}"
             )
-        return wanted
+        return -(-self._wanted // multiple) * multiple, None
+
+    def resize(self, rows_multiple: int) -> None:
+        """Make the batches of a mesh that wants this multiple, from the beginning."""
+        self._batches.close()
+        self._multiple = math.lcm(rows_multiple, self._processes)
+        self._set_rows(*self._wanted_rows())
+
+    def _causes(self) -> str:
+        """Whose the multiple is."""
+        if self.config.accumulate > 1:
+            return f"the mesh, the number of processes and --accumulate {self.config.accumulate}"
+        return "the mesh and the number of processes"
 
     @property
     def _conversations_per_row(self) -> float:
         return sum(map(len, self._sample)) / len(self._sample)
 
-    def _set_rows(self, rows: int) -> None:
-        """Take this many rows a batch, and start at the beginning."""
-        self.rows = rows
+    def _set_rows(self, rows: int, per_row: float | None) -> None:
+        """Take this many rows a batch, of `per_row` conversations (`rows_of_batch`), and start at the beginning."""
+        self.rows, self._per_row = rows, per_row
+        if self.packed:
+            self._fit_rows()
+        else:
+            self._sample = [[one] for one in sorted(self._measured, key=lambda one: bool(one.images))]
         self._order = self._make_order()
         self.steps_per_epoch = len(self._order)
         if self.packed:
@@ -198,34 +232,67 @@ class Data:
         self._batches = iter(self._make_batches())
         self._start = self._batches.get_state()
 
+    def _fit_rows(self) -> None:
+        """Room for what rows hold: of rows that are not full fewer tiles, and of a small file, all of whose rows are
+        known, fewer positions."""
+        self.length, self.tiles = self._longest, self._most_tiles
+        self._sample = self._fill(self._measured)
+        if self._per_row and self.config.tiles_per_row is None:
+            self.tiles = max(self._picture_tiles(), *(sum(one.tiles for one in row) for row in self._sample))
+            self._sample = self._fill(self._measured)
+        all_known = len(self._looked_at) == len(self.samples) and self.config.image_first == "as_is"
+        if all_known and self.config.positions_per_row is None:
+            fullest = max(sum(one.length for one in row) for row in self._sample)
+            self.length = min(-(-fullest // PIECE) * PIECE, self._longest)
+
+    def largest_shape(self) -> tuple[int, int]:
+        """Positions and tiles of a row of the largest batch, as far as the conversations looked at tell."""
+        return self._shape(self._sample)
+
     def estimate(self) -> dict[str, float]:
-        """From the conversations looked at beforehand: `padding` and `tile_padding`, `conversations` of a batch."""
+        """From the conversations looked at beforehand: `padding` and `tile_padding`, and of a batch `conversations` and
+        `tokens`, positions in use."""
         batches = [self._sample[i : i + self.rows] for i in range(0, len(self._sample), self.rows)]
         positions, tiles = np.sum([np.multiply(len(batch), self._shape(batch)) for batch in batches], axis=0)
+        used = sum(one.length for row in self._sample for one in row)
+        held = self.rows * self._conversations_per_row if self.packed else min(self.rows, self._wanted)
         return {
-            "padding": _unused(sum(one.length for row in self._sample for one in row), positions),
+            "padding": _unused(used, positions),
             "tile_padding": _unused(sum(one.tiles for row in self._sample for one in row), tiles),
-            "conversations": self.rows * self._conversations_per_row,
+            "conversations": held,
+            "tokens": held * used / len(self._measured),
         }
 
     def describe(self) -> str:
-        """A line about the data and its batches, and one more if these are larger than was asked for."""
-        found = self.estimate()
+        """A line about the data and its batches, and one more for each way in which they are not what was asked for."""
+        found, asked, wanted = self.estimate(), self.config.global_batch_size, self._wanted
+        held = found["conversations"]
         if self.packed:
-            shape = f"{self.length} positions and {self.tiles} tiles"
+            shape = f"{self.length} positions and {counted(self.tiles, 'tile')}"
         else:
             shape = f"up to {self.length} positions, one conversation each"
-        line = (
-            f"{len(self.samples):,} conversations, template {self.samples.template}, {self.steps_per_epoch:,} steps an "
-            f"epoch; a batch is {self.rows} rows of {shape}, about {found['conversations']:.0f} conversations; "
+        lines = [
+            f"{counted(len(self.samples), 'conversation')}, template {self.samples.template}, "
+            f"{counted(self.steps_per_epoch, 'step')} an epoch; a batch is {counted(self.rows, 'row')} of {shape}, "
+            f"about {counted(round(held), 'conversation')} (--global-batch-size {asked}); "
             f"padding: {found['padding']:.1%} of positions, {found['tile_padding']:.1%} of tiles"
-        )
-        if found["conversations"] > 1.5 * self.config.global_batch_size:  # short ones, or a mesh that wants many rows
-            line += (
-                f"\nwarning: that is more than --global-batch-size {self.config.global_batch_size}: give "
-                "a smaller --max-length (longer conversations are cut), or --batching bucketed"
+        ]
+        if wanted < asked:
+            lines.append(
+                f"warning: --global-batch-size {asked} is more than the {counted(wanted, 'conversation')} that can be "
+                f"trained on: batches of {wanted} are made instead"
             )
-        return line
+        if abs(held - wanted) > NEAR * wanted:
+            lines.append(
+                f"warning: a batch holds about {held:.0f} conversations instead of {wanted}: {self._causes()} want "
+                f"{counted(self._multiple, 'row')} at least, and a row has at least one"
+            )
+        elif self._per_row:
+            lines.append(
+                f"rows are not as full as they could be, so that a batch holds {wanted} conversations: "
+                f"--global-batch-size {self.rows * self._full:.0f} would fill them"
+            )
+        return "\n".join(lines)
 
     # ------------------------------------------------------------ order
 
@@ -283,7 +350,9 @@ class Data:
         return _Window(rows, bad, len(indices))
 
     def _fill(self, samples: list[Sample]) -> Planned:
-        rows = fill_rows([(one.length, one.tiles) for one in samples], self.length, self.tiles)
+        rows = fill_rows([(one.length, one.tiles) for one in samples], self._longest, self.tiles)
+        if self._per_row:
+            rows = spread(rows, math.ceil(len(samples) / self._per_row))
         return [[samples[i] for i in row] for row in rows]
 
     def _shape(self, rows: Planned) -> tuple[int, int]:
@@ -338,7 +407,12 @@ class Data:
 
     def get_state(self) -> dict[str, Any]:
         """Where the data stands after the last batch yielded: JSON-able, and the same on all processes."""
-        return {"conversations": len(self.samples), "rows": self.rows, "place": self._batches.get_state()}
+        return {
+            "conversations": len(self.samples),
+            "rows": self.rows,
+            "per_row": self._per_row,
+            "place": self._batches.get_state(),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from there, bit for bit, with any number of workers and processes.
@@ -354,9 +428,10 @@ class Data:
                 f"{self.samples.path} has {len(self.samples)} conversations; the run that is to go on had "
                 f"{state['conversations']}"
             )
-        if self.packed and state["rows"] != self.rows and state["rows"] % self._multiple == 0:
+        rows = state["rows"] if self.packed and state["rows"] % self._multiple == 0 else self.rows
+        if (rows, state.get("per_row")) != (self.rows, self._per_row):
             self._batches.close()
-            self._set_rows(state["rows"])
+            self._set_rows(rows, state.get("per_row"))
         self._batches.set_state(state["place"])
 
     def close(self) -> None:
@@ -388,6 +463,11 @@ class _Rows(grain.experimental.FlatMapTransform):
 def _part(found) -> tuple[list[Sample], list[BadSample]]:
     found = list(found)
     return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]
+
+
+def counted(n: int, what: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{n:,} {what}" + "s" * (n != 1)
 
 
 def _unused(used: int, room: int) -> float:

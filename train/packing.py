@@ -8,10 +8,13 @@ positions free, found by dynamic programming over all sums that can be reached.
 """
 
 import bisect
+import heapq
 from collections.abc import Sequence
 
 CANDIDATES = 256  # conversations among which the ones to fill a row are looked for
 LENGTHS = 17  # of a row, that are tried: 4,096 and what is a multiple of 128 up to 6,144
+PIECE = 128  # positions; accelerators process sequences in pieces of that
+NEAR = 0.2  # a batch may hold so much more or less than was asked for, so that its rows are full
 
 Sizes = Sequence[tuple[int, int]]  # positions and tiles of each conversation
 
@@ -64,7 +67,35 @@ def _best_fill(sizes: Sizes, length: int, tiles: int) -> list[int]:
     return chosen
 
 
+def spread(rows: list[list[int]], least: int) -> list[list[int]]:
+    """Split rows, those of most conversations first, until there are `least` of them or each has one conversation."""
+    heap = [(-len(row), number, row) for number, row in enumerate(rows)]
+    heapq.heapify(heap)
+    while heap and len(heap) < least and len(heap[0][2]) > 1:
+        _, number, row = heapq.heappop(heap)
+        for part, at in ((row[::2], number), (row[1::2], len(heap) + 1)):
+            heapq.heappush(heap, (-len(part), at, part))
+    return [row for *_, row in sorted(heap, key=lambda entry: entry[1])]
+
+
 # ---------------------------------------------------------------- what rows suit the data
+
+
+def rows_of_batch(wanted: int, per_row: float, multiple: int) -> tuple[int, float | None]:
+    """Rows of a global batch of about `wanted` conversations.
+
+    Args:
+      per_row: conversations of a full row, on average.
+      multiple: rows come in multiples of this.
+
+    Returns:
+      The rows, and the conversations that a row may hold on average so that a batch does not hold more than was asked
+      for; None where rows may be full, which changes the batch by at most `NEAR`.
+    """
+    rows = max(1, round(wanted / per_row / multiple)) * multiple
+    if rows * per_row < (1 - NEAR) * wanted:
+        rows += multiple
+    return rows, (max(1.0, wanted / rows) if rows * per_row > (1 + NEAR) * wanted else None)
 
 
 def good_length(sizes: Sizes, least: int, width: int) -> int:
@@ -76,8 +107,7 @@ def good_length(sizes: Sizes, least: int, width: int) -> int:
     """
     if least < 1024:
         return least
-    piece = 128  # accelerators cut sequences into pieces of that
-    lengths = range(-(-least // piece) * piece, least + least // 2 + 1, piece)
+    lengths = range(-(-least // PIECE) * PIECE, least + least // 2 + 1, PIECE)
     lengths = lengths[:: -(-len(lengths) // LENGTHS)]  # each costs filling all rows: 0.1 s and more where they are long
 
     def work(positions: int, length: int) -> float:
