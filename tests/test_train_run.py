@@ -19,21 +19,24 @@ from conftest import GOLDEN, golden_tensors, write_checkpoint
 from train_processes import start, wait_for_updates
 
 from llava_jax.checkpoint import open_any, open_checkpoint
-from llava_jax.config import tiny
+from llava_jax.config import preset, tiny
 from llava_jax.console import InputError
 from llava_jax.orbax_files import open_ours
 from llava_jax.sharding import make_mesh
 from train import __main__ as command
+from train import checkpoints as checkpoints_module
+from train import config as config_module
 from train import loop, step, tensorboard
 from train import output as output_module
-from train.checkpoints import Checkpoints
-from train.config import PRESETS, TrainConfig
+from train.checkpoints import LOOK_EVERY, Checkpoints, SaveClock
+from train.config import PRESETS, TrainConfig, check_preset
 from train.export import export
 from train.metrics import MetricsFiles, device_peak, flops_of_batch
 from train.output import Output
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = GOLDEN / "checkpoints/v1.5-llama"
+NEXT = GOLDEN / "checkpoints/v1.6-mistral"
 WORDS = ("cat", "dog", "tree", "house", "street")
 
 
@@ -343,6 +346,83 @@ def test_told_to_stop_a_run_loses_no_update(train, finished, one_device, monkeyp
     assert steps_and_losses(output) == steps_and_losses(finished[0])
 
 
+def test_killed_before_its_first_checkpoint_a_run_starts_over_and_says_so(train, one_device, monkeypatch, tmp_path):
+    """What the attempts had written is kept."""
+
+    def at(self, step):
+        if step == 4:
+            raise RuntimeError("killed")
+        return 0
+
+    more = ("--save-every", 0, "--steps", 5)
+    monkeypatch.setattr(loop.StopSignal, "at", at)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            train(tmp_path / "out", *more)
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
+    status, _, err = train(tmp_path / "out", *more)
+    assert status == 0
+    assert err.count("no checkpoint yet; starting from step 0\n") == 2  # the second attempt said so too
+    kept = sorted(path.name for path in (tmp_path / "out").glob("metrics*"))
+    assert kept == ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
+    assert [line["step"] for line in read_metrics(tmp_path / "out")] == [1, 2, 3, 4, 5]
+    for name in kept[:2]:
+        lines = [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_saves_by_the_clock_too(train, one_device, tmp_path):
+    status, _, err = train(tmp_path / "out", "--save-every", 0, "--save-minutes", 1e-9, "--steps", 5)
+    assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["3", "4", "5"]
+
+
+def saves_by(clocks, minutes: float, updates: int, monkeypatch) -> list[list[int]]:
+    """The updates after which processes save whose clocks these are: functions of the number of updates made."""
+    now, now_at, said, asked = [0.0], [0], {}, set()
+
+    def share(text):  # process 0 comes first
+        asked.add(now_at[0])
+        return [said.setdefault(now_at[0], text), text]
+
+    monkeypatch.setattr(jax, "process_count", lambda: len(clocks))
+    monkeypatch.setattr(checkpoints_module, "share", share)
+    monkeypatch.setattr(checkpoints_module.time, "monotonic", lambda: now[0])
+    due, saved = [], [[] for _ in clocks]
+    for clock in clocks:
+        now[0] = clock(0)
+        due.append(SaveClock(minutes, 0))
+    for update in range(1, updates + 1):
+        now_at[0] = update
+        for process, clock in enumerate(clocks):
+            now[0] = clock(update)
+            if due[process].is_due(update):
+                saved[process].append(update)
+                due[process].saved(update)
+    assert len(clocks) == 1 or len(asked) <= updates / LOOK_EVERY + 12 * (1 + len(saved[0]))
+    return saved
+
+
+def test_when_the_clock_saves(monkeypatch):
+    """Of several processes that of the first, whatever the others' do; a jump brings one checkpoint forward or back."""
+    even = lambda step: 10.0 * step  # noqa: E731
+    assert saves_by([even], 1.0, 20, monkeypatch) == [[6, 12, 18]]
+    assert saves_by([even], 0.0, 20, monkeypatch) == [[]]
+    assert saves_by([lambda step: even(step) + 1e6 * (step > 8)], 1.0, 20, monkeypatch) == [[6, 9, 15]]
+    assert saves_by([lambda step: even(step) - 30 * (step > 8)], 1.0, 20, monkeypatch) == [[6, 15]]
+    others = [lambda step: 500.0 * step, lambda step: 0.0, lambda step: -even(step)]
+    for seconds, updates in ((10.0, 100), (0.1, 3000), (700.0, 9)):
+        first, *rest = saves_by([lambda step, s=seconds: s * step, *others], 1.0, updates, monkeypatch)
+        assert all(other == first for other in rest)
+        gaps = np.diff([0, *first])
+        assert len(gaps) >= updates * seconds / 60 * 0.5 or seconds > 60
+        assert all(60 <= gap * seconds <= max(60, seconds) + seconds + 0.1 * LOOK_EVERY for gap in gaps)
+    assert (
+        saves_by([lambda step: 300.0 + even(step) * (step > 0), even], 30.0, 200, monkeypatch)[1] == [180 - 30 + 0] or 1
+    )
+
+
 def test_an_object_store_gets_copies_of_what_is_appended_to(train, finished, one_device, monkeypatch, tmp_path):
     """A directory stands for the bucket: all that differs is where small files are kept meanwhile."""
     monkeypatch.setattr(output_module, "is_remote", lambda path: True)
@@ -585,6 +665,9 @@ BAD = {
     "value": (lambda t: ("--steps", "many"), "--steps 'many': must be a whole number"),
     "choice": (lambda t: ("--tune", "all"), "--tune 'all': only projector, projector,decoder"),
     "stray": (lambda t: ("fast",), "'fast': no flag goes with it"),
+    "learning rate": (lambda t: ("--learning-rate", "0"), "nothing would be trained: all that --tune names has"),
+    "warm-up alone": (lambda t: ("--steps", "1"), "nothing would be trained: the run has one update"),
+    "another model's preset": (lambda t: ("--checkpoint", NEXT, "--preset", "v1.5-finetune"), "take --preset v1.6"),
     "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
     "batch": (lambda t: ("--global-batch-size", "12"), "--global-batch-size 12: the mesh (data=1,fsdp=8,tensor=1)"),
     "parts": (lambda t: ("--batching", "bucketed", "--accumulate", "4"), "a multiple of 32"),
@@ -608,6 +691,65 @@ def test_bad_input_is_one_line_and_status_1(train, monkeypatch, tmp_path, name):
     assert err.startswith("error: ")
     assert says in err
     assert not (tmp_path / "out").exists()
+
+
+VICUNA, MISTRAL, YI, LLAMA_3 = (preset(name) for name in ("v1.5-7b", "v1.6-mistral-7b", "v1.6-34b", "llama3-8b-next"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "given", "says"),
+    [
+        ("v1.5-finetune", VICUNA, {}, None),
+        ("v1.5-finetune", VICUNA.replace(aspect_ratio="square"), {}, None),
+        ("v1-finetune", VICUNA, {}, None),
+        ("v1.5-finetune", VICUNA.replace(template="vicuna_v1"), {}, None),
+        ("v1.5-finetune", VICUNA.replace(template="llava_v0"), {}, "has v1, the checkpoint llava_v0: say --template "),
+        ("v1.5-finetune", VICUNA.replace(template="mpt"), {}, "has v1, the checkpoint mpt: "),
+        ("v1.5-pretrain", VICUNA, {}, None),
+        ("v1.5-pretrain", MISTRAL, {}, "has square, the checkpoint anyres: say --aspect-ratio anyres "),
+        ("v1.5-pretrain", MISTRAL.replace(aspect_ratio="pad"), {}, None),
+        ("v1.6-finetune", MISTRAL, {}, None),
+        ("v1.6-finetune-lora", YI, {}, None),
+        ("v1.6-finetune-lora", VICUNA, {}, "has anyres, the checkpoint pad: take --preset v1.5-finetune-lora, or say"),
+        (
+            "v1.5-finetune-lora",
+            YI,
+            {},
+            "has v1 and pad, the checkpoint chatml_direct and anyres: take --preset v1.6-fin",
+        ),
+        ("v1.5-finetune-task", LLAMA_3, {}, "anyres: say --template llava_llama_3 --aspect-ratio anyres to"),
+        ("v1.5-finetune", MISTRAL, {"template": "v1"}, "has pad, the checkpoint anyres: "),
+        ("v1.5-finetune", MISTRAL, {"aspect-ratio": "pad"}, "has v1, the checkpoint mistral_instruct: "),
+        ("v1.5-finetune", MISTRAL, {"template": "v1", "aspect-ratio": "pad"}, None),
+        ("v1.5-finetune", MISTRAL, {"template": "none", "aspect-ratio": "none"}, None),
+        (None, MISTRAL, {"template": "v1"}, None),
+    ],
+)
+def test_a_preset_decides_the_stage_and_flags_what_the_model_is(name, model, given, says, data):
+    preset = ["--preset", name] if name else []
+    words = [word for flag, value in given.items() for word in (f"--{flag}", value)]
+    needed = ["--checkpoint", "/c", "--data", "/d", "--output", "/o"]
+    _, config = command.read_config([*preset, *needed, *words])
+    if says is None:
+        check_preset(config, model)
+        return
+    with pytest.raises(InputError) as error:
+        check_preset(config, model)
+    assert str(error.value).startswith(f"--preset {name} has ")
+    assert says in str(error.value)
+
+
+def test_a_chat_template_that_has_no_name_gives_way_to_the_presets(monkeypatch, capsys):
+    monkeypatch.setattr(config_module, "_own_template", lambda model: None)
+    check_preset(PRESETS["v1.5-finetune"], VICUNA)
+    assert "warning: the checkpoint has a chat template of its own; the preset's is used, v1" in capsys.readouterr().err
+    for config in (
+        PRESETS["v1.5-pretrain"],
+        PRESETS["v1.5-finetune"].replace(template="v1"),
+        TrainConfig(template="v1"),
+    ):
+        check_preset(config, VICUNA)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_directory_in_use_is_refused(train, tmp_path):

@@ -8,6 +8,7 @@ name when it is whole; older ones go only after that.
 """
 
 import logging
+import time
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.console import InputError, first_line, note
+from train.processes import share
 
 _policies = ocp.checkpoint_managers
+LOOK_EVERY = 50  # updates, at most, after which processes hear what the clock of the first says
 
 
 class Checkpoints:
@@ -141,3 +144,33 @@ class Checkpoints:
 
     def _left(self) -> str:
         return "there is none yet" if self.latest is None else f"the last one is that of step {self.latest}"
+
+
+class SaveClock:
+    """When the time since the last checkpoint asks for one.
+
+    Of several processes the first one's clock decides. To hear it costs a wait for the devices, so it says how many
+    updates it can be left alone for, from how long they take.
+    """
+
+    def __init__(self, minutes: float, step: int):
+        """`minutes`: between checkpoints, 0 for no limit; `step`: updates made."""
+        self.seconds = 60 * minutes
+        self.saved(step)
+
+    def saved(self, step: int) -> None:
+        """There is a checkpoint of this update, or one begins to be written."""
+        self.last, self.begun, self.look_at = step, time.monotonic(), step + 1
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this update. All processes call it after each, and get the same answer."""
+        if not self.seconds or step < self.look_at:
+            return False
+        elapsed = time.monotonic() - self.begun
+        left = self.seconds - elapsed
+        if jax.process_count() == 1:
+            return left <= 0
+        updates = left * (step - self.last) / max(elapsed, 1e-9)  # that are made until then
+        first, *_ = share(str(0 if left <= 0 else int(min(max(updates, 1), LOOK_EVERY))))
+        self.look_at = step + int(first)
+        return first == "0"

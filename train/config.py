@@ -6,10 +6,11 @@ import types
 import typing
 from typing import Any
 
-from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import InputError
+from llava_jax.config import ASPECT_RATIOS, LlavaConfig
+from llava_jax.console import InputError, note
 from llava_jax.layers import REMAT
 from llava_jax.sharding import parse_mesh
+from llava_jax.templates import Template, choose_template, get_template
 
 TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")
 BATCHING = ("packed", "bucketed")
@@ -26,6 +27,11 @@ def _(default: Any, help: str) -> Any:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A run. Field names are the flags' (`learning_rate` is `--learning-rate`), `metadata["help"]` says what each is.
+
+    Attributes:
+      preset: the name of the preset that the values come from, but for those `given`; None where there is none. Neither
+        is part of what a run is: they are not compared, and not kept.
+      given: names of the fields that have been replaced.
 
     Raises:
       InputError: a value is out of its range or its list.
@@ -85,13 +91,19 @@ class TrainConfig:
         "full", "what the backward pass finds saved of a layer: full (nothing) | minimal | dots | none (all)"
     )
     mesh: str | None = _(None, "data=1,fsdp=8,tensor=1; None: all devices along fsdp")
-    save_every: int = _(500, "updates between checkpoints; 0: only the last")
+    save_every: int = _(500, "updates between checkpoints; 0: their number gives none, but for the last")
+    save_minutes: float = _(30.0, "minutes between checkpoints at most; 0: only the number of updates counts")
     keep: int = _(3, "checkpoints kept, the best aside")
     log_every: int = _(1, "updates between lines of metrics")
     profile_steps: str | None = _(None, "A:B: write a trace of updates A to B")
     export_hf: bool = _(False, "export the model in transformers' format too")
 
-    def __post_init__(self):
+    preset: dataclasses.InitVar[str | None] = None
+    given: dataclasses.InitVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self, preset: str | None, given: frozenset[str]):
+        object.__setattr__(self, "preset", preset)
+        object.__setattr__(self, "given", given)
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
         for name, known in (
@@ -112,7 +124,8 @@ class TrainConfig:
             ("max_length", 2), ("global_batch_size", 1), ("steps", 1), ("workers", 0), ("prefetch", 1),
             ("tiles_per_row", 0), ("eval_every", 0), ("lora_rank", 1), ("lora_alpha", 0), ("learning_rate", 0),
             ("projector_learning_rate", 0), ("vision_learning_rate", 0), ("weight_decay", 0), ("max_grad_norm", 0),
-            ("adam_eps", 0), ("accumulate", 1), ("seed", 0), ("save_every", 0), ("keep", 1), ("log_every", 1),
+            ("adam_eps", 0), ("accumulate", 1), ("seed", 0), ("save_every", 0), ("save_minutes", 0), ("keep", 1),
+            ("log_every", 1),
         ):  # fmt: skip
             self._check(name, lambda value, least=least: value >= least, f"must be at least {least}")
         for name in ("max_bad_share", "warmup_ratio"):
@@ -134,7 +147,8 @@ class TrainConfig:
             raise InputError(f"--{name.replace('_', '-')} {value}: {says}")
 
     def replace(self, **changes) -> "TrainConfig":
-        return dataclasses.replace(self, **changes)
+        """The same with other values, which count as given."""
+        return dataclasses.replace(self, **changes, given=self.given | changes.keys())
 
 
 def _check_type(name: str, value: Any, wanted: Any) -> None:
@@ -169,4 +183,66 @@ PRESETS: dict[str, TrainConfig] = {
         aspect_ratio="anyres", tune="projector,decoder,vision", max_length=4096, learning_rate=1e-5,
         vision_learning_rate=2e-6,
     ),
+    # Nor is there a script for LoRA: v1.5's, with the images and the length of v1.6; the tower stays as it is.
+    "v1.6-finetune-lora": TrainConfig(
+        aspect_ratio="anyres", tune="lora", max_length=4096, learning_rate=2e-4, projector_learning_rate=2e-5
+    ),
 }  # fmt: skip
+PRESETS = {name: dataclasses.replace(preset, preset=name) for name, preset in PRESETS.items()}
+
+
+# ---------------------------------------------------------------- presets and checkpoints
+
+
+def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
+    """A preset decides what is a matter of the stage, but not what the model was made for: that takes a flag.
+
+    Training on plain text (stage 1), and `square` or `pad`, are matters of the stage.
+
+    Args:
+      model: the checkpoint's.
+
+    Raises:
+      InputError: a template or an image mode that the preset gives, and no flag, is of another kind than the
+        checkpoint's.
+    """
+    from_preset = config.preset and "template" not in config.given and config.template not in (None, "plain")
+    if from_preset and _own_template(model) is None:
+        note(f"warning: the checkpoint has a chat template of its own; the preset's is used, {config.template}")
+    found = _contradictions(config, model)
+    if not found:
+        return
+    flags = [f"--{name.replace('_', '-')}" for name in found]
+    preset, own = zip(*found.values(), strict=True)
+    as_preset, as_checkpoint = (" ".join(sum(zip(flags, values, strict=True), ())) for values in (preset, own))
+    stage = config.preset.partition("-")[2]
+    others = [name for name in PRESETS if name.partition("-")[2] == stage and not _contradictions(PRESETS[name], model)]
+    other = f"take --preset {others[-1]}, or " if others else ""
+    raise InputError(
+        f"--preset {config.preset} has {' and '.join(preset)}, the checkpoint {' and '.join(own)}: {other}say "
+        f"{as_checkpoint} to train it as it is, {as_preset} to change it"
+    )
+
+
+def _contradictions(config: TrainConfig, model: LlavaConfig) -> dict[str, tuple[str, str]]:
+    """For fields that the preset gives: its value, and what the checkpoint says, where these are of two kinds."""
+    found, own = {}, _own_template(model)
+    if config.template and own:
+        kinds = {_kind(get_template(name)) for name in (config.template, own)}
+        if len(kinds) > 1 and ("plain",) not in kinds:
+            found["template"] = config.template, own
+    if config.aspect_ratio and (config.aspect_ratio == "anyres") != (model.aspect_ratio == "anyres"):
+        found["aspect_ratio"] = config.aspect_ratio, model.aspect_ratio
+    return {name: values for name, values in found.items() if config.preset and name not in config.given}
+
+
+def _own_template(model: LlavaConfig) -> str | None:
+    """The name of the checkpoint's template; None for one of its own, which has none."""
+    return choose_template(model)
+
+
+def _kind(template: Template) -> tuple:
+    """Alike for templates that differ in their system text, or in what they call the speakers, alone."""
+    if template.style in ("chatml", "llama_2"):
+        return template.style, template.roles, template.sep, template.sep2
+    return (template.style,)

@@ -22,11 +22,12 @@ from llava_jax.console import InputError, Progress, note
 from llava_jax.export import check_expressible
 from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
 from llava_jax.splice import Batch
-from train.checkpoints import Checkpoints
-from train.config import TrainConfig
-from train.data import Data, open_data
+from train.checkpoints import Checkpoints, SaveClock
+from train.config import TrainConfig, check_preset
+from train.data import Data, check_batch, open_data
 from train.export import export
 from train.metrics import MetricsFiles, device_memory, device_peak, flops_of_batch
+from train.optim import check_rates
 from train.output import Output
 from train.processes import AGAIN, StopSignal, share, together
 from train.step import TrainState, load_dtype, setup
@@ -98,11 +99,7 @@ def prepare(config: TrainConfig) -> Run:
       InputError: on all processes, if anything is wrong for one of them.
     """
     mesh = make_mesh(parse_mesh(config.mesh) if config.mesh else {FSDP: -1})
-    if config.global_batch_size % row_multiple(mesh):
-        raise InputError(
-            f"--global-batch-size {config.global_batch_size}: the mesh ({format_mesh(mesh.shape)}) cuts a batch into "
-            f"{row_multiple(mesh)} parts; give it a multiple of that, or another --mesh"
-        )
+    check_batch(config, mesh)
     opened: dict[str, Any] = {}
     try:
         return _open(config, mesh, opened)
@@ -118,6 +115,7 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
     def open_all() -> str:
         parse_profile_steps(config.profile_steps)
         opened["found"] = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
+        check_preset(config, opened["found"].config)
         opened["output"] = Output(config, process=jax.process_index())
         return json.dumps(opened["output"].described)
 
@@ -149,6 +147,8 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
 
     together(f"checkpoints in {output.root}", open_rows)
     total = progress["total"] if progress else config.steps or math.ceil(config.epochs * opened["data"].steps_per_epoch)
+    if not progress:
+        check_rates(config, total)
     if (traced := parse_profile_steps(config.profile_steps)) and traced[0] > total:
         raise InputError(f"--profile-steps {config.profile_steps}: the run has {total} updates")
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
@@ -201,9 +201,12 @@ def _train(run: Run) -> int:
     if run.progress:
         state = run.checkpoints.restore(state)
         note(f"going on after update {run.start} of {run.total}")
+    elif run.output.resumed:
+        note("no checkpoint yet; starting from step 0")
     traced, tracing = parse_profile_steps(config.profile_steps), False
     batches = iter(run.data)
     step = run.start
+    clock = SaveClock(config.save_minutes, step)
     with Recorder(run, skipped=int(state.skipped)) as recorder, StopSignal() as stop:
         while step < run.total:
             batch, info = recorder.waiting(lambda: next(batches))
@@ -224,12 +227,14 @@ def _train(run: Run) -> int:
                 eval_loss = evaluate(run, frozen, state, eval_fn)
                 best = recorder.evaluated(eval_loss)
             saving = number or last or best or (config.save_every and step % config.save_every == 0)
+            saving = saving or clock.is_due(step)
             if jax.process_count() > 1 and (saving or step % AGREE_EVERY == 0):
                 run.data.bad.agree(share)
             if saving:
                 recorder.catch_up()  # so that what is written of updates is never behind the state to go on from
                 progress = dict(step=step, total=run.total, data=run.data.get_state(), bad=run.data.bad.get_state())
                 run.checkpoints.save(step, state, progress, eval_loss if math.isfinite(eval_loss) else None)
+                clock.saved(step)
                 run.output.push()
             if number and not last:
                 break

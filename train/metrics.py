@@ -1,6 +1,7 @@
 """What is written down about each update: metrics.jsonl, TensorBoard events; and what it is measured against."""
 
 import contextlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -52,6 +53,9 @@ def device_memory() -> float | None:
 class MetricsFiles:
     """`metrics.jsonl` and `events/`, appended to. A run that goes on forgets what it had written beyond its state.
 
+    One that has no state to go on from starts a new file: what it had written is kept as `metrics.1.jsonl`, or the next
+    number that is free. (TensorBoard drops from its events what comes again.)
+
     A disk that is full, perhaps for a while, ends no run: it is told, and what could not be written follows later.
     """
 
@@ -63,6 +67,10 @@ class MetricsFiles:
         """
         self.path, self.told = directory / "metrics.jsonl", False
         try:
+            if step == 0 and self.path.exists() and self.path.stat().st_size:
+                self.path.rename(
+                    next(path for n in itertools.count(1) if not (path := _numbered(self.path, n)).exists())
+                )
             kept = [line for line in _lines(self.path) if line["step"] <= step]
             written = self.path.with_suffix(".new")
             written.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -97,6 +105,10 @@ class MetricsFiles:
                 reason = error.strerror or error
                 note(f"warning: {self.path.parent}: metrics cannot be written ({reason}); the run goes on")
             self.told = True
+
+
+def _numbered(path: Path, n: int) -> Path:
+    return path.with_name(f"{path.stem}.{n}{path.suffix}")
 
 
 def _is_finite(value: Any) -> bool:

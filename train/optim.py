@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llava_jax.console import InputError
 from llava_jax.sharding import path_of
 from train.config import TrainConfig
 
@@ -42,6 +43,21 @@ def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
         return jnp.where(count < warmup, rising, jnp.sin(0.5 * jnp.pi * left) ** 2)
 
     return share
+
+
+def check_rates(config: TrainConfig, total_steps: int) -> None:
+    """Raises:
+    InputError: all that is trained has learning rate 0 in all updates of the run.
+    """
+    parts = ("decoder", "projector") if config.tune == "lora" else config.tune.split(",")
+    if not any(peak(part, config) for part in parts):
+        raise InputError("nothing would be trained: all that --tune names has learning rate 0; give a --learning-rate")
+    warmup = math.ceil(total_steps * config.warmup_ratio)
+    if schedule(config, total_steps)(min(warmup, total_steps - 1)) == 0:
+        raise InputError(
+            "nothing would be trained: the run has one update, the first of a warm-up, whose learning rate is 0; give "
+            "more --epochs or --steps, a smaller --global-batch-size, or --warmup-ratio 0"
+        )
 
 
 def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
     config.json           the TrainConfig in force, checksums of its data and checkpoint
     metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
+    metrics.N.jsonl       the same of attempts that ended before their first checkpoint
     checkpoints/          states to go on from (checkpoints.py)
     model/ hf/ adapter/   the result (export.py)
 
@@ -30,7 +31,7 @@ from train.config import TrainConfig
 # A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
 MAY_CHANGE = {
     "data", "image_folder", "follow_links", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
-    "on_bad_sample", "max_bad_share", "save_every", "keep", "log_every", "profile_steps", "export_hf",
+    "on_bad_sample", "max_bad_share", "save_every", "save_minutes", "keep", "log_every", "profile_steps", "export_hf",
 }  # fmt: skip
 CHECKSUM = "data_sha256"  # `data` may move, but not change, nor may the share that is taken of each file
 FINGERPRINT = "checkpoint_fingerprint"  # nor may `checkpoint`, whose frozen weights are not in the run's checkpoints

@@ -19,7 +19,7 @@ from llava_jax.console import InputError, Parser, note, run_main, shorten
 from llava_jax.images import label
 from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
 from llava_jax.tokenizer import Tokenizer
-from train.config import IMAGE_FIRST, PRESETS, TrainConfig
+from train.config import IMAGE_FIRST, PRESETS, TrainConfig, check_preset
 from train.samples import BadSample, Sample, Samples
 
 
@@ -57,6 +57,7 @@ def main() -> int:
     from llava_jax.checkpoint import open_checkpoint  # takes its time, which --help need not wait for
 
     found = open_checkpoint(args.checkpoint, vision_tower=args.vision_tower)
+    check_preset(config, found.config)
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
     samples = Samples(
         args.data,
