@@ -919,6 +919,18 @@ def test_tiles_of_a_row_are_few_but_hardly_decide_what_fits(write, config, model
     assert found[60][1] <= found[None][1] < found[60][1] + 0.01 < found[14][1]
 
 
+@pytest.mark.parametrize(
+    ("rows", "least", "sizes"),
+    [([12], 3, [4, 4, 4]), ([5, 1, 2], 4, [3, 2, 1, 2]), ([5, 1, 2], 6, [2, 2, 1, 1, 1, 1]), ([2, 2], 9, [1, 1, 1, 1]),
+     ([3, 2], 1, [3, 2])],
+)  # fmt: skip
+def test_rows_are_spread_evenly(rows, least, sizes):
+    numbers = iter(range(sum(rows)))
+    found = packing.spread([[next(numbers) for _ in range(n)] for n in rows], least)
+    assert list(map(len, found)) == sizes
+    assert sorted(i for row in found for i in row) == list(range(sum(rows)))
+
+
 def test_longer_rows_where_pictures_leave_too_much_of_short_ones(write, config, models):
     model, tokenizer = models["v1.5-llama"]
     row = {"image": "0.png", "conversations": turns("<image>", " ".join(["the"] * 540))}

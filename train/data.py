@@ -184,8 +184,8 @@ class Data:
         return most_tiles(self.samples.model) if self.samples.has_image.any() else 0
 
     @property
-    def _wanted(self) -> int:
-        """Conversations of a batch: as many as asked for, or all there are."""
+    def wanted(self) -> int:
+        """Conversations that a batch is to hold: as many as asked for, or all there are."""
         usable = len(self._measured) * len(self.samples) // len(self._looked_at)
         return min(self.config.global_batch_size, usable)
 
@@ -193,13 +193,13 @@ class Data:
         """As `rows_of_batch`."""
         wanted, multiple = self.config.global_batch_size, self._multiple
         if self.packed:
-            return rows_of_batch(self._wanted, self._full, multiple)
+            return rows_of_batch(self.wanted, self._full, multiple)
         if wanted % multiple:
             raise InputError(
                 f"--global-batch-size {wanted}: with one conversation a row, {self._causes()} want a multiple of "
                 f"{multiple}"
             )
-        return -(-self._wanted // multiple) * multiple, None
+        return -(-self.wanted // multiple) * multiple, None
 
     def resize(self, rows_multiple: int) -> None:
         """Make the batches of a mesh that wants this multiple, from the beginning."""
@@ -255,7 +255,7 @@ class Data:
         batches = [self._sample[i : i + self.rows] for i in range(0, len(self._sample), self.rows)]
         positions, tiles = np.sum([np.multiply(len(batch), self._shape(batch)) for batch in batches], axis=0)
         used = sum(one.length for row in self._sample for one in row)
-        held = self.rows * self._conversations_per_row if self.packed else min(self.rows, self._wanted)
+        held = self.rows * self._conversations_per_row if self.packed else min(self.rows, self.wanted)
         return {
             "padding": _unused(used, positions),
             "tile_padding": _unused(sum(one.tiles for row in self._sample for one in row), tiles),
@@ -265,7 +265,7 @@ class Data:
 
     def describe(self) -> str:
         """A line about the data and its batches, and one more for each way in which they are not what was asked for."""
-        found, asked, wanted = self.estimate(), self.config.global_batch_size, self._wanted
+        found, asked, wanted = self.estimate(), self.config.global_batch_size, self.wanted
         held = found["conversations"]
         if self.packed:
             shape = f"{self.length} positions and {counted(self.tiles, 'tile')}"

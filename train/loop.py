@@ -148,7 +148,7 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
     together(f"checkpoints in {output.root}", open_rows)
     total = progress["total"] if progress else config.steps or math.ceil(config.epochs * opened["data"].steps_per_epoch)
     if not progress:
-        check_rates(config, total)
+        check_rates(config, total, opened["data"].wanted)
     if (traced := parse_profile_steps(config.profile_steps)) and traced[0] > total:
         raise InputError(f"--profile-steps {config.profile_steps}: the run has {total} updates")
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config

@@ -45,18 +45,24 @@ def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
     return share
 
 
-def check_rates(config: TrainConfig, total_steps: int) -> None:
-    """Raises:
-    InputError: all that is trained has learning rate 0 in all updates of the run.
+def check_rates(config: TrainConfig, total_steps: int, wanted: int) -> None:
+    """Refuse a run in which nothing would learn.
+
+    Args:
+      wanted: conversations of a batch.
+
+    Raises:
+      InputError: all that is trained has learning rate 0 in all updates.
     """
     parts = ("decoder", "projector") if config.tune == "lora" else config.tune.split(",")
     if not any(peak(part, config) for part in parts):
         raise InputError("nothing would be trained: all that --tune names has learning rate 0; give a --learning-rate")
     warmup = math.ceil(total_steps * config.warmup_ratio)
     if schedule(config, total_steps)(min(warmup, total_steps - 1)) == 0:
+        few = "" if wanted == config.global_batch_size else f" of all {wanted} conversations"
         raise InputError(
-            "nothing would be trained: the run has one update, the first of a warm-up, whose learning rate is 0; give "
-            "more --epochs or --steps, a smaller --global-batch-size, or --warmup-ratio 0"
+            f"nothing would be trained: the run has one update{few}, the first of a warm-up, at learning rate 0; give "
+            f"--global-batch-size less than {wanted}, more --epochs or --steps, or --warmup-ratio 0"
         )
 
 

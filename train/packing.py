@@ -68,14 +68,17 @@ def _best_fill(sizes: Sizes, length: int, tiles: int) -> list[int]:
 
 
 def spread(rows: list[list[int]], least: int) -> list[list[int]]:
-    """Split rows, those of most conversations first, until there are `least` of them or each has one conversation."""
-    heap = [(-len(row), number, row) for number, row in enumerate(rows)]
+    """Split rows evenly, those of most conversations into most parts, until there are `least` or all have one each."""
+    parts = [1] * len(rows)
+    heap = [(-len(row), number) for number, row in enumerate(rows)]
     heapq.heapify(heap)
-    while heap and len(heap) < least and len(heap[0][2]) > 1:
-        _, number, row = heapq.heappop(heap)
-        for part, at in ((row[::2], number), (row[1::2], len(heap) + 1)):
-            heapq.heappush(heap, (-len(part), at, part))
-    return [row for *_, row in sorted(heap, key=lambda entry: entry[1])]
+    for _ in range(least - len(rows)):
+        largest, number = heap[0]
+        if largest >= -1:
+            break
+        parts[number] += 1
+        heapq.heapreplace(heap, (-len(rows[number]) / parts[number], number))
+    return [row[k::n] for row, n in zip(rows, parts, strict=True) for k in range(n)]
 
 
 # ---------------------------------------------------------------- what rows suit the data
