@@ -30,6 +30,7 @@ from llava_jax.templates import get_template
 from llava_jax.tokenizer import load_tokenizer
 from train.config import TrainConfig
 from train.data import WINDOW, open_data
+from train.drawn import draw_lengths
 from train.packing import fill_rows
 
 ROOT = Path(__file__).parents[1]
@@ -38,16 +39,6 @@ COMPILE_SECONDS = 5  # between the first batch and the second, as when a step is
 GOALS = {"padding": 0.05, "waiting": 0.02}
 TEMPLATE = "mistral_instruct"  # no system text, so that any length can be had
 WORD = "the"  # one token of the tests' tokenizer
-
-
-def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of n conversations after splicing, and whether each has a picture."""
-    random = np.random.default_rng(seed)
-    kind = random.choice(3, n, p=[0.40, 0.54, 0.06])
-    short = features + 45 + random.integers(8, 60, n)
-    long = features + 45 + np.maximum(random.lognormal(5.5, 0.6, n), 30)
-    text = 45 + np.maximum(random.lognormal(6.8, 0.8, n), 20)
-    return np.minimum(np.choose(kind, [short, long, text]), max_length).astype(int), kind < 2
 
 
 def conversation(has_image: bool, words: int) -> list[dict[str, str]]:

@@ -101,11 +101,16 @@ def without_cache() -> Iterator[None]:
 # ---------------------------------------------------------------- flags
 
 
-def add_flags(p: argparse.ArgumentParser) -> None:
+def add_flags(p: argparse.ArgumentParser, model_is_needed: bool = True) -> None:
     p.add_argument(
-        "--model", required=True, metavar="NAME", help="llava-v1.5-7b and its kin, or a checkpoint's directory"
+        "--model",
+        required=model_is_needed,
+        metavar="NAME",
+        help="llava-v1.5-7b and its kin, or a checkpoint's directory",
     )
-    p.add_argument("--topology", required=True, metavar="KIND:SIDES", help="v5e:8x8, v5p:2x2x4, v6e:2x4, v4:2x2x4, ...")
+    p.add_argument(
+        "--topology", required=True, metavar="SLICE", help="v5e:8x8, v5p:2x2x4, ..., or v5litepod-64, v5p-32, ..."
+    )
     p.add_argument("--mesh", metavar="AXES", help="fsdp=64; data=2,fsdp=16,tensor=2")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 

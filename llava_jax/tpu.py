@@ -6,6 +6,7 @@ own assignment of buffers; what the program does is read by `llava_jax.hlo`. Not
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import Any
@@ -32,6 +33,19 @@ CHIPS = {
     "v5p": Chip(459e12, int(95.73 * GIB), 2765e9, 90e9, 4),
     "v6e": Chip(918e12, int(31.24 * GIB), 1640e9, 90e9, 16),
 }
+# Slices as they are usually reserved (cloud.google.com/tpu/docs), by what their names begin with: kind, what a chip
+# counts for in the number behind it (v4 and v5p: two cores), sides by number of chips.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
+    1024: "8x8x16", 2048: "8x16x16",
+}  # fmt: skip
+SLICES = {
+    "v4": ("v4", 2, _CUBES),
+    "v5litepod": ("v5e", 1, _FLAT),
+    "v5p": ("v5p", 2, _CUBES | {4096: "16x16x16", 6144: "16x16x24"}),
+    "v6e": ("v6e", 1, _FLAT),
+}
 DCN = 3.1e9  # bytes/s a chip has between slices: 100 Gbit/s of a host of four (an assumption; hosts differ)
 
 
@@ -39,17 +53,51 @@ DCN = 3.1e9  # bytes/s a chip has between slices: 100 Gbit/s of a host of four (
 
 
 def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
-    """`"v5e:4x8"` as a kind of chip and the sides of the slice.
+    """`"v5e:4x8"`, or `"v5litepod-32"`, as a kind of chip and the sides of the slice.
 
     Raises:
-      InputError: the kind is unknown, or the sides are not written like that.
+      InputError: the kind is unknown, no slice has that name, or the sides are not written like that.
     """
+    if (named := re.fullmatch(r"(\w+)-(\d{1,6})", topology)) and named[1] in SLICES:
+        kind, each, sides = SLICES[named[1]]
+        known = {each * chips: text for chips, text in sides.items()}
+        if int(named[2]) not in known:
+            raise InputError(f"--topology {topology}: {named[1]} comes in {', '.join(map(str, known))}")
+        topology = f"{kind}:{known[int(named[2])]}"
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
     if not match or match[1] not in CHIPS:
         raise InputError(
-            f"--topology {topology!r}: write it as v5e:4x8 (kinds: {', '.join(CHIPS)}; v4 and v5p have three sides)"
+            f"--topology {topology[:100]!r}: write it as v5e:4x8 (kinds: {', '.join(CHIPS)}; v4 and v5p have three "
+            "sides), or as v5litepod-32"
         )
     return match[1], tuple(map(int, match[2].split("x")))
+
+
+def by_sides(topology: str) -> str:
+    """`"v5e:4x4"` of that or of `"v5litepod-16"`."""
+    kind, sides = parse_topology(topology)
+    return f"{kind}:{'x'.join(map(str, sides))}"
+
+
+def slice_name(topology: str) -> str | None:
+    """The name under which a slice is reserved, `v5litepod-16`; None for one of unusual sides."""
+    kind, sides = parse_topology(topology)
+    text, chips = "x".join(map(str, sides)), math.prod(sides)
+    return next(
+        (
+            f"{name}-{each * chips}"
+            for name, (of, each, known) in SLICES.items()
+            if (of, known.get(chips)) == (kind, text)
+        ),
+        None,
+    )
+
+
+def larger_slices(topology: str) -> list[str]:
+    """Topologies of the same chips with more of them, from the smallest on."""
+    kind, sides = parse_topology(topology)
+    known = next(known for of, _, known in SLICES.values() if of == kind)
+    return [f"{kind}:{text}" for chips, text in known.items() if chips > math.prod(sides)]
 
 
 def links(topology: str) -> int:
@@ -80,7 +128,7 @@ def slice_devices(topology: str, slices: int = 1) -> list:
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # a chip's two cores as one device
     try:
-        return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
+        return list(topologies.get_topology_desc(by_sides(topology), platform="tpu", **options).devices)
     except Exception as error:  # of several types, all about the topology
         raise InputError(f"--topology {topology!r}: {first_line(error)}") from None
 

@@ -9,13 +9,16 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import re
 import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from conftest import GOLDEN
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,9 +26,13 @@ from jax.sharding import PartitionSpec as P
 from infer import plan as infer_plan
 from llava_jax import config as c
 from llava_jax import hlo, plan, tpu
-from llava_jax.sharding import make_mesh
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.sharding import make_mesh, parse_mesh
+from train import __main__ as train_main
 from train import plan as train_plan
-from train.config import PRESETS
+from train import plan_run
+from train.config import PRESETS, TrainConfig
+from train.data import open_data
 from train.step import TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -288,6 +295,142 @@ def test_of_a_program_that_is_not_written_down_the_memory_is_known(monkeypatch, 
     assert needs.fits and needs.executed_flops_per_chip is None
     choices = train_plan.search(MODEL, PRESETS["v1.5-finetune"], [mesh], ["full"], "v6e:2x4", 1, 16, 512, 4)
     assert train_plan.format_choice(choices[0]).endswith("33.5 GB  fits")
+
+
+# ---------------------------------------------------------------- the plan of a run
+
+GB = 10**9
+SMALL = ("--examples", 400, "--positions-per-row", 2048, "--tiles-per-row", 3)  # soon packed
+
+
+def fake_mesh(sizes, devices=None):
+    """Of as many chips as a slice has."""
+    shape = {axis: sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
+    chips = math.prod(shape.values())
+    return types.SimpleNamespace(shape=shape, size=chips, devices=np.arange(chips))
+
+
+@pytest.fixture
+def run_plan(run_cli, monkeypatch):
+    """`train.plan` for a model of `held` bytes, rows of `row` bytes each where nothing is saved, and an update of a
+    quarter of a second; what the compiler was asked for."""
+
+    def run(*flags, held: int = 208 * GB, row: int = 2 * GB):
+        asked = []
+
+        def plan_step(model, config, mesh, topology, rows, length, tiles):
+            asked.append((plan.describe(mesh), topology, config.accumulate, rows, length, tiles))
+            chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
+            kept = {"full": 1, "dots": 4}[config.remat]
+            mine = held // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+            peak = mine + rows // config.accumulate * row * kept // mesh.shape["tensor"]
+            needs = plan.Plan(peak <= chip.hbm, peak, chip.hbm, mine, 0, 1e12, 1e12, {}, 0.0, 3.0)
+            memory = tpu.Memory(peak, 0, 0, 0, 0)
+            return needs, plan.Compiled(3.0, peak, memory, hlo.Work(chip.peak / 4, 0, {}, {}))
+
+        def mesh_of(text, default, topology, slices=1):
+            chips = math.prod(tpu.parse_topology(topology)[1])
+            return fake_mesh(parse_mesh(text) if text else {"data": slices, "fsdp": chips})
+
+        monkeypatch.setattr(train_plan, "plan_step", plan_step)
+        monkeypatch.setattr(plan, "mesh_of", mesh_of)
+        monkeypatch.setattr(plan_run, "make_mesh", fake_mesh)
+        status, out, err = run_cli(train_plan.main, "--model", "llava-v1.5-13b", *flags)
+        return status, out, err.splitlines()[-1] if status else "", asked
+
+    return run
+
+
+def test_a_plan_is_that_of_the_batch_that_training_makes(run_plan):
+    """128 conversations of lengths like mix665k's fill some 54 rows of 2,048: on 16 chips three each, not one."""
+    status, out, _, asked = run_plan("--topology", "v5litepod-16", held=GB)
+    assert (status, asked) == (0, [("fsdp=16", "v5e:4x4", 1, 3, 2048, 3)])
+    assert re.search(r"v5e:4x4 \(v5litepod-16\), mesh fsdp=16", out)
+    assert re.search(r"batch +48 rows, 3 x 16 at once, of 2,048 positions and 3 tiles: about 11\d conversations", out)
+    assert re.search(r"data +an assumption: 665,298 conversations, lengths like mix665k's", out)
+    updates = int(re.search(r"run +([\d,]+) updates", out)[1].replace(",", ""))
+    assert updates == pytest.approx(665_298 / 114, rel=0.02)
+    hours = float(re.search(r"at least ([\d.]+) hours", out)[1])
+    assert hours == pytest.approx(updates / 4 / 3600, rel=0.01)
+    assert re.search(r"fits +yes", out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--topology", "v5e:1x1"], (1, 54)),
+        (["--topology", "v5e:8x16"], (1, 1)),
+        (["--topology", "v5e:2x4", "--accumulate", "7"], (7, 7)),
+        (["--topology", "v5e:2x4", "--global-batch-size", "16"], (1, 1)),
+        (["--topology", "v5e:2x4", "--batching", "bucketed"], (1, 16)),
+        (["--topology", "v5e:2x4", "--mesh", "fsdp=4,tensor=2"], (1, 14)),
+        (["--topology", "v5e:2x4", "--rows-per-chip", "1"], (1, 1)),
+    ],
+)
+def test_flags_of_training_decide_the_plan(run_plan, flags, steps):
+    status, _, _, [(_, _, *planned, _, _)] = run_plan(*flags, *SMALL, held=GB, row=1)
+    assert (status, tuple(planned)) == (0, steps)
+
+
+@pytest.mark.parametrize(
+    ("flags", "held", "row", "says", "compiled"),
+    [
+        (["v5e:4x4"], 208, 2, "--accumulate 3, 15.0 GB a chip, 1 row at once", 3),
+        (["v5e:2x4"], 8, 3, "--accumulate 2, 10.0 GB a chip, 3 rows at once", 4),
+        (["v5e:4x4", "--remat", "dots"], 16, 3, "--remat full, 10.0 GB a chip, 3 rows at once", 2),
+        (["v5e:4x4", "--remat", "dots"], 16, 7, "--remat full --accumulate 2, ", 4),
+        (["v5e:2x4", "--mesh", "data=2,fsdp=4"], 120, 0.1, "--mesh fsdp=8, ", 6),
+        (["v5e:4x4"], 160, 10, "--mesh fsdp=8,tensor=2 --accumulate 6, 15.0 GB", 5),
+        (["v5e:4x4"], 16 * 16, 3, "--topology v5e:4x8 (v5litepod-32), ", 4),
+        (["v4-16"], 33 * 16, 3, "--topology v4:2x4x4 (v4-64), ", 5),
+        (["v5e:4x4"], 10**6, 3, "take chips with more memory", 3),
+    ],
+)
+def test_a_plan_says_what_would_fit(run_plan, flags, held, row, says, compiled):
+    """And has compiled it, and few others."""
+    status, out, error, asked = run_plan("--topology", *flags, *SMALL, held=held * GB, row=int(row * GB))
+    assert status == 1
+    assert re.search(r"fits +no", out)
+    assert error.startswith("error: does not fit: ")
+    assert says in error, error
+    assert len(asked) <= compiled, asked
+
+
+def test_a_plan_of_a_data_file_is_what_training_makes_of_it(run_plan, tmp_path):
+    rows = [
+        {"id": i, "conversations": [{"from": "human", "value": "Say"}, {"from": "gpt", "value": "the " * n}]}
+        for i, n in enumerate([*range(5, 65)] * 5)
+    ]
+    path, checkpoint = tmp_path / "data.json", GOLDEN / "checkpoints" / "v1.5-llama"
+    path.write_text(json.dumps(rows))
+    flags = ["--data", path, "--checkpoint", checkpoint, "--max-length", 256, "--global-batch-size", 64, "--epochs", 2]
+    status, out, _, [asked] = run_plan("--topology", "v5e:2x2", *flags, held=GB, row=1)
+    _, config = train_main.read_config([*map(str, flags), "--output", str(tmp_path), "--preset", "v1.5-finetune"])
+    found = open_checkpoint(checkpoint)
+    data = open_data(config, found.config, found.tokenizer, rows_multiple=4)
+    data.close()
+    assert (status, asked[3:]) == (0, (data.rows // 4, data.length, data.tiles))
+    assert f"{2 * data.steps_per_epoch} updates" in out
+    assert f"300 conversations of {path}" in out
+    status, _, error, _ = run_plan("--topology", "v5e:2x2", "--data", path)
+    assert (status, error) == (
+        1,
+        "error: --data needs --checkpoint, whose tokenizer tells how long its conversations are",
+    )
+
+
+def test_a_plan_in_json(run_plan):
+    _, out, _, _ = run_plan("--topology", "v5e:4x4", "--json", "--examples", 1000, row=3 * GB)
+    found = json.loads(out)
+    fields = {field.name for field in dataclasses.fields(plan.Plan)}
+    assert fields < found.keys() and not found["fits"]
+    assert (found["slice"], found["batch"]["rows"], found["batch"]["examples"]) == ("v5litepod-16", 48, 1000)
+    assert found["what fits"]["fits"] and found["what fits"]["flags"] == "--accumulate 3"
+
+
+def test_a_plan_takes_the_flags_of_training():
+    known = {flag for action in train_plan.parser()._actions for flag in action.option_strings}
+    assert {"--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)} <= known
 
 
 def test_what_does_not_fit_says_what_would(run_cli, monkeypatch):

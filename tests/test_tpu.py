@@ -1,6 +1,7 @@
 """Reading compiled programs: numbers that can be counted by hand, and those of TPU programs where libtpu installs."""
 
 import importlib.util
+import math
 import re
 
 import jax
@@ -106,7 +107,32 @@ def test_links(topology, count):
     assert tpu.links(topology) == count
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:8", "v5e:0x2", "v5e:2x2x2x2", "4x4"])
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5litepod-1", "v5e:1x1"), ("v5litepod-8", "v5e:2x4"), ("v5litepod-16", "v5e:4x4"),
+        ("v5litepod-256", "v5e:16x16"), ("v6e-4", "v6e:2x2"), ("v6e-128", "v6e:8x16"),
+        ("v4-8", "v4:2x2x1"), ("v4-32", "v4:2x2x4"), ("v5p-8", "v5p:2x2x1"), ("v5p-128", "v5p:4x4x4"),
+    ],
+)  # fmt: skip
+def test_slices_by_the_names_under_which_they_are_reserved(name, topology):
+    assert tpu.by_sides(name) == tpu.by_sides(topology) == topology
+    assert tpu.slice_name(topology) == tpu.slice_name(name) == name
+
+
+def test_every_reserved_slice_has_as_many_chips_as_its_name_says():
+    for name, (kind, each, known) in tpu.SLICES.items():
+        for chips, sides in known.items():
+            assert math.prod(tpu.parse_topology(f"{name}-{each * chips}")[1]) == chips
+            assert tpu.larger_slices(f"{kind}:{sides}") == [f"{kind}:{text}" for n, text in known.items() if n > chips]
+    assert tpu.slice_name("v5e:2x8") is None
+    with pytest.raises(InputError, match="--topology v5litepod-17: v5litepod comes in 1, 4, 8, 16, 32, 64, 128, 256$"):
+        tpu.parse_topology("v5litepod-17")
+
+
+@pytest.mark.parametrize(
+    "topology", ["v9:2x2", "v5e-16", "v9-8", "v5p-", "v5e", "v5e:8", "v5e:0x2", "v5e:2x2x2x2", "4x4"]
+)
 def test_topologies_that_are_none(topology):
     with pytest.raises(InputError, match="write it as v5e:4x8"):
         tpu.parse_topology(topology)

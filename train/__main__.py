@@ -21,7 +21,7 @@ PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "out
 
 
 def parser() -> argparse.ArgumentParser:
-    from train.config import PRESETS, TrainConfig
+    from train.config import PRESETS
 
     p = Parser(prog="python -m train", description="Train LLaVA, both stages.", allow_abbrev=False)
     p.add_argument("--preset", metavar="NAME", help=f"start from these values: {', '.join(PRESETS)}")
@@ -37,16 +37,24 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="silence after which a process is gone (default 40)",
     )
-    fields = p.add_argument_group("the run")
+    add_fields(p.add_argument_group("the run"))
+    return p
+
+
+def add_fields(p, known: tuple[str, ...] = ()) -> None:
+    """A flag for each field of `TrainConfig`, but for those whose flags are there."""
+    from train.config import TrainConfig
+
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         about = f"{field.metadata['help']} (default {show(field.default)})".replace("%", "%%")
+        if field.name in known:
+            continue
         if field.type is bool:
-            fields.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         else:
             action = "append" if field.name in SEVERAL else "store"
-            fields.add_argument(flag, metavar=field.name.upper(), action=action, help=about)
-    return p
+            p.add_argument(flag, metavar=field.name.upper(), action=action, help=about)
 
 
 def show(value) -> str:
@@ -79,7 +87,7 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
     Raises:
       InputError: a preset, flag or value is none; something needed is not given.
     """
-    from train.config import PRESETS, TrainConfig
+    from train.config import TrainConfig
 
     p = parser()
     args, unknown = p.parse_known_args(arguments)
@@ -90,6 +98,21 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
         raise InputError(f"unknown field {shorten(argument.split('=')[0])}{nearest(argument.split('=')[0], known)}")
     if args.list_presets:
         return args, TrainConfig()
+    config = config_of(args)
+    for name in ("checkpoint", "data", "output"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is needed")
+    return args, config
+
+
+def config_of(args: argparse.Namespace) -> "TrainConfig":  # noqa: F821
+    """The configuration that flags of `add_fields` and `--preset` make.
+
+    Raises:
+      InputError: the preset or a value is none.
+    """
+    from train.config import PRESETS, TrainConfig
+
     if args.preset is not None and args.preset not in PRESETS:
         raise InputError(
             f"unknown preset {shorten(args.preset)!r}{nearest(args.preset, PRESETS)}; --list-presets lists all"
@@ -107,11 +130,7 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
             given[name] = tuple(map(_absolute, value))
         elif value and not (name in ("checkpoint", "vision_tower") and not os.path.exists(value)):  # a hub name
             given[name] = _absolute(value)
-    config = (PRESETS[args.preset] if args.preset else TrainConfig()).replace(**given)
-    for name in ("checkpoint", "data", "output"):
-        if not getattr(config, name):
-            raise InputError(f"--{name} is needed")
-    return args, config
+    return (PRESETS[args.preset] if args.preset else TrainConfig()).replace(**given)
 
 
 def _absolute(path: str) -> str:

@@ -1,11 +1,15 @@
-"""What a training step needs of each chip of a TPU slice, from its compiled program. No TPU and no weights are needed.
+"""What a run of `python -m train` needs of each chip of a TPU slice, from its compiled step. No TPU and no weights are
+needed.
 
     python -m train.plan --model llava-v1.5-7b --preset v1.5-finetune --topology v5e:8x8
 
-compiles the very step that `python -m train` runs, for a batch of full rows, pictures included, all of whose positions
-have labels. Prints what it takes; exit status 1 if that is more than the chips have.
+takes the flags of `python -m train`, and compiles the very step that it would run: its batch, from `--data` or of
+lengths like those of LLaVA's own data, with all positions labelled. Prints what that takes, and how long the run is at
+least; if it does not fit, what would, and exit status 1. `--rows-per-chip` compiles a step of so many full rows,
+whatever the batch.
 """
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -27,8 +31,10 @@ from llava_jax.layers import REMAT
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
 from llava_jax.splice import Batch
+from train.__main__ import add_fields, config_of
 from train.config import PRESETS, TrainConfig
 from train.metrics import flops_of_batch
+from train.plan_run import between_slices, more_bounds, plan_run
 from train.step import TrainState, setup
 
 POLICIES = tuple(reversed(REMAT))  # each saves less than the one before
@@ -39,23 +45,20 @@ STEPS = 1000  # of the run whose schedule is compiled in; any number gives the s
 
 def parser() -> Parser:
     p = Parser(prog="python -m train.plan", description="What training needs of each chip of a TPU slice.")
-    plan.add_flags(p)
+    plan.add_flags(p, model_is_needed=False)
     p.add_argument("--preset", default="v1.5-finetune", metavar="NAME", help=f"the stage: {', '.join(PRESETS)}")
     p.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices; data parallel between them")
+    p.add_argument("--examples", type=int, metavar="N", help="conversations of the data, where --data gives none")
     p.add_argument(
-        "--rows-per-chip", type=int, default=1, metavar="N",
-        help="packed rows of each shard of rows, which is a chip, or `tensor` chips (default 1)",
+        "--rows-per-chip", type=int, metavar="N",
+        help="compile so many full rows for each shard of rows, which is a chip, or `tensor` chips, whatever the batch",
     )  # fmt: skip
-    p.add_argument("--seq", type=int, metavar="N", help="positions of a row (default: the preset's max_length)")
-    p.add_argument(
-        "--tiles-per-row", type=int, metavar="N", help="default: as many as fill a row, a picture's at least"
-    )
-    p.add_argument("--remat", metavar="NAME", help="full, minimal, dots, none (default: the preset's)")
+    p.add_argument("--seq", type=int, metavar="N", help="positions of a row, and --max-length")
     p.add_argument(
         "--search", action="store_true",
         help="try meshes, remat policies and rows per chip, and print the best that fit; many programs are compiled",
     )  # fmt: skip
-    p.add_argument("--reduce-dtype", metavar="NAME", help="in which gradients are summed: bfloat16, float32")
+    add_fields(p.add_argument_group("the run, as python -m train takes it"), known=("mesh",))
     return p
 
 
@@ -132,16 +135,8 @@ def least_collectives(
     return total + 2 * results * (tensor - 1) / tensor
 
 
-def between_slices(made: Compiled, config: TrainConfig, slices: int) -> float:
-    """Seconds in which gradients are summed over slices: each chip its part, sent and received once."""
-    parts = jax.tree.leaves(made.out[0].trained)
-    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in parts)
-    size *= np.dtype(config.reduce_dtype or config.dtype).itemsize
-    return 2 * size * (slices - 1) / slices / tpu.DCN
-
-
 def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
-    """What would make it fit."""
+    """What would make full rows fit."""
     held = needs.parameter_bytes_per_chip + needs.optimizer_bytes_per_chip
     more = []
     if args.rows_per_chip > 1:
@@ -251,26 +246,37 @@ def show_search(found: list[Choice], args) -> int:
 
 def main() -> int:
     args = parser().parse_args(sys.argv[1:])
-    for name, least in (("slices", 1), ("rows_per_chip", 1), ("seq", 2), ("tiles_per_row", 0)):
+    for name, least in (("slices", 1), ("rows_per_chip", 1), ("seq", 2), ("examples", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.preset not in PRESETS:
         raise InputError(f"--preset {args.preset!r}: only {', '.join(PRESETS)}")
-    config = PRESETS[args.preset]
-    config = config.replace(remat=args.remat or config.remat, reduce_dtype=args.reduce_dtype)
-    model = plan.model_of(args.model)
-    if config.aspect_ratio:
-        model = model.replace(aspect_ratio=config.aspect_ratio)
+    config = config_of(args)
+    if args.seq:
+        config = config.replace(max_length=args.seq, positions_per_row=args.seq)
+    if not (args.model or config.checkpoint):
+        raise InputError("--model NAME or --checkpoint DIR is needed")
     default = functools.partial(make_mesh, {DATA: args.slices, FSDP: -1})
     mesh = plan.mesh_of(args.mesh, default, args.topology, args.slices)
-    length = args.seq or config.max_length
-    tiles = default_tiles(model, length) if args.tiles_per_row is None else args.tiles_per_row
+    if args.search or args.rows_per_chip:
+        return plan_rows(args, config, mesh)
+    return plan_run(args, config, mesh, default, plan_step)
+
+
+def plan_rows(args: argparse.Namespace, config: TrainConfig, mesh: Mesh) -> int:
+    """Of so many full rows a chip, or the search for how many are best."""
+    model = plan.model_of(args.model or config.checkpoint)
+    if config.aspect_ratio:
+        model = model.replace(aspect_ratio=config.aspect_ratio)
+    length = config.positions_per_row or config.max_length
+    tiles = default_tiles(model, length) if config.tiles_per_row is None else config.tiles_per_row
     slices = f"{args.slices} x " if args.slices > 1 else ""
     if args.search:
         tried = [mesh] if args.mesh else meshes(model, list(mesh.devices.flat), args.slices)
         policies = [args.remat] if args.remat else POLICIES
         note(f"searching for {args.model}, {args.preset}, {slices}{args.topology}; a program takes minutes")
-        found = search(model, config, tried, policies, args.topology, args.slices, args.rows_per_chip, length, tiles)
+        rows = args.rows_per_chip or 1
+        found = search(model, config, tried, policies, args.topology, args.slices, rows, length, tiles)
         return show_search(found, args)
     title = (
         f"{args.model}, {args.preset}, {slices}{args.topology}, mesh {plan.describe(mesh)}, remat {config.remat}; "
@@ -278,13 +284,10 @@ def main() -> int:
     )
     plan.note_compiling(title)
     needs, made = plan_step(model, config, mesh, args.topology, args.rows_per_chip, length, tiles)
-    more = None
-    if args.slices > 1 and made.out:
-        more = {"between slices": between_slices(made, config, args.slices)}
     if args.json:
         print(json.dumps(dataclasses.asdict(needs)))
     else:
-        plan.show(needs, made, args.topology, title, more)
+        plan.show(needs, made, args.topology, title, more_bounds(made, config, args.slices))
     plan.check_fits(needs, args.topology, advice(config, args, needs, mesh))
     return 0
 

@@ -1,0 +1,73 @@
+"""Conversations that are drawn instead of read, where there is no data file yet: a plan's assumption about the data.
+
+Lengths are like those of the data that LLaVA is trained on. The same code as in training then finds out how many share
+a row, and how many rows a batch has.
+"""
+
+import numpy as np
+
+from llava_jax.config import LlavaConfig
+from llava_jax.images import layout
+from llava_jax.splice import Row, count_features
+from train.config import TrainConfig
+from train.data import WINDOW, Data
+from train.samples import BadSamples, Sample
+
+MIX665K, CAPTIONS = 665_298, 558_128  # rows of llava_v1_5_mix665k.json and of blip_laion_cc_sbu_558k.json
+PICTURE = (640, 480)  # most of COCO's
+
+
+def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of n conversations like mix665k's after splicing, and whether each has a picture: 40 % short answers
+    about a picture, 6 % text only, the rest conversations about a picture."""
+    random = np.random.default_rng(seed)
+    kind = random.choice(3, n, p=[0.40, 0.54, 0.06])
+    short = features + 45 + random.integers(8, 60, n)
+    long = features + 45 + np.maximum(random.lognormal(5.5, 0.6, n), 30)
+    text = 45 + np.maximum(random.lognormal(6.8, 0.8, n), 20)
+    return np.minimum(np.choose(kind, [short, long, text]), max_length).astype(int), kind < 2
+
+
+def draw_captions(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for stage 1: a picture and a sentence about it."""
+    lengths = features + np.random.default_rng(seed).integers(8, 60, n)
+    return np.minimum(lengths, max_length), np.ones(n, bool)
+
+
+class DrawnSamples:
+    """Stands for `train.samples.Samples`."""
+
+    repeats = 1
+
+    def __init__(self, config: TrainConfig, model: LlavaConfig, n: int | None = None):
+        captions = config.template == "plain"
+        self.model = model
+        self.path, self.template = "lengths like the captions of stage 1" if captions else "lengths like mix665k's", ""
+        self._number = n or (CAPTIONS if captions else MIX665K)
+        self._place = layout(PICTURE, model)
+        draw = draw_captions if captions else draw_lengths
+        drawn = draw(WINDOW, config.seed, count_features(self._place, model), config.max_length)
+        each = np.arange(self._number) * WINDOW // self._number  # a window's lengths, over the whole file
+        self._lengths, self.has_image = (values[each] for values in drawn)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def name(self, bad) -> str:
+        return f"{self.path}: {bad.reason}"
+
+    def measure(self, index: int, epoch: int = 0) -> Sample:
+        places = (self._place,) * bool(self.has_image[index])
+        length = int(self._lengths[index])
+        row = Row(np.zeros(0, int), places)
+        return Sample(index, self.path, index, index, epoch, row, ("",) * len(places), length, 0)
+
+    def load(self, one: Sample) -> Row:
+        return one.row
+
+
+def drawn_data(config: TrainConfig, model: LlavaConfig, rows_multiple: int, n: int | None = None) -> Data:
+    """As `train.data.open_data`, of n conversations that are not there; None: as many as the stage's data has."""
+    config = config.replace(workers=0)
+    samples = DrawnSamples(config, model, n)
+    return Data(config, samples, BadSamples(config, samples, None), rows_multiple, 0, 1, True)
