@@ -295,6 +295,17 @@ def on_own_rows(f: Callable, params: Any, specs: Any, rows: Any, *others: Any, m
     return jax.numpy.sum(mapped(params, rows, *others))
 
 
+def gradient_options(mesh: Mesh) -> dict[str, str]:
+    """`compiler_options` for a program that differentiates `on_own_rows`; none but on CPUs.
+
+    JAX puts a sharding constraint into the reduction of a `psum` over some of a mesh's axes. The pass of XLA's CPU
+    compiler that widens bfloat16 reductions to float32 aborts the process when it finds one there. Without that pass
+    they are reduced in bfloat16, as on TPUs.
+    """
+    on_cpus = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "all-reduce-promotion"} if on_cpus else {}
+
+
 def row_index() -> jax.Array | int:
     """Which of the shards of rows this is, within `on_own_rows`; 0 elsewhere."""
     return jax.lax.axis_index(BATCH) if FSDP in manual_axes() else 0

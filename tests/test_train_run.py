@@ -623,6 +623,14 @@ def test_two_processes_are_one_run(train, finished, one_device, monkeypatch, dat
         np.testing.assert_allclose(one[path].read(), other[path].read(), rtol=1e-3, atol=1e-4, err_msg=path)
 
 
+def test_two_processes_train_in_bfloat16(data, tmp_path):
+    more = ("--dtype", "bfloat16", "--tune", "projector,decoder", "--steps", 1)
+    for process in start(flags(data, tmp_path / "out", *more), devices=1, stderr=subprocess.PIPE, text=True):
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+    assert len(read_metrics(tmp_path / "out")) == 1
+
+
 def test_a_picture_that_one_process_cannot_read_stops_both(data, tmp_path):
     """Each says which, and ends with status 1: not aborted, and not with the advice to start again."""
     rows = json.loads((data / "plain.json").read_text())

@@ -195,6 +195,19 @@ def test_loss_and_gradients_are_those_of_the_conversations_one_by_one(packed, me
         np.testing.assert_allclose(gradients[path], x, atol=1e-5 * size, rtol=0, err_msg=path)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,tensor=2"])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(mesh):
+    config = STILL.replace(dtype="bfloat16")
+    mesh = make_mesh(parse_mesh(mesh), jax.devices()[:4])
+    frozen, state, step, _, batch = start(config, splice(conversations(c.tiny()), c.tiny()), mesh=mesh)
+    state, metrics = step(frozen, state, batch)
+    want_loss, want = one_by_one()
+    assert float(metrics["loss"]) == pytest.approx(want_loss, rel=0.01)
+    got = flatten_dict(moments(state).mu, sep="/")
+    off = np.sqrt(sum(np.sum((got[path] - x) ** 2) for path, x in want.items()))
+    assert off < 0.02 * np.sqrt(sum(np.sum(x * x) for x in want.values()))
+
+
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_pieces_of_the_head_add_up(monkeypatch, tied, trained):

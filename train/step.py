@@ -31,6 +31,7 @@ from llava_jax.sharding import (
     Piece,
     constrain,
     gather,
+    gradient_options,
     on_own_rows,
     param_spec,
     path_of,
@@ -159,7 +160,9 @@ def setup(
         }
 
     state_cuts = TrainState(whole, cuts, opt_cuts, whole, whole)
-    step_fn = jax.jit(step, donate_argnums=1, out_shardings=(state_cuts, whole))
+    step_fn = jax.jit(
+        step, donate_argnums=1, out_shardings=(state_cuts, whole), compiler_options=gradient_options(mesh)
+    )
     return frozen, state, step_fn, jax.jit(evaluate, out_shardings=whole)
 
 
