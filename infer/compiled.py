@@ -126,22 +126,3 @@ def logits(params, x_BSD, lengths, *, config: LlavaConfig, mesh: Mesh) -> jax.Ar
     segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)
     x_BSD = decoder.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, mesh=mesh)
     return decoder.logits(params["decoder"], config, x_BSD, mesh)
-
-
-class _CompileCount:
-    """How many functions JAX has compiled in this process."""
-
-    def __init__(self):
-        self.n = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, duration: float, **_) -> None:
-        self.n += event == "/jax/core/compile/backend_compile_duration"
-
-
-_compiled = _CompileCount()
-
-
-def compilations() -> int:
-    """Functions compiled in this process so far, by JAX's own events."""
-    return _compiled.n

@@ -23,6 +23,7 @@ from llava_jax.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.images import fetch, image_size, layout, open_image, tiles
+from llava_jax.programs import compilations, limit_programs
 from llava_jax.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
 from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
 from llava_jax.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
@@ -277,7 +278,7 @@ class Engine:
         Returns:
           How many functions were compiled.
         """
-        before = compiled.compilations()
+        before = compilations()
         sampling = sampling or Sampling()
         for length, tile_count in shapes:
             batch = splice(
@@ -289,7 +290,7 @@ class Engine:
             )
             state = self._start(batch, np.ones(len(batch.ids), np.int32), [0] * len(batch.ids), sampling)
             self._continue(state, np.zeros(len(batch.ids), bool), 1, sampling).done.block_until_ready()
-        return compiled.compilations() - before
+        return compilations() - before
 
     # ------------------------------------------------------------ the steps of a batch
 
@@ -352,7 +353,8 @@ class Engine:
         return put_rows(np.asarray(rows), self.mesh)
 
     def _embed(self, batch: Batch) -> jax.Array:
-        """Input embeddings [B, S, D]."""
+        """Input embeddings [B, S, D]: the first thing that a batch asks of the devices."""
+        limit_programs()
         static = dict(config=self.config, mesh=self.mesh)
         features = compiled.encode(self.params, self._put(batch.tiles), **static) if batch.tiles.shape[1] else None
         return compiled.splice(self.params, features, self._put(batch.ids), self._put(batch.feature_rows), **static)
@@ -373,7 +375,7 @@ class Engine:
 
     def _run(self, items: list[_Prepared], pixels: list, sampling: Sampling, *, steps: int) -> Iterator[list[Answer]]:
         """Answer a batch, yielding the answers so far after every few steps; the last ones are whole."""
-        before, start = compiled.compilations(), time.perf_counter()
+        before, start = compilations(), time.perf_counter()
         batch = self._batch(items, pixels)
         B, S = batch.ids.shape
         limits = np.minimum(sampling.max_new_tokens, self.context - batch.lengths)
@@ -394,7 +396,7 @@ class Engine:
                     prompt_tokens=item.length,
                     image_tokens=item.image_tokens,
                     bucket=S,
-                    compilations=compiled.compilations() - before,
+                    compilations=compilations() - before,
                     prefill_seconds=prefilled - start,
                     decode_tokens_per_second=generated / seconds if generated else 0.0,
                     stopped_by=by,

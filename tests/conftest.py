@@ -18,6 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same for pytest's worke
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import functools
+import gc
 import importlib.util
 import json
 import random
@@ -53,6 +54,15 @@ def pytest_report_header(config):
     return f"jax {jax.__version__}, {len(jax.devices())} devices" + (
         "" if HAVE_TORCH else "; no torch: parity/ left out"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release_programs():
+    """After each module its compiled programs are released: on CPUs each keeps some hundred memory maps, of which Linux
+    allows a process 65,530, and the suite in one process would need more."""
+    yield
+    jax.clear_caches()
+    gc.collect()  # executables that the module's own fixtures held
 
 
 def golden_json(name: str):

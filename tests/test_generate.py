@@ -10,11 +10,12 @@ from conftest import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, 
 from PIL import Image
 
 from convert.to_orbax import to_orbax
-from infer.compiled import compilations, decode_on
+from infer.compiled import decode_on
 from infer.engine import Answer, Buckets, Engine, Request
 from infer.sampling import Sampling, choose, row_keys
-from llava_jax import decoder, images, llava
+from llava_jax import decoder, images, llava, programs
 from llava_jax.console import InputError
+from llava_jax.programs import compilations, memory_maps
 from llava_jax.splice import IMAGE, TEXT, Row, splice
 from llava_jax.tokenizer import load_tokenizer
 
@@ -336,6 +337,23 @@ def test_after_one_warm_up_per_bucket_nothing_compiles():
         seen.add(answer.bucket)
     assert compilations() == before
     assert len(seen) >= 3
+
+
+def test_an_engine_asked_with_many_shapes_keeps_a_bounded_number_of_programs(monkeypatch):
+    """A shape's programs hold some 550 memory maps; there is room for two of the four."""
+    found, params = load_golden("v1.5-llama")
+    shapes = range(2, 6)
+    engine = Engine(params, found.config, found.tokenizer, one_device(), buckets=Buckets(new_tokens=tuple(shapes)))
+    jax.clear_caches()
+    room = 1500
+    limit = memory_maps() + room
+    monkeypatch.setattr(programs, "map_limit", lambda: limit)
+    answers, most = [], 0
+    for n in shapes:
+        answers.append(engine.ask("Hi", max_new_tokens=n))
+        most = max(most, memory_maps())
+    assert limit - room < most < limit
+    assert all(answer.token_ids == answers[-1].token_ids[:n] for n, answer in zip(shapes, answers, strict=True))
 
 
 def test_text_needs_no_vision_tower():

@@ -20,6 +20,7 @@ from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, note
 from llava_jax.export import check_expressible
+from llava_jax.programs import limit_programs
 from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
 from llava_jax.splice import Batch
 from train.checkpoints import Checkpoints, SaveClock
@@ -213,6 +214,7 @@ def _train(run: Run) -> int:
             if step + 1 in traced and not tracing:
                 jax.profiler.start_trace(str(run.output.files / "profile"))
                 tracing = True
+            limit_programs()
             state, metrics = step_fn(frozen, state, put_batch(batch, mesh, run.data.rows))
             step += 1
             recorder.add(step, metrics, info, batch)
