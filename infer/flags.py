@@ -19,7 +19,11 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
     model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPUs, else bfloat16")
     add_cache_flag(model)
-    model.add_argument("--mesh", metavar="AXES", help="e.g. data=1,fsdp=1,tensor=4; default: tensor over all devices")
+    model.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="e.g. data=1,fsdp=1,tensor=4; default: tensor as far as it divides the key/value heads, the rest fsdp",
+    )
     model.add_argument(
         "--image-rules", choices=IMAGE_RULES, help="how pictures are cut where the two differ; default: original"
     )

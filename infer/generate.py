@@ -29,7 +29,10 @@ def parser() -> argparse.ArgumentParser:
     about = "a path, or an http(s), data: or file: URL; repeatable"
     one.add_argument("--image", action="append", default=[], metavar="FILE", help=about)
     one.add_argument(
-        "--prompt", metavar="TEXT", help="the question; <image> marks say where the images go, default: in front"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the question; <image> marks say where the images go, default: in front",
     )
     one.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, help="print the answer as it comes; default: without --json"
@@ -58,18 +61,23 @@ def use_bundled(args: argparse.Namespace) -> None:
     Raises:
       InputError: it cannot be meant.
     """
-    for name in ("questions", "answers", "image_folder", "vision_tower"):
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} wants --checkpoint")
+    if args.vision_tower is not None:
+        raise InputError("--vision-tower wants --checkpoint")
     args.checkpoint = str(BUNDLED)
     note(f"no --checkpoint: the bundled model answers, which {KNOWS} ({BUNDLED})")
-    if not args.image and args.prompt is None:
+    if not args.image and args.prompt is None and args.questions is None:
         args.image, args.prompt = [str(BUNDLED / "example.png")], QUESTION
         note(f'--image {args.image[0]} --prompt "{args.prompt}"')
 
 
 def main() -> int:
     args = parser().parse_args()
+    if args.prompt and len(args.prompt) > 1:
+        raise InputError(f"--prompt is given {len(args.prompt)} times: a command asks one; --questions asks many")
+    args.prompt = args.prompt[0] if args.prompt else None
+    for name in ("answers", "image_folder"):
+        if getattr(args, name) is not None and not args.questions:
+            raise InputError(f"--{name.replace('_', '-')} belongs to --questions")
     if args.checkpoint is None:
         use_bundled(args)
     if bool(args.questions) == (args.prompt is not None):

@@ -77,12 +77,12 @@ def test_it_answers_about_any_picture(run_cli, tmp_path):
     assert out == f"{len(scene.things)}\n" and len(scene.things) != len(SHOWN.things)
 
 
-@pytest.mark.parametrize(
-    "flags", [("--questions", "q.jsonl"), ("--image-folder", "."), ("--answers", "a.jsonl"), ("--vision-tower", ".")]
-)
-def test_what_it_cannot_be_meant_for_wants_a_checkpoint(run_cli, flags):
-    status, out, err = run_cli(generate.main, *flags)
-    assert (status, out, err) == (1, "", f"error: {flags[0]} wants --checkpoint\n")
+def test_it_answers_files_of_questions(run_cli, tmp_path):
+    row = {"question_id": 1, "image": "example.png", "text": "How many objects are there?"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    files = ("--questions", tmp_path / "q.jsonl", "--image-folder", BUNDLED, "--answers", tmp_path / "a.jsonl")
+    assert run_cli(generate.main, *files)[0] == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["text"] == str(len(SHOWN.things))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,7 @@ def test_what_it_cannot_be_meant_for_wants_a_checkpoint(run_cli, flags):
         (("--checkpoint", BUNDLED), "--prompt or --questions"),
         (("--image", "a.png"), "--prompt or --questions"),
         (("--checkpoint", "", "--prompt", "Hi"), "no checkpoint"),
+        (("--vision-tower", "."), "--vision-tower wants --checkpoint"),
     ],
 )
 def test_what_is_missing_is_said(run_cli, flags, says):

@@ -18,7 +18,8 @@ from infer import generate
 
 CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
 PICTURE = GOLDEN / "images/0_64x48.png"
-ONE = ("--checkpoint", CHECKPOINT, "--prompt", QUESTION, "--max-new-tokens", "8", "--mesh", "tensor=8")
+MODEL = ("--checkpoint", CHECKPOINT, "--max-new-tokens", "8", "--mesh", "tensor=8")
+ONE = (*MODEL, "--prompt", QUESTION)
 
 
 @pytest.fixture
@@ -123,13 +124,17 @@ BAD = {
     "mesh spelling": (lambda t: ("--mesh", "8"), "write it as data=1,fsdp=8"),
     "temperature": (lambda t: ("--temperature", "-1"), "temperature"),
     "no question": (lambda t: ("--questions", t / "q.jsonl"), "either --prompt or --questions"),
+    "two prompts": (lambda t: ("--prompt", "a", "--prompt", "b"), "--prompt is given 2 times"),
+    "answers to no file": (lambda t: ("--answers", t / "a.jsonl"), "--answers belongs to --questions"),
+    "folder of no file": (lambda t: ("--image-folder", t), "--image-folder belongs to --questions"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_status_1(answers, tmp_path, name):
     make, says = BAD[name]
-    status, out, err = answers(*ONE, *make(tmp_path))
+    flags = make(tmp_path)
+    status, out, err = answers(*(MODEL if "--prompt" in flags else ONE), *flags)
     lines = [line for line in err.splitlines() if not line.startswith("template ")]
     assert (status, out, len(lines)) == (1, "", 1), err
     assert lines[0].startswith("error: ")
