@@ -1,13 +1,15 @@
 """What commands share: one-line errors, notes on standard error, progress, compiled programs kept between runs."""
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -95,6 +97,29 @@ def note(message: str) -> None:
     print(clear + message, file=sys.stderr, flush=True)
 
 
+def plural(n: int, noun: str) -> str:
+    """`1 row`, `2,048 rows`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+@contextlib.contextmanager
+def elapsed(what: str, every: float = 10.0) -> Iterator[None]:
+    """While the body runs, note every few seconds that it does: for what cannot say how far it is."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell():
+        while not done.wait(every):
+            note(f"{what}: {_clock(time.monotonic() - start)}")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 class Progress:
     """A progress bar on a terminal, a plain line every few seconds elsewhere; nothing if all is done in `quiet` s.
 
@@ -146,7 +171,7 @@ class Progress:
         share = self.done / max(self.total, 1)
         left = (self.total - self.done) / rate if rate else 0.0
         tail = f"{_clock(seconds)}" if last else f"{_clock(left)} left"
-        unit = "" if self.unit == "B" else f" {self.unit}"
+        unit = "" if self.unit == "B" else f" {self.unit.removesuffix('s') if self.total == 1 else self.unit}"
         text = (
             f"{self.what} {share:4.0%}  {self._amount(self.done)} of {self._amount(self.total)}{unit}"
             f"  {self._amount(rate) if self.unit == 'B' else f'{rate:.2f}'}/s  {tail}"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import GOLDEN, QUESTION, golden_engine, golden_json, golden_tensor
 from PIL import Image
 
 from infer import generate
+from llava_jax import console
 
 CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
 PICTURE = GOLDEN / "images/0_64x48.png"
@@ -171,6 +173,27 @@ def test_no_traceback_in_a_process_of_its_own():
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert (run.returncode, run.stdout, run.stderr) == (1, "", "error: nowhere: no such directory\n")
+
+
+def test_what_takes_long_is_noted_while_it_does(monkeypatch):
+    noted, lines = threading.Event(), []
+    monkeypatch.setattr(console, "note", lambda line: (lines.append(line), noted.set()))
+    with console.elapsed("compiling", every=0.001):
+        assert noted.wait(60)
+    assert lines[0].startswith("compiling: 0:")
+    told = len(lines)
+    with console.elapsed("compiling"):  # but not what is quick
+        pass
+    assert len(lines) == told
+
+
+def test_one_is_singular(capsys):
+    assert [console.plural(n, "row") for n in (0, 1, 2048)] == ["0 rows", "1 row", "2,048 rows"]
+    for total in (1, 2):
+        with console.Progress("training", total, "updates", every=0.0) as bar:
+            bar.advance()
+    said = capsys.readouterr().err
+    assert "1 of 1 update " in said and "1 of 2 updates " in said
 
 
 # ---------------------------------------------------------------- many questions

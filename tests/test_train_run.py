@@ -134,6 +134,15 @@ def test_the_configuration_in_force_is_kept(finished, data):
     assert (kept["learning_rate"], kept["steps"], kept["template"]) == (0.01, 10, "plain")
 
 
+def test_what_is_said_of_a_configuration_is_what_differs_from_its_preset():
+    given = ["--checkpoint", "org/model", "--data", "/d.json", "--output", "/out"]
+    _, config = command.read_config([*given, "--preset", "v1.5-finetune", "--steps", "5"])
+    said = "data /d.json, steps 5, checkpoint org/model, output /out"
+    assert command.describe("v1.5-finetune", config) == f"preset v1.5-finetune with {said}"
+    _, config = command.read_config(given)
+    assert command.describe(None, config) == "defaults with data /d.json, checkpoint org/model, output /out"
+
+
 def test_peak_share():
     """Of one layer, by hand; six operations a weight and position where it is trained, four where it is not."""
     assert [device_peak(kind) for kind in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "cpu")] == [

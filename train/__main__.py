@@ -137,6 +137,16 @@ def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
+def describe(preset: str | None, config: "TrainConfig") -> str:  # noqa: F821
+    """What a configuration has that its preset, or the defaults without one, have not."""
+    from train.config import PRESETS, TrainConfig
+
+    start = PRESETS[preset] if preset else TrainConfig()
+    names = [field.name for field in dataclasses.fields(config)]
+    own = [f"{name} {show(getattr(config, name))}" for name in names if getattr(config, name) != getattr(start, name)]
+    return f"{f'preset {preset}' if preset else 'defaults'} with " + ", ".join(own)
+
+
 def nearest(name: str, known) -> str:
     found = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {found[0]}?" if found else ""
@@ -172,8 +182,7 @@ def main() -> int:
     from train.loop import prepare, train
 
     run = prepare(config)
-    chosen = {field.name: show(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    note("configuration: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    note(f"{describe(args.preset, config)}; all of the configuration is in {run.output.root / 'config.json'}")
     note(run.data.describe())
     return train(run)
 

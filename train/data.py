@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError
+from llava_jax.console import InputError, plural
 from llava_jax.images import most_tiles
 from llava_jax.sharding import format_mesh, row_multiple
 from llava_jax.splice import Batch, Row, pack
@@ -268,24 +268,24 @@ class Data:
         found, asked, wanted = self.estimate(), self.config.global_batch_size, self.wanted
         held = found["conversations"]
         if self.packed:
-            shape = f"{self.length} positions and {counted(self.tiles, 'tile')}"
+            shape = f"{self.length} positions and {plural(self.tiles, 'tile')}"
         else:
             shape = f"up to {self.length} positions, one conversation each"
         lines = [
-            f"{counted(len(self.samples), 'conversation')}, template {self.samples.template}, "
-            f"{counted(self.steps_per_epoch, 'step')} an epoch; a batch is {counted(self.rows, 'row')} of {shape}, "
-            f"about {counted(round(held), 'conversation')} (--global-batch-size {asked}); "
+            f"{plural(len(self.samples), 'conversation')}, template {self.samples.template}, "
+            f"{plural(self.steps_per_epoch, 'step')} an epoch; a batch is {plural(self.rows, 'row')} of {shape}, "
+            f"about {plural(round(held), 'conversation')} (--global-batch-size {asked}); "
             f"padding: {found['padding']:.1%} of positions, {found['tile_padding']:.1%} of tiles"
         ]
         if wanted < asked:
             lines.append(
-                f"warning: --global-batch-size {asked} is more than the {counted(wanted, 'conversation')} that can be "
+                f"warning: --global-batch-size {asked} is more than the {plural(wanted, 'conversation')} that can be "
                 f"trained on: batches of {wanted} are made instead"
             )
         if abs(held - wanted) > NEAR * wanted:
             lines.append(
                 f"warning: a batch holds about {held:.0f} conversations instead of {wanted}: {self._causes()} want "
-                f"{counted(self._multiple, 'row')} at least, and a row has at least one"
+                f"{plural(self._multiple, 'row')} at least, and a row has at least one"
             )
         elif self._per_row:
             lines.append(
@@ -463,11 +463,6 @@ class _Rows(grain.experimental.FlatMapTransform):
 def _part(found) -> tuple[list[Sample], list[BadSample]]:
     found = list(found)
     return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]
-
-
-def counted(n: int, what: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{n:,} {what}" + "s" * (n != 1)
 
 
 def _unused(used: int, room: int) -> float:

@@ -5,6 +5,7 @@ after that has been dispatched are the metrics of update n read.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, Progress, note
+from llava_jax.console import InputError, Progress, elapsed, note, plural
 from llava_jax.export import check_expressible
 from llava_jax.programs import limit_programs
 from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
@@ -68,7 +69,8 @@ def train(run: Run) -> int:
       InputError: the devices are too small; the loss stays infinite; the result cannot be written.
     """
     if run.output.is_finished(run.total, run.checkpoints.latest):
-        note(f"{run.output.root} holds the finished run: {run.total} updates, the model in {run.output.root / 'model'}")
+        updates = plural(run.total, "update")
+        note(f"{run.output.root} holds the finished run: {updates}, the model in {run.output.root / 'model'}")
         return 0
     try:
         return _train(run)
@@ -151,7 +153,7 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
     if not progress:
         check_rates(config, total, opened["data"].wanted)
     if (traced := parse_profile_steps(config.profile_steps)) and traced[0] > total:
-        raise InputError(f"--profile-steps {config.profile_steps}: the run has {total} updates")
+        raise InputError(f"--profile-steps {config.profile_steps}: the run has {plural(total, 'update')}")
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
     if config.export_hf:
         check_expressible(model)
@@ -215,7 +217,8 @@ def _train(run: Run) -> int:
                 jax.profiler.start_trace(str(run.output.files / "profile"))
                 tracing = True
             limit_programs()
-            state, metrics = step_fn(frozen, state, put_batch(batch, mesh, run.data.rows))
+            with elapsed("compiling the first update") if step == run.start else contextlib.nullcontext():
+                state, metrics = step_fn(frozen, state, put_batch(batch, mesh, run.data.rows))
             step += 1
             recorder.add(step, metrics, info, batch)
             if tracing and (step + 1 not in traced or step == run.total):
@@ -250,7 +253,7 @@ def _train(run: Run) -> int:
         return 128 + number
     export(run.output, run.found, run.model, config, state)
     run.output.push(last=True)
-    note(f"{run.total} updates done; the model is in {run.output.root / 'model'}")
+    note(f"{plural(run.total, 'update')} done; the model is in {run.output.root / 'model'}")
     return 0
 
 

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from llava_jax import plan, tpu
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, note
+from llava_jax.console import InputError, note, plural
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, make_mesh, row_multiple
 from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig, check_preset
-from train.data import Data, check_batch, counted, open_data
+from train.data import Data, check_batch, open_data
 from train.drawn import drawn_data
 
 MOST_SLICES = 3  # larger slices that are compiled for
@@ -96,7 +96,7 @@ def plan_run(
         slices = f"{args.slices} x " if args.slices > 1 else ""
         plan.note_compiling(
             f"{what}, {args.preset}, {slices}{topology}, mesh {plan.describe(mesh)}, remat {config.remat}, {rows} x "
-            f"{row_multiple(mesh)} rows of {batch.length:,} positions and {counted(batch.tiles, 'tile')}"
+            f"{row_multiple(mesh)} rows of {batch.length:,} positions and {plural(batch.tiles, 'tile')}"
             + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
         )
         needs, made = plan_step(model, config, mesh, topology, rows, batch.length, batch.tiles)
@@ -286,8 +286,8 @@ def lines(choice: Choice, slices: int) -> Iterator[tuple[str, str]]:
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     yield (
         "batch",
-        f"{counted(batch.rows, 'row')}{parts}, {batch.rows_at_once} x {row_multiple(choice.mesh)} at once, of "
-        f"{batch.length:,} positions and {counted(batch.tiles, 'tile')}: about {batch.conversations:.0f} conversations "
+        f"{plural(batch.rows, 'row')}{parts}, {batch.rows_at_once} x {row_multiple(choice.mesh)} at once, of "
+        f"{batch.length:,} positions and {plural(batch.tiles, 'tile')}: about {batch.conversations:.0f} conversations "
         f"(--global-batch-size {config.global_batch_size})",
     )
     if config.data:
@@ -297,7 +297,7 @@ def lines(choice: Choice, slices: int) -> Iterator[tuple[str, str]]:
             "data",
             f"an assumption: {batch.examples:,} conversations, {batch.data} (--examples, or --data and --checkpoint)",
         )
-    run = f"{counted(batch.updates, 'update')}, {batch.updates * batch.tokens:.3g} tokens"
+    run = f"{plural(batch.updates, 'update')}, {batch.updates * batch.tokens:.3g} tokens"
     if hours := least_hours(choice, slices):
         chips = hours * choice.mesh.size
         run += f", at least {hours:.3g} hours ({chips:.3g} of chips): the roofline's bound, not measured"
@@ -315,7 +315,7 @@ def advice(asked: Choice, found: Choice | None, slices: int) -> str:
         what.append(f"--topology {found.topology}" + (f" ({name})" if name else ""))
     return (
         f"what would: {' '.join(what)}, {found.needs.peak_bytes_per_chip / 1e9:.1f} GB a chip, "
-        f"{counted(batch.rows_at_once, 'row')} at once, about {batch.conversations:.0f} conversations a batch"
+        f"{plural(batch.rows_at_once, 'row')} at once, about {batch.conversations:.0f} conversations a batch"
         + (f", at least {hours:.3g} hours" if hours else "")
     )
 
