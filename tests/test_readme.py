@@ -5,15 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from llava_jax import templates
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_runs(capsys, monkeypatch):
+@pytest.mark.parametrize(("page", "says"), [("README.md", "\ntriangle\nAnswer("), ("docs/generate.md", "brief\n")])
+def test_the_python_runs(capsys, monkeypatch, page, says):
     monkeypatch.chdir(ROOT)
-    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.setattr(templates, "TEMPLATES", dict(templates.TEMPLATES))
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     exec(code, {})
-    assert "(" in capsys.readouterr().out
+    assert says in capsys.readouterr().out
 
 
 def test_the_first_commands_run(monkeypatch):
