@@ -10,7 +10,7 @@ from llava_jax.config import ASPECT_RATIOS, LlavaConfig
 from llava_jax.console import InputError, note
 from llava_jax.layers import REMAT
 from llava_jax.sharding import parse_mesh
-from llava_jax.templates import Template, choose_template, get_template
+from llava_jax.templates import Template, choose_template, get_template, is_program
 
 TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")
 BATCHING = ("packed", "bucketed")
@@ -237,8 +237,9 @@ def _contradictions(config: TrainConfig, model: LlavaConfig) -> dict[str, tuple[
 
 
 def _own_template(model: LlavaConfig) -> str | None:
-    """The name of the checkpoint's template; None for one of its own, which has none."""
-    return choose_template(model)
+    """The name of the checkpoint's template; None for a chat template of its own, which has none."""
+    own = choose_template(model)
+    return None if is_program(own) else own
 
 
 def _kind(template: Template) -> tuple:

@@ -30,6 +30,7 @@ from llava_jax.console import InputError, plural
 from llava_jax.images import most_tiles
 from llava_jax.sharding import format_mesh, row_multiple
 from llava_jax.splice import Batch, Row, pack
+from llava_jax.templates import explain_template
 from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.packing import NEAR, PIECE, enough_tiles, fill_rows, good_length, rows_of_batch, spread
@@ -266,13 +267,16 @@ class Data:
     def describe(self) -> str:
         """A line about the data and its batches, and one more for each way in which they are not what was asked for."""
         found, asked, wanted = self.estimate(), self.config.global_batch_size, self.wanted
+        template = explain_template(self.samples.model, self.config.template)
+        if self.config.template and self.config.preset and "template" not in self.config.given:
+            template = f"{self.config.template} (by the preset)"
         held = found["conversations"]
         if self.packed:
             shape = f"{self.length} positions and {plural(self.tiles, 'tile')}"
         else:
             shape = f"up to {self.length} positions, one conversation each"
         lines = [
-            f"{plural(len(self.samples), 'conversation')}, template {self.samples.template}, "
+            f"{plural(len(self.samples), 'conversation')}, template {template}, "
             f"{plural(self.steps_per_epoch, 'step')} an epoch; a batch is {plural(self.rows, 'row')} of {shape}, "
             f"about {plural(round(held), 'conversation')} (--global-batch-size {asked}); "
             f"padding: {found['padding']:.1%} of positions, {found['tile_padding']:.1%} of tiles"
