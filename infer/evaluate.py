@@ -137,24 +137,27 @@ def _mark_first(text: str) -> str:
     return f"{MARK}\n{text.replace(MARK, '').strip()}".strip() if MARK in text else text
 
 
+def choose_metric(questions: list[Question]) -> str:
+    """ScienceQA's where every right answer says, as there, which option "the answer is"; else exact match."""
+    answers = [question.answer for question in questions if not question.problem]
+    if answers and all("The answer is " in answer and read_option(answer) for answer in answers):
+        note("metric scienceqa, since every right answer names an option; --metric exact_match compares all words")
+        return "scienceqa"
+    return "exact_match"
+
+
 def check_answers(questions: list[Question], metric: str) -> list[Question]:
     """The questions; those whose right answer the metric cannot read have a `problem`.
 
     Raises:
       InputError: none is left that can be asked.
     """
-    options = [read_option(question.answer) for question in questions]
     if metric == "scienceqa":
+        no_option = "the right answer names no option, as --metric scienceqa wants"
+        named = lambda one: one.problem or read_option(one.answer)  # noqa: E731
         questions = [
-            dataclasses.replace(
-                one, problem=f"{one.name}: the right answer names no option, as --metric scienceqa wants"
-            )
-            if option is None and not one.problem
-            else one
-            for one, option in zip(questions, options, strict=True)
+            one if named(one) else dataclasses.replace(one, problem=f"{one.name}: {no_option}") for one in questions
         ]
-    elif any(options) and all(option or one.problem for option, one in zip(options, questions, strict=True)):
-        note("the right answers name options; --metric scienceqa compares these alone")
     if all(question.problem for question in questions):
         more = f" ({len(questions)} rows, and none can be asked)" if len(questions) > 1 else ""
         raise InputError(f"{questions[0].problem}{more}")
@@ -240,8 +243,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, metavar="FILE", help="conversations: a JSON list or JSON lines")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
     p.add_argument(
-        "--metric", choices=METRICS, default="exact_match",
-        help="exact_match, the default: the same words; scienceqa: the same option, as the reference reads it",
+        "--metric", choices=METRICS,
+        help="exact_match: the same words; scienceqa: the same option, as the reference reads it, the default where "
+        "every right answer says which (\"The answer is B.\")",
     )  # fmt: skip
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions at a time (default 32)")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
@@ -254,9 +258,11 @@ def main() -> int:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
-    questions = check_answers(read_questions(Path(args.data), Path(args.image_folder or ".")), args.metric)
+    questions = read_questions(Path(args.data), Path(args.image_folder or "."))
+    metric = args.metric or choose_metric(questions)
+    questions = check_answers(questions, metric)
     engine = load_engine(args)
-    result = evaluate(engine, questions, METRICS[args.metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
+    result = evaluate(engine, questions, METRICS[metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
     print(json.dumps(result) if args.json else table(result))
     if result.get("no_option"):
         note(f"{result['no_option']} answers name no single option; they count as wrong")
