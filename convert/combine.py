@@ -14,8 +14,9 @@ import numpy as np
 
 from llava_jax import names
 from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth
-from llava_jax.config_json import is_original, read_json
+from llava_jax.config_json import is_original
 from llava_jax.console import InputError
+from llava_jax.json_files import read_json
 from llava_jax.sources import Found, Source, Tensor, configure, find_tower, has_tensors, open_file, open_source
 
 PEFT = re.compile(r"^base_model\.model\.")

@@ -8,9 +8,10 @@ import numpy as np
 
 from llava_jax import names
 from llava_jax.config import LlavaConfig, tiny
-from llava_jax.config_json import is_original, read_config, read_json
+from llava_jax.config_json import is_original, read_config
 from llava_jax.console import InputError, note, printable
 from llava_jax.directories import find_directory
+from llava_jax.json_files import read_json
 from llava_jax.orbax_files import open_ours
 from llava_jax.sources import open_file, tensor_files
 
@@ -91,7 +92,7 @@ def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig
         vision = read_json(directory / tower / "config.json") if isinstance(tower, str) and tower else None
         return dialect, read_config(fields, vision=vision, name=directory.name)
     except InputError as error:
-        note(f"warning: {error}")
+        note(f"warning: {str(error).partition(': give ')[0]}")
         return dialect, None
 
 

@@ -119,7 +119,8 @@ class Engine:
     ):
         self.params, self.config, self.tokenizer, self.mesh = params, config, tokenizer, mesh
         self.int8_cache = int8_cache
-        self.template = get_template(template or choose_template(config))
+        self.template_name = template or choose_template(config)
+        self.template = get_template(self.template_name)
         self.buckets = buckets or Buckets()
         prepare_tokenizer(tokenizer, config)
         self.eos_ids = end_ids(config, tokenizer, self.template)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.config import LlavaConfig
-from llava_jax.config_json import read_json
 from llava_jax.console import InputError, note, shorten
+from llava_jax.json_files import read_json
 from llava_jax.templates import MARK, TEMPLATES, render, render_chat
 from llava_jax.tokenizer import load_tokenizer
 
@@ -20,9 +20,9 @@ PROBES = (
 def read_chat_template(directory: Path) -> tuple[str, str] | None:
     """The chat template of a checkpoint, and the file that holds it; None where there is none.
 
-    transformers' processors look in this order (processing_utils.py). The tokens that the program may name are set in
-    front of it, so that it can be run by itself: BOS to nothing if the tokenizer adds one anyway. What it writes for an
-    image becomes `<image>`.
+    The files are looked at in the order of transformers' processors (processing_utils.py `get_processor_dict`), and the
+    tokenizer's last. The tokens that the program may name are set in front of it, so that it can be run by itself. What
+    it writes for an image becomes `<image>`.
 
     Raises:
       InputError: a file cannot be read.
@@ -31,20 +31,25 @@ def read_chat_template(directory: Path) -> tuple[str, str] | None:
     if found is None:
         return None
     program, file = found
+    tokens = _special_tokens(directory)
+    image = _content((read_json(directory / "processor_config.json") or {}).get("image_token"))
+    image = image or tokens.pop("image_token", None) or MARK
+    given = "".join(f"{{%- set {key} = {_quoted(token)} -%}}" for key, token in tokens.items())
+    return given + program.removeprefix(given).replace(image, MARK), file
+
+
+def _special_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens that a tokenizer's files name, which a chat template may use."""
     settings = (read_json(directory / "special_tokens_map.json") or {}) | (
         read_json(directory / "tokenizer_config.json") or {}
     )
-    tokens = {key: settings.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    tokens = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
-    if "bos_token" in program and load_tokenizer(directory).bos_id is not None:
-        tokens["bos_token"] = ""
-    processor = read_json(directory / "processor_config.json") or {}
-    image = processor.get("image_token") or settings.get("image_token") or MARK
-    image = image.get("content", MARK) if isinstance(image, dict) else str(image)
-    given = "".join(
-        f"{{%- set {key} = {_quoted(token)} -%}}" for key, token in tokens.items() if isinstance(token, str)
-    )
-    return given + program.replace(image, MARK), file
+    keys = ("bos_token", "eos_token", "unk_token", "pad_token", "image_token")
+    return {key: token for key in keys if (token := _content(settings.get(key)))}
+
+
+def _content(token: Any) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _quoted(token: str) -> str:
@@ -52,14 +57,15 @@ def _quoted(token: str) -> str:
 
 
 def _find(directory: Path) -> tuple[str, str] | None:
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8"), path.name
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        program = _default((read_json(directory / name) or {}).get("chat_template"))
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+        path = directory / name
+        if path.suffix == ".jinja":
+            try:
+                program = path.read_text(encoding="utf-8") if path.exists() else None
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        else:
+            program = _default((read_json(path) or {}).get("chat_template"))
         if program:
             return program, name
     return None
@@ -74,14 +80,18 @@ def _default(template: Any) -> str | None:
     return template if isinstance(template, str) and template.strip() else None
 
 
-def with_chat_template(config: LlavaConfig, found: tuple[str, str] | None) -> LlavaConfig:
+def with_chat_template(config: LlavaConfig, directory: Path) -> LlavaConfig:
     """The configuration with the template that its checkpoint carries: a named one if that writes the same, else the
     checkpoint's own. What `config.json` names stands."""
-    if found is None or config.template:
+    found = None if config.template else read_chat_template(directory)
+    if found is None:
         return config
     program, file = found
     try:
         written = [render_chat(program, probe) for probe in PROBES]
+        bos = _special_tokens(directory).get("bos_token")
+        if bos and written[0].startswith(bos) and load_tokenizer(directory).bos_id is not None:  # which adds it anyway
+            written = [text.removeprefix(bos) for text in written]
     except InputError as error:
         note(f"warning: {file}: not used: {shorten(str(error), 200)}")
         return config

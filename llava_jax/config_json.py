@@ -13,15 +13,13 @@ key is read, known to make no difference, supported with some values only, or na
 `model_type` does not tell the last two dialects apart (both write `llava`), the fields do.
 """
 
-import ast
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
-from llava_jax.config import CLIP_MEAN, CLIP_STD, PINPOINTS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
+from llava_jax.config import PINPOINTS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.config_keys import check_keys
 from llava_jax.console import InputError, shorten
+from llava_jax.image_processor import processor_class, read_pinpoints, read_pixels
 
 # Hugging Face: model type -> class.
 MODEL_TYPES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
@@ -190,10 +188,11 @@ def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> 
         raise _refuse("vision_feature_select_strategy", strategy, ("default", "full"))
     if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
         raise _refuse("projector_hidden_act", act, ("gelu",))
-    pinpoints = _pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else ()
+    pinpoints = read_pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else ()
     # The processor's own padding is off unless its file says otherwise; all v1.5 weights were trained with it.
     aspect = "anyres" if following else config.get("image_aspect_ratio", "pad")
-    pads = preprocessor.get("do_pad", False) and preprocessor.get("image_processor_type") != "CLIPImageProcessor"
+    names_clip = "image_processor_type" in preprocessor and processor_class(preprocessor) == "CLIPImageProcessor"
+    pads = preprocessor.get("do_pad", False) and not names_clip  # to a square, which CLIP's own never does
     return LlavaConfig(
         text=_text(text.get("model_type", "llama"), text, tied=_is_tied(config) or _is_tied(text)),
         vision=_vision(
@@ -220,7 +219,10 @@ def _is_tied(config: dict[str, Any]) -> bool:
 
     transformers 5 takes either place's word for it (models/llava/configuration_llava.py).
     """
-    return bool(config.get("tie_word_embeddings", False))
+    tied = config.get("tie_word_embeddings")
+    if tied not in (None, True, False):
+        raise _refuse("tie_word_embeddings", tied, ("true", "false"))
+    return bool(tied)
 
 
 def _from_original(config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: dict[str, Any]) -> LlavaConfig:
@@ -237,7 +239,7 @@ def _from_original(config: dict[str, Any], vision: dict[str, Any] | None, prepro
         vision = KNOWN_TOWERS[tower]
     aspect = config.get("image_aspect_ratio") or "square"
     pinpoints = config.get("image_grid_pinpoints")
-    pinpoints = _pinpoints(pinpoints) if aspect == "anyres" and pinpoints else ()
+    pinpoints = read_pinpoints(pinpoints) if aspect == "anyres" and pinpoints else ()
     select = config.get("mm_vision_select_feature", "patch")
     if select not in ("patch", "cls_patch"):
         raise _refuse("mm_vision_select_feature", select, ("patch", "cls_patch"))
@@ -276,15 +278,6 @@ def _original_family(config: dict[str, Any]) -> str:
     return families.pop()
 
 
-def _pinpoints(value) -> tuple[tuple[int, int], ...]:
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise InputError(f"config.json: image_grid_pinpoints {value!r} is not a list of sizes") from None
-    return tuple((int(a), int(b)) for a, b in value)
-
-
 def _text(family: str, fields: dict[str, Any], *, tied: bool) -> TextConfig:
     if family not in _TEXT_DEFAULTS:
         raise InputError(
@@ -294,7 +287,7 @@ def _text(family: str, fields: dict[str, Any], *, tied: bool) -> TextConfig:
     get = (_TEXT_DEFAULTS[family] | fields).get
     width, heads = get("hidden_size"), get("num_attention_heads")
     eos = get("eos_token_id", 2)
-    rope = dict(get("rope_parameters") or get("rope_scaling") or {})
+    rope = (get("rope_parameters") or {}) | (get("rope_scaling") or {})  # transformers 5 takes the latter of both
     check_keys("rope", rope)
     return TextConfig(
         vocab_size=get("vocab_size"),
@@ -326,7 +319,7 @@ def _sliding_window(family: str, get) -> int | None:
     window, layers = get("sliding_window"), get("num_hidden_layers")
     if not window or family == "llama" or (family == "qwen2" and not get("use_sliding_window", False)):
         return None
-    kinds = get("layer_types")  # transformers 5
+    kinds = get("layer_types") if family == "qwen2" else None  # of transformers 5
     if kinds is None:
         first = get("max_window_layers", 28) if family == "qwen2" else 0  # layers before it see everything
         kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
@@ -380,113 +373,3 @@ def _vision(
         **read_pixels(preprocessor, get("image_size"), aspect_ratio, pinpoints),
         **more,
     )
-
-
-# ---------------------------------------------------------------- the image processor
-
-PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
-
-
-def read_preprocessor(directory: Path) -> dict[str, Any]:
-    """The image processor's settings: those that transformers 5 writes into `processor_config.json`, or those of
-    `preprocessor_config.json` (models/auto/image_processing_auto.py `get_image_processor_config`)."""
-    nested = (read_json(directory / "processor_config.json") or {}).get("image_processor")
-    if nested is not None and not isinstance(nested, dict):
-        raise InputError(f"{directory / 'processor_config.json'}: image_processor is no JSON object")
-    return nested or read_json(directory / "preprocessor_config.json") or {}
-
-
-def read_pixels(
-    preprocessor: dict[str, Any], image_size: int, aspect_ratio: str, pinpoints: tuple[tuple[int, int], ...]
-) -> dict[str, Any]:
-    """The fields of `VisionConfig` that an image processor's settings make.
-
-    Raises:
-      InputError: it makes something of an image that neither the original nor transformers would feed this tower.
-    """
-    get = preprocessor.get
-
-    def refuse(field: str, why: str) -> InputError:
-        value = json.dumps(get(field)) if field in preprocessor else "missing"
-        return InputError(f"the image processor's {field} ({shorten(value)}) {why}")
-
-    kind = str(get("image_processor_type") or get("feature_extractor_type") or PROCESSORS[0])
-    kind = kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if kind not in PROCESSORS:
-        raise refuse("image_processor_type", f"is not supported, only {', '.join(PROCESSORS)}")
-    check_keys("preprocessor", preprocessor)
-    crops = get("do_center_crop", True)
-    crop = _edges(get("crop_size")) or (image_size,)
-    if crops and set(crop) != {image_size}:
-        raise refuse("crop_size", f"is not the vision tower's image size, {image_size}")
-    resize = (_edges(get("size")) or (image_size,)) if get("do_resize", True) else ()
-    if resize is not None and not crops and resize != (image_size, image_size):
-        raise refuse("do_center_crop", f"wants a size of height and width {image_size}: tiles are square")
-    if aspect_ratio == "anyres":
-        if resize and set(resize) != {image_size}:
-            raise refuse("size", f"is not the vision tower's image size, {image_size}, which tiles of a grid have")
-        resize, crops = (image_size,), True  # tiles are of that size already
-        listed = get("image_grid_pinpoints")
-        if listed and set(_pinpoints(listed)) != set(pinpoints):
-            raise refuse("image_grid_pinpoints", "are not those of config.json")
-    resample = get("resample", 3)
-    if type(resample) is not int or not 1 <= resample <= 5:
-        raise refuse("resample", "is not supported, only Pillow's 1 to 5 (Lanczos, bilinear, bicubic, box, Hamming)")
-    factor = get("rescale_factor", 1 / 255) if get("do_rescale", True) else 1.0
-    if type(factor) not in (int, float) or not 0 < factor <= 1:
-        raise refuse("rescale_factor", "must be above 0, and at most 1")
-    mean, std = get("image_mean") or CLIP_MEAN, get("image_std") or CLIP_STD
-    for field, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != 3 or not all(type(x) in (int, float) for x in values) or (field[6:] == "std" and 0 in values):
-            raise refuse(field, "must be three numbers, one for each colour" + ", not 0" * (field == "image_std"))
-    return dict(
-        resize=None if resize == (image_size,) else resize,
-        center_crop=bool(crops),
-        resample=resample,
-        rescale_factor=float(factor),
-        normalize=bool(get("do_normalize", True)),
-        image_mean=tuple(map(float, mean)),
-        image_std=tuple(map(float, std)),
-    )
-
-
-def _edges(size: Any) -> tuple[int, ...] | None:
-    """(shortest edge,) or (height, width) of a `size` in any of its spellings; None where there is none."""
-    if size is None:
-        return None
-    if type(size) is int:  # as CLIP's first files have it
-        edges = (size,)
-    elif isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        edges = (size["shortest_edge"],)
-    elif isinstance(size, dict) and set(size) == {"height", "width"}:
-        edges = (size["height"], size["width"])
-    else:
-        edges = ()
-    if not edges or not all(type(edge) is int and 0 < edge <= 10_000 for edge in edges):
-        raise InputError(
-            f"the image processor's size {shorten(json.dumps(size))} is not supported, only a shortest_edge, or a "
-            "height and a width"
-        )
-    return edges
-
-
-# ---------------------------------------------------------------- JSON
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The contents of a JSON file, None where there is no such file.
-
-    Raises:
-      InputError: the file is no JSON object.
-    """
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: no JSON object")
-    return value

@@ -52,8 +52,9 @@ READ: dict[str, frozenset[str]] = {
         type""".split()
     ),
     "preprocessor": frozenset(
-        """crop_size do_center_crop do_normalize do_pad do_rescale do_resize feature_extractor_type image_grid_pinpoints
-        image_mean image_processor_type image_std rescale_factor resample size""".split()
+        """crop_size default_to_square do_center_crop do_normalize do_pad do_rescale do_resize
+        feature_extractor_type image_grid_pinpoints image_mean image_processor_type image_std
+        rescale_factor resample size pad_size""".split()
     ),
 }
 NO_DIFFERENCE: dict[str, frozenset[str]] = {
@@ -78,9 +79,9 @@ NO_DIFFERENCE: dict[str, frozenset[str]] = {
     ),
     "rope": frozenset(),
     "preprocessor": frozenset(
-        """_processor_class aspect_ratio_setting auto_map data_format default_to_square device disable_grouping
-        do_convert_rgb image_seq_length input_data_format num_additional_image_tokens pad_size patch_size
-        processor_class return_tensors use_fast vision_feature_select_strategy""".split()
+        """_processor_class _valid_processor_keys aspect_ratio_setting auto_map data_format device
+        disable_grouping do_convert_rgb image_seq_length input_data_format num_additional_image_tokens
+        patch_size processor_class return_tensors use_fast vision_feature_select_strategy""".split()
     ),
 }
 # Keys that are supported with these values only: with others the model would compute something else.

@@ -67,7 +67,10 @@ def encode_prompt(
     template: Template, turns: Sequence[str | None], tokenizer: Tokenizer, *, system: str | None = None
 ) -> np.ndarray:
     """Token ids [n] of a conversation that the model is to continue."""
-    return encode(render(template, turns, system=system)[0], tokenizer)[0]
+    text, _ = render(template, turns, system=system)
+    if template.style == "jinja" and tokenizer.bos_id is not None:  # written and added, one of them is enough
+        text = text.removeprefix(tokenizer.token(tokenizer.bos_id))
+    return encode(text, tokenizer)[0]
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, config: LlavaConfig) -> None:
@@ -147,10 +150,12 @@ def _turns(speakers: list[str], values: list[str]) -> list[str]:
 
 
 def _inside(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """[n] whether a token begins in one of the spans."""
+    """[n] whether a token begins in one of the spans, or before it and ends in it: where a tokenizer's normalization
+    makes the newline of a header a space, the space is part of the answer's first token."""
     inside = np.zeros(len(offsets), bool)
+    begins, ends = offsets.T
     for start, end in spans:
-        inside |= (offsets[:, 0] >= start) & (offsets[:, 0] < end)
+        inside |= (begins < end) & ((begins >= start) | (ends > start))
     return inside
 
 

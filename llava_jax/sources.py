@@ -18,17 +18,20 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax import names, safetensors, torch_files
-from llava_jax.chat_template import read_chat_template, with_chat_template
+from llava_jax.chat_template import with_chat_template
 from llava_jax.config import LlavaConfig
-from llava_jax.config_json import is_original, read_config, read_json, read_preprocessor
+from llava_jax.config_json import is_original, read_config
 from llava_jax.console import InputError, note, shorten
+from llava_jax.image_processor import read_preprocessor
+from llava_jax.json_files import read_json
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of
 
 MOST = 8  # tensors of a kind of mistake that are named
-# What quantized weights are stored as (bitsandbytes, GPTQ, AWQ, compressed-tensors, HQQ).
+# What comes with quantized weights (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, HQQ, AQLM, EETQ, quanto).
 QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|g_idx|SCB|weight_format|W_q|weight_packed|weight\.(absmax|quant_map|nested_|quant_state).*)$"
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|W_q|codes|codebooks|input_scale|weight_(packed|scale|zero_point).*"
+    r"|weight\.(absmax|quant_map|nested_|quant_state|_data|_scale).*)$"
 )
 FLOATS = {np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
 INDEXES = (safetensors.INDEX, "pytorch_model.bin.index.json")
@@ -107,7 +110,7 @@ def configure(
         name=name,
     )
     # The template beside an original is its language model's, which knows no images and was not trained with.
-    return config if original else with_chat_template(config, read_chat_template(directory))
+    return config if original else with_chat_template(config, directory)
 
 
 def find_tower(directory: Path, fields: dict, given: Path | None) -> Path | None:
@@ -242,7 +245,9 @@ class Found:
         Raises:
           InputError: it is not whole; everything that is wrong is named.
         """
-        if quantized := [name for name in self.unknown if QUANTIZED.search(name.split(" ")[0])]:
+        quantized = [name for name in self.unknown if QUANTIZED.search(name.split(" ")[0])]
+        quantized += [f"{t.name} {t.dtype} ({t.file})" for t in self.tensors.values() if t.dtype.kind in "iu"]
+        if quantized:
             raise InputError(
                 f"{directory}: its weights are quantized ({shorten(quantized[0])}), which is not supported; give the "
                 "model's unquantized weights"

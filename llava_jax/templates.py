@@ -186,6 +186,8 @@ def _guess(config: LlavaConfig) -> tuple[str, str]:
         return "llava_llama_3", "a Llama 3 decoder"
     if 64_000 <= text.vocab_size < 65_000:
         return "chatml_direct", "a Yi decoder"
+    if text.family == "mistral" and config.merge == "flat" and "mistral" not in name:
+        return "llava_v1", "a Mistral decoder in a v1.5 model, as BakLLaVA"
     if text.family == "mistral":
         return "mistral_instruct", "a Mistral decoder"
     if "llama-2" in name or "llama2" in name:
@@ -268,23 +270,25 @@ def render_chat(program: str, turns: Sequence[str | None], *, system: str | None
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    marks = sum(turn.count(MARK) for turn in turns if turn)
-    said = [("user", "assistant")[i % 2] for i in range(len(turns))]
-    messages = [(role, turn) for role, turn in zip(said, turns, strict=True) if turn is not None]
-    messages = ([("system", system)] if system else []) + messages
+    said = [("system", system)] if system else []
+    said += [(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns) if turn is not None]
+    marks = sum(turn.count(MARK) for _, turn in said)
     problem = ""
     for content_of in (_parts, str):
+        messages = [{"role": role, "content": content_of(turn)} for role, turn in said]
         try:
-            [[text], _] = render_jinja_template(
-                [[{"role": role, "content": content_of(text)} for role, text in messages]],
-                chat_template=program,
-                add_generation_prompt=turns[-1] is None,
+            [[written], _] = render_jinja_template(
+                [messages], chat_template=program, add_generation_prompt=turns[-1] is None
             )
         except Exception as error:  # whatever a stranger's program raises
             problem = problem or first_line(error)
             continue
-        if text.count(MARK) == marks:
-            return text
+        if any(str(part) in written for part in messages[-1]["content"] if isinstance(part, dict)):
+            continue  # a template of text only, which wrote a list out
+        if system and system.strip() not in written:
+            problem = "it has no place for a system message"
+        elif written.count(MARK) == marks:
+            return written
     raise InputError(
         "the checkpoint's own chat template cannot write this conversation"
         f"{f' ({shorten(problem)})' if problem else ''}; name a template with --template"

@@ -14,23 +14,22 @@ a text. The legacy tokenizer does so for each piece of text between added tokens
 corrected one at the beginning of the text only (`USER`). Weights want the setting that they were trained with.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, processors
 
-from llava_jax.config_json import read_json
 from llava_jax.console import InputError, first_line, note
+from llava_jax.json_files import read_json
+from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, added_token, content_of, prefix_after_images
+from llava_jax.templates import MARK
 
 FILES = (
     "tokenizer.model",
@@ -41,11 +40,14 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-SPACE = "▁"
+# Prompts that an exported tokenizer is tried with.
+PROBES = (
+    f"USER: {MARK}\nWhat is shown?  It's 2024! ASSISTANT: A cat.</s>",
+    f"<|im_start|>user\n{MARK}\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+    f"USER: {MARK}\nnaïve café ﬁne a\u0308\u0323 猫 🙂 ASSISTANT:",
+)
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the first line of what Llama 3 calls tokenizer.model
-
-Offsets = list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -57,9 +59,9 @@ class Tokenizer:
       files: the files it was read from, by name, to go along with a checkpoint.
     """
 
-    def __init__(self, engine: "_SentencePiece | _Json", settings: dict[str, Any], files: dict[str, bytes]):
+    def __init__(self, engine: "SlowTokenizer | _Json", settings: dict[str, Any], files: dict[str, bytes]):
         self._engine, self._settings, self.files = engine, settings, files
-        token = {key: _content(settings.get(f"{key}_token")) for key in ("bos", "eos", "unk", "pad")}
+        token = {key: content_of(settings.get(f"{key}_token")) for key in ("bos", "eos", "unk", "pad")}
         ids = self._ids = {key: engine.token_id(t) if t else None for key, t in token.items()}
         self.bos_id = ids["bos"] if settings["add_bos_token"] else None
         self.eos_id, self.unk_id = ids["eos"], ids["unk"]
@@ -79,10 +81,7 @@ class Tokenizer:
 
     def decode_settled(self, ids: Sequence[int]) -> str:
         """The part of the text of ids that no id after them can change: it ends before an unfinished character."""
-        n = len(ids)
-        while n and re.fullmatch(r"<0x[0-9A-F]{2}>", self._engine.token(int(ids[n - 1])) or ""):
-            n -= 1
-        return self.decode(ids[:n]).rstrip("\ufffd")
+        return self._engine.decode_settled([int(i) for i in ids]).rstrip("\ufffd")
 
     def token_id(self, token: str) -> int | None:
         return self._engine.token_id(token)
@@ -112,6 +111,7 @@ class Tokenizer:
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
             )
         engine.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in new_tokens])
+        self._compare(engine)
         settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
         for gone in ("auto_map", "chat_template", "add_prefix_space", "extra_special_tokens", "use_fast", "backend"):
             settings.pop(gone, None)
@@ -130,21 +130,20 @@ class Tokenizer:
         }  # fmt: skip
         name["pad"] = pad or name["pad"]
         settings |= {f"{key}_token": token for key, token in name.items() if token is not None}
-        if isinstance(self._engine, _SentencePiece):
+        if isinstance(self._engine, SlowTokenizer):
             settings["legacy"] = self._engine.legacy
         kept = {file: self.files[file] for file in ("tokenizer.model",) if file in self.files}
         return {**kept, "tokenizer.json": engine.to_str(pretty=True), "tokenizer_config.json": settings}
 
-
-def _content(token) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _added(token: str | dict, special: bool) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, special=special, normalized=not special)
-    flags = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized")}
-    return AddedToken(token["content"], special=token.get("special", special), **flags)
+    def _compare(self, engine: tokenizers.Tokenizer) -> None:
+        """Warn if another engine gives a prompt other ids: not all that SentencePiece does can be said there."""
+        image = engine.token_to_id(MARK)
+        for probe in PROBES:
+            ids = [self.encode(piece)[0] for piece in probe.split(MARK)]
+            ours = ids[0] + [i for piece in ids[1:] for i in (image, *piece)]
+            if image is not None and ours != engine.encode(probe, add_special_tokens=False).ids:
+                note(f"warning: transformers' tokenizer gives other ids than this one, for {probe!r} for example")
+                return
 
 
 # ---------------------------------------------------------------- reading
@@ -162,31 +161,36 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     except OSError as error:
         raise InputError(f"{directory}: its tokenizer cannot be read ({error.strerror or error})") from None
     config = read_json(directory / "tokenizer_config.json") or {}
-    settings = (read_json(directory / "special_tokens_map.json") or {}) | {
-        key: value for key, value in config.items() if value is not None
-    }
+    # As transformers: of older files the map counts, of newer ones nothing but the configuration.
+    newer = "added_tokens_decoder" in config
+    settings = config if newer else config | (read_json(directory / "special_tokens_map.json") or {})
     added = read_json(directory / "added_tokens.json") or {}
+    if "tokenizer.json" not in files and "vocab.json" in files and "tokenizer_class" not in settings:
+        raise InputError(f"{directory}: vocab.json needs a tokenizer_config.json that names its tokenizer_class")
     if "tokenizer.json" in files and TIKTOKEN.match(files.get("tokenizer.model", b"")):
         files.pop("tokenizer.model")
     if "tokenizer.model" in files:
         plain = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-        engine = _SentencePiece(
+        engine = SlowTokenizer(
             files["tokenizer.model"],
             directory / "tokenizer.model",
-            legacy=bool(settings.get("legacy", True)),
-            unk=_content((plain | settings)["unk_token"]),
+            legacy=settings.get("legacy") is not False,
+            unk=content_of((plain | settings)["unk_token"]) or "<unk>",
             special=_special_tokens(settings) + [token for key, token in plain.items() if key in SPECIAL],
             added=_added_tokens(settings, added),
         )
     elif "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys():
         engine = _Json(_read_engine(files, settings, directory), _added_tokens(settings, added), settings, directory)
-        first = engine.first_token
-        plain = {"bos_token": first, "add_bos_token": first is not None}
+        first, plain = engine.first_token, {}
         if str(settings.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
             # What this class of transformers has by default, whatever the file says.
             usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-            plain |= {key: token for key, token in usual.items() if engine.token_id(token) is not None}
+            plain = {key: token for key, token in usual.items() if engine.token_id(token) is not None}
             plain["add_bos_token"] = True
+        elif first is not None:
+            settings = settings | {"bos_token": first, "add_bos_token": True}
+        else:
+            settings = settings | {"add_bos_token": False}
     else:
         raise InputError(f"{directory}: no tokenizer (neither tokenizer.model nor tokenizer.json)")
     return Tokenizer(engine, plain | settings, files)
@@ -201,216 +205,25 @@ def _special_tokens(settings: dict[str, Any]) -> list[str | dict]:
 
 def _added_tokens(settings: dict[str, Any], added: dict[str, int]) -> dict[int, AddedToken]:
     """Tokens beyond the model's own pieces: `added_tokens_decoder` (new) and `added_tokens.json` (old)."""
-    special = {_content(token) for token in _special_tokens(settings)}
-    old = {int(i): _added(content, content in special) for content, i in added.items()}
+    special = {content_of(token) for token in _special_tokens(settings)}
+    old = {int(i): added_token(content, content in special) for content, i in added.items()}
     new = settings.get("added_tokens_decoder") or {}
-    return old | {int(i): _added(token, False) for i, token in new.items()}
+    return old | {int(i): added_token(token, False) for i, token in new.items()}
 
 
 def _read_engine(files: dict[str, bytes], settings: dict[str, Any], directory: Path) -> tokenizers.Tokenizer:
     try:
         if "tokenizer.json" not in files:  # the two files of GPT-2's kind: their class in transformers reads them
-            from transformers import AutoTokenizer
+            import transformers
 
-            return AutoTokenizer.from_pretrained(
-                directory, tokenizer_type=None, trust_remote_code=False
-            ).backend_tokenizer
+            kind = str(settings.get("tokenizer_class"))
+            return getattr(transformers, kind.removesuffix("Fast")).from_pretrained(directory).backend_tokenizer
         fields = json.loads(files["tokenizer.json"])
         fields |= {"truncation": None, "padding": None}  # of whoever saved it; neither is part of a prompt
         return tokenizers.Tokenizer.from_str(json.dumps(fields))
     except Exception as error:
         name = "tokenizer.json" if "tokenizer.json" in files else "vocab.json"
         raise InputError(f"{directory / name}: cannot be read ({first_line(error)})") from None
-
-
-# ---------------------------------------------------------------- SentencePiece
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """A stretch of a text: what it says, where it begins, and its id if it is an added token."""
-
-    text: str
-    start: int
-    id: int | None = None
-
-
-class _SentencePiece:
-    """SentencePiece, inside the rules of transformers 4.37.2 (tokenization_utils.py `PreTrainedTokenizer.tokenize`,
-    models/llama/tokenization_llama.py)."""
-
-    def __init__(
-        self,
-        proto: bytes,
-        path: Path,
-        *,
-        legacy: bool,
-        unk: str,
-        special: list[str | dict],
-        added: dict[int, AddedToken],
-    ):
-        self.legacy, self._proto, self._unk = legacy, proto, unk
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(
-                model_proto=proto if self.legacy else _without_dummy_prefix(proto)
-            )
-            self._size = self._model.get_piece_size()
-        except Exception as error:
-            raise InputError(f"{path}: no SentencePiece model ({first_line(error)})") from None
-        self._unk_length = len(self._model.encode(unk))
-        self._special = {_content(token) for token in special}
-        self.added = dict(added)
-        contents = {token.content for token in added.values()}
-        for token in special:
-            # A usual one that the checkpoint neither names nor has is none.
-            usual = token in ("<s>", "</s>", "<unk>") and self._piece_id(token) is None
-            if _content(token) not in contents and not usual:
-                contents.add(_content(token))
-                self._add(_added(token, True))
-        self._index()
-
-    def __len__(self) -> int:
-        return max(self._size, *(i + 1 for i in self.added))
-
-    def _add(self, token: AddedToken) -> None:
-        i = self._piece_id(token.content)
-        self.added[len(self) if i is None else i] = token
-
-    def _index(self) -> None:
-        self._ids = {token.content: i for i, token in self.added.items()}
-        by_length = sorted(filter(None, self._ids), key=len, reverse=True)
-        self._split_at = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-
-    def add_special(self, tokens: list[str]) -> None:
-        for token in tokens:
-            self._add(AddedToken(token, normalized=False, special=True))
-        self._special |= set(tokens)
-        self._index()
-
-    def _piece_id(self, token: str) -> int | None:
-        i = self._model.piece_to_id(token)
-        return i if self._model.id_to_piece(i) == token else None
-
-    def token_id(self, token: str) -> int | None:
-        return self._ids[token] if token in self._ids else self._piece_id(token)
-
-    def token(self, i: int) -> str | None:
-        if i in self.added:
-            return self.added[i].content
-        return self._model.id_to_piece(i) if 0 <= i < self._size else None
-
-    def encode(self, text: str) -> tuple[list[int], Offsets]:
-        shift = 0
-        if not self.legacy and text:
-            text, shift = SPACE + text.replace(SPACE, " "), 1
-        ids, offsets = [], []
-        for piece in self._split(text):
-            if piece.id is not None:
-                if shift and piece.text in self._special and [self.token(i) for i in ids] == [SPACE]:
-                    ids, offsets = [], []  # no space before a text that begins with a special token
-                ids.append(piece.id)
-                offsets.append((piece.start, piece.start + len(piece.text)))
-            else:
-                found, spans = self._encode_text(piece.text)
-                ids += found
-                offsets += [(piece.start + a, piece.start + b) for a, b in spans]
-        return ids, [(max(a - shift, 0), max(b - shift, 0)) for a, b in offsets]
-
-    def _split(self, text: str) -> list[_Piece]:
-        """The text at its added tokens, each of which may take spaces beside it along, or want to be a word."""
-        pieces, end = [], 0
-        for match in self._split_at.finditer(text):
-            if match.start() > end:
-                pieces.append(_Piece(text[end : match.start()], end))
-            pieces.append(_Piece(match[0], match.start(), self._ids[match[0]]))
-            end = match.end()
-        if end < len(text):
-            pieces.append(_Piece(text[end:], end))
-        for i, piece in enumerate(pieces):
-            if piece.id is None:
-                continue
-            token = self.added[piece.id]
-            left = pieces[i - 1] if i else None
-            right = pieces[i + 1] if i + 1 < len(pieces) else None
-            if token.rstrip and right and right.id is None:
-                kept = right.text.lstrip()
-                pieces[i + 1] = right = _Piece(kept, right.start + len(right.text) - len(kept))
-            if token.lstrip and left and left.id is None:
-                pieces[i - 1] = left = _Piece(left.text.rstrip(), left.start)
-            if token.single_word and left and left.text and left.text[-1] != " ":
-                pieces[i - 1], pieces[i] = _Piece(left.text + piece.text, left.start), _Piece("", piece.start)
-            elif token.single_word and right and right.text and right.text[0] != " ":
-                pieces[i + 1], pieces[i] = _Piece(piece.text + right.text, piece.start), _Piece("", piece.start)
-        return [piece for piece in pieces if piece.text]
-
-    def _encode_text(self, text: str) -> tuple[list[int], Offsets]:
-        skip = ""
-        if not self.legacy and text.startswith((SPACE, " ")):
-            skip = self._unk  # SentencePiece would strip the space at the beginning of a text
-        found = self._model.encode(skip + text, return_type="offset_mapping")
-        ids, offsets = found["ids"], found["offsets"]
-        if skip and len(ids) >= self._unk_length:
-            ids, offsets = ids[self._unk_length :], offsets[self._unk_length :]
-        return ids, [(max(a - len(skip), 0), max(b - len(skip), 0)) for a, b in offsets]
-
-    def decode(self, ids: list[int], special: bool) -> str:
-        text, run = "", []
-        for i in [*ids, None]:
-            token = self.added.get(i) if i is not None else None
-            if i is not None and token is None:
-                if 0 <= i < self._size:  # not a row that only pads the embeddings
-                    run.append(i)
-                continue
-            if run:
-                decoded = self._model.decode(run)
-                first = not text and not self.legacy and self._model.id_to_piece(run[0]).startswith(SPACE)
-                text += decoded.removeprefix(" ") if first else decoded
-                run = []
-            if token and (special or not token.special):
-                text += token.content
-        return text
-
-    def for_transformers(self) -> tokenizers.Tokenizer:
-        """What transformers' own converter makes of it."""
-        from transformers import PreTrainedTokenizerFast
-
-        with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / "tokenizer.model").write_bytes(self._proto)
-            engine = PreTrainedTokenizerFast.from_pretrained(directory, legacy=self.legacy).backend_tokenizer
-        for i, token in sorted(self.added.items()):
-            while engine.get_vocab_size() < i:  # ids there have no gaps
-                engine.add_special_tokens([f"<|reserved_{engine.get_vocab_size()}|>"])
-            flags = {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "special")}
-            engine.add_tokens([AddedToken(token.content, normalized=False, **flags)])
-            if engine.token_to_id(token.content) != i:
-                raise InputError(
-                    f"the added token {token.content!r} has id {i}, which transformers' tokenizer cannot give it"
-                )
-        spec = _parse(self._proto).normalizer_spec
-        if spec.precompiled_charsmap:
-            note("warning: transformers' normalization differs from SentencePiece's in some combined characters")
-        if not self.legacy:
-            if not spec.add_dummy_prefix:
-                first = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
-                others = [engine.pre_tokenizer] if engine.pre_tokenizer else []
-                engine.pre_tokenizer = pre_tokenizers.Sequence([first, *others])
-            # A piece of text that begins with a newline stands behind an image, and is a text of its own here.
-            after_image = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
-            engine.normalizer = normalizers.Sequence([after_image, *([engine.normalizer] if engine.normalizer else [])])
-        return engine
-
-
-def _parse(proto: bytes):
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(proto)
-
-
-def _without_dummy_prefix(proto: bytes) -> bytes:
-    """The model, as the tokenizer loads it that is not legacy."""
-    model = _parse(proto)
-    model.normalizer_spec.add_dummy_prefix = False
-    return model.SerializeToString()
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -430,9 +243,7 @@ class _Json:
                     f"{directory}: the added token {token.content!r} should have id {i}, but the vocabulary before it "
                     f"makes it {found}"
                 )
-        for token in _special_tokens(settings):
-            if engine.token_to_id(_content(token)) is not None:
-                engine.add_special_tokens([_added(token, True)])
+        engine.add_special_tokens([added_token(token, True) for token in _special_tokens(settings)])
 
     def __len__(self) -> int:
         return self._engine.get_vocab_size(with_added_tokens=True)
@@ -450,6 +261,12 @@ class _Json:
     def decode(self, ids: list[int], special: bool) -> str:
         return self._engine.decode(ids, skip_special_tokens=not special)
 
+    def decode_settled(self, ids: list[int]) -> str:
+        n = len(ids)  # one more byte can make another text of a run of them
+        while n and re.fullmatch(r"<0x[0-9A-F]{2}>", self.token(ids[n - 1]) or ""):
+            n -= 1
+        return self.decode(ids[:n], False)
+
     def token_id(self, token: str) -> int | None:
         return self._engine.token_to_id(token)
 
@@ -460,4 +277,7 @@ class _Json:
         self._engine.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
 
     def for_transformers(self) -> tokenizers.Tokenizer:
-        return tokenizers.Tokenizer.from_str(self._engine.to_str())
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        if '"prepend_scheme":"first"' in self._engine.to_str():
+            prefix_after_images(engine)
+        return engine

@@ -13,7 +13,9 @@ from llava_jax import config as c
 from llava_jax.chat_template import read_chat_template, with_chat_template
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
+from llava_jax.prompts import encode, encode_prompt
 from llava_jax.templates import TEMPLATES, choose_template, explain_template, get_template, jinja, render
+from llava_jax.tokenizer import load_tokenizer
 from train.samples import Samples
 
 # llava-hf/llava-1.5-7b-hf's: no system message, `USER:` and `ASSISTANT:`.
@@ -51,7 +53,7 @@ def write_template(directory, file: str, program, **settings):
 
 
 def resolved(directory, config=None) -> c.LlavaConfig:
-    return with_chat_template(config or c.tiny(template=None), read_chat_template(directory))
+    return with_chat_template(config or c.tiny(template=None), directory)
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name].image_tag])
@@ -80,7 +82,7 @@ def test_any_other_is_run_as_transformers_runs_it(program, tmp_path):
     ]
     want = theirs.apply_chat_template(messages, chat_template=program, tokenize=False, add_generation_prompt=True)
     got, spans = render(get_template(config.template), ["<image>\nWhat is it?", "A cat.", "Why?", None])
-    assert got == want.removeprefix("<s>")  # which the tokenizer puts there
+    assert got == want
     assert spans == []
 
 
@@ -104,8 +106,48 @@ def test_of_several_files_the_processors_counts(tmp_path):
     write_template(tmp_path / "t", "tokenizer_config.json", INST)
     write_template(tmp_path / "t", "chat_template.json", USER_ASSISTANT, bos_token="<s>")
     assert resolved(tmp_path / "t").template_from == "chat_template.json"
-    (tmp_path / "t" / "chat_template.jinja").write_text(jinja(get_template("chatml_direct"), c.tiny()))
+    (tmp_path / "t" / "chat_template.jinja").write_text(INST)
+    assert resolved(tmp_path / "t").template_from == "chat_template.json"
+    write_template(tmp_path / "t", "processor_config.json", jinja(get_template("chatml_direct"), c.tiny()))
     assert resolved(tmp_path / "t").template == "chatml_direct"
+
+
+# Templates of text only, some of which write a list out instead of raising.
+HEADER = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+SEEING = TEMPLATES["llava_llama_3"].system.split("\n\n")[1]
+TEXT_ONLY = {
+    "mistral_instruct": INST,
+    "chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|>{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llava_llama_3": f"{{% for m in [{{'role': 'system', 'content': '{SEEING}'}}] + messages %}}{HEADER}"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_a_template_of_text_only_is_given_text(name, tmp_path):
+    directory = write_template(tmp_path / "t", "chat_template.json", TEXT_ONLY[name])
+    assert resolved(directory).template == name
+    tokens = "{%- set bos_token, eos_token = '', '</s>' -%}"
+    template = get_template(tokens + TEXT_ONLY[name])
+    for turns in (["Hi", None], ["Look: <image> there", None], ["<image>\nHi", "Yes.", "Why?", None]):
+        assert render(template, turns) == (render(get_template(name), turns)[0], [])
+
+
+def test_bos_is_there_once_whoever_writes_it(tmp_path):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer")
+    for bos in ("{{ bos_token }}", "<s>", ""):
+        directory = write_template(tmp_path / f"{len(bos)}", "chat_template.jinja", bos + USER_ASSISTANT)
+        ids = encode_prompt(get_template(resolved(directory).template), ["Hi", None], tokenizer)
+        assert ids.tolist() == encode("USER: Hi ASSISTANT:", tokenizer)[0].tolist()
+
+
+def test_a_system_message_is_never_dropped(tmp_path):
+    program = "{% for m in messages if m.role != 'system' %}USER: {{ m.content }} {% endfor %}"
+    with pytest.raises(InputError, match="no place for a system message"):
+        render(get_template(program), ["Hi", None], system="Answer in French.")
 
 
 def test_of_several_by_name_the_default_counts(tmp_path):

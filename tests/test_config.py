@@ -6,7 +6,7 @@ import pytest
 from conftest import GOLDEN
 
 from llava_jax import config as c
-from llava_jax import config_json, config_keys, sources
+from llava_jax import config_json, config_keys, image_processor, sources
 from llava_jax.config_json import read_config
 from llava_jax.console import InputError
 
@@ -77,6 +77,14 @@ def test_mistral_window_is_4096_when_missing_and_none_when_null():
         ({"rope_theta": 1e6}, 1e6, None),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5, None),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 1e4, c.RopeScaling("linear", 4.0)),
+        (
+            {
+                "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            5e5,
+            c.RopeScaling("linear", 4.0),
+        ),
         (
             {
                 "rope_parameters": {
@@ -297,7 +305,7 @@ def test_every_key_that_transformers_writes_is_known(kind, decoder, capsys):
 
 def test_the_table_of_keys_that_are_read_is_true():
     """What the table calls read is looked at by the code, and no key is in two of its lists."""
-    source = (Path(config_json.__file__)).read_text() + (Path(sources.__file__)).read_text()
+    source = "".join(Path(module.__file__).read_text() for module in (config_json, image_processor, sources))
     for kind, keys in config_keys.READ.items():
         for key in keys:
             assert f'"{key}"' in source, (kind, key)
@@ -320,6 +328,7 @@ def test_a_key_that_nothing_is_known_of_is_named(capsys):
     [
         ({"mm_resampler_type": "qformer"}, "mm_resampler_type 'qformer' is not supported"),
         ({"s2": True}, "s2 True"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"mm_vision_select_feature": "slicefour_patch"}, "slicefour_patch"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -411,6 +420,8 @@ def test_what_an_image_processor_does_is_done(changes, want):
         ({"rescale_factor": 0}, "rescale_factor"),
         ({"image_std": [1, 0, 1]}, "image_std"),
         ({"image_mean": [0.5]}, "image_mean"),
+        ({"image_mean": 0.5}, "image_mean"),
+        ({"do_pad": True, "pad_size": {"height": 400, "width": 400}}, "pad_size"),
     ],
 )
 def test_what_would_differ_from_both_rules_is_refused_by_name(changes, says):
@@ -430,9 +441,9 @@ def test_tiles_of_a_grid_have_the_size_of_the_tower():
 
 def test_settings_inside_processor_config_count_first(tmp_path):
     write = lambda name, fields: (tmp_path / name).write_text(json.dumps(fields))  # noqa: E731
-    assert config_json.read_preprocessor(tmp_path) == {}
+    assert image_processor.read_preprocessor(tmp_path) == {}
     write("preprocessor_config.json", {"resample": 2})
     write("processor_config.json", {"patch_size": 14})
-    assert config_json.read_preprocessor(tmp_path) == {"resample": 2}
+    assert image_processor.read_preprocessor(tmp_path) == {"resample": 2}
     write("processor_config.json", {"image_processor": {"resample": 1}})
-    assert config_json.read_preprocessor(tmp_path) == {"resample": 1}
+    assert image_processor.read_preprocessor(tmp_path) == {"resample": 1}

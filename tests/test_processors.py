@@ -10,7 +10,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_jax.config_json import read_config, read_preprocessor
+from llava_jax.config_json import read_config
+from llava_jax.image_processor import read_preprocessor
 from llava_jax.images import layout, tiles
 from llava_jax.vision import normalise
 
@@ -44,6 +45,7 @@ GEOMETRY = (
     {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False},
     {"size": {"height": 40, "width": 33}},
     {"size": SIDE, "crop_size": SIDE},
+    {"size": SIDE, "crop_size": SIDE, "default_to_square": True},
     {"do_resize": False},
     {"do_pad": True},
     {"do_pad": True, "size": {"shortest_edge": 35}, "resample": 2, "image_mean": [0.2, 0.4, 0.6]},

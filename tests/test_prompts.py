@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -109,6 +110,7 @@ def test_image_marks():
         (dict(), "llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
         (dict(), "LLaVA-13b-delta-v0", "llava_v0"),
         (dict(family="mistral"), "", "mistral_instruct"),
+        (dict(family="mistral"), "bakLlava-v1-hf", "mistral_instruct"),
         (dict(vocab_size=64000), "", "chatml_direct"),
         (dict(vocab_size=64064), "", "chatml_direct"),
         (dict(vocab_size=128256), "", "llava_llama_3"),
@@ -295,6 +297,17 @@ def test_speakers_out_of_turn(tokenizers, speakers, says):
     conversation = [{"from": s, "value": "x"} for s in speakers]
     with pytest.raises(InputError, match=says):
         encode_conversation(conversation, get_template("v1"), tokenizers[True])
+
+
+@pytest.mark.parametrize("template", ["chatml_direct", "mpt", "llava_llama_3", "v1", "llava_llama_2", "qwen_1_5"])
+@pytest.mark.parametrize("kind", ["nfkc", "openllama", "unigram", "yi", "llama-3", "qwen-2", "metaspace", "no-bytes"])
+def test_the_whole_answer_is_trained_whatever_the_tokenizer(kind, template):
+    """Where normalization makes the newline of a header a space, that is part of the answer's first token."""
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / kind)
+    said = turns("<image>\nWhat is this?", "a small cat on the mat.", "Where?", "the red mat.")
+    _, labels = encode_conversation(said, get_template(template), tokenizer)
+    trained = re.sub("[^a-z]", "", tokenizer.decode(labels[labels != IGNORE]).replace("</s>", ""))
+    assert re.sub("imend|eotid", "", trained) == "asmallcatonthemattheredmat"
 
 
 def test_plain_wants_an_image_and_a_caption(tokenizers):

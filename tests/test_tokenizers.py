@@ -177,7 +177,36 @@ def test_bos_is_what_the_class_or_the_file_adds(tmp_path):
     assert load_tokenizer(KINDS / "metaspace").bos_id is None  # its file has no post-processor
     as_llama = copy_with("metaspace", tmp_path / "llama", tokenizer_class="LlamaTokenizerFast")
     assert load_tokenizer(as_llama).bos_id == 1
-    assert load_tokenizer(copy_with("llama-3", tmp_path / "off", add_bos_token=False)).bos_id is None
+    as_it_stands = load_tokenizer(copy_with("llama-3", tmp_path / "off", add_bos_token=False, bos_token="!"))
+    assert as_it_stands.bos_id == load_tokenizer(KINDS / "llama-3").bos_id  # whatever stands beside the file
+
+
+def test_special_tokens_that_a_tokenizer_json_lacks_are_added(tmp_path):
+    from transformers import AutoTokenizer
+
+    directory = copy_with("qwen-2", tmp_path / "t", additional_special_tokens=["<boi>", "<|im_end|>"])
+    assert load_tokenizer(directory).encode("a<boi>b") == (
+        AutoTokenizer.from_pretrained(directory).encode("a<boi>b"),
+        [(0, 1), (1, 6), (6, 7)],
+    )
+
+
+def test_of_older_files_the_map_of_special_tokens_counts(tmp_path):
+    directory = copy_with("yi", tmp_path / "t", eos_token="<|startoftext|>")
+    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    assert load_tokenizer(directory).eos_id == 1  # `added_tokens_decoder` is there
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["added_tokens_decoder"]
+    path.write_text(json.dumps(settings | {"add_bos_token": None}))
+    assert (load_tokenizer(directory).eos_id, load_tokenizer(directory).bos_id) == (2, None)
+
+
+def test_an_export_that_gives_other_ids_is_warned_of(tmp_path, capsys):
+    load_tokenizer(KINDS / "llama").transformers_files(["<image>"])
+    assert capsys.readouterr().err == ""
+    load_tokenizer(KINDS / "nfkc").transformers_files(["<image>"])
+    assert "transformers' tokenizer gives other ids than this one, for" in capsys.readouterr().err
 
 
 def test_gpt_files_without_tokenizer_json(tmp_path):
@@ -201,6 +230,36 @@ def test_a_tokenizer_model_of_tiktoken_gives_way_to_tokenizer_json(tmp_path):
     copy_with("llama-3", tmp_path / "t")
     (tmp_path / "t" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
     assert load_tokenizer(tmp_path / "t").bos_id == load_tokenizer(KINDS / "llama-3").bos_id
+
+
+def test_a_model_without_the_usual_special_tokens(tmp_path):
+    import io
+
+    import sentencepiece
+
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat sat on a mat"] * 9), model_writer=made, model_type="bpe", vocab_size=40,
+        hard_vocab_limit=False, bos_id=-1, eos_id=-1, unk_piece="[UNK]", minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+    tokenizer.add_special(["<image>"])
+    assert tokenizer.encode("a cat<image>")[0][-1] == len(tokenizer) - 1
+
+
+def test_characters_of_bytes_are_shown_when_they_are_whole():
+    tokenizer = load_tokenizer(KINDS / "llama")
+    ids = tokenizer.encode("😀猫")[0]
+    assert [tokenizer.decode_settled(ids[:n]) for n in (4, 5, 7, 8)] == ["", "😀", "😀", "😀猫"]
+
+
+def test_gpt_files_want_a_class(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(InputError, match="names its tokenizer_class"):
+        load_tokenizer(tmp_path)
 
 
 def test_an_added_token_that_a_tokenizer_json_cannot_hold(tmp_path):

@@ -207,7 +207,7 @@ def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
         checkpoint's.
     """
     from_preset = config.preset and "template" not in config.given and config.template not in (None, "plain")
-    if from_preset and _own_template(model) is None:
+    if from_preset and is_program(choose_template(model)) and not _contradictions(config, model):
         note(f"warning: the checkpoint has a chat template of its own; the preset's is used, {config.template}")
     found = _contradictions(config, model)
     if not found:
@@ -226,20 +226,16 @@ def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
 
 def _contradictions(config: TrainConfig, model: LlavaConfig) -> dict[str, tuple[str, str]]:
     """For fields that the preset gives: its value, and what the checkpoint says, where these are of two kinds."""
-    found, own = {}, _own_template(model)
-    if config.template and own:
+    found, own = {}, choose_template(model)
+    if is_program(own):  # which has no name: what suits the decoder
+        own = choose_template(model.replace(template=None))
+    if config.template:
         kinds = {_kind(get_template(name)) for name in (config.template, own)}
         if len(kinds) > 1 and ("plain",) not in kinds:
             found["template"] = config.template, own
     if config.aspect_ratio and (config.aspect_ratio == "anyres") != (model.aspect_ratio == "anyres"):
         found["aspect_ratio"] = config.aspect_ratio, model.aspect_ratio
     return {name: values for name, values in found.items() if config.preset and name not in config.given}
-
-
-def _own_template(model: LlavaConfig) -> str | None:
-    """The name of the checkpoint's template; None for a chat template of its own, which has none."""
-    own = choose_template(model)
-    return None if is_program(own) else own
 
 
 def _kind(template: Template) -> tuple:

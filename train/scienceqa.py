@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava_jax.config_json import read_json
 from llava_jax.console import InputError, Parser, note, run_main, shorten
+from llava_jax.json_files import read_json
 
 # Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
 QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")

@@ -1,0 +1,247 @@
+"""SentencePiece inside the rules of transformers' slow `LlamaTokenizer` (4.37.2), which the reference runs.
+
+Text is split at added tokens (tokenization_utils.py `PreTrainedTokenizer.tokenize`), and `legacy` says where the dummy
+prefix goes (models/llama/tokenization_llama.py): before each piece of text, or before the first one only.
+"""
+
+import dataclasses
+import re
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
+
+from llava_jax.console import InputError, first_line
+
+SPACE = "▁"
+USUAL = ("<s>", "</s>", "<unk>")  # LLaMA's special tokens, which a checkpoint's files need not name
+
+Offsets = list[tuple[int, int]]
+
+
+def content_of(token: str | dict | None) -> str | None:
+    """What a token says, of either form in which files have it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def added_token(token: str | dict, special: bool) -> AddedToken:
+    """A token of a file as an added one; `special` is for those that do not say whether they are."""
+    if isinstance(token, str):
+        return AddedToken(token, special=special, normalized=not special)
+    flags = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(token["content"], special=token.get("special", special), **flags)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A stretch of a text: what it says, where it begins, and its id if it is an added token."""
+
+    text: str
+    start: int
+    id: int | None = None
+
+
+class SlowTokenizer:
+    """A `tokenizer.model`.
+
+    Attributes:
+      added: special tokens, and tokens beyond the model's own pieces, by id.
+    """
+
+    def __init__(
+        self,
+        proto: bytes,
+        path: Path,
+        *,
+        legacy: bool,
+        unk: str,
+        special: list[str | dict],
+        added: dict[int, AddedToken],
+    ):
+        self.legacy, self._proto, self._unk = legacy, proto, unk
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(
+                model_proto=proto if self.legacy else _without_dummy_prefix(proto)
+            )
+            self._size = self._model.get_piece_size()
+        except Exception as error:
+            raise InputError(f"{path}: no SentencePiece model ({first_line(error)})") from None
+        self._unk_length = len(self._model.encode(unk))
+        self._special = {content_of(token) for token in special}
+        self.added = dict(added)
+        contents = {token.content for token in added.values()}
+        for token in special:
+            # A usual one that the checkpoint neither names nor has is none.
+            usual = token in USUAL and self._piece_id(token) is None
+            if content_of(token) not in contents and not usual:
+                contents.add(content_of(token))
+                self._add(added_token(token, True))
+        self._index()
+
+    def __len__(self) -> int:
+        return max([self._size, *(i + 1 for i in self.added)])
+
+    def _add(self, token: AddedToken) -> None:
+        i = self._piece_id(token.content)
+        self.added[len(self) if i is None else i] = token
+
+    def _index(self) -> None:
+        self._ids = {token.content: i for i, token in self.added.items()}
+        by_length = sorted(filter(None, self._ids), key=len, reverse=True)
+        self._split_at = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+
+    def add_special(self, tokens: list[str]) -> None:
+        for token in tokens:
+            self._add(AddedToken(token, normalized=False, special=True))
+        self._special |= set(tokens)
+        self._index()
+
+    def _piece_id(self, token: str) -> int | None:
+        i = self._model.piece_to_id(token)
+        return i if self._model.id_to_piece(i) == token else None
+
+    def token_id(self, token: str) -> int | None:
+        return self._ids[token] if token in self._ids else self._piece_id(token)
+
+    def token(self, i: int) -> str | None:
+        if i in self.added:
+            return self.added[i].content
+        return self._model.id_to_piece(i) if 0 <= i < self._size else None
+
+    def encode(self, text: str) -> tuple[list[int], Offsets]:
+        shift = 0
+        if not self.legacy and text:
+            text, shift = SPACE + text.replace(SPACE, " "), 1
+        ids, offsets = [], []
+        for piece in self._split(text):
+            if piece.id is not None:
+                if shift and piece.text in self._special and [self.token(i) for i in ids] == [SPACE]:
+                    ids, offsets = [], []  # no space before a text that begins with a special token
+                ids.append(piece.id)
+                offsets.append((piece.start, piece.start + len(piece.text)))
+            else:
+                found, spans = self._encode_text(piece.text)
+                ids += found
+                offsets += [(piece.start + a, piece.start + b) for a, b in spans]
+        return ids, [(max(a - shift, 0), max(b - shift, 0)) for a, b in offsets]
+
+    def _split(self, text: str) -> list[_Piece]:
+        """The text at its added tokens, each of which may take spaces beside it along, or want to be a word."""
+        pieces, end = [], 0
+        for match in self._split_at.finditer(text):
+            if match.start() > end:
+                pieces.append(_Piece(text[end : match.start()], end))
+            pieces.append(_Piece(match[0], match.start(), self._ids[match[0]]))
+            end = match.end()
+        if end < len(text):
+            pieces.append(_Piece(text[end:], end))
+        for i, piece in enumerate(pieces):
+            if piece.id is None:
+                continue
+            token = self.added[piece.id]
+            left = pieces[i - 1] if i else None
+            right = pieces[i + 1] if i + 1 < len(pieces) else None
+            if token.rstrip and right and right.id is None:
+                kept = right.text.lstrip()
+                pieces[i + 1] = right = _Piece(kept, right.start + len(right.text) - len(kept))
+            if token.lstrip and left and left.id is None:
+                pieces[i - 1] = left = _Piece(left.text.rstrip(), left.start)
+            if token.single_word and left and left.text and left.text[-1] != " ":
+                pieces[i - 1], pieces[i] = _Piece(left.text + piece.text, left.start), _Piece("", piece.start)
+            elif token.single_word and right and right.text and right.text[0] != " ":
+                pieces[i + 1], pieces[i] = _Piece(piece.text + right.text, piece.start), _Piece("", piece.start)
+        return [piece for piece in pieces if piece.text]
+
+    def _encode_text(self, text: str) -> tuple[list[int], Offsets]:
+        skip = ""
+        if not self.legacy and text.startswith((SPACE, " ")):
+            skip = self._unk  # SentencePiece would strip the space at the beginning of a text
+        found = self._model.encode(skip + text, return_type="offset_mapping")
+        ids, offsets = found["ids"], found["offsets"]
+        if skip and len(ids) >= self._unk_length:
+            ids, offsets = ids[self._unk_length :], offsets[self._unk_length :]
+        return ids, [(max(a - len(skip), 0), max(b - len(skip), 0)) for a, b in offsets]
+
+    def decode(self, ids: list[int], special: bool) -> str:
+        text, run = "", []
+        for i in [*ids, None]:
+            token = self.added.get(i) if i is not None else None
+            if i is not None and token is None:
+                if 0 <= i < self._size:  # not a row that only pads the embeddings
+                    run.append(i)
+                continue
+            if run:
+                decoded = self._model.decode(run)
+                first = not text and not self.legacy and self._model.id_to_piece(run[0]).startswith(SPACE)
+                text += decoded.removeprefix(" ") if first else decoded
+                run = []
+            if token and (special or not token.special):
+                text += token.content
+        return text
+
+    def decode_settled(self, ids: list[int]) -> str:
+        n = len(ids)
+        while n and self._is_byte(ids[n - 1]):
+            n -= 1
+        run = bytes(int(self._model.id_to_piece(i)[3:5], 16) for i in ids[n:])
+        return self.decode(ids[: len(ids) - _unfinished(run)], False)
+
+    def _is_byte(self, i: int) -> bool:
+        return i not in self.added and 0 <= i < self._size and self._model.is_byte(i)
+
+    def for_transformers(self) -> tokenizers.Tokenizer:
+        """What transformers' own converter makes of it."""
+        from transformers import PreTrainedTokenizerFast
+
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "tokenizer.model").write_bytes(self._proto)
+            engine = PreTrainedTokenizerFast.from_pretrained(directory, legacy=self.legacy).backend_tokenizer
+        for i, token in sorted(self.added.items()):
+            while engine.get_vocab_size() < i:  # ids there have no gaps
+                engine.add_special_tokens([f"<|reserved_{engine.get_vocab_size()}|>"])
+            flags = {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "special")}
+            engine.add_tokens([AddedToken(token.content, normalized=False, **flags)])
+            if engine.token_to_id(token.content) != i:
+                raise InputError(
+                    f"the added token {token.content!r} has id {i}, which transformers' tokenizer cannot give it"
+                )
+        if not self.legacy:
+            if not _parse(self._proto).normalizer_spec.add_dummy_prefix:
+                first = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+                others = [engine.pre_tokenizer] if engine.pre_tokenizer else []
+                engine.pre_tokenizer = pre_tokenizers.Sequence([first, *others])
+            prefix_after_images(engine)
+        return engine
+
+
+def prefix_after_images(engine: tokenizers.Tokenizer) -> None:
+    """Let text that begins with a newline have the prefix of a text's beginning: it stands behind an image, and here is
+    a text of its own."""
+    after_image = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
+    engine.normalizer = normalizers.Sequence([after_image, *([engine.normalizer] if engine.normalizer else [])])
+
+
+def _parse(proto: bytes):
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(proto)
+
+
+def _without_dummy_prefix(proto: bytes) -> bytes:
+    """The model, as the tokenizer loads it that is not legacy."""
+    model = _parse(proto)
+    model.normalizer_spec.add_dummy_prefix = False
+    return model.SerializeToString()
+
+
+def _unfinished(data: bytes) -> int:
+    """Bytes at the end that are the beginning of a character in UTF-8."""
+    for n in range(1, min(3, len(data)) + 1):
+        first = data[-n]
+        if first >= 0xC0:
+            return n if n < 2 + (first >= 0xE0) + (first >= 0xF0) else 0
+        if first < 0x80:
+            break
+    return 0
