@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from llava_jax.console import InputError
+from llava_jax.console import InputError, shorten
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -133,15 +133,15 @@ class LlavaConfig:
             ("hidden_act of the vision tower", self.vision.activation, ACTIVATIONS),
         ):
             if value not in known:
-                raise InputError(f"config: {field} {value!r} is not supported, only {', '.join(known)}")
+                raise InputError(f"config: {field} {shorten(repr(value))} is not supported, only {', '.join(known)}")
         projector_depth(self.projector)
         for part in (self.text, self.vision):
             for field in dataclasses.fields(part):
                 value = getattr(part, field.name)
                 if field.type is int and (type(value) is not int or value <= 0):
-                    raise InputError(f"config: {field.name} {value!r} must be a whole number above 0")
+                    raise InputError(f"config: {field.name} {shorten(repr(value))} must be a whole number above 0")
                 if field.type is float and type(value) not in (int, float):
-                    raise InputError(f"config: {field.name} {value!r} must be a number")
+                    raise InputError(f"config: {field.name} {shorten(repr(value))} must be a number")
         if self.vision.keep_class_token and self.merge != "flat":
             raise InputError(
                 f"config: a class token among the features does not go with mm_patch_merge_type {self.merge}"
@@ -158,7 +158,7 @@ class LlavaConfig:
             )
         if any(not 0 <= i <= self.vision.layers for i in self.vision.hidden_states):
             raise InputError(
-                f"config: vision feature layer {self.vision.feature_layers} is not among the "
+                f"config: vision feature layer {shorten(self.vision.feature_layers)} is not among the "
                 f"{self.vision.layers + 1} hidden states of the tower"
             )
 
@@ -196,7 +196,7 @@ def projector_depth(projector: str) -> int:
     digits = projector.removeprefix("mlp").removesuffix("x_gelu")
     if projector == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
         return int(digits)
-    raise InputError(f"config: projector {projector!r} is not supported, only linear, mlpNx_gelu and identity")
+    raise InputError(f"config: projector {shorten(projector)!r} is not supported, only linear, mlpNx_gelu and identity")
 
 
 # ---------------------------------------------------------------- presets
@@ -247,7 +247,7 @@ def preset(name: str) -> LlavaConfig:
     """A released model's configuration by name, with or without the `llava-` in front."""
     key = name.removeprefix("llava-")
     if key not in PRESETS:
-        raise InputError(f"unknown model {name!r}; known: {', '.join(PRESETS)}")
+        raise InputError(f"unknown model {shorten(name)!r}; known: {', '.join(PRESETS)}")
     return PRESETS[key]
 
 

@@ -21,7 +21,6 @@ class Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input like any other: one line, status 1."""
 
     def error(self, message: str):
-        message = re.sub(r"'[^']{101,}'", lambda found: shorten(found[0]), message)
         raise InputError(f"{message} (--help lists all flags)")
 
 
@@ -44,13 +43,20 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:  # a full disk, a permission
         status = 1
         print("error: " + _readable(error), file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # no file, as in a notebook
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
 def _readable(error: Exception) -> str:
-    """Its message on a line. A word of more than 100 characters is an input, repeated as it was given."""
-    return printable(re.sub(r"\S{101,}", lambda found: shorten(found[0]), str(error)))
+    """Its message on a line, with no more than 100 characters of any argument, whoever repeats it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{shorten(error.filename)}: {error.strerror}"
+    for argument in sys.argv[1:]:
+        for given in (argument, argument.partition("=")[2]):
+            text = text.replace(given, shorten(given)).replace(repr(given)[1:-1], shorten(given))
+    return printable(shorten_words(text))
 
 
 def enable_compilation_cache() -> None:
@@ -73,8 +79,9 @@ def hush() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's library says, as part of a line of ours."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+    """What an error of somebody else's library says, as part of a line of ours: of the system's, without the path."""
+    text = error.strerror if isinstance(error, OSError) and isinstance(error.strerror, str) else str(error)
+    return shorten_words(text.strip().split("\n")[0])[:300] or type(error).__name__
 
 
 def printable(text: str) -> str:
@@ -87,6 +94,11 @@ def shorten(text: object, limit: int = 100) -> str:
     text = str(text)
     tail = limit // 3
     return text if len(text) <= limit else f"{text[: limit - tail - 3]}...{text[-tail:]}"
+
+
+def shorten_words(text: str) -> str:
+    """A line whose words have at most 100 characters each: a longer one is an input, repeated as it was given."""
+    return re.sub(r"\S{101,}", lambda found: shorten(found[0]), text)
 
 
 def note(message: str) -> None:

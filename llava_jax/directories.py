@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
-from llava_jax.console import InputError, first_line
+from llava_jax.console import InputError, first_line, shorten
 from llava_jax.sources import has_tensors
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,17 +22,19 @@ def find_directory(where: str | os.PathLike) -> Path:
       InputError: it is neither.
     """
     where = os.fspath(where)
+    name = shorten(where)
     path = epath.Path(where) if "://" in where else Path(where)
     try:
         if path.is_dir():
             return path
         exists = path.exists()
     except Exception as error:  # an object store without its client, without permission
-        raise InputError(f"{where}: cannot be read ({first_line(error)})") from None
+        reason = first_line(error).replace(where, name)
+        raise InputError(f"{name}: cannot be read ({reason})") from None
     if exists:
-        raise InputError(f"{where}: a file, not a checkpoint directory")
+        raise InputError(f"{name}: a file, not a checkpoint directory")
     if not HUB_NAME.fullmatch(where):
-        raise InputError(f"{where}: no such directory")
+        raise InputError(f"{name}: no such directory")
     import huggingface_hub
 
     try:
@@ -41,7 +43,7 @@ def find_directory(where: str | os.PathLike) -> Path:
             directory = Path(huggingface_hub.snapshot_download(where, allow_patterns=[*HUB_FILES, "*.bin"]))
         return directory
     except Exception as error:  # connection, permission, validation: the hub's own hierarchy of errors
-        raise InputError(f"{where}: no such directory, and the hub did not give it ({first_line(error)})") from None
+        raise InputError(f"{name}: no such directory, and the hub did not give it ({first_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -60,8 +62,8 @@ def new_directory(
     Raises:
       InputError: the directory exists and is not to be replaced, or cannot be written.
     """
-    given, remote = os.fspath(directory), "://" in os.fspath(directory)
-    directory = epath.Path(given) if remote else epath.Path(given).resolve()
+    given, remote = shorten(os.fspath(directory)), "://" in os.fspath(directory)
+    directory = epath.Path(directory) if remote else epath.Path(directory).resolve()
     if directory.exists():
         if not overwrite:
             raise InputError(f"{given}: exists already; --overwrite replaces it")
@@ -84,7 +86,7 @@ def new_directory(
             staged.rename(directory)
             replaced.rmtree(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{given}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{given}: cannot be written ({first_line(error)})") from None
     except BaseException:
         if remote:
             staged.rmtree(missing_ok=True)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError
+from llava_jax.console import InputError, shorten
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)  # a dimension of rows is cut along both
@@ -43,10 +43,12 @@ def parse_mesh(text: str) -> dict[str, int]:
         match = re.fullmatch(r"([a-z]+)=(-1|[1-9][0-9]{0,5})", part.strip())
         axis, size = match.groups() if match else ("", "")
         if axis not in AXES or axis in sizes:
-            raise InputError(f"mesh {text!r}: write it as data=1,fsdp=8,tensor=1 with positive sizes (one may be -1)")
+            raise InputError(
+                f"mesh {shorten(text)!r}: write it as data=1,fsdp=8,tensor=1 with positive sizes (one may be -1)"
+            )
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:
-        raise InputError(f"mesh {text!r}: only one axis may be -1")
+        raise InputError(f"mesh {shorten(text)!r}: only one axis may be -1")
     return sizes
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-from llava_jax.console import InputError, first_line
+from llava_jax.console import InputError, first_line, shorten
 from llava_jax.hlo import Work
 
 
@@ -62,12 +62,12 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
         kind, each, sides = SLICES[named[1]]
         known = {each * chips: text for chips, text in sides.items()}
         if int(named[2]) not in known:
-            raise InputError(f"--topology {topology}: {named[1]} comes in {', '.join(map(str, known))}")
+            raise InputError(f"--topology {shorten(topology)}: {named[1]} comes in {', '.join(map(str, known))}")
         topology = f"{kind}:{known[int(named[2])]}"
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
     if not match or match[1] not in CHIPS:
         raise InputError(
-            f"--topology {topology[:100]!r}: write it as v5e:4x8 (kinds: {', '.join(CHIPS)}; v4 and v5p have three "
+            f"--topology {shorten(topology)!r}: write it as v5e:4x8 (kinds: {', '.join(CHIPS)}; v4 and v5p have three "
             "sides), or as v5litepod-32"
         )
     return match[1], tuple(map(int, match[2].split("x")))
@@ -130,7 +130,7 @@ def slice_devices(topology: str, slices: int = 1) -> list:
     try:
         return list(topologies.get_topology_desc(by_sides(topology), platform="tpu", **options).devices)
     except Exception as error:  # of several types, all about the topology
-        raise InputError(f"--topology {topology!r}: {first_line(error)}") from None
+        raise InputError(f"--topology {shorten(topology)!r}: {shorten(first_line(error))}") from None
 
 
 def out_of_memory(error: BaseException) -> int | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.console import InputError, first_line, note
+from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.directories import find_directory
 from train import mixture
 from train.config import TrainConfig
@@ -67,7 +67,7 @@ class Output:
                 _compare(path, self.described)
                 self._pull()
         except OSError as error:
-            raise InputError(f"--output {config.output}: cannot be used ({error.strerror or error})") from None
+            raise InputError(f"--output {shorten(config.output)}: cannot be used ({first_line(error)})") from None
 
     def is_finished(self, total: int, latest: int | None) -> bool:
         """Whether all updates were made and the result was written."""
