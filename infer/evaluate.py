@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.flags import add_model_flags, load_engine
-from llava_jax.console import InputError, Parser, Progress, note, run_main, shorten
+from llava_jax.console import InputError, Parser, Progress, note, plural, run_main, shorten
 from llava_jax.conversations import note_unread_keys, read_conversation, read_rows
 from llava_jax.images import ImageFolder
 from llava_jax.templates import MARK
@@ -111,7 +111,7 @@ def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
         or len(kinds) not in (n, len(said) - n)  # of all its questions, answered or not
         or not all(isinstance(kind, str) for kind in kinds)
     ):
-        raise InputError(f"kinds must name one kind for each of the {n} questions")
+        raise InputError(f"kinds must name {plural(n, 'kind')}, one for each question")
     images = tuple(map(folder.find, conversation.images))
     marks = sum(text.count(MARK) for text in said)
     if marks not in (0, len(images)):
@@ -265,10 +265,11 @@ def main() -> int:
     result = evaluate(engine, questions, METRICS[metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
     print(json.dumps(result) if args.json else table(result))
     if result.get("no_option"):
-        note(f"{result['no_option']} answers name no single option; they count as wrong")
-    if result["failed"]:
-        note(f"error: {result['failed']} of {result['questions']} questions could not be asked; they count as wrong")
-    return 1 if result["failed"] else 0
+        note(f"no single option in {plural(result['no_option'], 'answer')}, counted as wrong")
+    if failed := result["failed"]:
+        asked = plural(result["questions"], "question")
+        note(f"error: {failed:,} of {asked} could not be asked, counted as wrong")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def main() -> int:
 
         questions = read_questions(args)
         if not questions.rows and not questions.errors:
-            note(f"all {questions.answered} questions are answered already")
+            n = questions.answered
+            note("the question is answered already" if n == 1 else f"all {n} questions are answered already")
             return 0
     else:
         check_images(args.image)

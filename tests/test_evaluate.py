@@ -107,7 +107,23 @@ def test_a_question_that_cannot_be_asked_is_named_and_counts_as_wrong(run, folde
     status, out, err = run(*write(folder, rows))
     assert (status, out.split()) == (1, ["all", "50.00%", "of", "2"])
     assert f"{PICTURES[0]}: not an image" in err
-    assert err.splitlines()[-1] == "error: 1 of 2 questions could not be asked; they count as wrong"
+    assert err.splitlines()[-1] == "error: 1 of 2 questions could not be asked, counted as wrong"
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"), [(["?"], "1 answer"), (["?", "A"], "1 answer"), (["?", "?"], "2 answers")]
+)
+def test_what_counts_as_wrong_is_told_of_one_and_of_several(run, folder, monkeypatch, answers, says):
+    result = {"no_option": sum(answer == "?" for answer in answers), "failed": 1, "questions": len(answers)}
+    monkeypatch.setattr(evaluate, "load_engine", lambda args: None)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: result)
+    rows = [row(["Which?", "The answer is B."])] * len(answers)
+    status, _, err = run(*write(folder, rows), "--json")
+    questions = "1 question" if len(answers) == 1 else "2 questions"
+    assert (status, err.splitlines()[-2:]) == (1, [
+        f"no single option in {says}, counted as wrong",
+        f"error: 1 of {questions} could not be asked, counted as wrong",
+    ])  # fmt: skip
 
 
 def test_rows_are_asked_as_training_reads_them(folder):
@@ -145,7 +161,7 @@ def test_a_bad_row_fails_alone(run, folder):
     status, out, err = run(*data)
     assert (status, out.split()) == (1, ["all", "50.00%", "of", "4"])
     assert "row 0: not JSON" in err and "row 2: video: video is not supported" in err
-    assert err.splitlines()[-1] == "error: 2 of 4 questions could not be asked; they count as wrong"
+    assert err.splitlines()[-1] == "error: 2 of 4 questions could not be asked, counted as wrong"
 
 
 # ---------------------------------------------------------------- ScienceQA
@@ -217,7 +233,7 @@ def test_scienceqa_is_counted(folder, capsys):
         ([row(["<image>a?", "1"])], "row 0: 1 <image> marks for 0 images"),
         ([row(["<image>a?", "1"], image="http://x/a.png")], "row 0: http://x/a.png: a URL to download"),
         ([row(["<image>a?", "1"], image="/etc/passwd")], "row 0: /etc/passwd: leads out of the image folder"),
-        ([row(["a?", "1"], ["x", "y"])], "row 0: kinds must name one kind for each of the 1 questions"),
+        ([row(["a?", "1"], ["x", "y"])], "row 0: kinds must name 1 kind, one for each question"),
         ([row(["a?", 1])], "row 0: each turn of conversations must have from and value, both text"),
     ],
 )
