@@ -35,6 +35,8 @@ GENERATE = {
     MIDDLE: ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"],
     LARGE: ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4"],
 }
+# A stage of v1.5 for a model of v1.6: its images, and its template where the stage has one.
+AS_STAGE = {"v1.5-pretrain": " --aspect-ratio square", "v1.5-finetune-lora": " --aspect-ratio pad --template v1"}
 OTHERS = [
     f"{SMALL} --preset v1.5-finetune --topology v5e:4x4 --reduce-dtype float32",
     f"{SMALL} --preset v1.5-finetune --topology v5e:4x8 --rows-per-chip 4 --tiles-per-row 0",
@@ -47,6 +49,7 @@ OTHERS = [
 def commands() -> list[str]:
     trained = [
         f"{model} --preset {preset or f'{model[6:10]}-finetune'} --topology {topology}"
+        + (AS_STAGE.get(preset, "") if "v1.6" in model else "")
         for preset, slices in (("v1.5-pretrain", FEW), ("", FULL), ("v1.5-finetune-lora", FEW))
         for model, topologies in slices.items()
         for topology in topologies

@@ -33,7 +33,7 @@ class Plan:
     hbm_bytes_per_chip      what a program may use
     model_flops_per_chip    without anything that is computed twice to save memory
     collective_bytes_per_chip  that leave the chip, by kind
-    least_collective_bytes_per_chip  that leave it at least, the way that parameters and activations are cut
+    least_collective_bytes_per_chip  that leave it at least, the way that parameters and activations are sharded
     """
 
     fits: bool

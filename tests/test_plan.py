@@ -24,14 +24,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from infer import plan as infer_plan
+from llava_jax import checkpoint, hlo, plan, tpu
 from llava_jax import config as c
-from llava_jax import hlo, plan, tpu
 from llava_jax.checkpoint import open_checkpoint
+from llava_jax.console import InputError
 from llava_jax.sharding import make_mesh, parse_mesh
 from train import __main__ as train_main
+from train import loop, plan_run
 from train import plan as train_plan
-from train import plan_run
-from train.config import PRESETS, TrainConfig
+from train.config import PRESETS, TrainConfig, check_preset
 from train.data import open_data
 from train.step import TrainState
 
@@ -186,6 +187,13 @@ def test_the_page_shows_all_of_them(tpu_plan, plans):
     assert f"<!-- table -->\n{rows}\n<!-- end -->" in tpu_plan.PAGE.read_text()
 
 
+def test_none_of_them_is_refused(tpu_plan):
+    for command in tpu_plan.commands():
+        if command.startswith("train.plan"):
+            args = train_plan.parser().parse_args(command.split()[1:])
+            train_plan.open_model(args.model, train_main.config_of(args))
+
+
 def test_all_of_them_fit_and_training_keeps_to_the_least(plans):
     assert all(needs.fits for needs in plans.values())
     for command, needs in plans.items():
@@ -214,7 +222,7 @@ def test_stages_compute_at_most_four_fifths_on_any_slice(plans, model):
     ("command", "flags", "says"),
     [
         (train_plan, ["--topology", "v9:2x2"], "write it as v5e:4x8"),
-        (train_plan, ["--topology", "v5e:2x2", "--preset", "v2"], "--preset 'v2': only v1-pretrain"),
+        (train_plan, ["--topology", "v5e:2x2", "--preset", "v2"], "unknown preset 'v2'; "),
         (train_plan, ["--topology", "v5e:2x2", "--rows-per-chip", "0"], "--rows-per-chip 0: must be at least 1"),
         (train_plan, ["--topology", "v5e:2x2", "--remat", "some"], "--remat 'some': only full"),
         (train_plan, ["--topology", "v5e:2x2", "--mesh", "model=4"], "write it as data=1"),
@@ -312,7 +320,7 @@ def fake_mesh(sizes, devices=None):
 
 @pytest.fixture
 def run_plan(run_cli, monkeypatch):
-    """`train.plan` for a model of `held` bytes, rows of `row` bytes each where nothing is saved, and an update of a
+    """`train.plan` for a model of `held` bytes, rows of `row` bytes each where nothing is saved, and a step of a
     quarter of a second; what the compiler was asked for."""
 
     def run(*flags, held: int = 208 * GB, row: int = 2 * GB):
@@ -335,7 +343,8 @@ def run_plan(run_cli, monkeypatch):
         monkeypatch.setattr(train_plan, "plan_step", plan_step)
         monkeypatch.setattr(plan, "mesh_of", mesh_of)
         monkeypatch.setattr(plan_run, "make_mesh", fake_mesh)
-        status, out, err = run_cli(train_plan.main, "--model", "llava-v1.5-13b", *flags)
+        named = [] if "--model" in flags or "--checkpoint" in flags else ["--model", "llava-v1.5-13b"]
+        status, out, err = run_cli(train_plan.main, *named, *flags)
         return status, out, err.splitlines()[-1] if status else "", asked
 
     return run
@@ -348,10 +357,10 @@ def test_a_plan_is_that_of_the_batch_that_training_makes(run_plan):
     assert re.search(r"v5e:4x4 \(v5litepod-16\), mesh fsdp=16", out)
     assert re.search(r"batch +48 rows, 3 x 16 at once, of 2,048 positions and 3 tiles: about 11\d conversations", out)
     assert re.search(r"data +an assumption: 665,298 conversations, lengths like mix665k's", out)
-    updates = int(re.search(r"run +([\d,]+) updates", out)[1].replace(",", ""))
-    assert updates == pytest.approx(665_298 / 114, rel=0.02)
+    steps = int(re.search(r"run +([\d,]+) steps", out)[1].replace(",", ""))
+    assert steps == pytest.approx(665_298 / 114, rel=0.02)
     hours = float(re.search(r"at least ([\d.]+) hours", out)[1])
-    assert hours == pytest.approx(updates / 4 / 3600, rel=0.01)
+    assert hours == pytest.approx(steps / 4 / 3600, rel=0.01)
     assert re.search(r"fits +yes", out)
 
 
@@ -368,7 +377,9 @@ def test_a_plan_is_that_of_the_batch_that_training_makes(run_plan):
     ],
 )
 def test_flags_of_training_decide_the_plan(run_plan, flags, steps):
-    status, _, _, [(_, _, *planned, _, _)] = run_plan(*flags, *SMALL, held=GB, row=1)
+    status, _, _, [(_, _, *planned, _, _)] = run_plan(
+        *flags, *(SMALL[2:] if "--rows-per-chip" in flags else SMALL), held=GB, row=1
+    )
     assert (status, tuple(planned)) == (0, steps)
 
 
@@ -401,16 +412,16 @@ def test_a_plan_of_a_data_file_is_what_training_makes_of_it(run_plan, tmp_path):
         {"id": i, "conversations": [{"from": "human", "value": "Say"}, {"from": "gpt", "value": "the " * n}]}
         for i, n in enumerate([*range(5, 65)] * 5)
     ]
-    path, checkpoint = tmp_path / "data.json", GOLDEN / "checkpoints" / "v1.5-llama"
+    path, directory = tmp_path / "data.json", GOLDEN / "checkpoints" / "v1.5-llama"
     path.write_text(json.dumps(rows))
-    flags = ["--data", path, "--checkpoint", checkpoint, "--max-length", 256, "--global-batch-size", 64, "--epochs", 2]
+    flags = ["--data", path, "--checkpoint", directory, "--max-length", 256, "--global-batch-size", 64, "--epochs", 2]
     status, out, _, [asked] = run_plan("--topology", "v5e:2x2", *flags, held=GB, row=1)
     _, config = train_main.read_config([*map(str, flags), "--output", str(tmp_path), "--preset", "v1.5-finetune"])
-    found = open_checkpoint(checkpoint)
+    found = open_checkpoint(directory)
     data = open_data(config, found.config, found.tokenizer, rows_multiple=4)
     data.close()
     assert (status, asked[3:]) == (0, (data.rows // 4, data.length, data.tiles))
-    assert f"{2 * data.steps_per_epoch} updates" in out
+    assert f"{2 * data.steps_per_epoch} steps" in out
     assert f"300 conversations of {path}" in out
     status, _, error, _ = run_plan("--topology", "v5e:2x2", "--data", path)
     assert (status, error) == (
@@ -419,13 +430,95 @@ def test_a_plan_of_a_data_file_is_what_training_makes_of_it(run_plan, tmp_path):
     )
 
 
+ROWS = ("--topology", "v5e:2x2", "--rows-per-chip", "1")  # nothing of the data is looked at
+
+
+@pytest.fixture
+def open_once(monkeypatch):
+    """Checkpoints are opened once for all tests here: that takes a second."""
+    for module in (checkpoint, loop, train_plan):
+        monkeypatch.setattr(module, "open_checkpoint", opened)
+
+
+@functools.cache
+def opened(directory, vision_tower=None):
+    return open_checkpoint(directory, vision_tower=vision_tower)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_plan_refuses_what_training_refuses(run_plan, run_cli, open_once, tmp_path, preset):
+    """A preset that contradicts the model, whether that is a checkpoint or a name, of full rows or of a whole run."""
+    for directory in sorted((GOLDEN / "checkpoints").glob("v1*")):
+        run = "--checkpoint", directory, "--data", "nowhere.json", "--output", tmp_path / directory.name
+        _, _, err = run_cli(train_main.main, "--preset", preset, *run)
+        refused = f"error: --preset {preset} has " in err
+        assert refused or "nowhere.json: " in err
+        for flags in (ROWS, ("--topology", "v5e:2x2"))[: 1 + refused]:  # a whole run takes a second to plan
+            for name in ("--checkpoint", "--model"):
+                status, _, error, asked = run_plan("--preset", preset, name, directory, *flags, held=GB, row=1)
+                assert (status, len(asked)) == ((1, 0) if refused else (0, 1)), error
+                assert not refused or error == err.splitlines()[-1]
+    for name in c.PRESETS:
+        problem = ""
+        try:
+            check_preset(PRESETS[preset], c.preset(name))
+        except InputError as error:
+            problem = f"error: {error}"
+        assert run_plan("--preset", preset, "--model", name, *ROWS, held=GB, row=1)[2] == problem
+
+
+def test_without_a_preset_a_plan_takes_what_suits_the_model(run_cli, open_once, monkeypatch):
+    """As training without one, it contradicts no checkpoint: that decides the template and the images."""
+    planned = []
+    result = lambda model, config, *_: planned.append((model, config)) or (needs, plan.Compiled(3.0, 1))  # noqa: E731
+    needs = plan.Plan(True, 1, 2, 1, 0, 1e12, 1e12, {}, 0.0, 3.0)
+    monkeypatch.setattr(train_plan, "plan_step", result)
+    monkeypatch.setattr(plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
+    models = [*c.PRESETS, *sorted((GOLDEN / "checkpoints").glob("v1*"))]
+    for name in models:
+        for flag in ("--model",) if name in c.PRESETS else ("--model", "--checkpoint"):
+            status, out, err = run_cli(train_plan.main, flag, name, *ROWS)
+            own = plan.model_of(str(name))
+            preset = "v1.6-finetune" if own.aspect_ratio == "anyres" else "v1.5-finetune"
+            assert (status, f"no --preset: {preset}" in err) == (0, True), err
+            assert f"{name}, {preset}, v5e:2x2, " in out
+            model, config = planned.pop()
+            assert model == own
+            assert (config.template, config.aspect_ratio) == (None, None)
+            assert (config.tune, config.max_length) == (PRESETS[preset].tune, PRESETS[preset].max_length)
+
+
+def test_a_plan_refuses_a_run_in_which_nothing_would_be_trained(run_plan):
+    status, _, error, asked = run_plan("--topology", "v5e:2x2", "--examples", 100)
+    assert (status, asked) == (1, [])
+    assert error.startswith("error: nothing would be trained: the run has one step of all 100 conversations, ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--data", "a.json", "--examples", 5], "--examples is for a plan without --data"),
+        (["--data", "a.json", "--rows-per-chip", 1], "--data does not go with --rows-per-chip"),
+        (["--examples", 5, "--rows-per-chip", 1], "--examples does not go with --rows-per-chip"),
+        (["--data", "a.json", "--search"], "--data does not go with --search"),
+        (["--examples", 5, "--search"], "--examples does not go with --search"),
+        (["--seq", 512, "--max-length", 512], "give either it or them"),
+        (["--seq", 512, "--positions-per-row", 512], "give either it or them"),
+    ],
+)
+def test_a_plan_ignores_no_flag(run_cli, flags, says):
+    status, out, err = run_cli(train_plan.main, "--model", "llava-v1.5-7b", "--topology", "v5e:2x2", *flags)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert says in err
+
+
 def test_a_plan_in_json(run_plan):
     _, out, _, _ = run_plan("--topology", "v5e:4x4", "--json", "--examples", 1000, row=3 * GB)
     found = json.loads(out)
     fields = {field.name for field in dataclasses.fields(plan.Plan)}
     assert fields < found.keys() and not found["fits"]
     assert (found["slice"], found["batch"]["rows"], found["batch"]["examples"]) == ("v5litepod-16", 48, 1000)
-    assert found["what fits"]["fits"] and found["what fits"]["flags"] == "--accumulate 3"
+    assert found["fits_with"]["fits"] and found["fits_with"]["flags"] == "--accumulate 3"
 
 
 def test_a_plan_takes_the_flags_of_training():

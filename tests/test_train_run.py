@@ -120,7 +120,7 @@ def test_metrics(finished):
         assert 0 < line["labelled"] < line["tokens"]
     assert [line["step"] for line in lines if "eval_loss" in line] == [5, 10]
     assert lines[9]["eval_loss"] < lines[4]["eval_loss"] < lines[0]["loss"]
-    assert "first update" in said
+    assert "first step" in said
 
 
 def test_the_configuration_in_force_is_kept(finished, data):
@@ -682,7 +682,7 @@ BAD = {
     "choice": (lambda t: ("--tune", "all"), "--tune 'all': only projector, projector,decoder"),
     "stray": (lambda t: ("fast",), "'fast': no flag goes with it"),
     "learning rate": (lambda t: ("--learning-rate", "0"), "nothing would be trained: all that --tune names has"),
-    "warm-up alone": (lambda t: ("--steps", "1"), "nothing would be trained: the run has one update"),
+    "warm-up alone": (lambda t: ("--steps", "1"), "nothing would be trained: the run has one step"),
     "another model's preset": (lambda t: ("--checkpoint", NEXT, "--preset", "v1.5-finetune"), "take --preset v1.6"),
     "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
     "batch": (lambda t: ("--global-batch-size", "12"), "--global-batch-size 12: the mesh (data=1,fsdp=8,tensor=1)"),
@@ -690,7 +690,7 @@ BAD = {
     "template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "profile": (lambda t: ("--profile-steps", "5"), "write A:B"),
     "profile of figures": (lambda t: ("--profile-steps", "\u00b2:\u00b3"), "write A:B"),
-    "profile of nothing": (lambda t: ("--profile-steps", "11:12"), "--profile-steps 11:12: the run has 10 updates"),
+    "profile of nothing": (lambda t: ("--profile-steps", "11:12"), "--profile-steps 11:12: the run has 10 steps"),
     "output": (lambda t: ("--output", other_directory(t)), "holds something else"),
     "output is a file": (lambda t: ("--output", CHECKPOINT / "config.json"), "cannot be used"),
     "processes": (lambda t: ("--process-id", "1"), "go together"),

@@ -3,7 +3,7 @@
     python -m train --preset v1.5-pretrain --checkpoint DIR --data FILE.json --image-folder DIR --output DIR
     python -m train --list-presets
 
-The same command goes on with a run that was interrupted. Every field of `TrainConfig` is a flag.
+The same command resumes a run that was interrupted. Every field of `TrainConfig` is a flag.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def config_of(args: argparse.Namespace) -> "TrainConfig":  # noqa: F821
 
     if args.preset is not None and args.preset not in PRESETS:
         raise InputError(
-            f"unknown preset {shorten(args.preset)!r}{nearest(args.preset, PRESETS)}; --list-presets lists all"
+            f"unknown preset {shorten(args.preset)!r}{nearest(args.preset, PRESETS)}; `python -m train --list-presets` "
+            "lists all"
         )
     given = {}
     for field in dataclasses.fields(TrainConfig):

@@ -1,9 +1,9 @@
 """States of a run, saved while it goes on, and brought back onto any mesh.
 
-    checkpoints/N/state      what N updates made of trained parameters and optimiser (Orbax)
+    checkpoints/N/state      trained parameters and optimiser after N steps (Orbax)
     checkpoints/N/progress   where the data stands, and what else the loop has to know (JSON)
 
-Orbax copies the state to the host, and writes it while the next updates are computed. A checkpoint appears under its
+Orbax copies the state to the host, and writes it while the next steps are computed. A checkpoint appears under its
 name when it is whole; older ones go only after that.
 """
 
@@ -19,7 +19,7 @@ from llava_jax.console import InputError, first_line, note
 from train.processes import share
 
 _policies = ocp.checkpoint_managers
-LOOK_EVERY = 50  # updates, at most, after which processes hear what the clock of the first says
+LOOK_EVERY = 50  # steps, at most, between two times that processes read the clock of the first
 
 
 class Checkpoints:
@@ -47,7 +47,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The number of updates behind the latest checkpoint."""
+        """The step of the latest checkpoint."""
         return max(self.manager.all_steps(read=True), default=None)
 
     def save(self, step: int, state: Any, progress: dict[str, Any], eval_loss: float | None = None) -> None:
@@ -119,7 +119,7 @@ class Checkpoints:
         except Exception as error:
             raise InputError(
                 f"{self.manager.directory / str(self.latest)}: cannot be read ({first_line(error)}); "
-                "without this directory the run goes on from the checkpoint before it"
+                "remove this directory to resume from the checkpoint before it"
             ) from None
 
     def best_loss(self) -> float | None:
@@ -147,30 +147,30 @@ class Checkpoints:
 
 
 class SaveClock:
-    """When the time since the last checkpoint asks for one.
+    """Says when `minutes` have passed since the last checkpoint.
 
-    Of several processes the first one's clock decides. To hear it costs a wait for the devices, so it says how many
-    updates it can be left alone for, from how long they take.
+    With several processes all use the clock of process 0. Reading it waits for the devices, so process 0 also
+    estimates, from the time that a step takes, after how many steps it is to be read again.
     """
 
     def __init__(self, minutes: float, step: int):
-        """`minutes`: between checkpoints, 0 for no limit; `step`: updates made."""
+        """`minutes`: between checkpoints, 0 for no limit; `step`: the last one that was made."""
         self.seconds = 60 * minutes
         self.saved(step)
 
     def saved(self, step: int) -> None:
-        """There is a checkpoint of this update, or one begins to be written."""
+        """This step's checkpoint is written, or is being written."""
         self.last, self.begun, self.look_at = step, time.monotonic(), step + 1
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after this update. All processes call it after each, and get the same answer."""
+        """Whether to save after this step. All processes call it after each step, and get the same answer."""
         if not self.seconds or step < self.look_at:
             return False
-        elapsed = time.monotonic() - self.begun
-        left = self.seconds - elapsed
+        passed = time.monotonic() - self.begun
+        left = self.seconds - passed
         if jax.process_count() == 1:
             return left <= 0
-        updates = left * (step - self.last) / max(elapsed, 1e-9)  # that are made until then
-        first, *_ = share(str(0 if left <= 0 else int(min(max(updates, 1), LOOK_EVERY))))
+        steps = left * (step - self.last) / max(passed, 1e-9)  # that are made until then
+        first, *_ = share(str(0 if left <= 0 else int(min(max(steps, 1), LOOK_EVERY))))
         self.look_at = step + int(first)
         return first == "0"

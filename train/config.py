@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from llava_jax.config import ASPECT_RATIOS, LlavaConfig
-from llava_jax.console import InputError, note
+from llava_jax.console import InputError, note, shorten
 from llava_jax.layers import REMAT
 from llava_jax.sharding import parse_mesh
 from llava_jax.templates import Template, choose_template, get_template, is_program
@@ -46,9 +46,9 @@ class TrainConfig:
     template: str | None = _(None, "conversation template; None: the checkpoint's")
     max_length: int = _(2048, "positions after splicing at which a conversation is cut")
     batching: str = _("packed", "packed: several conversations a row; bucketed: one a row, lengths grouped")
-    global_batch_size: int = _(128, "conversations of one update, over all devices and accumulated parts")
+    global_batch_size: int = _(128, "conversations of one step, over all devices and accumulated parts")
     epochs: float = _(1.0, "passes over the data")
-    steps: int | None = _(None, "updates of the whole run; None: what `epochs` gives")
+    steps: int | None = _(None, "steps of the whole run; None: what `epochs` gives")
     on_bad_sample: str = _("skip", "skip: leave a broken sample out and count it; fail: stop at it")
     max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same")
     workers: int = _(4, "threads that read and decode pictures; 0: none beside the one that makes batches")
@@ -58,7 +58,7 @@ class TrainConfig:
     aspect_ratio: str | None = _(None, "square, pad or anyres; None: the checkpoint's")
     image_first: str = _("as_is", "as_is: a single image before its question, as the reference; random: or after it")
     eval_data: str | tuple[str, ...] | None = _(None, "held-out conversations to evaluate on; repeatable")
-    eval_every: int = _(0, "updates between evaluations; 0: only after the last")
+    eval_every: int = _(0, "steps between evaluations; 0: only after the last")
 
     # model
     checkpoint: str = _("", "the model to start from: a directory, or a name of the hub")
@@ -73,8 +73,8 @@ class TrainConfig:
     learning_rate: float = _(2e-5, "peak learning rate")
     projector_learning_rate: float | None = _(None, "peak of the projector; None: learning_rate")
     vision_learning_rate: float | None = _(None, "peak of the vision tower; None: learning_rate")
-    schedule: str = _("cosine", "cosine: to zero at the last update; constant; either after a linear warm-up")
-    warmup_ratio: float = _(0.03, "share of the updates that the warm-up takes")
+    schedule: str = _("cosine", "cosine: to zero at the last step; constant; either after a linear warm-up")
+    warmup_ratio: float = _(0.03, "share of the steps that the warm-up takes")
     weight_decay: float = _(0.0, "AdamW's; never on biases and norms")
     adam_b1: float = _(0.9, "AdamW's")
     adam_b2: float = _(0.999, "AdamW's")
@@ -91,11 +91,11 @@ class TrainConfig:
         "full", "what the backward pass finds saved of a layer: full (nothing) | minimal | dots | none (all)"
     )
     mesh: str | None = _(None, "data=1,fsdp=8,tensor=1; None: all devices along fsdp")
-    save_every: int = _(500, "updates between checkpoints; 0: their number gives none, but for the last")
-    save_minutes: float = _(30.0, "minutes between checkpoints at most; 0: only the number of updates counts")
+    save_every: int = _(500, "steps between checkpoints; 0: only save_minutes and the last step count")
+    save_minutes: float = _(30.0, "most minutes between checkpoints; 0: only save_every counts")
     keep: int = _(3, "checkpoints kept, the best aside")
-    log_every: int = _(1, "updates between lines of metrics")
-    profile_steps: str | None = _(None, "A:B: write a trace of updates A to B")
+    log_every: int = _(1, "steps between lines of metrics")
+    profile_steps: str | None = _(None, "A:B: write a trace of steps A to B")
     export_hf: bool = _(False, "export the model in transformers' format too")
 
     preset: dataclasses.InitVar[str | None] = None
@@ -119,7 +119,7 @@ class TrainConfig:
         ):
             if getattr(self, name) not in known:
                 listed = ", ".join(str(value) for value in known if value)
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: only {listed}")
+                raise InputError(f"--{name.replace('_', '-')} {shorten(getattr(self, name))!r}: only {listed}")
         for name, least in (
             ("max_length", 2), ("global_batch_size", 1), ("steps", 1), ("workers", 0), ("prefetch", 1),
             ("tiles_per_row", 0), ("eval_every", 0), ("lora_rank", 1), ("lora_alpha", 0), ("learning_rate", 0),
@@ -135,7 +135,7 @@ class TrainConfig:
         self._check("epochs", lambda value: 0 < value <= 1e6, "must be above 0, and at most 1000000")
         self._check("positions_per_row", lambda value: value >= self.max_length, "must be at least --max-length")
         if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
-            raise InputError(f"--lora-targets {', '.join(unknown)}: only {', '.join(LORA_TARGETS)}")
+            raise InputError(f"--lora-targets {shorten(', '.join(unknown))}: only {', '.join(LORA_TARGETS)}")
         if self.tune == "lora" and not self.lora_targets:
             raise InputError(f"--lora-targets: name at least one of {', '.join(LORA_TARGETS)}")
         if self.mesh is not None:
@@ -144,7 +144,7 @@ class TrainConfig:
     def _check(self, name: str, holds, says: str) -> None:
         value = getattr(self, name)
         if value is not None and not holds(value):
-            raise InputError(f"--{name.replace('_', '-')} {value}: {says}")
+            raise InputError(f"--{name.replace('_', '-')} {shorten(value)}: {says}")
 
     def replace(self, **changes) -> "TrainConfig":
         """The same with other values, which count as given."""
@@ -158,7 +158,7 @@ def _check_type(name: str, value: Any, wanted: Any) -> None:
     kinds = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         says = wanted.__name__ if isinstance(wanted, type) else wanted
-        raise InputError(f"--{name.replace('_', '-')} {value!r}: must be {says}")
+        raise InputError(f"--{name.replace('_', '-')} {shorten(repr(value))}: must be {says}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number")
 

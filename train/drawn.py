@@ -14,12 +14,12 @@ from train.data import WINDOW, Data
 from train.samples import BadSamples, Sample
 
 MIX665K, CAPTIONS = 665_298, 558_128  # rows of llava_v1_5_mix665k.json and of blip_laion_cc_sbu_558k.json
-PICTURE = (640, 480)  # most of COCO's
+IMAGE = (640, 480)  # most of COCO's
 
 
 def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of n conversations like mix665k's after splicing, and whether each has a picture: 40 % short answers
-    about a picture, 6 % text only, the rest conversations about a picture."""
+    """Positions of n conversations like mix665k's after splicing, and whether each has an image: 40 % short answers
+    about an image, 6 % text only, the rest conversations about an image."""
     random = np.random.default_rng(seed)
     kind = random.choice(3, n, p=[0.40, 0.54, 0.06])
     short = features + 45 + random.integers(8, 60, n)
@@ -29,7 +29,7 @@ def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.
 
 
 def draw_captions(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for stage 1: a picture and a sentence about it."""
+    """The same for stage 1: an image and a sentence about it."""
     lengths = features + np.random.default_rng(seed).integers(8, 60, n)
     return np.minimum(lengths, max_length), np.ones(n, bool)
 
@@ -44,7 +44,7 @@ class DrawnSamples:
         self.model = model
         self.path, self.template = "lengths like the captions of stage 1" if captions else "lengths like mix665k's", ""
         self._number = n or (CAPTIONS if captions else MIX665K)
-        self._place = layout(PICTURE, model)
+        self._place = layout(IMAGE, model)
         draw = draw_captions if captions else draw_lengths
         drawn = draw(WINDOW, config.seed, count_features(self._place, model), config.max_length)
         each = np.arange(self._number) * WINDOW // self._number  # a window's lengths, over the whole file

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, Progress, elapsed, note, plural
+from llava_jax.console import InputError, Progress, elapsed, note, plural, shorten
 from llava_jax.export import check_expressible
 from llava_jax.programs import limit_programs
 from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
@@ -153,7 +153,7 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
     if not progress:
         check_rates(config, total, opened["data"].wanted)
     if (traced := parse_profile_steps(config.profile_steps)) and traced[0] > total:
-        raise InputError(f"--profile-steps {config.profile_steps}: the run has {plural(total, 'update')}")
+        raise InputError(f"--profile-steps {config.profile_steps}: the run has {plural(total, 'step')}")
     model = found.config.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else found.config
     if config.export_hf:
         check_expressible(model)
@@ -175,7 +175,7 @@ def rows_part(mesh: Mesh) -> tuple[int, int]:
 
 
 def parse_profile_steps(text: str | None) -> range:
-    """`"A:B"` as the updates A to B, counted from 1.
+    """`"A:B"` as the steps A to B, counted from 1.
 
     Raises:
       InputError: it is not that.
@@ -185,7 +185,9 @@ def parse_profile_steps(text: str | None) -> range:
     numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     first, last = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= first <= last:
-        raise InputError(f"--profile-steps {text}: write A:B, the first and the last update to trace, counted from 1")
+        raise InputError(
+            f"--profile-steps {shorten(text)}: write A:B, the first and the last step to trace, counted from 1"
+        )
     return range(first, last + 1)
 
 
@@ -199,7 +201,7 @@ def _train(run: Run) -> int:
     trained, kept = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trained, frozen))
     note(
         f"{trained:,} parameters are trained, {kept:,} are not; {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        f"{format_mesh(mesh.shape)}; compiling the first update"
+        f"{format_mesh(mesh.shape)}; compiling the first step"
     )
     if run.progress:
         state = run.checkpoints.restore(state)
@@ -217,7 +219,7 @@ def _train(run: Run) -> int:
                 jax.profiler.start_trace(str(run.output.files / "profile"))
                 tracing = True
             limit_programs()
-            with elapsed("compiling the first update") if step == run.start else contextlib.nullcontext():
+            with elapsed("compiling the first step") if step == run.start else contextlib.nullcontext():
                 state, metrics = step_fn(frozen, state, put_batch(batch, mesh, run.data.rows))
             step += 1
             recorder.add(step, metrics, info, batch)
@@ -370,7 +372,7 @@ class Recorder:
             needed = flops_of_batch(self.run.model, self.config, self.run.data.rows, *shape)
             self.record["peak_share"] = needed / seconds / (self.peak * self.run.mesh.size)
         if step == self.run.start + 1:
-            note(f"first update, with compilation, after {seconds:.1f} s: loss {values['loss']:.4f}")
+            note(f"first step, with compilation, after {seconds:.1f} s: loss {values['loss']:.4f}")
         speed = f"{self.record['tokens_per_second']:,.0f} tokens/s"
         self.bar.advance(1, f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed}")
 

@@ -52,7 +52,7 @@ def check_rates(config: TrainConfig, total_steps: int, wanted: int) -> None:
       wanted: conversations of a batch.
 
     Raises:
-      InputError: all that is trained has learning rate 0 in all updates.
+      InputError: all that is trained has learning rate 0 in all steps.
     """
     parts = ("decoder", "projector") if config.tune == "lora" else config.tune.split(",")
     if not any(peak(part, config) for part in parts):
@@ -61,7 +61,7 @@ def check_rates(config: TrainConfig, total_steps: int, wanted: int) -> None:
     if schedule(config, total_steps)(min(warmup, total_steps - 1)) == 0:
         few = "" if wanted == config.global_batch_size else f" of all {wanted} conversations"
         raise InputError(
-            f"nothing would be trained: the run has one update{few}, the first of a warm-up, at learning rate 0; give "
+            f"nothing would be trained: the run has one step{few}, the first of the warm-up, at learning rate 0; give "
             f"--global-batch-size less than {wanted}, more --epochs or --steps, or --warmup-ratio 0"
         )
 

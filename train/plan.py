@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from llava_jax import llava, plan, tpu
+from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, note, run_main
 from llava_jax.images import most_tiles
@@ -31,8 +32,9 @@ from llava_jax.layers import REMAT
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
 from llava_jax.splice import Batch
+from llava_jax.tokenizer import Tokenizer
 from train.__main__ import add_fields, config_of
-from train.config import PRESETS, TrainConfig
+from train.config import PRESETS, TrainConfig, check_preset
 from train.metrics import flops_of_batch
 from train.plan_run import between_slices, more_bounds, plan_run
 from train.step import TrainState, setup
@@ -46,7 +48,11 @@ STEPS = 1000  # of the run whose schedule is compiled in; any number gives the s
 def parser() -> Parser:
     p = Parser(prog="python -m train.plan", description="What training needs of each chip of a TPU slice.")
     plan.add_flags(p, model_is_needed=False)
-    p.add_argument("--preset", default="v1.5-finetune", metavar="NAME", help=f"the stage: {', '.join(PRESETS)}")
+    p.add_argument(
+        "--preset", metavar="NAME",
+        help=f"the stage: {', '.join(PRESETS)}; default: full fine-tuning of the model's version, with the "
+        "checkpoint's own template and images",
+    )  # fmt: skip
     p.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices; data parallel between them")
     p.add_argument("--examples", type=int, metavar="N", help="conversations of the data, where --data gives none")
     p.add_argument(
@@ -63,14 +69,14 @@ def parser() -> Parser:
 
 
 def batch_shapes(model: LlavaConfig, mesh: Mesh, rows: int, length: int, tiles: int) -> Batch:
-    """The shapes of a global batch, cut by rows."""
+    """The shapes of a global batch, sharded by rows."""
     side, cut = model.vision.image_size, batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=cut)
     return Batch(jax.ShapeDtypeStruct((rows, tiles, side, side, 3), np.uint8, sharding=cut), *[ids] * 5)
 
 
 def default_tiles(model: LlavaConfig, length: int) -> int:
-    """As many tiles as have room in a row with their features, but those of one picture at least."""
+    """As many tiles as have room in a row with their features, but those of one image at least."""
     return max(most_tiles(model), length // model.vision.features_per_tile)
 
 
@@ -97,7 +103,7 @@ def plan_step(
 
 
 def model_flops(model: LlavaConfig, config: TrainConfig, rows: int, length: int, tiles: int) -> float:
-    """Of an update, on all chips: as `metrics.flops_of_batch`, and the head at all positions, and the projector."""
+    """Of a step, on all chips: as `metrics.flops_of_batch`, and the head at all positions, and the projector."""
     t, v = model.text, model.vision
     head = 2 * t.width * t.vocab_size * rows * length * (3 if "decoder" in config.tune else 2)
     depth = sum(
@@ -111,7 +117,7 @@ def model_flops(model: LlavaConfig, config: TrainConfig, rows: int, length: int,
 def least_collectives(
     frozen: dict, state: TrainState, model: LlavaConfig, config: TrainConfig, mesh: Mesh, rows: int, length: int
 ) -> float:
-    """Bytes that each chip has to send in an update, given how things are cut.
+    """Bytes that each chip has to send in a step, given how arrays are sharded.
 
     Along `fsdp` parameters are gathered once, those of layers that the backward pass computes again twice, and
     gradients scattered once; along `data` gradients are summed; along `tensor` each layer's two results, forward and
@@ -168,7 +174,7 @@ class Choice:
 
 
 def meshes(model: LlavaConfig, devices: list, slices: int) -> list[Mesh]:
-    """Those worth trying, the one that sends least first: all along fsdp, then layers cut, then several copies."""
+    """Those worth trying, the one that sends least first: all along fsdp, then along tensor too, then copies."""
     each, t = len(devices) // slices, model.text
     cut = [n for n in (2, 4, 8) if each % n == 0 and n < each and t.kv_heads % n == 0]
     copies = [n for n in (2, 4) if each % n == 0 and n < each]
@@ -249,37 +255,78 @@ def main() -> int:
     for name, least in (("slices", 1), ("rows_per_chip", 1), ("seq", 2), ("examples", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if args.preset not in PRESETS:
-        raise InputError(f"--preset {args.preset!r}: only {', '.join(PRESETS)}")
+    check_flags(args)
     config = config_of(args)
-    if args.seq:
-        config = config.replace(max_length=args.seq, positions_per_row=args.seq)
-    if not (args.model or config.checkpoint):
-        raise InputError("--model NAME or --checkpoint DIR is needed")
     default = functools.partial(make_mesh, {DATA: args.slices, FSDP: -1})
     mesh = plan.mesh_of(args.mesh, default, args.topology, args.slices)
-    if args.search or args.rows_per_chip:
-        return plan_rows(args, config, mesh)
-    return plan_run(args, config, mesh, default, plan_step)
-
-
-def plan_rows(args: argparse.Namespace, config: TrainConfig, mesh: Mesh) -> int:
-    """Of so many full rows a chip, or the search for how many are best."""
-    model = plan.model_of(args.model or config.checkpoint)
+    model, tokenizer = open_model(args.model, config)
+    if not args.preset:
+        args.preset = "v1.6-finetune" if model.aspect_ratio == "anyres" else "v1.5-finetune"
+        note(f"no --preset: {args.preset}, which suits the model; give it to `python -m train` too")
+        # What is a matter of the checkpoint stays as it is, as in training without a preset.
+        config = config_of(args).replace(template=config.template, aspect_ratio=config.aspect_ratio)
+    if args.seq:
+        config = config.replace(max_length=args.seq, positions_per_row=args.seq)
     if config.aspect_ratio:
         model = model.replace(aspect_ratio=config.aspect_ratio)
+    if args.search or args.rows_per_chip:
+        return plan_rows(args, config, model, mesh)
+    return plan_run(args, config, model, tokenizer, mesh, default, plan_step)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of which one would be ignored.
+
+    Raises:
+      InputError: there are such, or nothing names a model.
+    """
+    if not (args.model or args.checkpoint):
+        raise InputError("--model NAME or --checkpoint DIR is needed")
+    if args.examples and args.data:
+        raise InputError("--examples is for a plan without --data: the data says how many conversations it has")
+    for name in ("data", "examples"):
+        if getattr(args, name) and (args.rows_per_chip or args.search):
+            rows = "--search" if args.search else "--rows-per-chip"
+            raise InputError(f"--{name} does not go with {rows}, which compiles full rows, whatever the data; drop one")
+    if args.seq and (args.max_length or args.positions_per_row):
+        raise InputError("--seq stands for --max-length and --positions-per-row; give either it or them")
+
+
+def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Tokenizer | None]:
+    """The model by name, or else the checkpoint's; and the checkpoint's tokenizer.
+
+    Raises:
+      InputError: it cannot be used, or contradicts the preset as in training; the data needs a tokenizer and there is
+        none.
+    """
+    model = tokenizer = None
+    if config.checkpoint:
+        found = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
+        check_preset(config, found.config)
+        model, tokenizer = found.config, found.tokenizer
+    elif config.data:
+        raise InputError("--data needs --checkpoint, whose tokenizer tells how long its conversations are")
+    if name:
+        model = plan.model_of(name)
+        check_preset(config, model)
+    return model, tokenizer
+
+
+def plan_rows(args: argparse.Namespace, config: TrainConfig, model: LlavaConfig, mesh: Mesh) -> int:
+    """Of so many full rows a chip, or the search for how many are best."""
+    what = args.model or config.checkpoint
     length = config.positions_per_row or config.max_length
     tiles = default_tiles(model, length) if config.tiles_per_row is None else config.tiles_per_row
     slices = f"{args.slices} x " if args.slices > 1 else ""
     if args.search:
         tried = [mesh] if args.mesh else meshes(model, list(mesh.devices.flat), args.slices)
         policies = [args.remat] if args.remat else POLICIES
-        note(f"searching for {args.model}, {args.preset}, {slices}{args.topology}; a program takes minutes")
+        note(f"searching for {what}, {args.preset}, {slices}{args.topology}; a program takes minutes")
         rows = args.rows_per_chip or 1
         found = search(model, config, tried, policies, args.topology, args.slices, rows, length, tiles)
         return show_search(found, args)
     title = (
-        f"{args.model}, {args.preset}, {slices}{args.topology}, mesh {plan.describe(mesh)}, remat {config.remat}; "
+        f"{what}, {args.preset}, {slices}{args.topology}, mesh {plan.describe(mesh)}, remat {config.remat}; "
         f"{args.rows_per_chip} x {row_multiple(mesh)} rows of {length:,} positions and {tiles} tiles"
     )
     plan.note_compiling(title)

@@ -4,7 +4,9 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,15 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax import plan, tpu
-from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, note, plural
+from llava_jax.console import note, plural
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, make_mesh, row_multiple
 from llava_jax.tokenizer import Tokenizer
-from train.config import TrainConfig, check_preset
+from train.config import TrainConfig
 from train.data import Data, check_batch, open_data
 from train.drawn import drawn_data
+from train.optim import check_rates
 
 MOST_SLICES = 3  # larger slices that are compiled for
 
@@ -41,7 +43,7 @@ class BatchPlan:
     tokens         positions in use of a batch, about
     data           where the lengths are from
     examples       conversations of the data
-    updates        of the run
+    steps          of the run
     """
 
     rows: int
@@ -52,7 +54,7 @@ class BatchPlan:
     tokens: float
     data: str
     examples: int
-    updates: int
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,75 +70,82 @@ class Choice:
     made: Compiled | None
 
 
+PlanWith = Callable[[str, TrainConfig, Mesh, str], Choice]  # flags, configuration, mesh, topology
+
+
 def plan_run(
-    args: argparse.Namespace, config: TrainConfig, mesh: Mesh, default: Callable[[list], Mesh], plan_step: PlanStep
+    args: argparse.Namespace,
+    config: TrainConfig,
+    model: LlavaConfig,
+    tokenizer: Tokenizer | None,
+    mesh: Mesh,
+    default: Callable[[list], Mesh],
+    plan_step: PlanStep,
 ) -> int:
     """Plan what `python -m train` would run.
 
     Args:
-      args: `model`, `topology`, `slices`, `mesh`, `examples`, `json`.
+      args: `model`, `preset`, `topology`, `slices`, `mesh`, `examples`, `json`.
+      model: with the run's image settings.
+      tokenizer: of the checkpoint; needed where there is data.
       default: the mesh of devices, where none is named.
       plan_step: `train.plan.plan_step`.
 
     Raises:
-      InputError: it does not fit.
+      InputError: it does not fit, or training would refuse it.
     """
-    what = args.model or config.checkpoint
-    model, tokenizer = open_model(args.model, config)
     check_batch(config, mesh)
-    multiple = row_multiple(mesh) * config.accumulate
-    if config.data:
-        data = open_data(config.replace(output=""), model, tokenizer, rows_multiple=multiple)
-    else:
-        data = drawn_data(config, model, multiple, args.examples)
-
-    def plan_with(flags: str, config: TrainConfig, mesh: Mesh, topology: str) -> Choice:
-        batch = plan_batch(data, config, mesh)
-        rows = batch.rows // row_multiple(mesh)
-        slices = f"{args.slices} x " if args.slices > 1 else ""
-        plan.note_compiling(
-            f"{what}, {args.preset}, {slices}{topology}, mesh {plan.describe(mesh)}, remat {config.remat}, {rows} x "
-            f"{row_multiple(mesh)} rows of {batch.length:,} positions and {plural(batch.tiles, 'tile')}"
-            + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
-        )
-        needs, made = plan_step(model, config, mesh, topology, rows, batch.length, batch.tiles)
-        says = "fits" if needs.fits else "does not fit"
-        note(f"{says}: {needs.peak_bytes_per_chip / 1e9:.1f} of {needs.hbm_bytes_per_chip / 1e9:.1f} GB a chip")
-        return Choice(flags, topology, config, mesh, batch, needs, made)
-
-    asked = plan_with("", config, mesh, tpu.by_sides(args.topology))
-    found = None if asked.needs.fits else what_fits(asked, plan_with, default, model, args.mesh, args.slices)
-    data.close()
-    if args.json:
-        print(json.dumps(describe(asked, args.slices) | ({"what fits": found and describe(found, args.slices)})))
-    else:
-        title = f"{what}, {args.preset}, {name_of(asked, args.slices)}, remat {config.remat}"
-        plan.show(asked.needs, asked.made, args.topology, title, more_bounds(asked.made, config, args.slices))
-        for name, text in lines(asked, args.slices):
-            print(f"  {name:36}{text}")
+    with contextlib.closing(open_lengths(config, model, tokenizer, mesh, args.examples)) as data:
+        check_rates(config, plan_batch(data, config, mesh).steps, data.wanted)
+        plan_with = functools.partial(plan_choice, args, model, data, plan_step)
+        asked = plan_with("", config, mesh, tpu.by_sides(args.topology))
+        found = None if asked.needs.fits else what_fits(asked, plan_with, default, model, args.mesh, args.slices)
+    show_run(args, asked, found)
     if not asked.needs.fits:
         plan.check_fits(asked.needs, args.topology, advice(asked, found, args.slices))
     return 0
 
 
-def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Tokenizer | None]:
-    """The model, with the run's image settings; and its tokenizer where the data is to be read.
-
-    Raises:
-      InputError: the checkpoint cannot be used, or contradicts the preset; the data needs one and there is none.
-    """
-    model = tokenizer = None
-    if config.checkpoint:
-        found = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
-        check_preset(config, found.config)
-        model, tokenizer = found.config, found.tokenizer
-    elif config.data:
-        raise InputError("--data needs --checkpoint, whose tokenizer tells how long its conversations are")
-    model = plan.model_of(name) if name else model
-    return (model.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else model), tokenizer
+def plan_choice(
+    args: argparse.Namespace,
+    model: LlavaConfig,
+    data: Data,
+    plan_step: PlanStep,
+    flags: str,
+    config: TrainConfig,
+    mesh: Mesh,
+    topology: str,
+) -> Choice:
+    """Compile the step of one way to run it."""
+    batch = plan_batch(data, config, mesh)
+    rows = batch.rows // row_multiple(mesh)
+    slices = f"{args.slices} x " if args.slices > 1 else ""
+    plan.note_compiling(
+        f"{args.model or config.checkpoint}, {args.preset}, {slices}{topology}, mesh {plan.describe(mesh)}, "
+        f"remat {config.remat}, {rows} x {row_multiple(mesh)} rows of {batch.length:,} positions and "
+        f"{plural(batch.tiles, 'tile')}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    )
+    needs, made = plan_step(model, config, mesh, topology, rows, batch.length, batch.tiles)
+    says = "fits" if needs.fits else "does not fit"
+    note(f"{says}: {needs.peak_bytes_per_chip / 1e9:.1f} of {needs.hbm_bytes_per_chip / 1e9:.1f} GB a chip")
+    return Choice(flags, topology, config, mesh, batch, needs, made)
 
 
 # ---------------------------------------------------------------- the batch
+
+
+def open_lengths(
+    config: TrainConfig, model: LlavaConfig, tokenizer: Tokenizer | None, mesh: Mesh, examples: int | None
+) -> Data:
+    """The run's data; without `--data`, conversations of assumed lengths.
+
+    Args:
+      examples: the number of the latter; None: as many as the stage's data has.
+    """
+    multiple = row_multiple(mesh) * config.accumulate
+    if config.data:
+        return open_data(config.replace(output=""), model, tokenizer, rows_multiple=multiple)
+    return drawn_data(config, model, multiple, examples)
 
 
 def plan_batch(data: Data, config: TrainConfig, mesh: Mesh) -> BatchPlan:
@@ -153,7 +162,7 @@ def plan_batch(data: Data, config: TrainConfig, mesh: Mesh) -> BatchPlan:
         tokens=found["tokens"],
         data=data.samples.path,
         examples=len(data.samples),
-        updates=config.steps or math.ceil(config.epochs * data.steps_per_epoch),
+        steps=config.steps or math.ceil(config.epochs * data.steps_per_epoch),
     )
 
 
@@ -174,12 +183,12 @@ def between_slices(made: Compiled, config: TrainConfig, slices: int) -> float:
 
 
 def least_hours(choice: Choice, slices: int) -> float | None:
-    """Of the run, if each update took no longer than the roofline allows; None where the work is not known."""
+    """Of the run, if each step took no longer than the roofline allows; None where the work is not known."""
     if choice.made.work is None:
         return None
     bounds = tpu.roofline(choice.made.work, choice.topology)
     bounds |= more_bounds(choice.made, choice.config, slices) or {}
-    return choice.batch.updates * max(bounds.values()) / 3600
+    return choice.batch.steps * max(bounds.values()) / 3600
 
 
 # ---------------------------------------------------------------- what would fit
@@ -187,7 +196,7 @@ def least_hours(choice: Choice, slices: int) -> float | None:
 
 def what_fits(
     asked: Choice,
-    plan_with: Callable[[str, TrainConfig, Mesh, str], Choice],
+    plan_with: PlanWith,
     default: Callable[[list], Mesh],
     model: LlavaConfig,
     mesh_flag: str | None,
@@ -215,7 +224,7 @@ def what_fits(
     return larger_slice(asked, plan_with, default, slices)
 
 
-def more_parts(asked: Choice, plan_with: Callable[[str, TrainConfig, Mesh, str], Choice]) -> Choice | None:
+def more_parts(asked: Choice, plan_with: PlanWith) -> Choice | None:
     """The fewest accumulated parts that fit, if any do."""
     rows = -(-asked.batch.rows // row_multiple(asked.mesh))  # of a shard
     numbers = sorted({-(-rows // at_once) for at_once in range(1, rows + 1)})
@@ -240,7 +249,7 @@ def more_parts(asked: Choice, plan_with: Callable[[str, TrainConfig, Mesh, str],
 
 
 def other_meshes(model: LlavaConfig, mesh: Mesh, slices: int) -> Iterator[dict[str, int]]:
-    """That hold fewer bytes a chip: no copies but between slices, and layers cut in two."""
+    """That hold fewer bytes a chip: no copies but between slices, and layers sharded in two."""
     for tensor in (1, 2):
         sizes = {DATA: slices, FSDP: mesh.size // slices // tensor, TENSOR: tensor}
         held = mesh.shape[FSDP] * mesh.shape[TENSOR], mesh.shape[TENSOR]
@@ -248,9 +257,7 @@ def other_meshes(model: LlavaConfig, mesh: Mesh, slices: int) -> Iterator[dict[s
             yield sizes
 
 
-def larger_slice(
-    asked: Choice, plan_with: Callable[[str, TrainConfig, Mesh, str], Choice], default: Callable, slices: int
-) -> Choice | None:
+def larger_slice(asked: Choice, plan_with: PlanWith, default: Callable, slices: int) -> Choice | None:
     """The smallest slice of the same chips that fits. One that cannot, by what its chips hold, is not compiled for."""
     needs = asked.needs
     held = (needs.parameter_bytes_per_chip + needs.optimizer_bytes_per_chip) * asked.mesh.size
@@ -271,6 +278,20 @@ def larger_slice(
 
 
 # ---------------------------------------------------------------- what is shown
+
+
+def show_run(args: argparse.Namespace, asked: Choice, found: Choice | None) -> None:
+    """Print the plan, as a table or as JSON; `found` is what fits instead, if anything was found."""
+    if args.json:
+        fits_with = found and describe(found, args.slices)
+        print(json.dumps(describe(asked, args.slices) | {"fits_with": fits_with}))
+        return
+    config = asked.config
+    what = args.model or config.checkpoint
+    title = f"{what}, {args.preset}, {name_of(asked, args.slices)}, remat {config.remat}"
+    plan.show(asked.needs, asked.made, args.topology, title, more_bounds(asked.made, config, args.slices))
+    for name, text in lines(asked, args.slices):
+        print(f"  {name:36}{text}")
 
 
 def name_of(choice: Choice, slices: int) -> str:
@@ -297,7 +318,7 @@ def lines(choice: Choice, slices: int) -> Iterator[tuple[str, str]]:
             "data",
             f"an assumption: {batch.examples:,} conversations, {batch.data} (--examples, or --data and --checkpoint)",
         )
-    run = f"{plural(batch.updates, 'update')}, {batch.updates * batch.tokens:.3g} tokens"
+    run = f"{plural(batch.steps, 'step')}, {batch.steps * batch.tokens:.3g} tokens"
     if hours := least_hours(choice, slices):
         chips = hours * choice.mesh.size
         run += f", at least {hours:.3g} hours ({chips:.3g} of chips): the roofline's bound, not measured"
