@@ -11,8 +11,8 @@ where `image` may be a list, or be missing; others are
      "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-`read_conversation` makes the same `Conversation` of either. What a row says and is not read is never dropped in
-silence: keys that would change what is learnt make the row a bad one, keys that nobody knows are named once a file.
+`read_conversation` reads either into the same `Conversation`. Nothing that a row has is ignored silently: keys that
+would change what is learnt make the row a bad one, unknown keys are named once a file.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from llava_jax.templates import MARK
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
-# Keys that would change what is learnt, and that are not read: a row that has one is a bad one, which says this.
+# Keys that would change what is learnt, and that are not supported: a row with one of them is bad, for this reason.
 _VIDEO, _AUDIO, _TOOLS = "video is not supported", "audio is not supported", "tool calls are not supported"
 _PREFERENCES = "training on preferences is not supported"
 _IMAGE = "not a key for images; name them in image or images"
@@ -45,6 +45,8 @@ NOT_READ_IN_TURNS = {
     "weight": "weights of turns are not supported",
 }  # fmt: skip
 
+MEAN_SOMETHING_WHEN_FALSE = {"kto_tag", "weight"}  # of those above; `"video": false` only says that there is none
+
 # Keys that are read, and keys that describe a row and change nothing.
 READ = {"id", "conversations", "messages", "image", "images", "system", "kinds"}
 DESCRIBE = {
@@ -56,7 +58,7 @@ READ_IN_TURNS = {"from", "value", "role", "content"}
 DESCRIBE_IN_TURNS = {"id", "name", "kind", "model"}
 READ_IN_PARTS = {"type", "text", "image", "image_url", "path", "url", "index"}
 IMAGE_PARTS = ("image", "image_url")
-TOLD = 10  # keys of a file that are named
+MOST_NAMED = 10  # unknown keys of a file that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _read_line(line: bytes) -> Any:
 
 
 def note_unread_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
-    """Warn once about each key of a file's rows, and of their turns, that nobody knows."""
+    """Warn once about each unknown key of a file's rows, and of their turns."""
     known = {*READ, *DESCRIBE, *NOT_READ}
     known_in_turns = {*READ_IN_TURNS, *DESCRIBE_IN_TURNS, *NOT_READ_IN_TURNS}
     found: dict[str, int] = {}
@@ -127,10 +129,10 @@ def note_unread_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
                 look(number, turn, known_in_turns, " of a turn")
                 for part in _parts_of(turn):
                     look(number, part, READ_IN_PARTS, " of a part")
-    for what, number in sorted(found.items(), key=lambda item: (item[1], item[0]))[:TOLD]:
+    for what, number in sorted(found.items(), key=lambda item: (item[1], item[0]))[:MOST_NAMED]:
         note(f"warning: {shorten(path)}: {what} is not read (first in row {number})")
-    if len(found) > TOLD:
-        note(f"warning: {shorten(path)}: nor are {len(found) - TOLD} other keys")
+    if len(found) > MOST_NAMED:
+        note(f"warning: {shorten(path)}: nor are {len(found) - MOST_NAMED} other keys")
 
 
 # ---------------------------------------------------------------- a row
@@ -191,12 +193,18 @@ def image_names(row: dict[str, Any]) -> list[str]:
     return names
 
 
-def has_images(row: Any) -> bool:
-    """Whether a row names images, or has places for them."""
+def count_images(row: Any) -> int:
+    """Images that a row names, or has places for; of a row that can be read, those of its `Conversation`."""
     if not isinstance(row, dict):
-        return False
-    parts = (part for turn in _turns_of(row) if isinstance(turn, dict) for part in _parts_of(turn))
-    return bool(row.get("image") or row.get("images")) or any(part.get("type") in IMAGE_PARTS for part in parts)
+        return 0
+    names = row.get("image") or row.get("images")
+    named = len(names) if isinstance(names, list) else int(bool(names))
+    placed = 0
+    for turn in _turns_of(row):
+        content = isinstance(turn, dict) and (turn.get("content") or turn.get("value"))
+        if isinstance(content, list):  # seldom: of most rows nothing else is done
+            placed += sum(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in content)
+    return max(named, placed)
 
 
 def has_system(row: Any) -> bool:
@@ -212,7 +220,9 @@ class _Parts:
     """The images of a row, as the parts of its messages name them or point at those in `images`."""
 
     def __init__(self, names: list[str]):
-        self.given, self.found, self.named = names, [], 0
+        self.given, self.found = names, []
+        self._shown: list[int] = []  # places in `given` of those that parts point at
+        self._indexed: bool | None = None  # whether these parts have an index
 
     def add(self, part: dict[str, Any]) -> None:
         for key in ("image", "image_url", "path", "url"):
@@ -220,9 +230,13 @@ class _Parts:
                 break
         else:
             at = part.get("index")
-            at = len(self.found) if at is None else at
-            if not isinstance(at, int) or not 0 <= at < len(self.given):
+            if self._indexed not in (None, at is not None):
+                raise InputError("image parts with an index and without; give an index to each of them, or to none")
+            self._indexed = at is not None
+            at = len(self._shown) if at is None else at
+            if type(at) is not int or not 0 <= at < len(self.given):
                 raise InputError(f"an image part for image {shorten(at)}, and {len(self.given)} are named in images")
+            self._shown.append(at)
             self.found.append(self.given[at])
             return
         name = name.get("url") if isinstance(name, dict) else name
@@ -234,8 +248,12 @@ class _Parts:
 
     def images(self) -> tuple[str, ...]:
         """Those that the parts show; without such parts, all that the row names."""
-        if self.found and len({*self.given} - {*self.found}):
-            raise InputError(f"{len(self.found)} image parts for {len(self.given)} images")
+        missing = sorted({*range(len(self.given))} - {*self._shown})
+        if self.found and missing:
+            raise InputError(
+                f"{len(self.found)} image parts for {len(self.given)} images: none shows image {missing[0]} of images, "
+                "counted from 0"
+            )
         return tuple(self.found or self.given)
 
 
@@ -285,7 +303,8 @@ def _parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
 def _refuse(there: dict[str, Any], keys: dict[str, str]) -> None:
     for key in sorted(there.keys() & keys.keys()):
         value = there[key]
-        if value not in (None, "", [], {}) and not (key == "weight" and value == 1):
+        absent = value in (None, "", [], {}) or (value in (False, 0) and key not in MEAN_SOMETHING_WHEN_FALSE)
+        if not absent and not (key == "weight" and value == 1):
             raise InputError(f"{key}: {keys[key]}")
 
 

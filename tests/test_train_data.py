@@ -17,15 +17,18 @@ from PIL import Image
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.conversations import read_rows
+from llava_jax.plan import model_of
 from llava_jax.splice import IGNORE, IMAGE, TEXT
+from train import data as train_data
 from train import packing, preview, scienceqa
 from train.__main__ import read_config
 from train.config import TrainConfig
-from train.data import open_data
+from train.data import Data, open_data
+from train.drawn import DrawnSamples
 from train.mixture import Part, checksum, read_parts
 from train.output import Output
 from train.packing import fill_rows, good_length
-from train.samples import BadSample, Samples
+from train.samples import BadSample, BadSamples, Samples
 
 SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]
 SAME = ("ids", "labels", "positions", "segments", "feature_rows", "tiles")
@@ -121,6 +124,15 @@ BROKEN = {
     json.dumps(PICTURE | {"messages": [parts({"type": "image", "index": 1}), MESSAGES[1]]}): "an image part for image",
     json.dumps({"images": ["0.png", "1.png"], "messages": [parts({"type": "image"}), MESSAGES[1]]}):
         "1 image parts for 2 images",
+    json.dumps({"images": ["0.png", "0.png"], "messages": [parts({"type": "image"}), MESSAGES[1]]}):
+        "1 image parts for 2 images: none shows image 1 of images, counted from 0",
+    json.dumps({"images": ["0.png"] * 2, "messages": [parts(*[{"type": "image", "index": 1}] * 2), MESSAGES[1]]}):
+        "2 image parts for 2 images: none shows image 0 of images, counted from 0",
+    json.dumps({"images": ["0.png", "1.png"],
+                "messages": [parts({"type": "image", "index": 1}, {"type": "image"}), MESSAGES[1]]}):
+        "image parts with an index and without",
+    json.dumps(PICTURE | {"messages": [parts({"type": "image", "index": False}), MESSAGES[1]]}):
+        "an image part for image False",
     json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"tool_calls": [1]}]}): "tool calls are not supported",
     json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}): "weight: weights of turns are not supported",
     json.dumps({"messages": [MESSAGES[0] | {"images": ["0.png"]}, MESSAGES[1]]}): "images: not read in a turn",
@@ -308,6 +320,8 @@ def test_a_conversation_is_the_same_in_every_format(write, folder, models):
         {"image": ["0.png"], "conversations": turns("What?<image>", "x")},
         {"images": "0.png", "conversations": [{"role": "user", "content": "<image>\nWhat?"}, answer]},
         {"images": ["0.png"], "image": None, "messages": said, "system": "", "tools": "", "videos": []},
+        {"image": "0.png", "conversations": said, "video": False, "audio": 0, "tools": None, "chosen": False},
+        {"image": "0.png", "messages": [{"role": "user", "content": "What?<image>", "video": False}, answer]},
         {"images": ["0.png"], "messages": [parts(image, question), parts({"type": "text", "text": "x"}, role="gpt")]},
         {"messages": [parts(question, image | {"path": "0.png"}), answer | {"weight": 1}]},
         {"messages": [parts(image | {"url": str(folder / "0.png")}, question), answer]},
@@ -326,6 +340,7 @@ def test_a_conversation_is_the_same_in_every_format(write, folder, models):
             "messages": [parts(image | {"index": 1}, image | {"index": 0}, question), answer],
         },
         {"messages": [parts(image | {"image": "1.png"}, image | {"image": "2.png"}, question), answer]},
+        {"images": ["1.png", "2.png"], "messages": [parts(image, image | {"index": None}, question), answer]},
     ]
     told = [
         {"system": "Be brief.", "conversations": turns("a", "x")},
@@ -337,6 +352,7 @@ def test_a_conversation_is_the_same_in_every_format(write, folder, models):
         samples = Samples(write(rows), str(folder), *models["v1.6-mistral"], template="llava_llama_2")
         found = [samples.load(samples.measure(i)) for i in range(len(rows))]
         assert samples.has_image.tolist() == [rows is not told] * len(rows)
+        assert samples.most_images == len(found[0].tiles)
         for row in found:
             np.testing.assert_array_equal(row.ids, found[0].ids)
             np.testing.assert_array_equal(row.labels, found[0].labels)
@@ -506,11 +522,11 @@ def test_random_order_of_image_and_question(write, folder, models):
         (dict(tiles_per_row=0), r"bad samples: \d+ among the first .*--max-bad-share 0.01"),
         (
             dict(batching="bucketed", global_batch_size=6),
-            "--global-batch-size 6: .*, the mesh and the number of processes want a multiple of 4",
+            "--global-batch-size 6: .*, the mesh and the number of processes need a multiple of 4",
         ),
         (
             dict(batching="bucketed", global_batch_size=6, accumulate=4),
-            "--global-batch-size 6: .*, the mesh, the number of processes and --accumulate 4 want a multiple of 4",
+            "--global-batch-size 6: .*, the mesh, the number of processes and --accumulate 4 need a multiple of 4",
         ),
     ],
 )
@@ -656,11 +672,12 @@ def test_one_bad_sample_of_a_few_stops_nothing(write, config, models, capsys):
     infos = [next(data)[1] for _ in range(4 * data.steps_per_epoch)]
     data.close()
     assert infos[-1]["epoch"] >= 3 and infos[-1]["bad"] >= 4
-    open_data(settings.replace(data=f"{settings.data}=3"), *models["v1.6-mistral"]).close()
-    assert (
-        capsys.readouterr().err
-        == f"bad sample: {settings.data} row 4: {settings.image_folder}/missing.png: no such image\n"
-    )
+    link = Path(settings.data).with_name("link.json")
+    link.symlink_to(settings.data)
+    for several in (f"{settings.data}=3", (settings.data,) * 2, (settings.data, f"{settings.data}=2", str(link))):
+        open_data(settings.replace(data=several), *models["v1.6-mistral"]).close()
+    says = f"row 4: {settings.image_folder}/missing.png: no such image\n"
+    assert capsys.readouterr().err == f"bad sample: {settings.data} {says}bad sample: {link} {says}"
     with pytest.raises(
         InputError, match=r"bad samples: 1 among the first 15, more than --max-bad-share 0 allows; .*row 4: "
     ):
@@ -710,7 +727,7 @@ def test_processes_stop_together_at_what_each_of_them_found(write, config, model
 
 def test_nothing_but_broken_pictures(write, config, models):
     path = write([good_row(0) | {"image": "truncated.jpg"}] * 3)
-    with pytest.raises(InputError, match=r"none of its pictures can be read; .*row 0 \(id row0\): .*broken image"):
+    with pytest.raises(InputError, match=r"none of its images can be read; .*row 0 \(id row0\): .*broken image"):
         open_data(config(path), *models["v1.6-mistral"])
 
 
@@ -722,7 +739,7 @@ def test_text_does_not_hide_a_wrong_image_folder(name, write, config, models, tm
     path = write([good_row(3)] * 2 + [good_row(i) for i in range(98)])
     (tmp_path / "elsewhere").mkdir()
     settings = config(path, max_bad_share=1.0)
-    with pytest.raises(InputError, match=r"none of its pictures can be read; .*row 2 \(id row0\): .*no such image"):
+    with pytest.raises(InputError, match=r"none of its images can be read; .*row 2 \(id row0\): .*no such image"):
         open_data(settings.replace(image_folder=str(tmp_path / "elsewhere")), *models[name])
     assert (len(tried), max(tried, default=0) > 80) == ((8, True) if name == "v1.5-llama" else (0, False))
     tried.clear()
@@ -768,13 +785,42 @@ def test_resume_with_another_number_of_processes_and_another_mesh(write, config,
             joined = np.concatenate([getattr(first, name), getattr(second, name)])
             np.testing.assert_array_equal(getattr(batch, name), joined)
     seen = {i for _, info in whole for i in info["ids"]}
-    odd = open_data(settings, *model, rows_multiple=3)  # cannot keep its rows, goes on from the same one
+    odd = open_data(settings, *model, rows_multiple=3)  # does not divide the rows, so each batch gets empty ones
     odd.set_state(state)
-    assert odd.rows % 3 == 0
+    assert (odd.rows, odd.steps_per_epoch) == (-(-data.rows // 3) * 3, data.steps_per_epoch)
     assert odd.rows != data.rows
-    (_, info), (_, first) = take(odd, 1)[0], rest[0]
-    assert info["ids"][:3] == first["ids"][:3]
+    assert odd.get_state() == state
+    for (batch, info), (padded, same) in zip(rest, take(odd, 3), strict=True):
+        assert info["ids"] == same["ids"]
+        for name in SAME:
+            np.testing.assert_array_equal(getattr(batch, name), getattr(padded, name)[: data.rows])
+        assert (padded.segments[data.rows :] == 0).all() and (padded.labels[data.rows :] == IGNORE).all()
     assert len(seen) > 30
+
+
+@pytest.mark.parametrize(
+    ("asked", "multiple", "other", "conversations", "rows"),
+    [
+        (96, 32, 24, 96, (64, 72)), (192, 96, 64, 230, (96, 128)), (48, 16, 24, 48, (32, 48)),
+        (240, 80, 48, 240, (160, 192)), (96, 96, 32, 96, (96, 96)), (96, 8, 512, 96, (40, 512)),
+    ],
+)  # fmt: skip
+def test_a_resumed_batch_holds_as_many_conversations_on_every_mesh(asked, multiple, other, conversations, rows):
+    model = model_of("llava-v1.5-7b")
+
+    def open_drawn(multiple):
+        settings = TrainConfig(global_batch_size=asked, workers=0, positions_per_row=2048)
+        samples = DrawnSamples(settings, model, 500)
+        return Data(settings, samples, BadSamples(settings, samples, None), multiple, 0, 1, True)
+
+    first, second = open_drawn(multiple), open_drawn(other)
+    held, steps = first.estimate()["conversations"], first.steps_per_epoch
+    second.set_state(first.get_state())
+    assert (first.rows, second.rows) == rows
+    assert round(held) == conversations
+    assert (second.estimate()["conversations"], second.steps_per_epoch) == (held, steps)
+    assert f"about {conversations} conversations (" in second.describe()
+    first.close(), second.close()
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])
@@ -884,6 +930,37 @@ def test_a_batch_holds_what_was_asked_for_as_far_as_there_is_data_and_the_mesh_a
     assert np.mean([info["conversations"] for info in infos]) == pytest.approx(held, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("n", "asked", "multiple", "window"),
+    [(13, 128, 1, 1024), (13, 128, 4, 1024), (13, 128, 8, 1024), (13, 13, 5, 1024), (13, 5, 16, 1024),
+     (1, 128, 4, 1024), (40, 64, 4, 16), (40, 40, 64, 16)],
+)  # fmt: skip
+def test_a_batch_of_all_the_data_is_one_epoch(n, asked, multiple, window, write, config, models, monkeypatch):
+    """On every mesh, also on one on which it is resumed: each conversation once, and empty rows."""
+    monkeypatch.setattr(train_data, "WINDOW", window)
+    settings = config(write([good_row(i) for i in range(n)]), global_batch_size=asked)
+    data = open_data(settings, *models["v1.6-mistral"], rows_multiple=multiple)
+    first, *more = data.describe().splitlines()
+    assert f"1 step an epoch; a batch is {data.rows} row" in first and f"about {n} conversation" in first
+    assert data.steps_per_epoch == 1 and data.rows % multiple == 0
+    says = [f"warning: --global-batch-size {asked} is more than the {n} "] if asked > n else []
+    says += [f"warning: a batch holds about {n} conversations instead of {asked}"] if asked < n else []
+    assert len(more) == len(says) and all(line.startswith(start) for line, start in zip(more, says, strict=True))
+    infos = [next(data)[1] for _ in range(2)]
+    state = data.get_state()
+    infos += [info for _, info in take(data, 2)]
+    assert [info["epoch"] for info in infos] == [0, 1, 2, 3]
+    for info in infos:
+        assert sorted(info["ids"]) == sorted(f"row{i}" for i in range(n))
+        assert window < n or info["padding"] == pytest.approx(data.estimate()["padding"])
+    other = open_data(settings, *models["v1.6-mistral"], rows_multiple=7)
+    other.set_state(state)
+    assert other.rows % 7 == 0
+    assert [info["ids"] for _, info in take(other, 2)] == [info["ids"] for info in infos[2:]]
+    once = open_data(settings, *models["v1.6-mistral"], rows_multiple=multiple, train=False)
+    assert [info["conversations"] for _, info in take(once)] == [n]
+
+
 @pytest.mark.parametrize(("n", "multiple", "rows"), [(1, 1, 1), (12, 8, 16)])
 def test_bucketed_batches_are_no_larger_than_the_data(n, multiple, rows, write, config, models):
     settings = config(write([good_row(i) for i in range(n)]), batching="bucketed", global_batch_size=128)
@@ -906,6 +983,28 @@ def test_rows_that_are_not_full_have_no_room_for_more(write, config, models):
         )  # fmt: skip
         found[size] = data.rows, data.length
     assert found[1] == (1, 128) and found[40][1] > 128
+
+
+@pytest.mark.parametrize(("name", "most"), [("v1.5-llama", 3), ("v1.6-mistral", 15)])
+def test_the_mesh_does_not_decide_which_conversations_are_trained_on(name, most, write, config, models, monkeypatch):
+    """Those with the most images are not among the few looked at beforehand; rows are full, or hold one each."""
+    monkeypatch.setattr(train_data, "WINDOW", 8)
+    rows = [good_row(i * 10 if i % 4 == 0 else i) | {"id": i} for i in range(32)]
+    rows[5] = {"id": 5, "image": ["3.png"] * 2, "conversations": turns("<image><image>", "x")}
+    content = [*[{"type": "image", "image": "3.png"}] * 3, {"type": "text", "text": "a"}]
+    rows[6] = {"id": 6, "messages": [parts(*content), MESSAGES[1]]}
+    settings = config(write(rows), global_batch_size=8, max_length=480, template="v1" if most == 3 else None)
+    for multiple in (1, 8):
+        data = open_data(settings, *models[name], rows_multiple=multiple, train=False)
+        ids = [i for _, info in take(data) for i in info["ids"]]
+        assert (sorted(ids), data.bad.total) == ([*range(32)], 0)
+        assert data.tiles >= most
+        assert bool(data._per_row) == (multiple == 8)
+    one = [row | {"image": row["image"][:1], "conversations": turns("<image>", "x")} if i == 5 else row
+           for i, row in enumerate(rows) if i != 6 and i % 10 != 7]  # fmt: skip
+    data = open_data(settings.replace(data=write(one)), *models[name], rows_multiple=8)
+    assert data.tiles == most // 3  # no more than any of its conversations needs
+    data.close()
 
 
 def test_tiles_of_a_row_are_few_but_hardly_decide_what_fits(write, config, models):
@@ -951,7 +1050,7 @@ def test_changed_data_is_refused(write, config, models):
     state = data.get_state()
     data.close()
     other = open_data(config(write([good_row(i) for i in range(41)])), *models["v1.6-mistral"])
-    with pytest.raises(InputError, match="has 41 conversations; the run that is to go on had 40"):
+    with pytest.raises(InputError, match="has 41 conversations; the run to resume had 40"):
         other.set_state(state)
     other.close()
 
@@ -979,7 +1078,8 @@ def test_weights_take_a_share_of_a_file_or_repeat_it():
     more = Part("a", weight=2.5).choose(4, (0, 0)).tolist()
     assert more[:8] == [*range(4)] * 2 and len({*more[8:]}) == 2
     assert len(Part("a", weight=0.1).choose(30, (0, 0))) == 3  # not 4, as 0.1 * 30 rounded up would be
-    assert len(Part("a", weight=1e-6).choose(30, (0, 0))) == 1
+    for share in (1e-6, 1e-9, 1e-300):
+        assert len(Part("a", weight=share).choose(30, (0, 0))) == len(Part("a", weight=share).choose(1, (0, 0))) == 1
 
 
 def test_yaml_lists_as_llava_next_has_them(tmp_path):
@@ -1005,7 +1105,8 @@ def test_yaml_lists_as_llava_next_has_them(tmp_path):
         ("datasets: [{json_path: a, data_root: b}]", r"datasets\[0\]: data_root is not read"),
         *[
             (f'datasets: [{{json_path: a, sampling_strategy: "{x}"}}]', f"sampling_strategy '{x}': write all, or first")
-            for x in ("some", "first", "first:", "first:0", "end:x", "random:-1", "random:200%", "first:1.5%", "last:3")
+            for x in ("some", "first", "first:", "first:0", "first:0%", "end:00%", "end:x", "random:-1", "random:200%",
+                      "first:1.5%", "last:3")
         ],
     ],
 )  # fmt: skip
@@ -1020,7 +1121,7 @@ def test_weights_that_are_none(tmp_path):
     (tmp_path / "b=2").write_text("[]")
     assert read_parts(str(tmp_path / "b=2")) == [Part(str(tmp_path / "b=2"))]
     for weight in ("0", "-1", "nan", "inf", "1e9", "half", ""):
-        with pytest.raises(InputError, match="the weight behind = must be a number above 0"):
+        with pytest.raises(InputError, match="the weight after = must be a number above 0"):
             read_parts(f"{tmp_path}/a.json={weight}")
     with pytest.raises(InputError, match="c=3.json: cannot be read"):
         read_rows(read_parts(f"{tmp_path}/c=3.json")[0].path)

@@ -1,15 +1,15 @@
-"""Batches of conversations: ordered, measured, packed or bucketed, their pictures read, made ahead.
+"""Batches of conversations: ordered, measured, packed or bucketed, their images read, prefetched.
 
     order      windows of indices, shuffled by seed and epoch               grain
     plan       tokenize a window, distribute it over rows; no pixels yet    threads
     batch      as many rows as a global batch has
-    load       read the pictures of this process's rows, splice             threads
+    load       read the images of this process's rows, splice               threads
     prefetch   a few batches ahead
 
 Everything before `load` is computed alike on all processes, from seed, epoch and index alone. So batches do not depend
-on the number of workers or processes, all processes agree on shapes and on the number of batches without a word, and
-a place in the data (a window, and a row of it) means the same to any number of them. What is repeated is cheap
-beside pictures: about a millisecond for a conversation.
+on the number of workers or processes, all processes agree on shapes and on the number of batches without communicating,
+and a place in the data (a window, and a row of it) means the same to any number of them. What is repeated is cheap
+compared with reading images: about a millisecond for a conversation.
 """
 
 import bisect
@@ -36,9 +36,10 @@ from train.config import TrainConfig
 from train.packing import NEAR, PIECE, enough_tiles, fill_rows, good_length, rows_of_batch, spread
 from train.samples import BadSample, BadSamples, Sample, Samples
 
-PICTURES = 8  # conversations whose pictures are tried beforehand, until those of one can be read
-FEW = 32  # those of so many are all read beforehand, if they are to be trained on
+TRIALS = 8  # conversations whose images are tried beforehand, until those of one can be read
+FEW = 32  # if the data has at most so many with images, those of all are read beforehand
 WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
+SPARE = 0.05  # rows more than estimated for a batch of all the data, where not all of it has been looked at
 # What the longest row and the most tiles of a bucketed batch are rounded up to.
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
@@ -59,14 +60,14 @@ def open_data(
     train: bool = True,
     folder: Path | None = None,
 ) -> "Data":
-    """Open a data file or several, and look at some of what they hold.
+    """Open a data file or several, and look at some of their conversations.
 
     Args:
       model: the checkpoint's; `config.aspect_ratio` replaces its own.
-      rows_multiple: the mesh wants the rows of a global batch to be a multiple of this.
+      rows_multiple: the rows of a global batch must be a multiple of this, for the mesh.
       process, processes: which part of each global batch to yield.
       path: None for `config.data`.
-      train: shuffle, and go on for ever; otherwise one pass in the file's order, each time that it is iterated.
+      train: shuffle, and repeat without end; otherwise one pass in the file's order, each time that it is iterated.
       folder: where bad samples are listed; None for `config.output`.
 
     Raises:
@@ -96,7 +97,7 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     """
     if config.global_batch_size % row_multiple(mesh):
         raise InputError(
-            f"--global-batch-size {config.global_batch_size}: the mesh ({format_mesh(mesh.shape)}) cuts a batch into "
+            f"--global-batch-size {config.global_batch_size}: the mesh ({format_mesh(mesh.shape)}) splits a batch into "
             f"{row_multiple(mesh)} parts; give it a multiple of that, or another --mesh"
         )
 
@@ -113,7 +114,8 @@ class Data:
         ids                              of the conversations, as the data file has them
 
     Attributes:
-      rows: of a global batch.
+      rows: of a global batch, for the devices.
+      rows_in_use: those that it fills; the others are empty, and only make `rows` a multiple of what the mesh needs.
       length, tiles: of a row; where batching is bucketed, the most that they can be.
       steps_per_epoch: global batches of one pass; of packed ones an estimate, unless the file has at most `WINDOW`
         conversations.
@@ -135,7 +137,7 @@ class Data:
         self.packed = config.batching == "packed"
         self.length = config.max_length
         self.tiles = TILES[-1] if config.tiles_per_row is None else config.tiles_per_row
-        # Two pools, so that no batch waits for its pictures while a window is tokenized.
+        # Two pools, so that no batch waits for its images while a window is tokenized.
         self._pools = [concurrent.futures.ThreadPoolExecutor(config.workers) for _ in range(2 * bool(config.workers))]
         self._map_measure, self._map_load = (pool.map for pool in self._pools) if self._pools else (map, map)
         self._looked_at = range(0, len(samples), -(-len(samples) // WINDOW))
@@ -144,25 +146,26 @@ class Data:
             sizes = [(one.length, one.tiles) for one in sample]
             self.length = config.positions_per_row or good_length(sizes, self.length, samples.model.text.width)
             if config.tiles_per_row is None:
-                self.tiles = enough_tiles(sizes, self.length, self._picture_tiles())
-        self._measured, self._per_row = sample, None
-        self._longest, self._most_tiles = self.length, self.tiles  # of a row, while nothing says that it needs less
-        self._full = len(sample) / len(self._fill(sample)) if self.packed else 1.0  # conversations of a full row
+                self.tiles = enough_tiles(sizes, self.length, self._least_tiles())
+        self._measured, self._per_row, self._whole = sample, None, False
+        self._longest, self._most_tiles = self.length, self.tiles  # of a row, unless rows turn out to need less
+        self._full_rows = len(self._fill(sample)) if self.packed else len(sample)
+        self._full = len(sample) / self._full_rows  # conversations of a full row
         self._set_rows(*self._wanted_rows())
 
     # ------------------------------------------------------------ beforehand
 
     def _look(self) -> list[Sample]:
-        """Measure some conversations, spread over the file, and see that the pictures of at least one can be read; of
-        a few that those of all can.
+        """Measure some conversations, spread over the file, and check that the images of at least one can be read; of a
+        few those of all.
 
-        Text alone can always be read, and says nothing about the image folder.
+        Text alone can always be read, and shows nothing about the image folder.
         """
         good, bad = _part(self._map_measure(self._measure, self._looked_at))
-        pictured = [one for one in good if one.images]
+        with_images = [one for one in good if one.images]
         broken = [one for one in bad if one.file]
-        few, readable = self.train and len(pictured) <= FEW, False
-        for one in pictured[:: 1 if few else -(-len(pictured) // PICTURES)]:
+        few, readable = self.train and len(with_images) <= FEW, False
+        for one in with_images[:: 1 if few else -(-len(with_images) // TRIALS)]:
             loaded = self.samples.load(one)
             if isinstance(loaded, BadSample):
                 broken.append(loaded)
@@ -172,7 +175,7 @@ class Data:
             if not few:
                 break
         if broken and not readable:
-            raise InputError(f"none of its pictures can be read; first of all, {self.samples.names(broken)}")
+            raise InputError(f"none of its images can be read; first of all, {self.samples.names(broken)}")
         if not good:
             raise InputError(f"nothing in it can be trained on; first of all, {self.samples.names(bad)}")
         bad.sort(key=lambda one: one.number)
@@ -180,36 +183,62 @@ class Data:
         self.bad.begin()
         return good
 
-    def _picture_tiles(self) -> int:
-        """Tiles that any one picture may have."""
-        return most_tiles(self.samples.model) if self.samples.has_image.any() else 0
+    def _room(self) -> int:
+        """Uncropped tiles that fill `max_length` positions. No conversation has more images: each has at least one such
+        tile, and those that begin later are truncated."""
+        return -(-self.config.max_length // self.samples.model.vision.features_per_tile)
+
+    def _needed_tiles(self) -> int:
+        """Tiles that no conversation of the data exceeds, whether it has been looked at or not."""
+        return min(self.samples.most_images, self._room()) * most_tiles(self.samples.model)
+
+    def _least_tiles(self) -> int:
+        """Tiles of one image, and of as many others that a conversation names as fill `max_length` positions uncropped.
+
+        With one tile an image this is `_needed_tiles`. With anyres that bound is several times what any row of images
+        of usual shapes has, and all rows would be padded to it.
+        """
+        one = min(self.samples.most_images, 1) * most_tiles(self.samples.model)
+        return max(one, min(self._needed_tiles(), self._room()))
+
+    @property
+    def _usable(self) -> int:
+        """Conversations that can be trained on; an estimate, unless all have been looked at."""
+        return len(self._measured) * len(self.samples) // len(self._looked_at)
 
     @property
     def wanted(self) -> int:
         """Conversations that a batch is to hold: as many as asked for, or all there are."""
-        usable = len(self._measured) * len(self.samples) // len(self._looked_at)
-        return min(self.config.global_batch_size, usable)
+        return min(self.config.global_batch_size, self._usable)
 
-    def _wanted_rows(self) -> tuple[int, float | None]:
-        """As `rows_of_batch`."""
+    def _wanted_rows(self) -> tuple[int, float | None, bool]:
+        """The rows that a batch fills, the conversations of a row where it is not to be full, and whether a batch is
+        the whole data."""
         wanted, multiple = self.config.global_batch_size, self._multiple
         if self.packed:
-            return rows_of_batch(self.wanted, self._full, multiple)
+            rows, per_row = rows_of_batch(self.wanted, self._full, multiple)
+            held = rows * (per_row or self._full)
+            if max(self.wanted, held) < self._usable * (1 - 1e-9):
+                return rows, per_row, False
+            rows = self._full_rows
+            if len(self._looked_at) < len(self.samples):
+                rows = math.ceil((1 + SPARE) * rows * len(self.samples) / len(self._looked_at))
+            return -(-rows // multiple) * multiple, None, True
         if wanted % multiple:
             raise InputError(
-                f"--global-batch-size {wanted}: with one conversation a row, {self._causes()} want a multiple of "
+                f"--global-batch-size {wanted}: with one conversation a row, {self._causes()} need a multiple of "
                 f"{multiple}"
             )
-        return -(-self.wanted // multiple) * multiple, None
+        return -(-self.wanted // multiple) * multiple, None, False
 
     def resize(self, rows_multiple: int) -> None:
-        """Make the batches of a mesh that wants this multiple, from the beginning."""
+        """Make the batches of a mesh that needs this multiple, from the beginning."""
         self._batches.close()
         self._multiple = math.lcm(rows_multiple, self._processes)
         self._set_rows(*self._wanted_rows())
 
     def _causes(self) -> str:
-        """Whose the multiple is."""
+        """What the multiple comes from."""
         if self.config.accumulate > 1:
             return f"the mesh, the number of processes and --accumulate {self.config.accumulate}"
         return "the mesh and the number of processes"
@@ -218,9 +247,15 @@ class Data:
     def _conversations_per_row(self) -> float:
         return sum(map(len, self._sample)) / len(self._sample)
 
-    def _set_rows(self, rows: int, per_row: float | None) -> None:
-        """Take this many rows a batch, of `per_row` conversations (`rows_of_batch`), and start at the beginning."""
-        self.rows, self._per_row = rows, per_row
+    @property
+    def _all_rows(self) -> float:
+        """Rows that one pass over the data fills."""
+        return len(self._sample) * len(self.samples) / len(self._looked_at)
+
+    def _set_rows(self, rows_in_use: int, per_row: float | None, whole: bool) -> None:
+        """Fill this many rows of a batch (`_wanted_rows`), and start at the beginning."""
+        self.rows = -(-rows_in_use // self._multiple) * self._multiple
+        self.rows_in_use, self._per_row, self._whole = rows_in_use, per_row, whole
         if self.packed:
             self._fit_rows()
         else:
@@ -228,18 +263,21 @@ class Data:
         self._order = self._make_order()
         self.steps_per_epoch = len(self._order)
         if self.packed:
-            all_rows = len(self._sample) * len(self.samples) / len(self._looked_at)
-            self.steps_per_epoch = math.ceil(all_rows / rows)
+            self.steps_per_epoch = 1 if whole else math.ceil(self._all_rows / rows_in_use)
         self._batches = iter(self._make_batches())
         self._start = self._batches.get_state()
 
     def _fit_rows(self) -> None:
-        """Room for what rows hold: of rows that are not full fewer tiles, and of a small file, all of whose rows are
-        known, fewer positions."""
+        """Make rows no larger than they need to be: those that are not full have fewer tiles, and those of a small
+        file, all of whose conversations are known, fewer positions.
+
+        The conversations for which there is room are the same as in full rows, so that they do not depend on the mesh.
+        """
         self.length, self.tiles = self._longest, self._most_tiles
         self._sample = self._fill(self._measured)
-        if self._per_row and self.config.tiles_per_row is None:
-            self.tiles = max(self._picture_tiles(), *(sum(one.tiles for one in row) for row in self._sample))
+        if (self._per_row or self._whole) and self.config.tiles_per_row is None:
+            fullest = max(sum(one.tiles for one in row) for row in self._sample)
+            self.tiles = min(self._most_tiles, max(self._needed_tiles(), fullest))
             self._sample = self._fill(self._measured)
         all_known = len(self._looked_at) == len(self.samples) and self.config.image_first == "as_is"
         if all_known and self.config.positions_per_row is None:
@@ -247,16 +285,21 @@ class Data:
             self.length = min(-(-fullest // PIECE) * PIECE, self._longest)
 
     def largest_shape(self) -> tuple[int, int]:
-        """Positions and tiles of a row of the largest batch, as far as the conversations looked at tell."""
+        """Positions and tiles of a row of the largest batch, as far as the conversations looked at show."""
         return self._shape(self._sample)
 
     def estimate(self) -> dict[str, float]:
         """From the conversations looked at beforehand: `padding` and `tile_padding`, and of a batch `conversations` and
         `tokens`, positions in use."""
-        batches = [self._sample[i : i + self.rows] for i in range(0, len(self._sample), self.rows)]
-        positions, tiles = np.sum([np.multiply(len(batch), self._shape(batch)) for batch in batches], axis=0)
         used = sum(one.length for row in self._sample for one in row)
-        held = self.rows * self._conversations_per_row if self.packed else min(self.rows, self.wanted)
+        if self.packed:
+            filled = self._all_rows if self._whole else self.rows_in_use
+            positions, tiles = np.multiply(len(self._sample) * self.rows / filled, (self.length, self.tiles))
+            held = filled * self._conversations_per_row
+        else:
+            batches = [self._sample[i : i + self.rows] for i in range(0, len(self._sample), self.rows)]
+            positions, tiles = np.sum([np.multiply(len(batch), self._shape(batch)) for batch in batches], axis=0)
+            held = min(self.rows, self.wanted)
         return {
             "padding": _unused(used, positions),
             "tile_padding": _unused(sum(one.tiles for row in self._sample for one in row), tiles),
@@ -288,7 +331,7 @@ class Data:
             )
         if abs(held - wanted) > NEAR * wanted:
             lines.append(
-                f"warning: a batch holds about {held:.0f} conversations instead of {wanted}: {self._causes()} want "
+                f"warning: a batch holds about {held:.0f} conversations instead of {wanted}: {self._causes()} need "
                 f"{plural(self._multiple, 'row')} at least, and a row has at least one"
             )
         elif self._per_row:
@@ -301,10 +344,10 @@ class Data:
     # ------------------------------------------------------------ order
 
     def _make_order(self) -> grain.MapDataset:
-        """One epoch as windows, lists of indices; as it is repeated, grain shuffles each epoch anew.
+        """One epoch as windows, lists of indices; when it is repeated, grain shuffles each epoch differently.
 
         Bucketed windows are batches. As in the reference (llava_trainer.py `get_modality_length_grouped_indices`)
-        each has pictures throughout or nowhere, in random order; what is left over of both kinds makes the last ones.
+        each has images throughout or nowhere, in random order; what is left over of both kinds makes the last ones.
         (The lengths that the reference sorts by within a batch only balance its processes.)
         """
 
@@ -316,7 +359,8 @@ class Data:
 
         has_image, B = self.samples.has_image, self.rows
         if self.packed:
-            return indices(np.arange(len(has_image))).batch(WINDOW, batch_fn=list)
+            window = len(has_image) if self._whole else WINDOW
+            return indices(np.arange(len(has_image))).batch(window, batch_fn=list)
         kinds = [indices(np.flatnonzero(kind)) for kind in (has_image, ~has_image) if kind.any()]
         whole = [kind[: len(kind) // B * B].batch(B, batch_fn=list) for kind in kinds if len(kind) >= B]
         rest = [kind[len(kind) // B * B :] for kind in kinds if len(kind) % B]
@@ -329,7 +373,7 @@ class Data:
         windows = order.map_with_index(self._plan)
         windows = windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         rows = grain.experimental.FlatMapIterDataset(windows, _Rows(self.bad))
-        batches = rows.batch(self.rows, batch_fn=list).map(self._load)
+        batches = rows.batch(self.rows_in_use, batch_fn=list).map(self._load)
         return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.config.prefetch)
 
     # ------------------------------------------------------------ plan
@@ -348,14 +392,21 @@ class Data:
         if self.packed:
             rows = self._fill(good)
             np.random.default_rng((self.config.seed, number)).shuffle(rows)
+            if self._whole:  # the next pass begins with the next batch
+                rows += [[] for _ in range(-len(rows) % self.rows_in_use)]
         else:  # a bad sample leaves its row empty
             rows = [[one] if isinstance(one, Sample) else [] for one in found]
             rows += [[] for _ in range(self.rows - len(rows))]
         return _Window(rows, bad, len(indices))
 
     def _fill(self, samples: list[Sample]) -> Planned:
-        rows = fill_rows([(one.length, one.tiles) for one in samples], self._longest, self.tiles)
-        if self._per_row:
+        rows = []
+        for start in range(0, len(samples), WINDOW):
+            sizes = [(one.length, one.tiles) for one in samples[start : start + WINDOW]]
+            rows += [[start + i for i in row] for row in fill_rows(sizes, self._longest, self.tiles)]
+        if self._whole:
+            rows = spread(rows, min(self.rows_in_use, self.rows_in_use * len(samples) // self._usable))
+        elif self._per_row:
             rows = spread(rows, math.ceil(len(samples) / self._per_row))
         return [[samples[i] for i in row] for row in rows]
 
@@ -413,29 +464,30 @@ class Data:
         """Where the data stands after the last batch yielded: JSON-able, and the same on all processes."""
         return {
             "conversations": len(self.samples),
-            "rows": self.rows,
+            "rows": self.rows_in_use,
             "per_row": self._per_row,
+            "whole": self._whole,
             "place": self._batches.get_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from there, bit for bit, with any number of workers and processes.
+        """Resume from there, bit for bit, with any number of workers and processes, on any mesh.
 
-        Batches keep the rows that they had, and `steps_per_epoch` goes with them, if the mesh divides them still;
-        otherwise they go on from the same row with as many as they have here.
+        Packed batches hold the conversations that they would have held, and `steps_per_epoch` is as it was. If the mesh
+        does not divide their rows, empty ones are added.
 
         Raises:
           InputError: the data has changed.
         """
         if state["conversations"] != len(self.samples):
             raise InputError(
-                f"{self.samples.path} has {len(self.samples)} conversations; the run that is to go on had "
+                f"{self.samples.path} has {len(self.samples)} conversations; the run to resume had "
                 f"{state['conversations']}"
             )
-        rows = state["rows"] if self.packed and state["rows"] % self._multiple == 0 else self.rows
-        if (rows, state.get("per_row")) != (self.rows, self._per_row):
+        before = state["rows"], state.get("per_row"), state.get("whole", False)
+        if self.packed and before != (self.rows_in_use, self._per_row, self._whole):
             self._batches.close()
-            self._set_rows(rows, state.get("per_row"))
+            self._set_rows(*before)
         self._batches.set_state(state["place"])
 
     def close(self) -> None:

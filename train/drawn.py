@@ -49,6 +49,7 @@ class DrawnSamples:
         drawn = draw(WINDOW, config.seed, count_features(self._place, model), config.max_length)
         each = np.arange(self._number) * WINDOW // self._number  # a window's lengths, over the whole file
         self._lengths, self.has_image = (values[each] for values in drawn)
+        self.most_images = int(self.has_image.any())
 
     def __len__(self) -> int:
         return self._number

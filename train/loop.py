@@ -138,13 +138,14 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
             arguments |= dict(path=config.eval_data, train=False)
             opened["eval"] = open_data(config, found.config, found.tokenizer, **arguments)
         if progress:
-            rows = opened["data"].rows
-            opened["data"].set_state(progress["data"])
-            opened["data"].bad.set_state(progress["bad"])
-            if opened["data"].rows != progress["data"]["rows"]:
+            data = opened["data"]
+            data.set_state(progress["data"])
+            data.bad.set_state(progress["bad"])
+            if empty := data.rows - data.rows_in_use:
                 note(
-                    f"warning: batches had {progress['data']['rows']} rows, which this mesh does not divide; they have "
-                    f"{rows} from here on, in the {progress['total']} updates that the run was to have"
+                    f"warning: this mesh does not divide the {plural(data.rows_in_use, 'row')} of a batch; each gets "
+                    f"{empty} more, which stay empty: a batch holds about "
+                    f"{plural(round(data.estimate()['conversations']), 'conversation')}, as before"
                 )
         return str(checkpoints.latest)
 

@@ -2,9 +2,9 @@
 
     --data a.json --data b.json=0.5 --data mix.yaml
 
-A weight takes that share of a file's rows: 0.5 a half of them, drawn at random, 2 each of them twice, 2.5 each twice
-and a half of them once more. A YAML file lists data files as LLaVA-NeXT's do (llava/train/train.py
-`LazySupervisedDataset`):
+A weight takes that share of a file's rows, and one row at least: 0.5 a half of them, drawn at random, 2 each of them
+twice, 2.5 each twice and a half of them once more. A YAML file lists data files as LLaVA-NeXT's do
+(llava/train/train.py `LazySupervisedDataset`):
 
     datasets:
       - json_path: a.json
@@ -38,8 +38,8 @@ class Part:
     rows: int | None = None  # how many, instead
 
     def choose(self, n: int, seed: Sequence[int]) -> np.ndarray:
-        """The rows, int64 [m], of a file that has `n`, in the file's order; those repeated come again behind."""
-        wanted = math.ceil(round(self.weight * n, 6)) if self.rows is None else self.rows
+        """The rows, int64 [m], of a file that has `n`, in the file's order; repetitions follow."""
+        wanted = max(1, math.ceil(round(self.weight * n, 6))) if self.rows is None else self.rows
         if self.strategy != "random":
             first = 0 if self.strategy == "first" else max(n - wanted, 0)
             return np.arange(n)[first : first + wanted]
@@ -109,7 +109,7 @@ def _weighed(text: str) -> Part:
         return Part(path, weight=number)
     if not os.path.exists(path):  # then the name is what is wrong, and = may be part of it
         return Part(text)
-    raise InputError(f"--data {shorten(text)}: the weight behind = must be a number above 0, at most {MOST}")
+    raise InputError(f"--data {shorten(text)}: the weight after = must be a number above 0, at most {MOST}")
 
 
 def _read_yaml(path: str) -> list[Part]:

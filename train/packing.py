@@ -1,6 +1,6 @@
 """Which conversations share a row: bin packing with two budgets, positions and tiles (host only).
 
-grain's `FirstFitPackIterDataset` packs with two budgets too, but conversations with a picture are a third of a row
+grain's `FirstFitPackIterDataset` packs with two budgets too, but conversations with an image are a third of a row
 or more, and first fit then wastes what is left: 13 % of positions on lengths drawn like mix665k's, against 5 % here
 (`python benchmarks/train_data.py`). So rows are filled one after the other, each as full as can be (minimum bin slack,
 Fleszar and Hindi 2002): the longest conversation that is left, and with it the set of others that leaves the fewest
@@ -104,7 +104,7 @@ def rows_of_batch(wanted: int, per_row: float, multiple: int) -> tuple[int, floa
 def good_length(sizes: Sizes, least: int, width: int) -> int:
     """Positions of a row: `least`, or up to half as many more if a twentieth of the work is saved.
 
-    How well conversations with pictures share rows depends on the length: of pictures with 2,340 features each, rows of
+    How well conversations with images share rows depends on the length: of images with 2,340 features each, rows of
     4,096 positions hold one, rows of 5,120 two. For each position a layer of a decoder multiplies about 12 width^2
     times, and length x width times for attention.
     """

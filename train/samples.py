@@ -1,12 +1,14 @@
-"""Conversations of a data file, one at a time: read, checked, tokenized, laid out; then their pictures.
+"""Conversations of a data file, one at a time: read, checked, tokenized, laid out; then their images.
 
 The format is that of `llava_jax.conversations`; several files make one list (`train.mixture`). What a conversation
 takes of a row (positions, tiles) is known without its pixels: `Samples.measure` is cheap, `Samples.load` reads the
-pictures. Either answers what is wrong with a broken one instead of raising it.
+images. Either returns a `BadSample` instead of raising an error.
 """
 
+import collections
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
-from llava_jax.conversations import has_images, has_system, note_unread_keys, read_conversation, read_rows
+from llava_jax.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
 from llava_jax.images import ImageFolder, TileLayout, image_size, label, layout, open_image, tiles
 from llava_jax.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.splice import IGNORE, IMAGE, Row, widths
@@ -24,8 +26,8 @@ from llava_jax.tokenizer import Tokenizer
 from train import mixture
 from train.config import TrainConfig
 
-TOLD = 10  # bad samples that are named; the rest are listed in a file
-NAMED = 3  # those that an error names
+MOST_NOTED = 10  # bad samples that are named as they are met; the rest are only listed in a file
+MOST_NAMED = 3  # those that an error names
 ENOUGH = 1000  # conversations that a share of bad ones is counted against, at least
 
 
@@ -40,8 +42,8 @@ class Sample:
     epoch: int
     row: Row
     images: tuple[str, ...]  # as the data file names them
-    length: int  # positions after splicing, as cut
-    cut: int  # positions cut off
+    length: int  # positions after splicing, as truncated
+    cut: int  # positions truncated
 
     @property
     def tiles(self) -> int:
@@ -69,8 +71,9 @@ class Samples:
 
     Attributes:
       path: the file, or in a few words the files.
-      model: whose pictures and tokens they become.
+      model: whose image tiles and tokens they become.
       has_image: bool [n].
+      most_images: that a row names.
       repeats: times that a row occurs among them, at most.
       template: the name of the conversation template.
     """
@@ -93,9 +96,9 @@ class Samples:
         Args:
           data: as `--data` has it (`train.mixture`).
           template: None for the model's own.
-          max_length: positions after splicing at which a conversation is cut, on the right.
+          max_length: positions after splicing at which a conversation is truncated, on the right.
           image_first: "as_is" puts the mark of a single image in front of its turn, as the reference does; "random"
-            there or behind it, as the paper does (LLaVA, Liu et al. 2023, 4.2), drawn anew for each epoch.
+            there or after it, as the paper does (LLaVA, Liu et al. 2023, 4.2), drawn again for each epoch.
           follow_links: also those in the image folder that lead out of it.
 
         Raises:
@@ -119,10 +122,14 @@ class Samples:
                 note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
         self._paths = [part.path for part in parts]
         chosen = [part.choose(len(self._rows[part.path]), (seed, i)) for i, part in enumerate(parts)]
-        self.repeats = max(int(np.bincount(rows).max()) for rows in chosen)
+        rows_of = collections.defaultdict(list)  # of a file, which several parts may name
+        for path, rows in zip(self._paths, chosen, strict=True):
+            rows_of[os.path.realpath(path)].append(rows)
+        self.repeats = max(int(np.bincount(np.concatenate(rows)).max()) for rows in rows_of.values())
         self._part, self._index = np.repeat(np.arange(len(parts)), list(map(len, chosen))), np.concatenate(chosen)
-        pictured = {path: np.array(list(map(has_images, rows))) for path, rows in self._rows.items()}
-        self.has_image = np.concatenate([pictured[path][rows] for path, rows in zip(self._paths, chosen, strict=True)])
+        counts = {path: np.array(list(map(count_images, rows))) for path, rows in self._rows.items()}
+        images = np.concatenate([counts[path][rows] for path, rows in zip(self._paths, chosen, strict=True)])
+        self.has_image, self.most_images = images > 0, int(images.max())
         prepare_tokenizer(tokenizer, model)
         self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self._random_order, self._seed = image_first == "random", seed
@@ -131,21 +138,22 @@ class Samples:
         return len(self._index)
 
     def name(self, bad: BadSample, *, path: bool = True) -> str:
-        """What is wrong, and where, for people."""
+        """What is wrong and where, as an error has it."""
         called = "" if bad.id == bad.index else f" (id {shorten(bad.id, 40)})"
         return f"{shorten(bad.data) + ' ' if path else ''}row {bad.index}{called}: {bad.reason}"
 
-    def names(self, bad: Sequence[BadSample], total: int = 0, *, told: str = "") -> str:
-        """The first few in a line, and how many more there are of `total`; `told` is the file spoken of already."""
+    def names(self, bad: Sequence[BadSample], total: int = 0, *, path: str = "") -> str:
+        """The first few in a line, and how many more there are of `total`; `path` is the file that the line has named
+        before them, and is not named again."""
         named = []
-        for one in bad[:NAMED]:
-            named.append(self.name(one, path=shorten(one.data) != told))
-            told = shorten(one.data)
+        for one in bad[:MOST_NAMED]:
+            named.append(self.name(one, path=shorten(one.data) != path))
+            path = shorten(one.data)
         more = max(total, len(bad)) - len(named)
         return "; ".join([*named, *[f"and {more} more"] * bool(more)])
 
     def measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
-        """Tokenize a conversation and lay its pictures out.
+        """Tokenize a conversation and lay out its images.
 
         The result depends on the arguments and the seed alone.
         """
@@ -172,7 +180,7 @@ class Samples:
                 layouts.append(self._layout(image))
             image = None
             whole = Row(ids, tuple(layouts), labels=labels)
-            row, length = self._cut(whole)
+            row, length = self._truncate(whole)
             if not (row.labels[1:] != IGNORE).any():
                 asked = (labels[1:] != IGNORE).any()
                 raise InputError(f"no answer within {self._max_length} positions" if asked else "no answer")
@@ -183,16 +191,16 @@ class Samples:
 
     def load(self, sample: Sample) -> Row | BadSample:
         """The conversation with its tiles."""
-        cut = []
+        loaded = []
         for name, place in zip(sample.images, sample.row.layouts, strict=True):
             try:
                 image = open_image(self._folder.find(name))
                 if place.grid and image.size != place.size:
                     raise InputError(f"{shorten(name)}: {image.size} pixels, though its header says {place.size}")
-                cut.append(tiles(image, place, self.model))
+                loaded.append(tiles(image, place, self.model))
             except InputError as error:
                 return sample.bad(str(error), label(name))
-        return dataclasses.replace(sample.row, tiles=tuple(cut))
+        return dataclasses.replace(sample.row, tiles=tuple(loaded))
 
     def _check_template(self, tokenizer: Tokenizer) -> None:
         stop = self._template.stop or ""
@@ -202,10 +210,10 @@ class Samples:
                 "tokenizer; choose a template that fits the model"
             )
 
-    def _cut(self, row: Row) -> tuple[Row, int]:
-        """The row without what begins behind `max_length` positions, and how many it took with that.
+    def _truncate(self, row: Row) -> tuple[Row, int]:
+        """The row truncated after `max_length` positions, and how many it had before.
 
-        Pictures that the cut leaves nothing of are not read, and take no room.
+        Images of which nothing is left are not read, and take no room.
         """
         taken = widths(row, self.model)
         length = int(taken.sum())
@@ -216,8 +224,8 @@ class Samples:
         return Row(ids, row.layouts[: int((ids == IMAGE).sum())], labels=labels), length
 
     def _layout(self, image: str) -> TileLayout:
-        """Only anyres asks for a picture's size. Other pictures are not touched before their batch is made, so that
-        each process touches only its own."""
+        """Only anyres needs an image's size. Other images are not opened before their batch is loaded, so that each
+        process opens only its own."""
         found = self._folder.find(image)
         side = self.model.vision.image_size
         size = image_size(found) if self.model.aspect_ratio == "anyres" else (side, side)
@@ -228,13 +236,13 @@ class BadSamples:
     """Bad samples of a run: named, listed, counted, and a reason to stop when they are too many.
 
     `bad_samples.jsonl` has each of them once, over epochs and restarts. Of several processes each finds out for itself
-    about the pictures of its own rows; it lists them in a file of its own, and stops nothing before `agree`, which all
-    call at the same update: one that stopped alone would leave the others waiting for it.
+    about the images of its own rows; it lists them in a file of its own, and does not stop before `agree`, which all
+    call at the same step: one that stopped alone would leave the others waiting for it.
 
     Attributes:
       count, seen: bad samples that all processes know of, among so many conversations; those met again count again.
-      begun: whether the run has begun. One that is refused before leaves no list, so the error says all that is known.
-      own, others: the pictures that this process found broken; that the others did, as of the last `agree`.
+      begun: whether the run has begun. One that is refused before writes no list; the error names the first bad ones.
+      own, others: the images that this process found broken; that the others did, as of the last `agree`.
     """
 
     def __init__(
@@ -242,7 +250,7 @@ class BadSamples:
     ):
         """`folder` is where the list goes; None for nowhere."""
         self._config, self._samples, self._process, self._alone = config, samples, process, processes == 1
-        self.count = self.seen = self.own = self.others = self._told = 0
+        self.count = self.seen = self.own = self.others = self._noted = 0
         self._failed = ""  # what is to stop all processes
         self._first: list[BadSample] = []  # to name in an error
         self.begun = False
@@ -268,7 +276,7 @@ class BadSamples:
         else:
             self.own += len(bad)
         for one in bad:
-            if len(self._first) < NAMED and (one.data, one.index) not in {(a.data, a.index) for a in self._first}:
+            if len(self._first) < MOST_NAMED and (one.data, one.index) not in {(a.data, a.index) for a in self._first}:
                 self._first.append(one)
         problem = self._samples.name(bad[0]) if bad and self._config.on_bad_sample == "fail" else ""
         try:
@@ -284,7 +292,7 @@ class BadSamples:
         self._failed = self._failed or problem
 
     def agree(self, share: Callable[[str], list[str]]) -> None:
-        """Tell the other processes what only this one knows, and learn what they do. All call it at the same update.
+        """Exchange with the other processes what only one of them knows. All call it at the same step.
 
         Args:
           share: a text of this process -> those of all.
@@ -292,7 +300,7 @@ class BadSamples:
         Raises:
           InputError: on all of them, for the reasons of `add`.
         """
-        own = self.own  # threads go on counting
+        own = self.own  # threads continue to count
         reports = [
             json.loads(text) for text in share(json.dumps([self._process, own, self.count, self.seen, self._failed]))
         ]
@@ -304,12 +312,12 @@ class BadSamples:
         self._check(max(counts) + of_all, max(seens))
 
     def begin(self) -> None:
-        """The conversations looked at beforehand come again: count anew."""
+        """Count from zero: the conversations looked at beforehand will be met again."""
         self.set_state((0, 0))
         self._first, self.begun = [], True
 
     def get_state(self) -> list[int]:
-        """What a run that goes on begins to count from."""
+        """What a resumed run counts from."""
         return [self.total, self.seen]
 
     def set_state(self, state: Sequence[int]) -> None:
@@ -322,7 +330,7 @@ class BadSamples:
         allowed = max(share * max(seen, min(n, ENOUGH)), -(-seen // n) * self._samples.repeats if share else 0)
         if count > allowed:
             where = f"; {self._file} lists them" if self._file and self.begun else ""
-            named = f"; {self._samples.names(self._first, count, told=self._samples.path)}" if self._first else ""
+            named = f"; {self._samples.names(self._first, count, path=self._samples.path)}" if self._first else ""
             raise InputError(
                 f"{self._samples.path}: bad samples: {count} among the first {max(seen, count)}, more "
                 f"than --max-bad-share {share:g} allows{named}{where}"
@@ -337,10 +345,10 @@ class BadSamples:
         if (bad.data, bad.index) in self._listed:
             return
         self._listed.add((bad.data, bad.index))
-        self._told += 1
-        if self._told <= TOLD:
+        self._noted += 1
+        if self._noted <= MOST_NOTED:
             note(f"bad sample: {self._samples.name(bad)}")
-        if self._told == TOLD:
+        if self._noted == MOST_NOTED:
             note("more bad samples are " + (f"listed in {self._file}" if self._file else "not named"))
         if self._file is None:
             return
@@ -352,11 +360,11 @@ class BadSamples:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:  # a full disk, perhaps for a while
-            note(f"warning: {self._file}: cannot be written ({error.strerror or error}); the run goes on without it")
+            note(f"warning: {self._file}: cannot be written ({error.strerror or error}); the run continues without it")
             self._file = None
 
     def _read(self) -> set[tuple[str, int]]:
-        """What is listed already. A last line that was cut off while being written is taken away."""
+        """What is listed already. A last line that was not written to its end is removed."""
         if self._file is None or not self._file.exists():
             return set()
         data = self._file.read_bytes()
