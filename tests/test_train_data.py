@@ -1211,8 +1211,8 @@ def test_preview_for_people(write, folder, models, run_cli):
     assert (status, err) == (0, "")
     assert "row 0 (id row0), template mistral_instruct: " in out
     assert "  0.png: 3 tiles, grid 1x2, 36 features\n" in out
-    assert "<s> [INST] <image>\nWhat? [/INST][[ 0  </s>]]\n" in out
-    assert "<s> [INST] From <image> to <image>? [/INST][[ 7 the the the" in out
+    assert "<s>[INST] <image>\nWhat? [/INST][[ 0  </s>]]\n" in out
+    assert "<s>[INST] From <image> to <image>? [/INST][[ 7 the the the" in out
     assert "[[ 3 the the the the the the the the the the the the the the the the the the the the the  </s>]]" in out
     status, out, err = run_cli(preview.main, *args)
     assert status == 1
