@@ -13,6 +13,7 @@ import pytest
 from conftest import GOLDEN, golden_json
 from PIL import Image
 
+from convert.to_hf import to_hf
 from infer.engine import Engine, Request
 from llava_jax import names
 from llava_jax.checkpoint import open_checkpoint
@@ -21,7 +22,16 @@ from llava_jax.console import InputError
 from llava_jax.llava import param_shapes
 from llava_jax.safetensors import Pending, write
 from llava_jax.sharding import path_of
+from llava_jax.splice import IMAGE
 from llava_jax.templates import choose_template, get_template, render
+
+# llava-hf/llava-1.5-7b-hf's chat template: no system message, `USER:` and `ASSISTANT:`.
+USER_ASSISTANT = (
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() + ': '}}{% endif %}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text + ' '}}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 spec = importlib.util.spec_from_file_location("zoo", GOLDEN / "zoo.py")
 zoo = importlib.util.module_from_spec(spec)
@@ -67,6 +77,39 @@ def test_the_prompt_has_the_ids_of_the_reference(name, tmp_path, capsys):
     engine = Engine({}, found.config, found.tokenizer, None)
     [item] = [engine._prepare(Request((zoo.QUESTION,), (Image.new("RGB", (40, 30)),)))]
     assert item.row.ids.tolist() == EXPECTED[name]
+
+
+# What the conversions by transformers' own scripts carry: v1.5's has no system message, v1.6's are the reference's.
+OWN_TEMPLATES = {"llava-v1.5-7b": USER_ASSISTANT}
+
+
+@pytest.mark.parametrize(
+    "name", ["llava-v1.5-7b", "llava-v1.6-mistral-7b", "llava-v1.6-34b", "llama3-llava-next-8b", "llava-next-72b"]
+)
+def test_the_prompt_of_a_conversion_has_the_ids_that_transformers_gives(name, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    to_hf(write_model(tmp_path, name), tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["conversation_template"], fields["image_aspect_ratio"]  # ours
+    path.write_text(json.dumps(fields))
+    if name in OWN_TEMPLATES:
+        (tmp_path / "hf" / "chat_template.jinja").write_text(OWN_TEMPLATES[name])
+    (tmp_path / "hf" / "tokenizer.model").unlink(missing_ok=True)
+    capsys.readouterr()
+    found = open_checkpoint(tmp_path / "hf")
+    assert capsys.readouterr().err == ""
+    assert found.config.aspect_ratio == ("pad" if "v1.5" in name else "anyres")
+    template = get_template(choose_template(found.config))
+    assert (template.style == "jinja") == (name in OWN_TEMPLATES)
+    engine = Engine({}, found.config, found.tokenizer, None)
+    ids = engine._prepare(Request((zoo.QUESTION,), (Image.new("RGB", (40, 30)),))).row.ids
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": zoo.QUESTION}]}]
+    text = theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    image = fields["image_token_index"]
+    assert theirs(text).input_ids == np.where(ids == IMAGE, image, ids).tolist()
 
 
 def test_the_zoo_is_the_references():

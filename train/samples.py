@@ -108,7 +108,7 @@ class Samples:
         if is_program(self.template):
             raise InputError(
                 f"the checkpoint has a chat template of its own ({model.template_from}), which does not say what is "
-                "trained: name a template with --template"
+                f"trained: name one with --template ({choose_template(model.replace(template=None))} suits its decoder)"
             )
         self._template = get_template(self.template)
         self._check_template(tokenizer)
