@@ -57,8 +57,14 @@ def flags_of(name: str) -> list[argparse.Action]:
     return [action for action in actions if action.nargs != 0]
 
 
+# Plans load the compiler for TPUs, beside which JAX's profiler crashes: last, as all that does.
 CASES = [
-    pytest.param(name, action, id=f"{name} {(action.option_strings or [action.dest])[-1]}")
+    pytest.param(
+        name,
+        action,
+        id=f"{name} {(action.option_strings or [action.dest])[-1]}",
+        marks=[pytest.mark.tpu_compile] * name.endswith(".plan"),
+    )
     for name in COMMANDS
     for action in flags_of(name)
     if not set(action.option_strings) & set(COMMANDS[name][3])
