@@ -174,7 +174,7 @@ HEAD, EMBEDDING = "decoder/head/kernel", "decoder/embed/embedding"
 def listed(names: Sequence[str]) -> str:
     """The first few of names, and how many more there are."""
     more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    return ", ".join(shorten(name) for name in names[:MOST]) + more
+    return ", ".join(shorten(name, 200) for name in names[:MOST]) + more
 
 
 class Found:
