@@ -57,7 +57,7 @@ def test_a_mixed_batch_gives_what_each_row_gives_alone(name):
         Request(("First <image> then <image> here.",), (picture(3), picture(4))),
         Request(("Hi", "Hello.", "And now?"), (picture(6),)),
         Request(("A",)),
-        *(Request((QUESTION + " " * i,), (picture(i),)) for i in range(7)),
+        *(Request((QUESTION + "!" * i,), (picture(i),)) for i in range(7)),
     ]
     sampling = Sampling(max_new_tokens=NEW)
     alone = [engine.ask(r.turns, r.images, max_new_tokens=NEW).token_ids for r in requests]
