@@ -246,7 +246,7 @@ class Found:
           InputError: it is not whole; everything that is wrong is named.
         """
         quantized = [name for name in self.unknown if QUANTIZED.search(name.split(" ")[0])]
-        quantized += [f"{t.name} {t.dtype} ({t.file})" for t in self.tensors.values() if t.dtype.kind in "iu"]
+        quantized += [f"{t.name} {t.dtype} ({t.file})" for t in self.tensors.values() if t.dtype in (np.int8, np.uint8)]
         if quantized:
             raise InputError(
                 f"{directory}: its weights are quantized ({shorten(quantized[0])}), which is not supported; give the "
