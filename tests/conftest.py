@@ -32,6 +32,7 @@ from infer.engine import Engine
 from llava_jax import checkpoint, images, splice
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
+from llava_jax.programs import map_limit, memory_maps
 from llava_jax.prompts import encode_conversation
 from llava_jax.sharding import make_mesh
 from llava_jax.templates import get_template
@@ -45,9 +46,18 @@ HAVE_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore_glob = [] if HAVE_TORCH else ["parity/*"]
 
 
+def pytest_configure(config):
+    if config.getoption("numprocesses", None):  # a module's tests in one process, which compiles their programs once
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Last what loads the compiler for TPUs: JAX's profiler crashes in a process that has it but no TPU."""
     items.sort(key=lambda item: item.get_closest_marker("tpu_compile") is not None)
+    for item in items:
+        if item.get_closest_marker("tpu_compile") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_report_header(config):
@@ -58,11 +68,12 @@ def pytest_report_header(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_programs():
-    """After each module its compiled programs are released: on CPUs each keeps some hundred memory maps, of which Linux
-    allows a process 65,530, and the suite in one process would need more."""
+    """After modules compiled programs are released if there are many: on CPUs each keeps some hundred memory maps, of
+    which Linux allows a process 65,530, and the suite in one process would need more."""
     yield
-    jax.clear_caches()
-    gc.collect()  # executables that the module's own fixtures held
+    if memory_maps() > map_limit() / 4:
+        jax.clear_caches()
+        gc.collect()  # executables that the module's own fixtures held
 
 
 def golden_json(name: str):

@@ -195,10 +195,9 @@ def test_loss_and_gradients_are_those_of_the_conversations_one_by_one(packed, me
         np.testing.assert_allclose(gradients[path], x, atol=1e-5 * size, rtol=0, err_msg=path)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,tensor=2"])
-def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(mesh):
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding():
     config = STILL.replace(dtype="bfloat16")
-    mesh = make_mesh(parse_mesh(mesh), jax.devices()[:4])
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     frozen, state, step, _, batch = start(config, splice(conversations(c.tiny()), c.tiny()), mesh=mesh)
     state, metrics = step(frozen, state, batch)
     want_loss, want = one_by_one()
@@ -304,7 +303,7 @@ def test_every_preset_trains_what_it_says_and_nothing_else(name):
         path: x.astype(np.float32 if is_trained(path) else jnp.bfloat16)
         for path, x in flatten_dict(random_params(model), sep="/").items()
     }
-    frozen, state, step, _, batch = start(config, splice(conversations(model), model), model, total_steps=12)
+    frozen, state, step, _, batch = start(config, splice(conversations(model)[:6], model), model, total_steps=12)
     trained = flatten_dict(state.trained, sep="/")
     assert all(is_trained(path) and x.dtype == np.float32 for path, x in trained.items())
     assert not any(map(is_trained, flatten_dict(frozen, sep="/")))
