@@ -1,0 +1,72 @@
+"""Files that are read: regular ones, and no more of them than their kind can hold.
+
+A pipe or a device given as a file would be waited for, or read, for ever; a file of another kind would fill the memory.
+All that reads a local file of the user's, or of a checkpoint, opens it here.
+"""
+
+import os
+import stat
+from typing import BinaryIO
+
+from llava_jax.console import InputError, first_line, shorten
+
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: str | os.PathLike, *, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading; links are followed. Never waits for whoever may write.
+
+    Raises:
+      InputError: it is no regular file.
+      OSError: it is not there, or cannot be opened.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if kind := KINDS.get(stat.S_IFMT(os.fstat(file).st_mode)):
+            raise InputError(f"{shorten(path)}: {kind}, not a file")
+        return os.fdopen(file, "rb", buffering)
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def read_bytes(path: str | os.PathLike, most: int) -> bytes:
+    """The contents of a file: a local one that is regular, or one in an object store (`gs://`).
+
+    Args:
+      most: bytes that a file of its kind can have.
+
+    Raises:
+      InputError: it cannot be read, is no regular file, or is larger.
+    """
+    try:
+        if "://" in os.fspath(path):  # an `epath.Path`
+            size = path.stat().length
+            data = path.read_bytes() if size <= most else b""
+        else:
+            with open_regular(path) as file:
+                data = file.read(most + 1)
+                size = max(len(data), os.fstat(file.fileno()).st_size)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{shorten(path)}: cannot be read ({first_line(error)})") from None
+    if size > most:
+        raise InputError(f"{shorten(path)}: has {size:,} bytes; a file of its kind has at most {most:,}")
+    return data
+
+
+def read_text(path: str | os.PathLike, most: int) -> str:
+    """The same of a text in UTF-8, with or without a byte order mark.
+
+    Raises:
+      InputError: as `read_bytes`, or it is no UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shorten(path)}: not UTF-8 ({first_line(error)})") from None
