@@ -92,7 +92,7 @@ class Runs:
         if moment == "update":
             time.sleep(rng.uniform(0, 0.2))
         elif moment != "start":
-            where, what = {"save": (output / "checkpoints", "*tmp*"), "export": (output, ".model.incomplete")}[moment]
+            where, what = {"save": (output / "checkpoints", "*tmp*"), "export": (output, ".model.*.incomplete")}[moment]
             wait(lambda: any(where.glob(what)))
             time.sleep(rng.uniform(0, 0.02))
         ended = process.poll() is not None

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import InputError, Parser, note, run_main
+from llava_jax.console import InputError, Parser, note, run_main, shown
 
 TYPES = ["bfloat16", "float16", "float32"]
 
@@ -135,7 +135,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from convert.inspect import inspect, table
 
     found = inspect(args.directory)
-    print(json.dumps(found) if args.json else table(found))
+    print(json.dumps(found) if args.json else shown(table(found)))
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -147,10 +147,10 @@ def run_verify(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(row._asdict()))
         elif row.result.startswith("only"):
-            print(f"{row.path}: {row.result}")
+            print(shown(f"{row.path}: {row.result}"))
         else:
             gap = f", at most {row.absolute:.3g}, relative {row.relative:.3g}" if row.absolute else ""
-            print(f"{row.path}: {row.result}{gap}" + (f" ({row.note})" if row.note else ""))
+            print(shown(f"{row.path}: {row.result}{gap}" + (f" ({row.note})" if row.note else "")))
     note("; ".join(f"{n} {result}" for result, n in counts.items()))
     return 1 if counts.get("different") else 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.flags import add_model_flags, load_engine
-from llava_jax.console import InputError, Parser, Progress, note, plural, run_main, shorten
+from llava_jax.console import InputError, Parser, Progress, note, plural, run_main, shorten, shown
 from llava_jax.conversations import note_unread_keys, read_conversation, read_rows
 from llava_jax.images import ImageFolder
 from llava_jax.templates import MARK
@@ -263,7 +263,7 @@ def main() -> int:
     questions = check_answers(questions, metric)
     engine = load_engine(args)
     result = evaluate(engine, questions, METRICS[metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
-    print(json.dumps(result) if args.json else table(result))
+    print(json.dumps(result) if args.json else shown(table(result)))
     if result.get("no_option"):
         note(f"no single option in {plural(result['no_option'], 'answer')}, counted as wrong")
     if failed := result["failed"]:

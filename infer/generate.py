@@ -10,11 +10,10 @@ answers; with neither model nor question it is asked one about a bundled picture
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from infer.flags import add_model_flags, load_engine
-from llava_jax.console import InputError, Parser, note, run_main
+from llava_jax.console import InputError, Parser, note, print_json, run_main, shown
 from llava_jax.templates import get_template
 
 BUNDLED = Path(__file__).parent / "shapes"  # its README.md is its card
@@ -94,37 +93,38 @@ def main() -> int:
     from infer.sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
-    questions = None
     if args.questions:
-        from infer.questions import read_questions
-
-        questions = read_questions(args)
-        if not questions.rows and not questions.errors:
-            n = questions.answered
-            note("the question is answered already" if n == 1 else f"all {n} questions are answered already")
-            return 0
-    else:
-        check_images(args.image)
-
+        return answer_file(args, sampling)
+    check_images(args.image)
     engine = load_engine(args)
-    if questions is not None:
-        from infer.questions import answer_questions
-
-        return answer_questions(engine, questions, sampling, args)
     if args.stream or (args.stream is None and not args.json):
         for piece in engine.stream(args.prompt, args.image, system=args.system, **dataclasses.asdict(sampling)):
             if isinstance(piece, str) and not args.json:
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
             answer = piece
         if not args.json:
             print()
     else:
         answer = engine.ask(args.prompt, args.image, system=args.system, **dataclasses.asdict(sampling))
     if args.json:
-        print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+        print_json(dataclasses.asdict(answer))
     elif args.stream is False:
-        print(answer.text)
+        print(shown(answer.text))
     return 0
+
+
+def answer_file(args: argparse.Namespace, sampling) -> int:
+    """Answer the questions of a file that are not answered yet."""
+    from infer.answers import AnswersFile
+    from infer.questions import answer_questions, read_questions
+
+    with AnswersFile(args.answers, args.questions) as answers:
+        questions = read_questions(args, answers)
+        if not questions.rows and not questions.errors:
+            n = questions.answered
+            note("the question is answered already" if n == 1 else f"all {n} questions are answered already")
+            return 0
+        return answer_questions(load_engine(args), questions, answers, sampling, args)
 
 
 def check_images(images: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its status; an `InputError` is one line on standard error and status 1."""
-    warnings.filterwarnings("ignore", module="PIL")  # what matters about a picture is an error or a note of ours
+    warnings.filterwarnings("ignore", module="PIL")  # what matters about an image is an error or a note of ours
+    _open_streams()
     try:
         status = main() or 0
         if sys.stdout:
@@ -40,12 +42,32 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         status = 141
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        status = 1
+        print("error: not enough memory", file=sys.stderr)
     except OSError as error:  # a full disk, a permission
         status = 1
         print("error: " + _readable(error), file=sys.stderr)
         with contextlib.suppress(OSError):  # no file, as in a notebook
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _open_streams() -> None:
+    """Standard streams that take any text, and are there: without them other files would get their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not that of a notebook
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _readable(error: Exception) -> str:
@@ -64,7 +86,10 @@ def enable_compilation_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # no home
+            return
         jax.config.update("jax_compilation_cache_dir", str(root / "llava-jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -89,6 +114,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def shown(text: str) -> str:
+    """Text of several lines for standard output: as it is, but on a terminal without what would control that."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def print_json(value: object) -> None:
+    """Print a value as a line of JSON, readable if standard output can show it."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
+
+
 def shorten(text: object, limit: int = 100) -> str:
     """Something that the user gave, as part of a line of ours: at most `limit` characters, the middle left out."""
     text = str(text)
@@ -106,7 +148,7 @@ def note(message: str) -> None:
     if _hushed:
         return
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar that may stand there, and will be drawn anew
-    print(clear + message, file=sys.stderr, flush=True)
+    print(clear + printable(message), file=sys.stderr, flush=True)
 
 
 def plural(n: int, noun: str) -> str:

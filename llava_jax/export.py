@@ -23,7 +23,7 @@ from llava_jax import names, safetensors
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.config_json import KNOWN_TOWERS
 from llava_jax.console import InputError, Progress
-from llava_jax.directories import new_directory
+from llava_jax.outputs import new_directory
 from llava_jax.prompts import end_ids
 from llava_jax.safetensors import Pending
 from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_ahead

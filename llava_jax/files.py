@@ -10,13 +10,18 @@ from typing import BinaryIO
 
 from llava_jax.console import InputError, first_line, shorten
 
-KINDS = {
+_KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def kind_of(status: os.stat_result) -> str | None:
+    """What there is instead of a regular file: "a pipe"; None for a regular file."""
+    return _KINDS.get(stat.S_IFMT(status.st_mode))
 
 
 def open_regular(path: str | os.PathLike, *, buffering: int = -1) -> BinaryIO:
@@ -28,7 +33,7 @@ def open_regular(path: str | os.PathLike, *, buffering: int = -1) -> BinaryIO:
     """
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if kind := KINDS.get(stat.S_IFMT(os.fstat(file).st_mode)):
+        if kind := kind_of(os.fstat(file)):
             raise InputError(f"{shorten(path)}: {kind}, not a file")
         return os.fdopen(file, "rb", buffering)
     except BaseException:

@@ -27,9 +27,9 @@ from jax.sharding import Mesh
 from llava_jax.config import LlavaConfig
 from llava_jax.config_json import read_config
 from llava_jax.console import InputError, Progress, first_line
-from llava_jax.directories import new_directory
 from llava_jax.json_files import read_json
 from llava_jax.llava import Params, param_shapes
+from llava_jax.outputs import new_directory
 from llava_jax.sharding import param_shardings, path_of
 from llava_jax.sources import Source, Tensor, read_ahead
 from llava_jax.templates import choose_template

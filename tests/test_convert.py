@@ -11,14 +11,15 @@ import pytest
 from conftest import CHECKPOINTS, GOLDEN, golden_tensors, load_golden, one_device, write_checkpoint
 
 from convert import __main__ as cli
+from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from llava_jax import config as c
 from llava_jax import names, safetensors
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
-from llava_jax.directories import new_directory
 from llava_jax.llava import param_shapes
 from llava_jax.orbax_files import save
+from llava_jax.outputs import new_directory
 from llava_jax.sharding import make_mesh, path_of
 
 
@@ -341,14 +342,14 @@ def test_loading_onto_a_mesh_from_either_format(tmp_path, mesh):
 
 def test_existing_destination_is_kept_unless_told(tmp_path, run_cli):
     destination = tmp_path / "o"
-    destination.mkdir()
-    (destination / "config.json").write_text("{}")
     source = GOLDEN / "checkpoints/v1.5-llama"
+    to_hf(source, destination, part="projector")
+    before = (destination / "config.json").read_text()
     status, _, err = run_cli(cli.main, "to-orbax", source, destination)
     assert status == 1
     assert err.count("\n") == 1
     assert "--overwrite" in err
-    assert (destination / "config.json").read_text() == "{}"
+    assert (destination / "config.json").read_text() == before
     assert run_cli(cli.main, "to-orbax", source, destination, "--overwrite")[0] == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o"]
 
@@ -363,7 +364,7 @@ def test_overwriting_replaces_checkpoints_only_and_never_the_source(tmp_path, ru
         (source, "holds what is to be read"),
         (tmp_path / "models", "holds what is to be read"),
         (tmp_path / "models" / "model" / ".." / "..", "holds what is to be read"),
-        (tmp_path / "mine", "no checkpoint"),
+        (tmp_path / "mine", "precious.txt"),
     ):
         status, _, err = run_cli(cli.main, "to-orbax", source, destination, "--overwrite")
         assert (status, err.count("\n")) == (1, 1) and says in err

@@ -12,7 +12,8 @@ from infer import plan as infer_plan
 from llava_jax import config as c
 from llava_jax import plan
 from llava_jax.console import InputError
-from llava_jax.directories import find_directory, new_directory
+from llava_jax.directories import find_directory
+from llava_jax.outputs import new_directory
 from llava_jax.sharding import parse_mesh
 from llava_jax.tpu import parse_topology
 from train import __main__ as train

@@ -6,7 +6,6 @@ whatever the run computed in; what was trained is stored in the type that it had
 
 import dataclasses
 import functools
-import shutil
 
 import jax
 import numpy as np
@@ -16,7 +15,6 @@ from jax.experimental import multihost_utils
 from llava_jax.checkpoint import Checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.export import write_hf
-from llava_jax.llava import Params
 from llava_jax.orbax_files import save
 from llava_jax.sources import Tensor
 from train import lora
@@ -38,7 +36,7 @@ def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainC
     jax.tree.map(lambda x: x.delete(), state.opt_state)  # room for what follows
     params = export_params({}, state)
     if config.tune == "lora":
-        _write_adapter(output, params, model, config)
+        lora.save_adapter(output.files / "adapter", params, model, config)
     trained = {path: _whole(x) for path, x in flatten_dict(params, sep="/").items()}
     if not output.first:
         return
@@ -94,12 +92,3 @@ def _read_adapted(
     stored: Tensor, a: np.ndarray | jax.Array, b: np.ndarray | jax.Array, config: TrainConfig
 ) -> np.ndarray:
     return lora.merged(stored.read(), np.asarray(a), np.asarray(b), config)
-
-
-def _write_adapter(output: Output, params: Params, model: LlavaConfig, config: TrainConfig) -> None:
-    staged, final = output.files / ".adapter.incomplete", output.files / "adapter"
-    shutil.rmtree(staged, ignore_errors=True)
-    lora.save_adapter(staged, params, model, config)
-    if output.first:
-        shutil.rmtree(final, ignore_errors=True)
-        staged.rename(final)

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from llava_jax.config import LlavaConfig
 from llava_jax.llava import Params
 from llava_jax.names import write_name
+from llava_jax.outputs import new_directory
 from llava_jax.sharding import row_index
 from train.config import TrainConfig
 
@@ -103,10 +104,14 @@ def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfi
 
         adapter_config.json  adapter_model.safetensors  non_lora_trainables.bin
 
-    All processes take part, the first one writes. Names are those of the original (`LlavaLlamaForCausalLM`).
+    All processes take part; the first one writes, over an adapter that is there. Names are those of the original
+    (`LlavaLlamaForCausalLM`).
 
     Args:
       params: what `step.export_params` gives: one entry for each layer, the factors beside their kernels.
+
+    Raises:
+      InputError: it cannot be written.
 
     Source: llava/train/train.py, the end of `train`; peft's `save_pretrained`.
     """
@@ -121,16 +126,16 @@ def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfi
             others[f"base_model.model.{name}"] = to_theirs(_host(leaf))
     if jax.process_index():
         return
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.ascontiguousarray(x) for k, x in adapter.items()}, directory / "adapter_model.safetensors")
-    _save_torch(directory / "non_lora_trainables.bin", others)
+    contents = {k: np.ascontiguousarray(x) for k, x in adapter.items()}
     described = dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=config.checkpoint, bias="none",
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, inference_mode=True,
         target_modules=sorted({name.split(".")[-3] for name in adapter}),
     )  # fmt: skip
-    (directory / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    with new_directory(directory, overwrite=True) as staged:
+        save_file(contents, staged / "adapter_model.safetensors")
+        _save_torch(Path(staged / "non_lora_trainables.bin"), others)
+        (staged / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _host(x: jax.Array) -> np.ndarray:

@@ -11,10 +11,8 @@ no appending, a copy on this machine that `push` carries there.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import re
 import tempfile
 import textwrap
@@ -25,6 +23,8 @@ from etils import epath
 
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.directories import find_directory
+from llava_jax.locks import LockedFile
+from llava_jax.outputs import check_replaceable
 from train import mixture
 from train.config import TrainConfig
 
@@ -35,6 +35,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 CHECKSUM = "data_sha256"  # `data` may move, but not change, nor may the share that is taken of each file
 FINGERPRINT = "checkpoint_fingerprint"  # nor may `checkpoint`, whose frozen weights are not in the run's checkpoints
+RESULTS = ("model", "hf", "adapter")
 PLACES, PLACE_BYTES = 16, 4096  # of each of its files that are looked at
 
 
@@ -57,6 +58,7 @@ class Output:
         self.described = describe(config)
         self.unsaid = False  # what could not be carried to the object store has been told
         self.new = not self.root.exists()
+        self.before = set() if self.new else {path.name for path in self.root.iterdir()}
         try:
             if self.first:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -65,13 +67,27 @@ class Output:
             self.resumed = path.exists()
             if self.resumed:
                 _compare(path, self.described)
+            self._check_contents()
+            if self.resumed:
                 self._pull()
         except OSError as error:
             raise InputError(f"--output {shorten(config.output)}: cannot be used ({first_line(error)})") from None
 
+    def _check_contents(self) -> None:
+        """Complain about what a run would write over, and did not write."""
+        name = f"--output {shorten(self.root)}"
+        if not self.resumed:
+            theirs = {path.name for path in self.root.iterdir() if not (path.is_dir() and not any(path.iterdir()))}
+            if taken := sorted(theirs & {*RESULTS, "checkpoints", "events", "metrics.jsonl"}):
+                raise InputError(f"{name}: holds something else: {taken[0]}, but no run's config.json")
+        elif not self.remote:
+            for result in RESULTS:
+                if (self.files / result).exists():
+                    check_replaceable(self.files / result, f"{name}/{result}")
+
     def is_finished(self, total: int, latest: int | None) -> bool:
         """Whether all updates were made and the result was written."""
-        results = ["model", "hf"] if self.described["export_hf"] else ["model"]
+        results = RESULTS[: 1 + self.described["export_hf"]]
         return latest == total and all((self.root / name / "config.json").exists() for name in results)
 
     def write_config(self) -> None:
@@ -86,7 +102,8 @@ class Output:
         if self.resumed or not self.first:
             return
         for path in (*self.files.glob("bad_samples*.jsonl"), self.files / ".lock"):
-            path.unlink(missing_ok=True)
+            if path.name not in self.before:
+                path.unlink(missing_ok=True)
         for directory in (self.root / "checkpoints", *[self.root] * self.new):
             if directory.exists() and not any(directory.iterdir()):
                 directory.rmdir()
@@ -126,22 +143,11 @@ class Output:
         return file.is_file() and (int(listed[1]) if listed else 0) == self.process
 
     def _lock(self) -> None:
-        """A record lock goes with its process, however that ends, and is not inherited by data workers.
-
-        Object stores have none: there, two runs in one directory are not noticed.
-        """
+        """Object stores have no locks: there, two runs in one directory are not noticed."""
         if self.remote:
             return
-        self.held = (self.files / ".lock").open("a+")
-        try:
-            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.held.seek(0)
-            owner = self.held.read().strip()
-            raise InputError(f"--output {self.root}: in use by another run ({owner or 'it has just begun'})") from None
-        self.held.truncate(0)
-        self.held.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self.held.flush()
+        self.held = LockedFile(self.files / ".lock", f"--output {shorten(self.root)}", "another run")
+        self.held.sign()
 
 
 def is_remote(path: str) -> bool:

@@ -7,7 +7,6 @@ terminal), how its pictures are cut into tiles, its length, and what is cut off.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import InputError, Parser, note, run_main, shorten
+from llava_jax.console import InputError, Parser, note, print_json, printable, run_main, shorten, shown
 from llava_jax.images import label
 from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
 from llava_jax.tokenizer import Tokenizer
@@ -70,22 +69,22 @@ def main() -> int:
         seed=config.seed,
         follow_links=args.follow_links,
     )
-    shown = range(args.start, min(args.start + args.n, len(samples)))
-    if not shown:
+    indices = range(args.start, min(args.start + args.n, len(samples)))
+    if not indices:
         raise InputError(f"{samples.path} has {len(samples)} rows; there is none to show from --start {args.start}")
     bad = 0
-    for index in shown:
+    for index in indices:
         sample = samples.measure(index, args.epoch)
         row = samples.load(sample) if isinstance(sample, Sample) else sample
         if isinstance(row, BadSample):
             bad += 1
             if args.json:
                 described = {"data": row.data, "index": row.index, "id": row.id, "file": row.file, "error": row.reason}
-                print(json.dumps(described))
+                print_json(described)
             note(f"error: {samples.name(row)}")
             continue
         described = describe(samples, sample, row, model, found.tokenizer)
-        print(json.dumps(described, ensure_ascii=False) if args.json else render(samples, described))
+        print_json(described) if args.json else print(render(samples, described))
     return 1 if bad else 0
 
 
@@ -146,8 +145,10 @@ def render(samples: Samples, described: dict[str, Any]) -> str:
             "1 tile" if image["grid"] is None else f"{image['tiles']} tiles, grid {image['grid'][0]}x{image['grid'][1]}"
         )
         lines.append(f"  {image['file']}: {tiles}, {image['features']} features")
-    text = "".join(f"{begin}{run['text']}{end}" if run["trained"] else run["text"] for run in described["text"])
-    return "\n".join([*lines, text, ""])
+    text = "".join(
+        f"{begin}{shown(run['text'])}{end}" if run["trained"] else shown(run["text"]) for run in described["text"]
+    )
+    return "\n".join([*map(printable, lines), text, ""])
 
 
 if __name__ == "__main__":

@@ -370,10 +370,11 @@ class BadSamples:
         data = self._file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            listed = {(row["data"], row["index"]) for row in rows}
             if len(whole) < len(data):
                 self._file.write_bytes(whole)
-            rows = [json.loads(line) for line in whole.splitlines()]
-            return {(row["data"], row["index"]) for row in rows}
+            return listed
         except OSError as error:
             raise InputError(f"{self._file}: cannot be written ({error.strerror or error})") from None
         except (ValueError, KeyError, TypeError):

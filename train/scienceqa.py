@@ -6,15 +6,16 @@ reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-L
 evaluated with `python -m infer.evaluate --metric scienceqa`.
 """
 
-import contextlib
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from llava_jax.console import InputError, Parser, note, run_main, shorten
+from llava_jax.console import InputError, Parser, first_line, note, run_main, shorten
+from llava_jax.files import read_bytes
 from llava_jax.json_files import read_json
+from llava_jax.outputs import write_file
 
 # Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
 QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
@@ -135,15 +136,21 @@ def main() -> None:
     base_dir = Path(args.base_dir)
     rows = convert(base_dir, args.split, args.prompt_format)
     output = Path(args.output) if args.output else base_dir / f"llava_{args.split}_{args.prompt_format}.json"
-    written = Path(f"{output}.new")
+    if output.exists() and not _is_split(output):
+        raise InputError(f"{shorten(output)}: is there already, and holds no conversations; name another file")
     try:
-        written.write_text(json.dumps(rows, indent=2))
-        written.replace(output)
+        write_file(output, json.dumps(rows, indent=2).encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            written.unlink()
-        raise InputError(f"{output}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{shorten(output)}: cannot be written ({first_line(error)})") from None
     note(f"{len(rows)} conversations, {sum('image' in row for row in rows)} of them with a picture, in {output}")
+
+
+def _is_split(path: Path) -> bool:
+    """Whether it is what this command writes."""
+    try:
+        return all(isinstance(row, dict) and "conversations" in row for row in json.loads(read_bytes(path, 2**30)))
+    except (ValueError, RecursionError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

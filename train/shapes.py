@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.console import InputError, Parser, Progress, note, run_main
+from llava_jax.console import InputError, Parser, Progress, note, run_main, shorten
+from llava_jax.outputs import new_directory
 from train import questions
 from train.questions import Rng, Turn
 from train.scenes import Scene, draw, make_scene
@@ -198,11 +199,11 @@ def write(output: Path, examples: int, tests: int, seed: int) -> None:
     Raises:
       InputError: the directory has something in it, or cannot be written.
     """
-    images = output / "images"
-    try:
-        if output.is_dir() and any(output.iterdir()):
-            raise InputError(f"--output {output}: is not empty; name a new directory")
-        images.mkdir(parents=True)
+    if output.is_dir() and any(output.iterdir()):
+        raise InputError(f"--output {shorten(output)}: is not empty; name a new directory")
+    with new_directory(output, overwrite=output.is_dir()) as staged:
+        images = Path(staged / "images")
+        images.mkdir()
         taken: set[Scene] = set()
         scenes = {
             split: make_scenes(split, number, seed, taken, images)
@@ -215,9 +216,7 @@ def write(output: Path, examples: int, tests: int, seed: int) -> None:
             "test_captions.json": caption_rows("test", scenes["test"], seed),
         }
         for name, rows in files.items():
-            (output / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+            (staged / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     asked = collections.Counter(kind for row in files["test.json"] for kind in row["kinds"])
     note(
         f"{examples:,} training pictures with {len(files['train.json']):,} conversations, {tests:,} test pictures with "

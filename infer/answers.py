@@ -1,0 +1,99 @@
+"""The answers file: a JSON line for each answer, in the format of the reference (llava/eval/model_vqa_loader.py).
+
+    {"question_id": 1, "prompt": "What is this?", "text": "A cat.", "answer_id": ..., "model_id": ..., "metadata": {}}
+
+One command holds it at a time, and appends to it. Nothing but an answers file is ever touched.
+"""
+
+import collections
+import json
+import os
+from typing import Any
+
+from llava_jax.console import InputError, first_line, shorten
+from llava_jax.locks import LockedFile
+
+START, NEXT = '{"question_id": ', ', "prompt": "'  # how each line begins
+
+
+class AnswersFile:
+    """An answers file, held until the block ends; made if it is not there, and removed if nothing was written to it.
+
+    Attributes:
+      answered: how often it answers each question, by `key_of`.
+    """
+
+    def __init__(self, path: str | os.PathLike, questions: str | os.PathLike):
+        """
+        Args:
+          questions: the file that must not be it.
+
+        Raises:
+          InputError: it is something else, is in use, or cannot be written.
+        """
+        self.name = shorten(f"--answers {path}")
+        if os.path.exists(path) and os.path.exists(questions) and os.path.samefile(path, questions):
+            raise InputError(f"{self.name}: is the file of the questions; name another one")
+        try:
+            self.file = LockedFile(path, self.name)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise InputError(f"{self.name}: cannot be written ({first_line(error)})") from None
+        try:
+            self._read(self.file.read())
+        except BaseException:
+            self.file.close()
+            raise
+        self.written = False
+
+    def _read(self, data: bytes) -> None:
+        """Count what is answered. A last line that was cut off while being written is told by how it begins."""
+        *lines, last = data.split(b"\n")
+        self.answered = collections.Counter()
+        self.end, self.gap = len(data), b"\n" if last else b""  # where the first answer goes, and what precedes it
+        for number, line in enumerate((*lines, last), 1):
+            if not line.strip():
+                continue
+            try:
+                answer = json.loads(line)
+                self.answered[key_of(answer["question_id"], answer["prompt"])] += isinstance(answer["text"], str)
+            except (ValueError, RecursionError, KeyError, TypeError):
+                if number <= len(lines) or not _is_cut(last):
+                    raise InputError(f"{self.name}: is there already, and is no answers file (line {number})") from None
+                self.end, self.gap = len(data) - len(last), b""
+
+    def append(self, answer: dict[str, Any]) -> None:
+        """
+        Raises:
+          OSError: it cannot be written, and is as before.
+        """
+        if not self.written:
+            self.file.file.truncate(self.end)
+        self.file.append(self.gap + json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+        self.written, self.gap = True, b""
+
+    def __enter__(self) -> "AnswersFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file.is_new and not self.written:
+            self.file.remove()
+        else:
+            self.file.close()
+
+
+def key_of(question_id: Any, prompt: str) -> str:
+    """What an answer belongs to. Some benchmarks (MME) ask several questions under one id."""
+    return json.dumps([question_id, prompt], sort_keys=True)
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether it can be the beginning of one of our lines."""
+    text = line.decode(errors="ignore")
+    if not text.startswith(START):
+        return START.startswith(text)
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, len(START))
+    except (ValueError, RecursionError):
+        return True  # within the id
+    rest = text[end:]
+    return rest.startswith(NEXT) or NEXT.startswith(rest)

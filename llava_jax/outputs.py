@@ -1,0 +1,275 @@
+"""Where commands write: what may be replaced, and files and directories that appear whole or not at all.
+
+A directory is replaced only if all that is in it is part of a checkpoint, and nothing in it is read meanwhile: paths
+are compared with their links resolved. Everything is checked before anything is touched, and once more before the old
+goes. The new one is written beside its place, under a name that nobody else uses, while the place is locked
+(`.NAME.lock`, which says what there is to clean up if the command is killed). Then it is moved there.
+"""
+
+import contextlib
+import fnmatch
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from etils import epath
+
+from llava_jax.console import InputError, first_line, shorten
+from llava_jax.files import kind_of, read_bytes
+from llava_jax.locks import LockedFile
+
+# What directories of checkpoints hold: ours, the original's, transformers' and PEFT's.
+CHECKPOINT_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin",
+    "non_lora_trainables.bin", "training_args.bin", "pytorch_model.bin.index.json",
+    "config.json", "generation_config.json", "adapter_config.json", "trainer_state.json",
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json", "chat_template.*",
+    "README.md", "LICENSE*", "USE_POLICY.md", ".gitattributes", ".DS_Store",
+)  # fmt: skip
+ORBAX_FILES = (  # below `params` and `unused`
+    "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "commit_success.txt", "array_metadatas/*", "descriptor/*",
+    "manifest.ocdbt", "d/*", "ocdbt.process_*/manifest.ocdbt", "ocdbt.process_*/d/*",
+)  # fmt: skip
+DIRECTORIES = {
+    "params*": ORBAX_FILES,
+    "unused*": ORBAX_FILES,
+    "vision_tower": CHECKPOINT_FILES,
+    ".cache": ("huggingface/*",),
+}
+WEIGHTS = ("*.safetensors", "*.bin")
+STAGED, REPLACED = "incomplete", "replaced"
+
+
+# ---------------------------------------------------------------- what may be replaced
+
+
+def check_replaceable(directory: Path, name: str) -> None:
+    """Complain unless a directory is empty, or a checkpoint as a whole.
+
+    Raises:
+      InputError: naming what is no part of one.
+    """
+    if directory.is_symlink() or not directory.is_dir():
+        raise InputError(f"{name}: a file, not a checkpoint, so it is not replaced")
+    stranger = _stranger(directory, CHECKPOINT_FILES, DIRECTORIES)
+    if stranger:
+        raise InputError(f"{name}: is not replaced: it holds {shorten(stranger, 60)}, which is no part of a checkpoint")
+    if any(directory.iterdir()) and not _is_model(directory):
+        raise InputError(f"{name}: is not replaced: it is no checkpoint, with the config.json of a model and weights")
+
+
+def _stranger(directory: Path, files: Sequence[str], directories: dict[str, Sequence[str]]) -> str | None:
+    """The first thing in a directory that is not one of these files, nor in one of these directories."""
+    for entry in sorted(directory.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            patterns = next((p for name, p in directories.items() if fnmatch.fnmatchcase(entry.name, name)), None)
+            inner = entry.name if patterns is None else _stranger_below(entry, patterns)
+            if inner:
+                return inner
+        elif not (_matches(entry.name, files) and (entry.is_file() or not entry.exists())):
+            return entry.name
+    return None
+
+
+def _stranger_below(directory: Path, patterns: Sequence[str]) -> str | None:
+    for path in sorted(directory.rglob("*")):
+        if not path.is_dir() and not _matches(path.relative_to(directory).as_posix(), patterns):
+            return path.relative_to(directory.parent).as_posix()
+    return None
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_model(directory: Path) -> bool:
+    """Whether it has weights, and a configuration of a model or an adapter."""
+    names = [path.name for path in directory.iterdir()]
+    if not any(_matches(name, (*WEIGHTS, "params*")) for name in names):
+        return False
+    try:
+        file = next(directory / name for name in ("config.json", "adapter_config.json") if name in names)
+        fields = json.loads(read_bytes(file, 64 * 2**20))
+        return any(key in fields for key in ("format", "model_type", "architectures", "peft_type"))
+    except (StopIteration, InputError, ValueError, RecursionError, TypeError):
+        return False
+
+
+def check_apart(target: Path, name: str, sources: Sequence[str | os.PathLike]) -> None:
+    """Complain if what is to be replaced is, holds, or lies in something that is read meanwhile.
+
+    Raises:
+      InputError: it does.
+    """
+    if not target.exists():
+        return
+    target_id, around = _identity(target), set(map(_identity, target.parents))
+    for source in filter(os.path.exists, (s for s in sources if "://" not in os.fspath(s))):
+        real = Path(os.path.realpath(source))
+        inside = [Path(os.path.realpath(path)) for path in _links(real)]  # such as a hub cache's
+        if _identity(real) in around or any(
+            target_id in map(_identity, (path, *path.parents)) for path in (real, *inside) if path.exists()
+        ):
+            raise InputError(f"{name}: holds what is to be read; write elsewhere")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Of a file or directory, under whatever name: mounts and case-insensitive file systems give it several."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _links(directory: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(directory):
+        yield from filter(os.path.islink, (os.path.join(folder, name) for name in (*folders, *files)))
+
+
+# ---------------------------------------------------------------- directories
+
+
+@contextlib.contextmanager
+def new_directory(
+    directory: str | os.PathLike, *, overwrite: bool = False, sources: Sequence[str | os.PathLike] = ()
+) -> Iterator[epath.Path]:
+    """A directory to write into that appears under its name when the block ends, whole or not at all.
+
+    It is written beside its place and then moved there. Object stores (`gs://`) cannot move a directory: there it is
+    written in its place, and whoever writes `config.json` last, and reads it first, knows that it is whole.
+
+    Args:
+      overwrite: replace what is there, if it is a checkpoint and nothing else.
+      sources: files and directories that are read meanwhile, and must not be replaced.
+
+    Raises:
+      InputError: the directory exists and is not to be replaced, is being written by another command, or cannot be
+        written.
+    """
+    name = shorten(os.fspath(directory))
+    try:
+        target = Path(os.path.realpath(directory))
+    except ValueError as error:
+        raise InputError(f"{name}: no name of a directory ({first_line(error)})") from None
+    try:
+        if "://" in os.fspath(directory):
+            with _remote_directory(epath.Path(directory), name, overwrite) as staged:
+                yield staged
+        else:
+            with _local_directory(target, name, overwrite, sources) as staged:
+                yield epath.Path(staged)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written ({first_line(error)})") from None
+
+
+@contextlib.contextmanager
+def _remote_directory(directory: epath.Path, name: str, overwrite: bool) -> Iterator[epath.Path]:
+    if directory.exists():
+        _check_overwrite(name, overwrite)
+        if any(directory.iterdir()) and not (directory / "config.json").exists():
+            raise InputError(f"{name}: no checkpoint (there is no config.json), so it is not replaced")
+    try:
+        directory.rmtree(missing_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+    except BaseException:
+        directory.rmtree(missing_ok=True)
+        raise
+
+
+def _check_overwrite(name: str, overwrite: bool) -> None:
+    if not overwrite:
+        raise InputError(f"{name}: exists already; --overwrite replaces it")
+
+
+@contextlib.contextmanager
+def _local_directory(target: Path, name: str, overwrite: bool, sources: Sequence[str | os.PathLike]) -> Iterator[Path]:
+    def check() -> None:
+        if os.path.lexists(target):
+            _check_overwrite(name, overwrite)
+            check_apart(target, name, sources)
+            check_replaceable(target, name)
+
+    check()
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _Place(target, name) as place:
+            place.staged.mkdir()
+            yield place.staged
+            check()  # much may have happened meanwhile
+            place.move()
+    finally:
+        with contextlib.suppress(OSError):  # of the first that holds something: the new directory
+            for parent in made:
+                os.rmdir(parent)
+
+
+class _Place:
+    """A directory's place, locked: the names beside it that are in use, and the move."""
+
+    def __init__(self, target: Path, name: str):
+        self.target = target
+        self.short = os.fsdecode(os.fsencode(target.name)[:200])  # so that there is room for more
+        self.lock = LockedFile(target.parent / f".{self.short}.lock", name, "another command, which writes it")
+        if signed := self.lock.read():
+            self._settle(*self._names(signed))  # of a command that was killed
+        key = secrets.token_hex(4)
+        self.staged, self.replaced = (target.parent / f".{self.short}.{key}.{kind}" for kind in (STAGED, REPLACED))
+        self.lock.sign(staged=self.staged.name, replaced=self.replaced.name)
+
+    def _names(self, signed: bytes) -> list[Path]:
+        try:
+            fields = json.loads(signed)
+            names = [fields["staged"], fields["replaced"]]
+            if all(re.fullmatch(rf"\.{re.escape(self.short)}\.[0-9a-f]{{8}}\.\w+", name) for name in names):
+                return [self.target.parent / name for name in names]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            pass
+        self.lock.close()
+        raise InputError(f"{shorten(self.lock.path)}: stands where a lock has to be; move it away")
+
+    def __enter__(self) -> "_Place":
+        return self
+
+    def __exit__(self, *_) -> None:
+        try:
+            self._settle(self.staged, self.replaced)
+        finally:
+            self.lock.remove()
+
+    def _settle(self, staged: Path, replaced: Path) -> None:
+        """Leave what was there before, or what was put in its place, and nothing else."""
+        if replaced.exists() and not self.target.exists():
+            replaced.rename(self.target)
+        for left in (staged, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def move(self) -> None:
+        """Put the new one into its place."""
+        if self.target.exists():
+            self.target.rename(self.replaced)
+        self.staged.rename(self.target)
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_file(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file that appears under its name whole or not at all; one that is there is replaced, a link's target.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and (kind := kind_of(target.stat())):
+        raise InputError(f"{shorten(path)}: {kind}, not a file")
+    staged = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.{STAGED}")
+    try:
+        staged.write_bytes(data)
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -1,0 +1,393 @@
+"""What commands write over, and what they never touch: destinations, answers files, directories of runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import GOLDEN
+
+from convert import __main__ as convert
+from infer.answers import AnswersFile, key_of
+from llava_jax.console import InputError
+from llava_jax.locks import LockedFile
+from llava_jax.outputs import new_directory, write_file
+from train.config import TrainConfig
+from train.output import Output
+
+MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"
+TRAINED = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+
+
+@pytest.fixture
+def models(tmp_path):
+    """`models/m`, a checkpoint with its vision tower."""
+    copy_model(tmp_path / "models" / "m")
+    shutil.copytree(MISTRAL / "vision_tower", tmp_path / "models" / "m" / "vision_tower")
+    return tmp_path / "models"
+
+
+def copy_model(directory):
+    directory.mkdir(parents=True)
+    for name in TRAINED:
+        shutil.copy(MISTRAL / name, directory)
+
+
+def contents(directory):
+    """Every path below a directory, with what a file holds and where a link leads."""
+
+    def content(path):
+        return os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+
+    return {str(path.relative_to(directory)): content(path) for path in directory.rglob("*")}
+
+
+def refused(run_cli, *arguments):
+    status, _, err = run_cli(convert.main, *arguments)
+    assert (status, err.count("\n")) == (1, 1) and len(err) < 300, err
+    return err
+
+
+# ---------------------------------------------------------------- sources
+
+
+def link_to_parent(models):
+    (models.parent / "alias").symlink_to("models")
+    return models / "m", models.parent / "alias" / "m"
+
+
+def link_to_source(models):
+    (models.parent / "alias").symlink_to(models / "m")
+    return models / "m", models.parent / "alias"
+
+
+def source_through_links(models):
+    (models.parent / "alias").symlink_to("models")
+    return models.parent / "alias" / "m", models / "m"
+
+
+def shards_linked_from_elsewhere(models):
+    shutil.copytree(models / "m", models / "linked")
+    (models / "linked" / "model.safetensors").unlink()
+    (models / "linked" / "model.safetensors").symlink_to(models / "m" / "model.safetensors")
+    return models / "linked", models / "m"
+
+
+def tower_in_the_destination(models):
+    copy_model(models / "other")
+    (models / "other" / "vision_tower").symlink_to(models / "m" / "vision_tower")
+    return models / "other", models / "m"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [link_to_parent, link_to_source, source_through_links, shards_linked_from_elsewhere, tower_in_the_destination],
+)
+@pytest.mark.parametrize("command", [("to-hf", "--part", "projector"), ("to-orbax",)])
+def test_what_is_read_under_whatever_name_is_not_replaced(run_cli, models, make, command):
+    source, destination = make(models)
+    before = contents(models.parent)
+    kind, *flags = command
+    assert "holds what is to be read" in refused(run_cli, kind, source, destination, *flags, "--overwrite")
+    assert contents(models.parent) == before
+
+
+def test_a_link_as_destination_leads_to_what_is_replaced(run_cli, models, tmp_path):
+    with new_directory(tmp_path / "real") as staged:
+        for name in TRAINED:
+            shutil.copy(MISTRAL / name, staged)
+    (tmp_path / "link").symlink_to("real")
+    arguments = ("to-hf", models / "m", tmp_path / "link", "--part", "projector")
+    assert "--overwrite" in refused(run_cli, *arguments)
+    assert run_cli(convert.main, *arguments, "--overwrite")[0] == 0
+    assert os.readlink(tmp_path / "link") == "real"
+    assert sorted(os.listdir(tmp_path / "real")) == ["config.json", "mm_projector.safetensors"]
+
+
+# ---------------------------------------------------------------- what is no checkpoint
+
+
+def write(path, text="precious"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+STRANGERS = {
+    "a directory": ("thesis", lambda d: write(d / "thesis" / "a.txt")),
+    "an empty directory": ("thesis", lambda d: (d / "thesis").mkdir()),
+    "a file": ("notes.txt", lambda d: write(d / "notes.txt")),
+    "a hidden file": (".bashrc", lambda d: write(d / ".bashrc")),
+    "among the arrays": ("params/a.txt", lambda d: write(d / "params" / "a.txt")),
+    "in the tower": ("vision_tower", lambda d: write(d / "vision_tower" / "a.txt")),
+    "a pipe": ("model-2.safetensors", lambda d: os.mkfifo(d / "model-2.safetensors")),
+    "a link to a directory": ("tokenizer.json", lambda d: (d / "tokenizer.json").symlink_to(d.parent)),
+    "a checkpoint in it": ("m", lambda d: copy_model(d / "m")),
+    "no weights": ("no checkpoint", lambda d: (d / "model.safetensors").unlink()),
+    "no model's configuration": ("no checkpoint", lambda d: write(d / "config.json", '{"name": "web app"}')),
+    "no configuration": ("no checkpoint", lambda d: (d / "config.json").unlink()),
+    "broken configuration": ("no checkpoint", lambda d: write(d / "config.json", "[" * 99_999)),
+}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_only_what_is_a_checkpoint_as_a_whole_is_replaced(run_cli, models, what):
+    names, spoil = STRANGERS[what]
+    copy_model(models / "old")
+    spoil(models / "old")
+    before = contents(models)
+    assert names in refused(run_cli, "to-hf", models / "m", models / "old", "--part", "projector", "--overwrite")
+    assert contents(models) == before
+
+
+def test_what_comes_into_the_destination_meanwhile_is_kept(models):
+    copy_model(models / "old")
+    with pytest.raises(InputError, match="thesis"), new_directory(models / "old", overwrite=True) as staged:
+        write(staged / "config.json")
+        write(models / "old" / "thesis" / "a.txt")
+    assert sorted(os.listdir(models)) == ["m", "old"]
+    with pytest.raises(InputError, match="exists already"), new_directory(models / "new") as staged:
+        write(staged / "config.json")
+        write(models / "new" / "thesis" / "a.txt")
+    assert (models / "new" / "thesis" / "a.txt").read_text() == "precious"
+
+
+def test_directories_of_others_beside_it_are_left_alone(run_cli, models):
+    for name in (".out.incomplete", ".out.replaced", ".out.0123abcd.incomplete"):
+        write(models / name / "mine")
+    before = contents(models)
+    assert run_cli(convert.main, "to-hf", models / "m", models / "out", "--part", "projector")[0] == 0
+    assert contents(models) == before | {
+        name: value for name, value in contents(models).items() if name.partition("/")[0] == "out"
+    }
+
+
+def test_a_new_directory_has_the_usual_permissions(tmp_path):
+    with new_directory(tmp_path / "new"):
+        pass
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+# ---------------------------------------------------------------- two at once, and killed
+
+
+def test_a_place_that_is_written_already_is_refused(run_cli, models):
+    arguments = ("to-hf", models / "m", models / "out", "--part", "projector")
+    with new_directory(models / "out") as staged:
+        write(staged / "config.json")
+        assert "in use by another command, which writes it (process " in refused(run_cli, *arguments)
+        assert "in use" in refused(run_cli, *arguments, "--overwrite")
+    assert sorted(os.listdir(models)) == ["m", "out"] and os.listdir(models / "out") == ["config.json"]
+
+
+KILLED = """
+import os, sys
+from llava_jax import outputs
+path, moment = sys.argv[1:]
+if moment == "moving":
+    outputs.Path.rename, rename = lambda a, b: (rename(a, b), os._exit(9)), outputs.Path.rename
+with outputs.new_directory(path, overwrite=True) as staged:
+    (staged / "config.json").write_text("new")
+    if moment == "writing":
+        os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "moving"])
+def test_the_next_command_cleans_up_after_one_that_was_killed(run_cli, models, moment):
+    copy_model(models / "out")
+    before = contents(models / "out")
+    assert subprocess.run([sys.executable, "-c", KILLED, models / "out", moment]).returncode == 9
+    assert len(os.listdir(models)) > 2
+    with pytest.raises(ZeroDivisionError), new_directory(models / "out", overwrite=True):
+        raise ZeroDivisionError
+    assert sorted(os.listdir(models)) == ["m", "out"]
+    assert contents(models / "out") == before
+
+
+@pytest.mark.parametrize("text", ["mine", '{"staged": "../m", "replaced": "../m"}', "[" * 99_999, "5"])
+def test_a_file_that_stands_where_the_lock_has_to_be_is_left_alone(models, text):
+    write(models / ".out.lock", text)
+    with pytest.raises(InputError, match="move it away"), new_directory(models / "out"):
+        pass
+    assert (models / ".out.lock").read_text() == text
+    assert sorted(os.listdir(models)) == [".out.lock", "m"]
+
+
+def test_names_as_long_as_a_file_system_takes(tmp_path):
+    for name in ("x" * 255, "ü" * 127, "\udcff" * 255):
+        with new_directory(tmp_path / name) as staged:
+            write(staged / "config.json")
+        assert os.listdir(tmp_path) == [name]
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(InputError, match="File name too long"), new_directory(tmp_path / ("x" * 256)):
+        pass
+    with pytest.raises(InputError, match="no name of a directory"), new_directory("a\0b"):
+        pass
+
+
+def test_a_file_is_written_whole_through_a_link(tmp_path):
+    write(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    write_file(tmp_path / "link", b"new")
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"] and (tmp_path / "real").read_bytes() == b"new"
+    for other in (tmp_path, "/dev/null"):
+        with pytest.raises(InputError, match="not a file"):
+            write_file(other, b"")
+
+
+# ---------------------------------------------------------------- answers files
+
+ANSWER = {"question_id": 1, "prompt": "a", "text": "b", "answer_id": "0", "model_id": "m", "metadata": {}}
+LINE = json.dumps(ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    {
+        "nothing": ("", ""),
+        "whole": (LINE + "\n", LINE + "\n"),
+        "blank lines": (LINE + "\n\n", LINE + "\n\n"),
+        "whole, without its end": (LINE, LINE + "\n"),
+        "cut in a text": (LINE + "\n" + LINE[:40], LINE + "\n"),
+        "cut in the first id": ('{"question_id": "1', ""),
+        "cut before the prompt": ('{"question_id": 12, "pr', ""),
+        "cut at once": (LINE + "\n{", LINE + "\n"),
+    }.values(),
+)
+def test_answers_go_behind_what_is_whole(tmp_path, before, after):
+    file = tmp_path / "a.jsonl"
+    file.write_text(before)
+    with AnswersFile(file, tmp_path / "q") as answers:
+        assert answers.answered.total() == after.count("\n") - after.count("\n\n")
+        assert not after or answers.answered[key_of(1, "a")] == 1
+    assert file.read_text() == before  # nothing was answered
+    with AnswersFile(file, tmp_path / "q") as answers:
+        answers.append(ANSWER)
+        answers.append(ANSWER)
+    assert file.read_text() == after + 2 * (LINE + "\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one line, no newline",
+        '{"question_id": 1, "text": "a"}\n{"question_id": 2, "text": "b"}',
+        '{"question_id": 1, "text": "a"}',
+        '{"question_id": 1, "text": "a',
+        '{"question_id":1,"prompt":"a',
+        LINE + "\n" + '{"question_id": 1, "text": "a',
+        LINE + "\nmine",
+        LINE[:40] + "\n" + LINE,
+        "[" * 99_999,
+        "[]\n",
+        '{"question_id": 1, "prompt": "a", "text": null}\n{}',
+        "\x00" * 50,
+    ],
+)
+def test_what_is_no_answers_file_is_left_alone(tmp_path, text):
+    file = tmp_path / "a.jsonl"
+    file.write_text(text)
+    with pytest.raises(InputError, match="no answers file"), AnswersFile(file, tmp_path / "q"):
+        pass
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_the_questions_are_not_the_answers_under_another_name(tmp_path, link):
+    write(tmp_path / "q", LINE)
+    link(tmp_path / "q", tmp_path / "a")
+    with pytest.raises(InputError, match="the file of the questions"), AnswersFile(tmp_path / "a", tmp_path / "q"):
+        pass
+    assert (tmp_path / "q").read_text() == LINE
+
+
+def test_answers_go_into_regular_files_that_can_be_written(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in (
+        (tmp_path / "pipe", "a pipe, not a file"),
+        (tmp_path, "a directory, not a file"),
+        ("/dev/full", "a device, not a file"),
+        (tmp_path / "no" / "a", "cannot be written"),
+        (tmp_path / ("x" * 300), "cannot be written"),
+        ("a\0b", "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=says), AnswersFile(path, tmp_path / "q"):
+            pass
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_one_command_holds_an_answers_file(tmp_path):
+    with AnswersFile(tmp_path / "a", tmp_path / "q") as answers:
+        with pytest.raises(InputError, match="in use by another command"), AnswersFile(tmp_path / "a", tmp_path / "q"):
+            pass
+        answers.append(ANSWER)
+    with AnswersFile(tmp_path / "a", tmp_path / "q") as answers:
+        assert answers.answered.total() == 1
+    with AnswersFile(tmp_path / "b", tmp_path / "q"):
+        pass
+    assert os.listdir(tmp_path) == ["a"]  # where nothing was answered nothing is left
+
+
+def test_a_line_that_a_full_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatch):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr("signal.SIGXFSZ", None, raising=False)
+    with AnswersFile(tmp_path / "a", tmp_path / "q") as answers:
+        answers.append(ANSWER)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(LINE) + 20, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                answers.append(ANSWER)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        answers.append(ANSWER)
+    assert (tmp_path / "a").read_text() == 2 * (LINE + "\n")
+
+
+def test_a_lock_that_its_holder_removes_is_no_lock(tmp_path):
+    first = LockedFile(tmp_path / "lock")
+    first.path.unlink()
+    second = LockedFile(tmp_path / "lock")
+    with pytest.raises(InputError, match="in use"):
+        LockedFile(tmp_path / "lock")
+    first.close()
+    second.remove()
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- directories of runs
+
+
+@pytest.fixture
+def run_config(tmp_path):
+    write(tmp_path / "d.json", "[]")
+    return TrainConfig(data=(str(tmp_path / "d.json"),), checkpoint=str(MISTRAL), output=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "name", ["model/a.txt", "hf/a.txt", "adapter/a.txt", "checkpoints/1/a", "events/a", "metrics.jsonl"]
+)
+def test_a_run_writes_over_nothing_that_is_not_its_own(run_config, tmp_path, name):
+    write(tmp_path / "out" / name)
+    write(tmp_path / "out" / "log.txt")  # which is nobody's business
+    with pytest.raises(InputError, match=f"holds something else: {name.split('/')[0]}"):
+        Output(run_config)
+    (tmp_path / "out" / name.split("/")[0]).rename(tmp_path / "elsewhere")
+    output = Output(run_config)
+    output.write_config()
+    output.held.close()
+    if name.split("/")[0] in ("model", "hf", "adapter"):
+        write(tmp_path / "out" / name)
+        with pytest.raises(InputError, match=r"is not replaced: it holds a\.txt"):
+            Output(run_config)
+
+
+def test_what_a_refused_run_leaves_is_what_was_there(run_config, tmp_path):
+    write(tmp_path / "out" / "bad_samples.jsonl")
+    before = contents(tmp_path)
+    Output(run_config).withdraw()
+    assert contents(tmp_path) == before
