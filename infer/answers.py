@@ -76,9 +76,8 @@ class AnswersFile:
 
     def __exit__(self, *_) -> None:
         if self.file.is_new and not self.written:
-            self.file.remove()
-        else:
-            self.file.close()
+            self.file.path.unlink(missing_ok=True)
+        self.file.close()
 
 
 def key_of(question_id: Any, prompt: str) -> str:

@@ -5,11 +5,24 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import kind_of
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
+
+
+class InUse(InputError):
+    """Somebody else holds a file.
+
+    Attributes:
+      owner: who, as far as the file says.
+    """
+
+    def __init__(self, name: str, owner: str):
+        super().__init__(f"{name}: in use by {owner}")
+        self.owner = owner
 
 
 class LockedFile:
@@ -22,16 +35,18 @@ class LockedFile:
       path: of the file itself, links resolved.
       file: open for reading and for appending, without a buffer.
       is_new: there was no file.
+      is_locked: the file system has locks.
     """
 
-    def __init__(self, path: str | os.PathLike, name: str = "", holder: str = "another command"):
+    def __init__(self, path: str | os.PathLike, name: str = "", owner: str = "another command"):
         """
         Args:
           name: what errors call it; default: its path.
-          holder: what they call whoever holds it.
+          owner: what they call whoever else holds it.
 
         Raises:
-          InputError: it is in use, or is no regular file.
+          InUse: it is locked.
+          InputError: it is no regular file.
           OSError: it cannot be opened.
         """
         self.path, name = Path(os.path.realpath(path)), name or shorten(path)
@@ -44,31 +59,47 @@ class LockedFile:
                 raise InputError(f"{name}: {kind}, not a file")
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
             self.file = os.fdopen(os.open(self.path, flags, 0o666), "r+b", buffering=0)
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    owner = self._owner()
-                    self.file.close()
-                    raise InputError(f"{name}: in use by {holder}{owner}") from None
-                note(f"warning: {name}: its file system has no locks; that two commands write there is not noticed")
+            self.is_locked = self._lock(name, owner)
             if self._is_there():
                 return
             self.file.close()  # its holder has removed it
 
-    def _owner(self) -> str:
-        """Who has signed the file, as part of an error."""
+    def _lock(self, name: str, owner: str) -> bool:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                note(f"warning: {name}: its file system has no locks; that two commands write there is not noticed")
+                return False
+            signed = self._signed()
+            self.file.close()
+            who = f" (process {signed['process']} on {shorten(signed['host'], 40)})" if signed else ""
+            raise InUse(name, owner + who) from None
+
+    def _signed(self) -> dict[str, Any]:
+        """What `sign` wrote into it; nothing if it did not."""
+        self.file.seek(0)
         try:
             signed = json.loads(self.file.read(4096))
-            return f" (process {signed['process']:d} on {shorten(signed['host'], 40)})"
+            return signed if type(signed["process"]) is int and type(signed["host"]) is str else {}
         except (OSError, ValueError, RecursionError, TypeError, KeyError):
-            return ""
+            return {}
 
     def _is_there(self) -> bool:
         try:
             return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
         except FileNotFoundError:
             return False
+
+    def sign(self) -> None:
+        """Write into a file that is nothing but a lock who holds it."""
+        self.file.truncate(0)
+        self.append(json.dumps({"process": os.getpid(), "host": os.uname().nodename}).encode())
+
+    def is_mine(self) -> bool:
+        """Whether a process of this machine has signed it."""
+        return self._signed().get("host") == os.uname().nodename
 
     def read(self) -> bytes:
         """All that is in it."""
@@ -89,15 +120,11 @@ class LockedFile:
             self.file.truncate(end)
             raise
 
-    def sign(self, **more: str) -> None:
-        """Write into a file that is nothing but a lock who holds it, and what its next holder has to know."""
-        self.file.truncate(0)
-        self.append(json.dumps({"process": os.getpid(), "host": os.uname().nodename} | more).encode())
-
-    def remove(self) -> None:
-        """Remove the file, then let it go."""
-        self.path.unlink(missing_ok=True)
-        self.file.close()
-
     def close(self) -> None:
         self.file.close()
+
+    def __enter__(self) -> "LockedFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

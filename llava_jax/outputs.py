@@ -2,8 +2,8 @@
 
 A directory is replaced only if all that is in it is part of a checkpoint, and nothing in it is read meanwhile: paths
 are compared with their links resolved. Everything is checked before anything is touched, and once more before the old
-goes. The new one is written beside its place, under a name that nobody else uses, while the place is locked
-(`.NAME.lock`, which says what there is to clean up if the command is killed). Then it is moved there.
+goes. The new one is written beside its place, under a name that nobody else uses, and then moved there. A lock beside
+it (`.NAME.KEY.lock`) lets the next command tell what a killed one has left from what another is writing.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from etils import epath
 
-from llava_jax.console import InputError, first_line, shorten
+from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import kind_of, read_bytes
-from llava_jax.locks import LockedFile
+from llava_jax.locks import InUse, LockedFile
 
 # What directories of checkpoints hold: ours, the original's, transformers' and PEFT's.
 CHECKPOINT_FILES = (
@@ -42,7 +42,6 @@ DIRECTORIES = {
     ".cache": ("huggingface/*",),
 }
 WEIGHTS = ("*.safetensors", "*.bin")
-STAGED, REPLACED = "incomplete", "replaced"
 
 
 # ---------------------------------------------------------------- what may be replaced
@@ -146,8 +145,8 @@ def new_directory(
       sources: files and directories that are read meanwhile, and must not be replaced.
 
     Raises:
-      InputError: the directory exists and is not to be replaced, is being written by another command, or cannot be
-        written.
+      InputError: the directory exists and is not to be replaced, was written by another command meanwhile, or cannot
+        be written.
     """
     name = shorten(os.fspath(directory))
     try:
@@ -168,7 +167,8 @@ def new_directory(
 @contextlib.contextmanager
 def _remote_directory(directory: epath.Path, name: str, overwrite: bool) -> Iterator[epath.Path]:
     if directory.exists():
-        _check_overwrite(name, overwrite)
+        if not overwrite:
+            raise InputError(f"{name}: exists already; --overwrite replaces it")
         if any(directory.iterdir()) and not (directory / "config.json").exists():
             raise InputError(f"{name}: no checkpoint (there is no config.json), so it is not replaced")
     try:
@@ -180,79 +180,86 @@ def _remote_directory(directory: epath.Path, name: str, overwrite: bool) -> Iter
         raise
 
 
-def _check_overwrite(name: str, overwrite: bool) -> None:
-    if not overwrite:
-        raise InputError(f"{name}: exists already; --overwrite replaces it")
-
-
 @contextlib.contextmanager
 def _local_directory(target: Path, name: str, overwrite: bool, sources: Sequence[str | os.PathLike]) -> Iterator[Path]:
-    def check() -> None:
-        if os.path.lexists(target):
-            _check_overwrite(name, overwrite)
-            check_apart(target, name, sources)
-            check_replaceable(target, name)
+    def check() -> tuple[int, int] | None:
+        if not os.path.lexists(target):
+            return None
+        if not overwrite:
+            raise InputError(f"{name}: exists already; --overwrite replaces it")
+        check_apart(target, name, sources)
+        check_replaceable(target, name)
+        return _identity(target)
 
-    check()
+    before = check()
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _Place(target, name) as place:
-            place.staged.mkdir()
-            yield place.staged
-            check()  # much may have happened meanwhile
-            place.move()
+        with _Staging(target, name) as staging:
+            staging.new.mkdir()
+            yield staging.new
+            if check() != before:
+                raise InputError(f"{name}: was written by another command meanwhile, and is not replaced")
+            staging.move()
     finally:
         with contextlib.suppress(OSError):  # of the first that holds something: the new directory
             for parent in made:
                 os.rmdir(parent)
 
 
-class _Place:
-    """A directory's place, locked: the names beside it that are in use, and the move."""
+class _Staging:
+    """Names beside a directory that nobody else uses, for its new contents and its old ones.
+
+    A lock beside them says that somebody is at work. Where one is free its command was killed: its work is undone.
+    """
 
     def __init__(self, target: Path, name: str):
         self.target = target
         self.short = os.fsdecode(os.fsencode(target.name)[:200])  # so that there is room for more
-        self.lock = LockedFile(target.parent / f".{self.short}.lock", name, "another command, which writes it")
-        if signed := self.lock.read():
-            self._settle(*self._names(signed))  # of a command that was killed
+        for path in target.parent.iterdir():
+            if found := re.fullmatch(rf"\.{re.escape(self.short)}\.([0-9a-f]{{8}})\.lock", path.name):
+                self._look_at(path, found[1], name)
         key = secrets.token_hex(4)
-        self.staged, self.replaced = (target.parent / f".{self.short}.{key}.{kind}" for kind in (STAGED, REPLACED))
-        self.lock.sign(staged=self.staged.name, replaced=self.replaced.name)
+        self.lock = LockedFile(self._path(key, "lock"))
+        self.lock.sign()
+        self.new, self.old = self._path(key, "incomplete"), self._path(key, "replaced")
 
-    def _names(self, signed: bytes) -> list[Path]:
+    def _path(self, key: str, kind: str) -> Path:
+        return self.target.parent / f".{self.short}.{key}.{kind}"
+
+    def _look_at(self, path: Path, key: str, name: str) -> None:
         try:
-            fields = json.loads(signed)
-            names = [fields["staged"], fields["replaced"]]
-            if all(re.fullmatch(rf"\.{re.escape(self.short)}\.[0-9a-f]{{8}}\.\w+", name) for name in names):
-                return [self.target.parent / name for name in names]
-        except (ValueError, RecursionError, KeyError, TypeError):
-            pass
-        self.lock.close()
-        raise InputError(f"{shorten(self.lock.path)}: stands where a lock has to be; move it away")
+            with LockedFile(path) as lock:
+                if lock.is_locked and lock.is_mine():
+                    self._settle(self._path(key, "incomplete"), self._path(key, "replaced"))
+                    lock.path.unlink()
+        except InUse as error:
+            note(f"warning: {name}: is being written by {error.owner} too; the later one will be refused")
+        except (InputError, OSError):
+            pass  # no lock of ours, or not ours to remove
 
-    def __enter__(self) -> "_Place":
+    def __enter__(self) -> "_Staging":
         return self
 
     def __exit__(self, *_) -> None:
         try:
-            self._settle(self.staged, self.replaced)
+            self._settle(self.new, self.old)
         finally:
-            self.lock.remove()
+            self.lock.path.unlink(missing_ok=True)
+            self.lock.close()
 
-    def _settle(self, staged: Path, replaced: Path) -> None:
+    def _settle(self, new: Path, old: Path) -> None:
         """Leave what was there before, or what was put in its place, and nothing else."""
-        if replaced.exists() and not self.target.exists():
-            replaced.rename(self.target)
-        for left in (staged, replaced):
+        if old.exists() and not self.target.exists():
+            old.rename(self.target)
+        for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
 
     def move(self) -> None:
-        """Put the new one into its place."""
+        """Put the new contents into their place."""
         if self.target.exists():
-            self.target.rename(self.replaced)
-        self.staged.rename(self.target)
+            self.target.rename(self.old)
+        self.new.rename(self.target)
 
 
 # ---------------------------------------------------------------- files
@@ -267,7 +274,7 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
     target = Path(os.path.realpath(path))
     if target.exists() and (kind := kind_of(target.stat())):
         raise InputError(f"{shorten(path)}: {kind}, not a file")
-    staged = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.{STAGED}")
+    staged = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.incomplete")
     try:
         staged.write_bytes(data)
         staged.replace(target)

@@ -173,13 +173,20 @@ def test_a_new_directory_has_the_usual_permissions(tmp_path):
 # ---------------------------------------------------------------- two at once, and killed
 
 
-def test_a_place_that_is_written_already_is_refused(run_cli, models):
-    arguments = ("to-hf", models / "m", models / "out", "--part", "projector")
-    with new_directory(models / "out") as staged:
-        write(staged / "config.json")
-        assert "in use by another command, which writes it (process " in refused(run_cli, *arguments)
-        assert "in use" in refused(run_cli, *arguments, "--overwrite")
-    assert sorted(os.listdir(models)) == ["m", "out"] and os.listdir(models / "out") == ["config.json"]
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_that_write_the_same_the_later_is_refused(models, overwrite, capsys):
+    if overwrite:
+        copy_model(models / "out")
+    says = "written by another command meanwhile" if overwrite else "exists already"
+    with pytest.raises(InputError, match=says), new_directory(models / "out", overwrite=overwrite) as first:
+        with new_directory(models / "out", overwrite=overwrite) as second:
+            assert first != second
+            for name in TRAINED:
+                shutil.copy(MISTRAL / name, second)
+            write(first / "config.json")
+        assert f"out: is being written by another command (process {os.getpid()} on " in capsys.readouterr().err
+    assert sorted(os.listdir(models)) == ["m", "out"]
+    assert sorted(os.listdir(models / "out")) == sorted(TRAINED)
 
 
 KILLED = """
@@ -207,13 +214,14 @@ def test_the_next_command_cleans_up_after_one_that_was_killed(run_cli, models, m
     assert contents(models / "out") == before
 
 
-@pytest.mark.parametrize("text", ["mine", '{"staged": "../m", "replaced": "../m"}', "[" * 99_999, "5"])
-def test_a_file_that_stands_where_the_lock_has_to_be_is_left_alone(models, text):
-    write(models / ".out.lock", text)
-    with pytest.raises(InputError, match="move it away"), new_directory(models / "out"):
+@pytest.mark.parametrize("text", ["", "mine", '{"process": 1, "host": "another"}', "[" * 99_999, "5"])
+def test_what_looks_like_a_lock_but_is_none_of_this_machine_is_left_alone(models, text):
+    write(models / ".out.0123abcd.lock", text)
+    write(models / ".out.0123abcd.incomplete" / "mine")
+    before = contents(models)
+    with new_directory(models / "out"):
         pass
-    assert (models / ".out.lock").read_text() == text
-    assert sorted(os.listdir(models)) == [".out.lock", "m"]
+    assert contents(models) == before | {"out": False}
 
 
 def test_names_as_long_as_a_file_system_takes(tmp_path):
@@ -355,8 +363,8 @@ def test_a_lock_that_its_holder_removes_is_no_lock(tmp_path):
     with pytest.raises(InputError, match="in use"):
         LockedFile(tmp_path / "lock")
     first.close()
-    second.remove()
-    assert os.listdir(tmp_path) == []
+    second.close()
+    LockedFile(tmp_path / "lock").close()
 
 
 # ---------------------------------------------------------------- directories of runs
