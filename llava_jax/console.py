@@ -231,6 +231,7 @@ class Progress:
             f"  {self._amount(rate) if self.unit == 'B' else f'{rate:.2f}'}/s  {tail}"
             f"{'  ' + self.more if self.more else ''}"
         )
+        text = printable(text)
         if self.terminal:
             width = 24
             text = text[: max(shutil.get_terminal_size().columns - width - 2, 0)]  # a line of its own, never two

@@ -1,0 +1,91 @@
+"""What commands print, on whatever they print to."""
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from llava_jax import console
+from llava_jax.console import InputError, Progress, note, print_json, run_main, shown
+
+FORGED = "a\x1b]0;title\x07\x1b[2J\nerror: forged\u202e.png"
+
+
+def command(*arguments, shell="", **environment):
+    """Run a command in a process of its own, its streams arranged by the shell."""
+    line = f'"$@" {shell}'
+    return subprocess.run(
+        ["sh", "-c", line, "sh", sys.executable, "-m", *map(str, arguments)],
+        capture_output=True, cwd=GOLDEN.parents[1], env=os.environ | environment,
+    )  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_notes_and_errors_are_lines_that_control_nothing(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    note(f"error: {FORGED}: no such image")
+    with pytest.raises(SystemExit):
+        run_main(lambda: (_ for _ in ()).throw(InputError(FORGED)))
+    with Progress(FORGED, total=2, quiet=-1.0, every=-1.0) as bar:
+        bar.advance(1, more=FORGED)
+    written = sys.stderr.getvalue().replace("\r\x1b[K", "")
+    assert "\\x1b]0;title\\x07\\x1b[2J error: forged\\u202e" in written
+    assert not any(c in written for c in "\x1b\x07\u202e")
+    assert not any(line.startswith("error: forged") for line in written.splitlines())
+
+
+def test_on_a_terminal_text_controls_nothing_and_elsewhere_it_is_as_it_is(monkeypatch):
+    assert shown(FORGED) == FORGED
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert shown("two\nlines\tand \x1b[2J") == "two\nlines\tand \\x1b[2J"
+
+
+def test_json_is_json_whatever_standard_output_can_show(monkeypatch):
+    for encoding, written in (
+        ("utf-8", b'["\xe7\x8c\xab"]\n'),
+        ("ascii", b'["\\u732b"]\n'),
+        ("utf-8", b'["\\ud800"]\n'),
+    ):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+        print_json(["\ud800"] if b"d800" in written else ["猫"])
+        sys.stdout.flush()
+        assert raw.getvalue() == written
+
+
+def test_streams_that_are_closed_or_take_ascii_only(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"猫\x1b[2J": np.zeros(1)}, tmp_path / "m.safetensors")
+    inspect = ("convert", "inspect", tmp_path / "m.safetensors")
+    done = command(*inspect, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"") and b"\\u732b" in done.stdout
+    for streams in ("2>&-", ">&-", "<&-", ">&- 2>&- <&-"):
+        assert command(*inspect, shell=streams).returncode == 0
+    missing = command("convert", "inspect", tmp_path / "no", shell="2>&-")
+    assert (missing.returncode, missing.stdout, missing.stderr) == (1, b"", b"")
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    import jax
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(console.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        console.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
