@@ -22,13 +22,14 @@ from llava_jax import llava
 from llava_jax.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
-from llava_jax.images import fetch, image_size, layout, open_image, tiles
+from llava_jax.images import image_size, layout, read_tiles
 from llava_jax.programs import compilations, limit_programs
 from llava_jax.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
 from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
 from llava_jax.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
 from llava_jax.templates import choose_template, get_template
 from llava_jax.tokenizer import Tokenizer
+from llava_jax.urls import fetch
 
 STEPS = 64  # tokens between looks at the answers for a stop string
 STREAM_STEPS = 8  # the same while a person is watching
@@ -324,13 +325,8 @@ class Engine:
 
     def _pixels(self, item: _Prepared) -> tuple[np.ndarray, ...]:
         try:
-            pictures = [open_image(image) for image in item.request.images]
-            for picture, place in zip(pictures, item.row.layouts, strict=True):
-                if picture.size != place.size:
-                    raise InputError(f"an image has {picture.size} pixels where its header says {place.size}")
-            return tuple(
-                tiles(picture, place, self.config) for picture, place in zip(pictures, item.row.layouts, strict=True)
-            )
+            pairs = zip(item.request.images, item.row.layouts, strict=True)
+            return tuple(read_tiles(image, place, self.config) for image, place in pairs)
         except MemoryError:
             raise InputError(f"{item.request.name or 'image'}: not enough memory for its pixels") from None
         except InputError as error:

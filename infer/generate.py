@@ -95,7 +95,7 @@ def main() -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
     if args.questions:
         return answer_file(args, sampling)
-    check_images(args.image)
+    args.image = check_images(args.image)
     engine = load_engine(args)
     if args.stream or (args.stream is None and not args.json):
         for piece in engine.stream(args.prompt, args.image, system=args.system, **dataclasses.asdict(sampling)):
@@ -127,13 +127,15 @@ def answer_file(args: argparse.Namespace, sampling) -> int:
         return answer_questions(load_engine(args), questions, answers, sampling, args)
 
 
-def check_images(images: list[str]) -> None:
-    """Complain about a picture before the weights are loaded."""
-    from llava_jax.images import image_size, is_url
+def check_images(images: list[str]) -> list:
+    """The images, downloaded where they are URLs: whatever is wrong with one is said before the weights are loaded."""
+    from llava_jax.images import image_size
+    from llava_jax.urls import fetch
 
-    for image in images:
-        if not is_url(image):
-            image_size(image)
+    fetched = [fetch(image) for image in images]
+    for image in fetched:
+        image_size(image)
+    return fetched
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
             data = path.read_bytes() if size <= most else b""
         else:
             with open_regular(path) as file:
-                data = file.read(most + 1)
-                size = max(len(data), os.fstat(file.fileno()).st_size)
+                size = os.fstat(file.fileno()).st_size
+                data = file.read(size) if size <= most else b""  # no memory for more than there is
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise InputError(f"{shorten(path)}: cannot be read ({first_line(error)})") from None
     if size > most:
@@ -66,12 +66,17 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike, most: int) -> str:
-    """The same of a text in UTF-8, with or without a byte order mark.
+    """The same of a text in UTF-8, with or without a byte order mark; lines end in a newline, however they do there.
 
     Raises:
       InputError: as `read_bytes`, or it is no UTF-8.
     """
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{shorten(path)}: not UTF-8 ({first_line(error)})") from None
+
+
+def memory_bytes() -> int:
+    """How much memory this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

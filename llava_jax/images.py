@@ -17,29 +17,44 @@ Which pixels a file holds is decided in `open_image`:
 - Alpha is dropped, palettes, grey and CMYK are converted by Pillow's `convert("RGB")`: as the reference does.
 - 16-bit grey is scaled to 8 bits. Pillow's own conversion clips at 255, which turns such a picture white.
 - Of an animation the first frame is taken.
+
+Only `FORMATS` are opened: of the rest that Pillow knows, some are handed to other programs, and most are never met.
+
+`read_tiles` holds one image at a time, as RGB at 4 bytes a pixel or as grey at 1, which is kept grey until it is cut.
+A JPEG of more than `FULL_PIXELS` is halved by its decoder (1.2 bytes a pixel instead of 4.4; measured on 64 million
+pixels, 8 % of the values in the tiles differ from those of the full size, by 1 of 255); smaller ones never are, so that
+their tiles are the reference's. Conversion takes up to 9 bytes a pixel for a moment (RGBA, CMYK, rotation). WebP's
+decoder takes 16, so `FULL_PIXELS` are the most that a WebP may have. Of images of more than `LARGE_PIXELS` one is
+decoded at a time, however many threads there are.
 """
 
-import base64
+import contextlib
 import dataclasses
-import http.client
 import io
 import math
 import os
-import urllib.error
-import urllib.parse
-import urllib.request
+import threading
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  # of FORMATS
 
 from llava_jax.config import BICUBIC, LlavaConfig, VisionConfig
 from llava_jax.console import InputError, shorten
+from llava_jax.files import open_regular
+from llava_jax.urls import Fetched, fetch, is_url
 
+FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "TIFF": "TIFF"}  # Pillow's names
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning threshold, where it too speaks of a decompression bomb
 MAX_ASPECT = 200
-MAX_DOWNLOAD = 256 * 2**20
-TIMEOUT = 30.0
+MAX_FILE = 2**30  # bytes: MAX_PIXELS of 16-bit colour, uncompressed
+MAX_SCANS = 100  # of a JPEG: progressive ones have about ten, each of which goes over all pixels
+FULL_PIXELS = 64_000_000
+LARGE_PIXELS = 16_000_000
+STRIP_PIXELS = 2**20  # that are converted at a time
+
+_one_large = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +73,7 @@ class TileLayout:
 
 
 def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
-    """A picture as RGB, as a person sees it.
+    """An image as RGB, as a person sees it.
 
     Args:
       source: a path, an `http(s):`, `data:` or `file:` URL, the bytes of a file, or a Pillow image.
@@ -66,17 +81,9 @@ def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     Raises:
       InputError: no such file, not an image, truncated, or of a size that no LLaVA can look at.
     """
-    what, image = _open(source)
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        return _to_rgb(image, what)
-    except InputError:
-        raise
-    except MemoryError:
-        raise InputError(f"{what}: not enough memory for {image.width}x{image.height} pixels") from None
-    except Exception as error:  # Pillow's decoders raise whatever they like on a broken file
-        raise InputError(f"{what}: broken image ({_reason(error)})") from None
+    with _opened(source) as (what, image):
+        image = _decode(what, image, in_place=image is not source)
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_size(source: str | os.PathLike | bytes | Image.Image) -> tuple[int, int]:
@@ -85,7 +92,86 @@ def image_size(source: str | os.PathLike | bytes | Image.Image) -> tuple[int, in
     Raises:
       InputError: as `open_image`, but for damage behind the header.
     """
-    what, image = _open(source)
+    with _opened(source) as (what, image):
+        return _upright_size(what, image)
+
+
+def read_tiles(source: str | os.PathLike | bytes | Image.Image, place: TileLayout, config: LlavaConfig) -> np.ndarray:
+    """The uint8 tiles [T, H, W, 3] of an image, of which nothing else stays in memory.
+
+    Args:
+      place: `layout(image_size(source), config)`; without a grid the size in it does not matter.
+
+    Raises:
+      InputError: as `open_image` and `layout`, or it has another size than the grid was made for.
+    """
+    with _opened(source) as (what, image):
+        size = _upright_size(what, image)
+        if place.grid and size != place.size:
+            raise InputError(f"{what}: has {size} pixels where its header said {place.size}")
+        if config.aspect_ratio == "pad":
+            _check_square(size)
+        if image.width * image.height > FULL_PIXELS and image is not source:
+            image.draft(None, (image.width // 2, image.height // 2))  # of JPEGs; others have no such thing
+        return tiles(_decode(what, image, in_place=image is not source), place, config)
+
+
+@contextlib.contextmanager
+def _opened(source) -> Iterator[tuple[str, Image.Image]]:
+    """What errors call an image, and the image, its header read. Large ones wait for each other."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, Image.Image):
+            what, image = "image", source
+        else:
+            source = fetch(source)
+            if isinstance(source, bytes):
+                what, file = getattr(source, "name", "image"), io.BytesIO(source)
+            elif isinstance(source, (str, os.PathLike)):
+                what, file = shorten(os.fspath(source)), stack.enter_context(_open_file(source))
+            else:
+                raise InputError(f"an image is a path, a URL, bytes or a Pillow image, not {type(source).__name__}")
+            image = _identify(what, file)
+        width, height = image.size
+        most = FULL_PIXELS if image.format == "WEBP" and image is not source else MAX_PIXELS
+        if width * height > most:
+            raise InputError(f"{what}: {width}x{height} is more than {most:,} pixels; scale it down first")
+        if min(width, height) < 2 or max(width, height) > MAX_ASPECT * min(width, height):
+            raise InputError(
+                f"{what}: {width}x{height} pixels cannot be looked at: each side needs at least 2 pixels, "
+                f"and the longer one at most {MAX_ASPECT} times the shorter"
+            )
+        if width * height > LARGE_PIXELS:
+            stack.enter_context(_one_large)
+        yield what, image
+
+
+def _open_file(path: str | os.PathLike):
+    what = shorten(os.fspath(path))
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        raise InputError(f"{what}: no such image") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{what}: cannot be read ({_reason(error)})") from None
+    if (size := os.fstat(file.fileno()).st_size) > MAX_FILE:
+        file.close()
+        raise InputError(f"{what}: has {size:,} bytes; an image file has at most {MAX_FILE:,}")
+    return file
+
+
+def _identify(what: str, file) -> Image.Image:
+    try:
+        return Image.open(file, formats=list(FORMATS))
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS.values())
+        raise InputError(f"{what}: not an image of a format that is read ({known})") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{what}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
+    except Exception as error:
+        raise InputError(f"{what}: cannot be read ({_reason(error)})") from None
+
+
+def _upright_size(what: str, image: Image.Image) -> tuple[int, int]:
     try:
         turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # TIFFs come turned
     except Exception as error:
@@ -93,127 +179,57 @@ def image_size(source: str | os.PathLike | bytes | Image.Image) -> tuple[int, in
     return (image.height, image.width) if turned else image.size
 
 
-def _open(source) -> tuple[str, Image.Image]:
-    if isinstance(source, Image.Image):
-        what, image = "image", source
-    else:
-        source = fetch(source)
-        if isinstance(source, bytes):
-            what, file = getattr(source, "name", "image"), io.BytesIO(source)
-        elif isinstance(source, (str, os.PathLike)):
-            file = os.fspath(source)
-            what = shorten(file)
-        else:
-            raise InputError(f"an image is a path, a URL, bytes or a Pillow image, not {type(source).__name__}")
-        try:
-            image = Image.open(file)
-        except FileNotFoundError:
-            raise InputError(f"{what}: no such image") from None
-        except IsADirectoryError:
-            raise InputError(f"{what}: a directory, not an image") from None
-        except UnidentifiedImageError:
-            raise InputError(f"{what}: not an image, or of a format that Pillow does not read") from None
-        except Image.DecompressionBombError:
-            raise InputError(f"{what}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
-        except Exception as error:
-            raise InputError(f"{what}: cannot be read ({_reason(error)})") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{what}: {width}x{height} is more than {MAX_PIXELS:,} pixels; scale it down first")
-    if min(width, height) < 2 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise InputError(
-            f"{what}: {width}x{height} pixels cannot be looked at: each side needs at least 2 pixels, "
-            f"and the longer one at most {MAX_ASPECT} times the shorter"
-        )
-    return what, image
+def _decode(what: str, image: Image.Image, *, in_place: bool) -> Image.Image:
+    """An opened image with its pixels, upright, of 8 bits a channel: grey as L, a quarter of the memory, else RGB.
 
-
-class Fetched(bytes):
-    """The bytes of a file, and what errors call it."""
-
-    name: str
-
-
-def fetch(source):
-    """A picture behind a URL, to be read more than once: an `http(s):` or `data:` URL as the `Fetched` bytes of a file,
-    a `file:` URL as a path. Anything else as it is.
-
-    Raises:
-      InputError: it cannot be fetched, or is no URL of an image.
+    Args:
+      in_place: whether `image` itself may be turned.
     """
-    if not isinstance(source, str):
-        return source
-    scheme, colon, rest = source[:9].partition(":")
-    scheme = scheme.lower() if colon else ""
-    if scheme == "file" and rest.startswith("/"):
-        return _path_of(source)
-    if scheme not in ("http", "https", "data") or (scheme != "data" and not rest.startswith("//")):
-        return source
-    data = Fetched(_decode(source) if scheme == "data" else _download(source))
-    data.name = shorten(source)
-    return data
-
-
-def is_url(source: str) -> bool:
-    """Whether it is to be downloaded."""
-    return source[:8].lower().startswith(("http://", "https://"))
-
-
-def label(name: str) -> str:
-    """What lists call an image: its name, but for a `data:` URL, which is the image itself."""
-    return shorten(name) if name[:5].lower() == "data:" else name
-
-
-def _download(url: str) -> bytes:
-    name = shorten(url)
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            data = answer.read(MAX_DOWNLOAD + 1)
-    except urllib.error.HTTPError as error:
-        raise InputError(f"{name}: the server answers {error.code} {shorten(error.reason)}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"{name}: cannot be fetched ({shorten(getattr(error, 'reason', error))})") from None
-    if len(data) > MAX_DOWNLOAD:
-        raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
-    return data
+        if image.mode == "F":
+            raise InputError(f"{what}: floating-point pixels; save it with 8 or 16 bits a channel")
+        if image.format in ("JPEG", "MPO") and in_place:
+            _check_scans(image.fp)
+        image.load()
+        image = ImageOps.exif_transpose(image, in_place=in_place) or image
+        if image.mode.startswith("I"):  # I;16 and its byte orders; I where a format has no narrower mode
+            return _scale_16_bits(what, image)
+        wanted = "L" if image.mode in ("1", "L") else "RGB"
+        return image if image.mode == wanted else image.convert(wanted)
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{what}: not enough memory for {image.width}x{image.height} pixels") from None
+    except Exception as error:  # Pillow's decoders raise whatever they like on a broken file
+        raise InputError(f"{what}: broken image ({_reason(error)})") from None
 
 
-def _decode(url: str) -> bytes:
-    """What a `data:` URL holds (RFC 2397), in base64 of either alphabet, padded or not, or percent-encoded."""
-    head, comma, body = url.partition(",")
-    kind, *settings = (part.strip().lower() for part in head[len("data:") :].split(";"))
-    if not comma:
-        raise InputError(f"{shorten(url)}: a data: URL without a comma, and so without data")
-    if kind and not kind.startswith("image/"):
-        raise InputError(f"{shorten(url)}: a data: URL of {shorten(kind, 40)}, not of an image")
-    try:
-        data = urllib.parse.unquote_to_bytes(body)
-        if "base64" in settings:
-            data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/"))
-            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except ValueError:
-        raise InputError(f"{shorten(url)}: a data: URL with broken {'base64' if settings else 'text'}") from None
-    if not data:
-        raise InputError(f"{shorten(url)}: a data: URL without data")
-    return data
+def _check_scans(file) -> None:
+    """Raises ValueError at a JPEG that is made to be decoded for hours: of scans that are empty and many."""
+    at, scans, last = file.tell(), 0, b""
+    file.seek(0)
+    while block := file.read(2**20):
+        scans += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+        if scans > MAX_SCANS:
+            raise ValueError(f"more than {MAX_SCANS} scans")
+    file.seek(at)
 
 
-def _path_of(url: str) -> str:
-    """The path in a `file:` URL (RFC 8089)."""
-    host, path = "", url[len("file:") :]
-    if path.startswith("//"):
-        host, slash, path = path[2:].partition("/")
-        path = slash + path
-    if host.lower() not in ("", "localhost"):
-        raise InputError(f"{shorten(url)}: a file of host {shorten(host, 40)}; only those of this machine can be read")
-    try:
-        path = os.fsdecode(urllib.parse.unquote_to_bytes(path))
-    except ValueError:
-        raise InputError(f"{shorten(url)}: a file: URL that is no Unicode") from None
-    if path in ("", "/"):
-        raise InputError(f"{shorten(url)}: a file: URL that names no file")
-    return path
+def _scale_16_bits(what: str, image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or of 8 in a wider format, as 8 bits; in strips, since each copy is twice its size or more."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    shift = 8
+    if image.mode == "I":
+        low, high = image.getextrema()
+        if low < 0 or high > 0xFFFF:
+            raise InputError(f"{what}: 32-bit pixels; save it with 8 or 16 bits a channel")
+        shift = 8 if high > 0xFF else 0
+    grey = Image.new("L", image.size)
+    for box in boxes:
+        grey.paste(Image.fromarray((np.asarray(image.crop(box)) >> shift).astype(np.uint8)), box)
+    return grey
 
 
 class ImageFolder:
@@ -263,18 +279,6 @@ class ImageFolder:
                 "(--follow-links allows it)"
             )
         return file
-
-
-def _to_rgb(image: Image.Image, what: str) -> Image.Image:
-    if image.mode.startswith("I"):  # I;16 and its byte orders; I where a format has no narrower mode
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise InputError(f"{what}: 32-bit pixels; save it with 8 or 16 bits a channel")
-        narrow = image.mode == "I" and values.max() <= 0xFF  # 8 bits in a wider format
-        image = Image.fromarray((values if narrow else values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise InputError(f"{what}: floating-point pixels; save it with 8 or 16 bits a channel")
-    return image.convert("RGB")
 
 
 def _reason(error: BaseException) -> str:
@@ -330,9 +334,9 @@ def best_resolution(size: tuple[int, int], config: LlavaConfig) -> tuple[int, in
 
 
 def tiles(image: Image.Image, place: TileLayout, config: LlavaConfig) -> np.ndarray:
-    """Cut an RGB picture into uint8 tiles [T, H, W, 3], H = W = the tower's image size.
+    """Cut an image, RGB or grey (L), into uint8 tiles [T, H, W, 3], H = W = the tower's image size.
 
-    `place` is `layout(image.size, config)`. Tile 0 is the whole picture; the grid follows row by row.
+    `place` is `layout(image.size, config)`. Tile 0 is the whole image; the grid follows row by row.
     """
     tile = config.vision.image_size
     if place.grid is None:
@@ -342,7 +346,7 @@ def tiles(image: Image.Image, place: TileLayout, config: LlavaConfig) -> np.ndar
     # The original's grids are bicubic whatever the image processor says; transformers' are as it says.
     resample = Image.Resampling(config.vision.resample if config.image_rules == "transformers" else BICUBIC)
     columns, rows = place.grid
-    whole = np.asarray(image.resize((tile, tile), resample))
+    whole = np.asarray(image.resize((tile, tile), resample).convert("RGB"))
     grid = np.asarray(_fit(image, (columns * tile, rows * tile), resample))
     grid = grid.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
     return np.concatenate([whole[None], grid])
@@ -356,6 +360,8 @@ def _check_square(size: tuple[int, int]) -> None:
 def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """llava/mm_utils.py `expand2square`."""
     _check_square(image.size)
+    if image.width == image.height:
+        return image
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -379,7 +385,7 @@ def _resize_and_crop(image: Image.Image, vision: VisionConfig) -> np.ndarray:
     if vision.center_crop:  # black where it is smaller
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
+    return np.asarray(image.convert("RGB"))
 
 
 def _fit(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

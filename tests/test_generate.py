@@ -1,6 +1,7 @@
 """The engine: golden greedy tokens, batches, the cache, sampling, stopping, streaming, and what compiles when."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from convert.to_orbax import to_orbax
 from infer.compiled import decode_on
 from infer.engine import Answer, Buckets, Engine, Request
 from infer.sampling import Sampling, choose, row_keys
-from llava_jax import decoder, images, llava, programs
+from llava_jax import decoder, images, llava, programs, urls
 from llava_jax.console import InputError
 from llava_jax.programs import compilations, memory_maps
 from llava_jax.splice import IMAGE, TEXT, Row, splice
@@ -295,11 +296,24 @@ def test_longer_answers_than_the_context_are_cut_there():
 
 def test_a_picture_is_fetched_once(monkeypatch):
     data, asked = (GOLDEN / "images" / "0_64x48.png").read_bytes(), []
-    monkeypatch.setattr(images, "_download", lambda url: asked.append(url) or data)
+    monkeypatch.setattr(urls, "_download", lambda url: asked.append(url) or data)
     engine = golden_engine("v1.5-llama")
     answer = engine.ask("Hi", ["http://x/a.png"], max_new_tokens=4)
     assert asked == ["http://x/a.png"]
     assert answer.token_ids == engine.ask("Hi", [picture(0)], max_new_tokens=4).token_ids
+
+
+def test_one_picture_is_held_at_a_time(monkeypatch):
+    opened, alive, decode = [], [], images._decode
+
+    def watched(*arguments, **options):
+        alive.append(sum(there() is not None for there in opened))
+        opened.append(weakref.ref(image := decode(*arguments, **options)))
+        return image
+
+    monkeypatch.setattr(images, "_decode", watched)
+    golden_engine("v1.5-llama").ask("Hi", [picture(0), picture(1), picture(2)], max_new_tokens=1)
+    assert alive == [0, 0, 0]
 
 
 def test_logits_for_a_conversation():

@@ -3,8 +3,10 @@ import io
 import json
 import struct
 import threading
+import time
+import tracemalloc
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import numpy as np
@@ -13,8 +15,9 @@ from conftest import GOLDEN, golden_json, load_golden
 from PIL import Image
 
 from llava_jax import config as c
+from llava_jax import images, urls
 from llava_jax.console import InputError
-from llava_jax.images import ImageFolder, TileLayout, image_size, layout, open_image, tiles
+from llava_jax.images import ImageFolder, TileLayout, image_size, layout, open_image, read_tiles, tiles
 from llava_jax.splice import NEWLINE, count_features, merge_rows
 from llava_jax.vision import normalise
 
@@ -28,6 +31,7 @@ def test_tiles_equal_the_reference(name):
     for path in PICTURES:
         image = open_image(path)
         got = tiles(image, layout(image.size, config), config)
+        np.testing.assert_array_equal(read_tiles(path, layout(image.size, config), config), got)
         got = np.asarray(normalise(got, config.vision)).transpose(0, 3, 1, 2)
         want = expected[f"{config.aspect_ratio}_{path.name[0]}"]
         want = want if want.ndim == 4 else want[None]
@@ -208,27 +212,177 @@ def write(path, data):
     return path
 
 
+# ---------------------------------------------------------------- formats and memory
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "PPM", "TGA", "ICO", "PCX", "JPEG2000", "DDS", "SGI"])
+def test_other_formats_are_refused_whatever_the_file_is_called(scene, tmp_path, format):
+    """Pillow hands EPS to another program."""
+    path = write(tmp_path / "photo.jpg", save(scene, format))
+    for ask in (open_image, image_size):
+        with pytest.raises(InputError, match=r"format that is read \(JPEG, PNG, WebP, GIF, BMP, TIFF\)$"):
+            ask(path)
+
+
+CONFIGS = {
+    "square": c.tiny(aspect_ratio="square", merge="flat"),
+    "pad": c.tiny(aspect_ratio="pad", merge="flat"),
+    "anyres": load_golden("v1.6-mistral")[0].config,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA"])
+def test_grey_images_have_the_tiles_of_coloured_ones(scene, mode, config):
+    for size in ((40, 30), (30, 30)):
+        data = save(scene.resize(size).convert(mode), "PNG")
+        place = layout(image_size(data), config)
+        np.testing.assert_array_equal(read_tiles(data, place, config), tiles(open_image(data), place, config))
+
+
+def test_16_bit_images_are_converted_in_strips(monkeypatch):
+    values = np.arange(2000 * 1500).astype("<u2").reshape(1500, 2000)
+    data = save(Image.frombytes("I;16", (2000, 1500), values.tobytes()), "PNG", compress_level=0)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 2**16)
+    tracemalloc.start()
+    try:
+        got = open_image(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(np.asarray(got)[..., 0], values >> 8)
+    assert peak < 1500 * 2000, peak  # of NumPy's arrays; an int64 copy would be eight times that
+
+
+def test_only_huge_jpegs_are_scaled_while_they_are_decoded(scene, monkeypatch):
+    large, config = scene.resize((801, 600), Image.Resampling.BICUBIC), CONFIGS["anyres"]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg, png = save(large, "JPEG", exif=exif, quality=95), save(large, "PNG", exif=exif)
+    seen, cut = [], images.tiles
+    monkeypatch.setattr(images, "tiles", lambda image, *others: (seen.append(image.size), cut(image, *others))[1])
+    place = layout(image_size(jpeg), config)
+    want = read_tiles(jpeg, place, config).astype(int)
+    monkeypatch.setattr(images, "FULL_PIXELS", 801 * 600 - 1)
+    got = read_tiles(jpeg, place, config)
+    read_tiles(png, place, config)
+    assert seen == [(600, 801), (300, 401), (600, 801)]
+    assert np.abs(got - want).max() <= 3
+    assert open_image(jpeg).size == image_size(jpeg) == (600, 801)
+
+
+def test_an_image_of_another_size_than_it_was_laid_out_for(scene):
+    config = CONFIGS["anyres"]
+    with pytest.raises(InputError, match=r"has \(40, 30\) pixels where its header said \(30, 40\)"):
+        read_tiles(scene, layout((30, 40), config), config)
+
+
+def test_webp_has_a_limit_of_its_own(scene, monkeypatch):
+    monkeypatch.setattr(images, "FULL_PIXELS", 1000)
+    with pytest.raises(InputError, match="40x30 is more than 1,000 pixels"):
+        open_image(save(scene, "WEBP"))
+    open_image(save(scene, "PNG"))
+
+
+def test_a_jpeg_of_empty_scans_is_not_decoded():
+    """Thirty bytes each, and a pass over all pixels."""
+    data = save(Image.new("L", (64, 64)), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    open_image(data[:at] + data[at:-2] * 50 + data[-2:])
+    with pytest.raises(InputError, match="more than 100 scans"):
+        open_image(data[:at] + data[at:-2] * 500 + data[-2:])
+
+
+# ---------------------------------------------------------------- downloads
+
+
 @pytest.fixture
 def server(scene):
+    png = save(scene, "PNG")
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/a.png" else 404)
+            name = self.path.partition("?")[0].removeprefix("/")
+            getattr(self, name, self.missing)()
+
+        def answer(self, code=200, body=b"", **headers):
+            self.send_response(code)
+            for key, value in headers.items():
+                self.send_header(key.replace("_", "-"), value)
             self.end_headers()
-            self.wfile.write(save(scene, "PNG"))
+            self.wfile.write(body)
+
+        def missing(self):
+            self.answer(404, b"no")
+
+        def image(self):
+            self.answer(body=png)
+
+        def drip(self):
+            self.answer()
+            self.slowly(self.wfile)
+
+        def drip_headers(self):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
+            self.slowly(self.wfile)
+
+        def slowly(self, file):
+            try:
+                for _ in range(100):
+                    file.write(b"x")
+                    time.sleep(0.05)
+            except OSError:  # nobody listens any more
+                pass
+
+        def large(self):
+            self.answer(body=b"x", Content_Length=10**12)
+
+        def endless(self):
+            self.answer(body=b"x" * 10_000)
+
+        def short(self):
+            self.answer(body=png[:50], Content_Length=len(png))
+
+        def to(self):
+            self.answer(302, b"x" * 10_000, Location=self.path.partition("?")[2])
 
         def log_message(self, *_):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.daemon_threads, http.block_on_close = True, False
+        threading.Thread(target=http.serve_forever, args=[0.02], daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}"
         http.shutdown()
 
 
 def test_urls(server, scene):
-    np.testing.assert_array_equal(open_image(f"{server}/a.png"), scene)
-    with pytest.raises(InputError, match="404"):
-        open_image(f"{server}/b.png")
+    for path in ("image", "to?/image", f"to?{server}/to?image"):
+        np.testing.assert_array_equal(open_image(f"{server}/{path}"), scene)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("nowhere", "the server answers 404"),
+        ("drip", "too slow"),
+        ("drip_headers", "0 bytes in 0 seconds: too slow"),
+        ("large", "larger than 0 MiB"),
+        ("endless", "larger than 0 MiB"),
+        ("short", "bytes too soon"),
+        ("to?ftp://127.0.0.1:1/a.png", "redirects to ftp://127.0.0.1:1/a.png; only http: and https: are followed"),
+        ("to?file:///etc/hostname", "redirects to file:///etc/hostname; only"),
+        ("to?data:image/png,x", "redirects to data:image/png,x; only"),
+        ("to?to", "the server answers 302"),
+        ("to?" + "/to?" * 20, "redirects more than 5 times"),
+    ],
+)
+def test_servers_that_nobody_can_wait_for(server, monkeypatch, path, says):
+    monkeypatch.setattr(urls, "PATIENCE", 0.3)
+    monkeypatch.setattr(urls, "MAX_DOWNLOAD", 5000)
+    with pytest.raises(InputError, match=says) as error:
+        open_image(f"{server}/{path}")
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["http://h:1/a b.png", "http://[::1", "http://127.0.0.1:1/x.png"])

@@ -15,9 +15,9 @@ import numpy as np
 
 from llava_jax.config import ASPECT_RATIOS
 from llava_jax.console import InputError, Parser, note, print_json, printable, run_main, shorten, shown
-from llava_jax.images import label
 from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
 from llava_jax.tokenizer import Tokenizer
+from llava_jax.urls import label
 from train.config import IMAGE_FIRST, PRESETS, TrainConfig, check_preset
 from train.samples import BadSample, Sample, Samples
 

@@ -18,14 +18,17 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
-from llava_jax.images import ImageFolder, TileLayout, image_size, label, layout, open_image, tiles
+from llava_jax.files import read_bytes
+from llava_jax.images import ImageFolder, TileLayout, image_size, layout, read_tiles
 from llava_jax.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.splice import IGNORE, IMAGE, Row, widths
 from llava_jax.templates import choose_template, get_template, is_program
 from llava_jax.tokenizer import Tokenizer
+from llava_jax.urls import label
 from train import mixture
 from train.config import TrainConfig
 
+MAX_LIST = 2**30  # bytes of a list of bad samples
 MOST_NOTED = 10  # bad samples that are named as they are met; the rest are only listed in a file
 MOST_NAMED = 3  # those that an error names
 ENOUGH = 1000  # conversations that a share of bad ones is counted against, at least
@@ -194,10 +197,7 @@ class Samples:
         loaded = []
         for name, place in zip(sample.images, sample.row.layouts, strict=True):
             try:
-                image = open_image(self._folder.find(name))
-                if place.grid and image.size != place.size:
-                    raise InputError(f"{shorten(name)}: {image.size} pixels, though its header says {place.size}")
-                loaded.append(tiles(image, place, self.model))
+                loaded.append(read_tiles(self._folder.find(name), place, self.model))
             except InputError as error:
                 return sample.bad(str(error), label(name))
         return dataclasses.replace(sample.row, tiles=tuple(loaded))
@@ -367,7 +367,7 @@ class BadSamples:
         """What is listed already. A last line that was not written to its end is removed."""
         if self._file is None or not self._file.exists():
             return set()
-        data = self._file.read_bytes()
+        data = read_bytes(self._file, MAX_LIST)
         whole = data[: data.rfind(b"\n") + 1]
         try:
             rows = [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,185 @@
+"""Images behind URLs: `http:` and `https:` ones are downloaded, `data:` ones decoded, `file:` ones become paths.
+
+A download has bounds on its size and on its time as a whole: a server that sends a byte now and then is given up as
+soon as one that sends nothing.
+"""
+
+import base64
+import http.client
+import os
+import string
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+from llava_jax.console import InputError, first_line, shorten
+
+MAX_DOWNLOAD = 256 * 2**20
+MAX_REDIRECTS = 5
+PATIENCE = 10.0  # seconds until the first byte, and that a download may fall behind the slowest rate
+SLOWEST = 50_000  # bytes a second
+DEADLINE = 300.0  # seconds for all of it
+REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class Fetched(bytes):
+    """The bytes of a file, and what errors call it."""
+
+    name: str
+
+
+def fetch(source):
+    """An image behind a URL, to be read more than once: an `http(s):` or `data:` URL as the `Fetched` bytes of a file,
+    a `file:` URL as a path. Anything else as it is.
+
+    Raises:
+      InputError: it cannot be fetched, or is no URL of an image.
+    """
+    if not isinstance(source, str):
+        return source
+    scheme, colon, rest = source[:9].partition(":")
+    scheme = scheme.lower() if colon else ""
+    if scheme == "file" and rest.startswith("/"):
+        return _path_of(source)
+    if scheme not in ("http", "https", "data") or (scheme != "data" and not rest.startswith("//")):
+        return source
+    data = Fetched(_decode(source) if scheme == "data" else _download(source))
+    data.name = shorten(source)
+    return data
+
+
+def is_url(source: str) -> bool:
+    """Whether it is to be downloaded."""
+    return source[:8].lower().startswith(("http://", "https://"))
+
+
+def label(name: str) -> str:
+    """What lists call an image: its name, but for a `data:` URL, which is the image itself."""
+    return shorten(name) if name[:5].lower() == "data:" else name
+
+
+# ---------------------------------------------------------------- downloads
+
+
+def _download(url: str) -> bytes:
+    """What a server answers, within `DEADLINE` seconds, or `PATIENCE` if it sends next to nothing."""
+    download = _Download(url)
+    download.start()
+    start = time.monotonic()
+    while download.is_alive():
+        seconds = min(DEADLINE, PATIENCE + download.received / SLOWEST)
+        left = start + seconds - time.monotonic()
+        if left <= 0:
+            download.abandoned = True
+            raise InputError(
+                f"{shorten(url)}: cannot be fetched ({download.received:,} bytes in {seconds:.0f} seconds: too slow)"
+            )
+        download.join(left)
+    if download.error:
+        raise download.error
+    return bytes(download.data)
+
+
+class _Download(threading.Thread):
+    """A download in a thread, which can be left behind: finding the server's address, TLS and headers have no deadline
+    of their own."""
+
+    def __init__(self, url: str):
+        super().__init__(daemon=True)
+        self.url, self.data, self.error, self.abandoned = url, bytearray(), None, False
+
+    @property
+    def received(self) -> int:
+        return len(self.data)
+
+    def run(self) -> None:
+        name = shorten(self.url)
+        try:
+            with self._open() as answer:
+                if (answer.length or 0) > MAX_DOWNLOAD:
+                    raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
+                while not self.abandoned and (block := answer.read1(2**16)):
+                    self.data += block
+                    if len(self.data) > MAX_DOWNLOAD:
+                        raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
+                if answer.length:
+                    raise InputError(f"{name}: cannot be fetched (it ends {answer.length:,} bytes too soon)")
+        except InputError as error:
+            self.error = error
+        except urllib.error.HTTPError as error:
+            self.error = InputError(f"{name}: the server answers {error.code} {shorten(error.reason)}")
+            error.close()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            reason = first_line(reason) if isinstance(reason, BaseException) else shorten(reason)
+            self.error = InputError(f"{name}: cannot be fetched ({shorten(reason)})")
+        except Exception as error:  # whatever else a server can make of Python's HTTP client
+            self.error = InputError(f"{name}: cannot be fetched ({type(error).__name__})")
+
+    def _open(self) -> http.client.HTTPResponse:
+        """The answer that redirects lead to; bodies of redirects are not read."""
+        url, opener = self.url, urllib.request.build_opener(_NoRedirects)
+        for _ in range(MAX_REDIRECTS + 1):
+            request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
+            try:
+                return opener.open(request, timeout=PATIENCE)
+            except urllib.error.HTTPError as error:
+                to = error.headers.get("Location")
+                if error.code not in REDIRECTS or not to:
+                    raise
+                error.close()
+            url = urllib.parse.quote(urllib.parse.urljoin(url, to), safe=string.punctuation)
+            if not is_url(url):
+                raise InputError(f"{shorten(self.url)}: redirects to {shorten(to)}; only http: and https: are followed")
+        raise InputError(f"{shorten(self.url)}: redirects more than {MAX_REDIRECTS} times")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Leaves redirects to `_Download`: urllib reads their bodies whole, and follows them to `ftp:`."""
+
+    def http_error_302(self, request, file, code, message, headers):
+        return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+# ---------------------------------------------------------------- data: and file:
+
+
+def _decode(url: str) -> bytes:
+    """What a `data:` URL holds (RFC 2397), in base64 of either alphabet, padded or not, or percent-encoded."""
+    head, comma, body = url.partition(",")
+    kind, *settings = (part.strip().lower() for part in head[len("data:") :].split(";"))
+    if not comma:
+        raise InputError(f"{shorten(url)}: a data: URL without a comma, and so without data")
+    if kind and not kind.startswith("image/"):
+        raise InputError(f"{shorten(url)}: a data: URL of {shorten(kind, 40)}, not of an image")
+    try:
+        data = urllib.parse.unquote_to_bytes(body)
+        if "base64" in settings:
+            data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/"))
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError:
+        raise InputError(f"{shorten(url)}: a data: URL with broken {'base64' if settings else 'text'}") from None
+    if not data:
+        raise InputError(f"{shorten(url)}: a data: URL without data")
+    return data
+
+
+def _path_of(url: str) -> str:
+    """The path in a `file:` URL (RFC 8089)."""
+    host, path = "", url[len("file:") :]
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+    if host.lower() not in ("", "localhost"):
+        raise InputError(f"{shorten(url)}: a file of host {shorten(host, 40)}; only those of this machine can be read")
+    try:
+        path = os.fsdecode(urllib.parse.unquote_to_bytes(path))
+    except ValueError:
+        raise InputError(f"{shorten(url)}: a file: URL that is no Unicode") from None
+    if path in ("", "/"):
+        raise InputError(f"{shorten(url)}: a file: URL that names no file")
+    return path
