@@ -10,12 +10,13 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from llava_jax.console import InputError
+from llava_jax.console import InputError, first_line, shorten
+from llava_jax.files import open_regular
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -26,8 +27,9 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 100 * 2**20  # as the format says
+MAX_HEADER = 16 * 2**20  # a hundred thousand tensors; the format allows 100 MB, which JSON could make gigabytes of
 MAX_NAME = 1000
+MAX_RANK = 16
 MAX_SIDE = 2**48
 INDEX = "model.safetensors.index.json"
 # At a time. Of larger writes Linux makes huge pages in its cache, which a virtual machine that has lent its free memory
@@ -50,55 +52,60 @@ class File:
           InputError: the file is truncated, its header is broken, or its tensors overlap or leave gaps.
         """
         self.path = os.fspath(path)
+        self.name = shorten(self.path)  # in errors
         try:
-            size = os.path.getsize(self.path)
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
+                size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, MAX_HEADER):
                     raise InputError(
-                        f"{self.path}: truncated, or no safetensors file ({size} bytes, header of {length} bytes)"
+                        f"{self.name}: truncated, or no safetensors file ({size} bytes, header of {length} bytes)"
                     )
-                header = json.loads(file.read(length))
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{self.path}: the safetensors header is not JSON ({error})") from None
-        if not isinstance(header, dict):
-            raise InputError(f"{self.path}: the safetensors header is no JSON object")
+                header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except (OSError, ValueError, RecursionError) as error:
+            what = "cannot be read" if isinstance(error, OSError) else "the safetensors header is not JSON"
+            raise InputError(f"{self.name}: {what} ({first_line(error)})") from None
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+            raise InputError(f"{self.name}: the safetensors header is no JSON object")
         self.metadata = header.pop("__metadata__", {})
         self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
         self._check_places(8 + length, size)
 
     def _entry(self, name: str, entry, start: int):
+        tensor = f"{self.name}: tensor {shorten(name)!r}"
         try:
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            first, last = entry["data_offsets"]
-            ok = all(type(n) is int and 0 <= n < MAX_SIDE for n in (*shape, first, last)) and len(name) <= MAX_NAME
+            dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            ok = type(shape) is list and len(shape) <= MAX_RANK and len(name) <= MAX_NAME
+            ok = ok and all(type(n) is int and 0 <= n < MAX_SIDE for n in (*shape, first, last))
+            ok = ok and math.prod(filter(None, shape)) < MAX_SIDE  # NumPy counts so for empty tensors, too
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
-            raise InputError(f"{self.path}: tensor {name[:100]!r} has a broken header entry: {str(entry)[:200]}")
+            kind = entry.get("dtype") if isinstance(entry, dict) else None
+            of_kind = f" (dtype {shorten(kind, 40)})" if isinstance(kind, str) else ""
+            raise InputError(f"{tensor} has a broken header entry{of_kind}")
         if last - first != math.prod(shape) * dtype.itemsize:
             raise InputError(
-                f"{self.path}: tensor {name!r} of shape {list(shape)} and type {entry['dtype']} wants "
+                f"{tensor} of shape {shorten(shape)} and type {entry['dtype']} wants "
                 f"{math.prod(shape) * dtype.itemsize} bytes, its offsets give {last - first}"
             )
-        return dtype, shape, start + first, start + last
+        return dtype, tuple(shape), start + first, start + last
 
     def _check_places(self, start: int, size: int) -> None:
         at, before = start, None
         for name, (_, _, first, last) in sorted(self.tensors.items(), key=lambda item: item[1][2:]):
             if first < at:
-                raise InputError(f"{self.path}: tensors {before!r} and {name!r} overlap")
+                raise InputError(f"{self.name}: tensors {shorten(before, 60)!r} and {shorten(name, 60)!r} overlap")
             if first > at:
-                raise InputError(f"{self.path}: {first - at} bytes before tensor {name!r} belong to none")
+                raise InputError(f"{self.name}: {first - at} bytes before tensor {shorten(name)!r} belong to none")
             at, before = last, name
         if at > size:
             raise InputError(
-                f"{self.path}: truncated: tensor {before!r} ends at byte {at}, the file has {size}; fetch it again"
+                f"{self.name}: truncated: tensor {shorten(before, 60)!r} ends at byte {at}, the file has {size}; "
+                "fetch it again"
             )
         if at < size:
-            raise InputError(f"{self.path}: {size - at} bytes after the last tensor belong to none")
+            raise InputError(f"{self.name}: {size - at} bytes after the last tensor belong to none")
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own."""
@@ -108,19 +115,26 @@ class File:
         return out.reshape(shape)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
 def read_into(out: np.ndarray, path: str, first: int, name: str) -> None:
     """Fill `out` with the bytes of a file from `first` on, by plain reads.
 
     Raises:
       InputError: the file ends before.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         file.seek(first)
         view, done = memoryview(out.view(np.uint8)), 0
         while done < len(view):
             n = file.readinto(view[done:])
             if not n:
-                raise InputError(f"{path}: truncated within tensor {name!r}; fetch it again")
+                raise InputError(f"{shorten(path)}: truncated within tensor {shorten(name)!r}; fetch it again")
             done += n
 
 

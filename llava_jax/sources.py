@@ -9,9 +9,10 @@ to its place on a mesh. What is no whole LLaVA (a language model, an adapter, a 
 import collections
 import concurrent.futures
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import ml_dtypes
@@ -141,7 +142,7 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The files that hold a model's tensors, and name -> file as the index says, where there is one.
 
     Raises:
-      InputError: there are none, or the index names one that is not there.
+      InputError: there are none, or the index names one that is not there, or that is elsewhere.
     """
     safe = sorted(f for f in directory.glob("*.safetensors") if f.stem not in ("adapter_model", "mm_projector"))
     for index in (directory / name for name in INDEXES):
@@ -150,10 +151,15 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         listed = (read_json(index) or {}).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise InputError(f"{index}: no weight_map in it")
-        files = [directory / name for name in sorted(set(listed.values()))]
-        if missing := [file.name for file in files if not file.exists()]:
-            raise InputError(f"{directory}: the index names files that are not there: {', '.join(missing)}")
-        return files, listed
+        wanted = sorted(set(listed.values()))
+        if outside := [name for name in wanted if name in ("", "..") or PurePath(name).name != name]:
+            raise InputError(f"{shorten(index)}: names {shorten(outside[0])!r}, which is no file of its directory")
+        if missing := [shorten(name, 60) for name in wanted if not os.path.exists(directory / name)]:
+            more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+            raise InputError(
+                f"{shorten(directory)}: the index names files that are not there: {', '.join(missing[:2])}{more}"
+            )
+        return [directory / name for name in wanted], listed
     files = safe or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"{directory}: no *.safetensors and no pytorch_model*.bin in it")
@@ -197,10 +203,12 @@ class Found:
     def add_directory(self, directory: Path, *, ignore=None) -> None:
         """Take the tensors of all files of a directory; names that match `ignore` are passed over."""
         files, index = tensor_files(directory)
+        promised = collections.defaultdict(list)
+        for name, file_name in index.items():
+            promised[file_name].append(name)
         for path in files:
             file = open_file(path)
-            self.absent += [f"{name} ({path.name})" for name, f in index.items()
-                            if f == path.name and name not in file.tensors]  # fmt: skip
+            self.absent += [f"{name} ({path.name})" for name in promised[path.name] if name not in file.tensors]
             for name in file.tensors:
                 if not (ignore and ignore.search(name)):
                     self.add(name, file, path.name)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llava_jax.console import InputError, first_line
+from llava_jax.console import InputError, first_line, shorten
+from llava_jax.files import open_regular
 from llava_jax.safetensors import read_into
 
 STORAGES = {
@@ -27,9 +28,11 @@ STORAGES = {
     "LongStorage": np.dtype(np.int64), "IntStorage": np.dtype(np.int32), "ShortStorage": np.dtype(np.int16),
     "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
 }  # fmt: skip
-# More than any file of tensors needs: about a hundred bytes of pickle describe a tensor.
+# More than any file of tensors needs: about a hundred bytes of pickle describe a tensor, and 40 instructions.
 MAX_PICKLE = 4 * 2**20
+MAX_INSTRUCTIONS = 2**20
 MAX_STACK = 2**17
+MAX_ARCHIVE = 4 * 2**20  # bytes that zipfile reads at once; the longest is the list of entries, about 60 bytes each
 MAX_NAME = 1000
 MAX_RANK = 16
 MAX_SIDE = 2**48
@@ -72,26 +75,28 @@ class File:
             tensors.
         """
         self.path = os.fspath(path)
+        name = shorten(self.path)
         try:
-            self.size = os.path.getsize(self.path)
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
+                self.size = os.fstat(file.fileno()).st_size
                 self._refuse_others(file)
-                with zipfile.ZipFile(file) as archive:
+                with zipfile.ZipFile(_Bounded(file, self.size)) as archive:
                     root, self._starts = self._storages(archive, file)
                     self._views = _named(_Machine(self._read_pickle(archive, root)).run())
         except InputError as error:
-            raise InputError(f"{self.path}: {error}") from None
+            says = str(error).removeprefix(f"{name}: ")  # which `open_regular` says, too
+            raise InputError(f"{name}: {says}") from None
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+            raise InputError(f"{name}: cannot be read ({first_line(error)})") from None
         except BROKEN as error:
-            raise InputError(f"{self.path}: truncated or broken ({first_line(error)}); fetch it again") from None
+            raise InputError(f"{name}: truncated or broken ({shorten(first_line(error))}); fetch it again") from None
         self.metadata: dict[str, str] = {}
         self.tensors = {}
-        for name, view in self._views.items():
+        for tensor, view in self._views.items():
             try:
-                self.tensors[name] = self._entry(view)
+                self.tensors[tensor] = self._entry(view)
             except InputError as error:
-                raise InputError(f"{self.path}: tensor {name!r} {error}") from None
+                raise InputError(f"{name}: tensor {shorten(tensor, 60)!r} {error}") from None
 
     def _refuse_others(self, file) -> None:
         head = file.read(2)
@@ -121,25 +126,26 @@ class File:
             if not name.startswith(f"{root}data/"):
                 continue
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise InputError(f"its entry {name} is compressed, which torch.save never does")
+                raise InputError(f"its entry {shorten(name)} is compressed, which torch.save never does")
             file.seek(info.header_offset)
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise InputError(f"its entry {name} has no header where the archive says; fetch the file again")
+                raise InputError(f"its entry {shorten(name)} has no header where it should be; fetch the file again")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
             if start + info.file_size > self.size:
-                raise InputError(f"truncated: its entry {name} goes beyond the end; fetch the file again")
+                raise InputError(f"truncated: its entry {shorten(name)} goes beyond the end; fetch the file again")
             starts[name.removeprefix(f"{root}data/")] = start, info.file_size
         at, before = 0, ""
         for key, (start, length) in sorted(starts.items(), key=lambda item: item[1]):
             if start < at and length:
-                raise InputError(f"its storages {before!r} and {key!r} overlap")
+                raise InputError(f"its storages {shorten(before, 40)!r} and {shorten(key, 40)!r} overlap")
             at, before = start + length, key
         return root, starts
 
     def _read_pickle(self, archive: zipfile.ZipFile, root: str) -> bytes:
         info = archive.getinfo(f"{root}data.pkl")
-        if info.compress_type != zipfile.ZIP_STORED or not 0 < info.file_size <= min(self.size, MAX_PICKLE):
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not stored or not 0 < info.file_size <= min(self.size, MAX_PICKLE):
             raise InputError("its data.pkl is compressed, empty or too large for a file of tensors")
         return archive.read(info)
 
@@ -147,19 +153,20 @@ class File:
         storage = view.storage
         first, length = self._starts.get(storage.key, (0, -1))
         if length < 0:
-            raise InputError(f"lies in storage {storage.key!r}, which is not in the file")
+            raise InputError(f"lies in storage {shorten(storage.key, 40)!r}, which is not in the file")
         width = storage.dtype.itemsize
+        layout = shorten(f"shape {list(view.shape)}, strides {list(view.strides)}, offset {view.offset}")
         if storage.size * width != length:
             raise InputError(f"lies in a storage of {storage.size} x {width} bytes, which has {length} in the file")
         if len(view.shape) != len(view.strides) or min((*view.shape, *view.strides, view.offset, 0)) < 0:
-            raise InputError(f"has a broken layout: shape {view.shape}, strides {view.strides}, offset {view.offset}")
-        if max((*view.shape, *view.strides, view.offset, 0)) > MAX_SIDE:
-            raise InputError(f"has a broken layout: shape {view.shape}, strides {view.strides}, offset {view.offset}")
+            raise InputError(f"has a broken layout: {layout}")
+        if max(*view.shape, *view.strides, view.offset, math.prod(filter(None, view.shape))) > MAX_SIDE:
+            raise InputError(f"has a broken layout: {layout}")
         if math.prod(view.shape) > storage.size:  # also: memory for it is never more than the file's size
-            raise InputError(f"of shape {list(view.shape)} has more elements than its storage ({storage.size})")
+            raise InputError(f"has more elements than its storage ({storage.size}): {layout}")
         end = view.offset + _span(view)
         if end > storage.size:
-            raise InputError(f"of shape {list(view.shape)} ends at element {end} of a storage of {storage.size}")
+            raise InputError(f"ends at element {end} of a storage of {storage.size}: {layout}")
         return storage.dtype, view.shape, first + view.offset * width, first + end * width
 
     def read(self, name: str) -> np.ndarray:
@@ -169,6 +176,20 @@ class File:
         read_into(out, self.path, first, name)
         strides = [s * dtype.itemsize for s in self._views[name].strides]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(out, shape, strides)).reshape(shape)
+
+
+class _Bounded:
+    """A file as zipfile reads it, which takes the archive's word for how much there is to read."""
+
+    def __init__(self, file, size: int):
+        self.seek, self.tell, self.seekable, self._file, self._size = file.seek, file.tell, file.seekable, file, size
+
+    def read(self, n: int = -1) -> bytes:
+        left = self._size - self.tell()
+        n = left if n is None or n < 0 else min(n, left)
+        if n > MAX_ARCHIVE:
+            raise InputError("no file of torch.save: its archive has too many entries")
+        return self._file.read(max(n, 0))
 
 
 def _span(view: View) -> int:
@@ -182,8 +203,12 @@ def _named(contents: Any) -> dict[str, View]:
     """The tensors of a dictionary, or of the one dictionary in it that has any: `{"state_dict": {...}, "step": 3}`."""
     if not isinstance(contents, dict):
         raise InputError("holds no dictionary of tensors")
-    inner = [value for value in contents.values() if isinstance(value, dict) and _views(value)]
+    # Each only once: one dictionary under thousands of names would otherwise be gone through as often.
+    dictionaries = {id(value): value for value in contents.values() if isinstance(value, dict)}.values()
+    inner = [value for value in dictionaries if _views(value)]
     found = _views(contents) or (_views(inner[0]) if len(inner) == 1 else {})
+    if not all(isinstance(name, str) for name in found):
+        raise InputError("has tensors whose names are numbers")
     if too_long := next((name for name in found if len(name) > MAX_NAME), None):
         raise InputError(f"has a tensor whose name is {len(too_long)} characters long: {too_long[:60]!r}...")
     return found
@@ -197,8 +222,8 @@ def _views(contents: dict) -> dict[str, View]:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, _requires_grad=None, _hooks=None, marks=None) -> View:
-    if marks:
-        raise InputError(f"has a tensor that is a view of another kind ({', '.join(map(str, marks))}); save a clone")
+    if marks:  # of what a stranger makes them, and so not shown
+        raise InputError("has a tensor that is a view of another kind, conjugate or negative; save a clone")
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     if max(len(shape), len(strides)) > MAX_RANK:
@@ -233,7 +258,8 @@ def _allowed(module: str, name: str) -> _Global:
         raise ValueError("asks for what has no name")
     is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
     if (module, name) not in CALLABLES and not is_storage:
-        raise InputError(f"refused: its pickle asks for {module}.{name}, and a file of tensors has no need to")
+        asked = shorten(f"{module}.{name}")
+        raise InputError(f"refused: its pickle asks for {asked}, and a file of tensors has no need to")
     return _Global(module, name)
 
 
@@ -249,9 +275,9 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(self.program)):
-            if len(self.stack) > MAX_STACK:
-                raise InputError("its pickle is not one of tensors: it piles up too much")
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(self.program))):
+            if len(self.stack) > MAX_STACK or number > MAX_INSTRUCTIONS:
+                raise InputError("its pickle is not one of tensors: it is too long")
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in _CONSTANTS:
@@ -312,13 +338,13 @@ class _Machine:
 
     def _append(self, _):
         item = self.stack.pop()
-        self._list().append(item)
+        self._top_list().append(item)
 
     def _appends(self, _):
         items = self._marked()
-        self._list().extend(items)
+        self._top_list().extend(items)
 
-    def _list(self) -> list:
+    def _top_list(self) -> list:
         if type(self.stack[-1]) is not list:
             raise ValueError("appends to what is no list")
         return self.stack[-1]
@@ -367,7 +393,7 @@ class _Machine:
         if kind != "storage" or not isinstance(storage, _Global) or storage.module not in ("torch", "torch.storage"):
             raise InputError("refused: it refers to something that is no storage of a tensor")
         if storage.name not in STORAGES:
-            raise InputError(f"has tensors of type {storage.name}, which are not supported")
+            raise InputError(f"has tensors of type {shorten(storage.name)}, which are not supported")
         if type(size) is not int or size < 0:
             raise ValueError("a storage of no size")
         self.stack.append(Storage(key, STORAGES[storage.name], size))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import zipfile
 
 import jax
 import ml_dtypes
@@ -14,7 +15,7 @@ from convert import __main__ as cli
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from llava_jax import config as c
-from llava_jax import names, safetensors
+from llava_jax import names, safetensors, torch_files
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.llava import param_shapes
@@ -248,6 +249,18 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header({"a": F32 | {"data_offsets": [8, 0]}}, b"12345678"), "wants 8 bytes"),
         (header({"a": {"dtype": "F32"}}, b"12345678"), "broken header entry"),
         (header({"a": 7}, b"12345678"), "broken header entry"),
+        (header({"a": F32 | {"dtype": ["F32"]}}, b"12345678"), "broken header entry"),
+        (header({"a": F32 | {"shape": "22"}}, b"12345678"), "broken header entry"),
+        (header({"a": F32 | {"data_offsets": [0, 8, 8]}}, b"12345678"), "broken header entry"),
+        (header({"a": F32 | {"shape": [1] * 16 + [2]}}, b"12345678"), "broken header entry"),
+        (header({"a": F32 | {"shape": [2**40] * 200_000}}, b"12345678"), "broken header entry"),
+        (header({"a": F32 | {"shape": [0, 2**47, 2**47], "data_offsets": [0, 0]}}), "broken header entry"),
+        (header({"a" * 1001: F32}, b"12345678"), "broken header entry"),
+        (header({"a" * 1000: F32, "b": F32}, b"12345678"), "overlap"),
+        (header({"a": F32, "c": F32}, b"12345678").replace(b'"c"', b'"a"'), "a key twice"),
+        (header({"a": F32 | {"shape": [2], "sh": [3]}}, b"12345678").replace(b'"sh"', b'"shape"'), "not JSON"),
+        (header({"__metadata__": [1], "a": F32}, b"12345678"), "no JSON object"),
+        (struct.pack("<Q", 2**24 + 1) + b" " * 2**24 + b"{}", "truncated, or no safetensors"),
     ],
 )
 def test_broken_safetensors(tmp_path, data, says):
@@ -255,7 +268,82 @@ def test_broken_safetensors(tmp_path, data, says):
     path.write_bytes(data)
     with pytest.raises(InputError, match=says) as error:
         safetensors.File(path)
-    assert "m.safetensors" in str(error.value)
+    assert "m.safetensors" in str(error.value) and len(str(error.value)) < 300
+
+
+# ---------------------------------------------------------------- what torch.save writes, by hand
+
+
+def text(string: str) -> bytes:
+    return b"X" + struct.pack("<I", len(string)) + string.encode()
+
+
+def tensor(
+    *, storage: str = "FloatStorage", shape: bytes = b"K\x04\x85", strides: bytes = b"K\x01\x85", more=b""
+) -> bytes:
+    """A tensor of four numbers in storage 0, in the instructions of a pickle."""
+    place = b"(" + text("storage") + b"ctorch\n" + storage.encode() + b"\n" + text("0") + text("cpu") + b"K\x04tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + place + b"K\x00" + shape + strides + b"\x89N" + more + b"tR"
+
+
+def torch_file(path, pickle: bytes, compression: int = zipfile.ZIP_STORED, entries: int = 1):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + pickle + b".", compression)
+        for i in range(entries):
+            archive.writestr(f"a/data/{i}", np.arange(4, dtype=np.float32).tobytes())
+    return path
+
+
+def dictionary(**items: bytes) -> bytes:
+    return b"}(" + b"".join(text(name) + value for name, value in items.items()) + b"u"
+
+
+DOUBLED = b"U\x01a" + b"".join(bytes([ord("q"), i, ord("h"), i, 0x86]) for i in range(60))  # a tuple of 2**60 texts
+SIDE = b"\x8a\x06" + b"\xff" * 5 + b"\x00"  # 2**40 - 1
+MANY = b"".join(text(str(i)) + b"h\x00" for i in range(30_000))
+
+
+@pytest.mark.parametrize(
+    ("pickle", "says"),
+    [
+        (dictionary(w=tensor(more=DOUBLED)), "a view of another kind"),
+        (dictionary(w=tensor(shape=DOUBLED)), "layout is not made of numbers"),
+        (dictionary(w=tensor(strides=DOUBLED)), "layout is not made of numbers"),
+        (DOUBLED + b"K\x01\x93", "asks for what has no name"),
+        (b"}" + DOUBLED + b"Ns", "keys are no names"),
+        (b"(" + DOUBLED + DOUBLED + DOUBLED + DOUBLED + b"K\x04tQ", "a storage without a name"),
+        (b"(" + DOUBLED + b"N" + text("0") + b"NK\x04tQ", "no storage of a tensor"),
+        (b"}K\x07" + tensor() + b"s", "names are numbers"),
+        (dictionary(w=tensor(shape=b"(K\x00" + SIDE + SIDE + b"t", strides=b"K\x00K\x00K\x00\x87")), "broken layout"),
+        (dictionary(w=tensor(storage="x" * 10_000 + "Storage")), "which are not supported"),
+        (dictionary(**{"w" * 1000: tensor(shape=b"K\x09\x85")}), "has more elements than its storage"),
+        (b"c" + b"x" * 10_000 + b"\ny\n", "refused: its pickle asks for xxx"),
+        (b"]0" * 600_000, "it is too long"),
+        (b"I" + b"9" * 2_000_000 + b"\n", "truncated or broken"),
+        (b"\x8b" + struct.pack("<i", 10**6) + b"\xff" * 10**6, "instruction LONG4"),
+        (b"l", "instruction LIST"),
+    ],
+)  # fmt: skip
+def test_pickles_of_strangers_are_refused_at_once(tmp_path, pickle, says):
+    with pytest.raises(InputError, match=says) as error:
+        torch_files.File(torch_file(tmp_path / "m.bin", pickle))
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_one_dictionary_under_many_names_is_gone_through_once(tmp_path):
+    """And not 30,000 times 30,000 items."""
+    inner = b"}q\x00(" + MANY + b"u"
+    assert not torch_files.File(torch_file(tmp_path / "m.bin", b"}(" + text("d") + inner + MANY + b"u")).tensors
+
+
+def test_archives_of_strangers_are_refused_at_once(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="data.pkl is compressed"):
+        torch_files.File(torch_file(tmp_path / "m.bin", b"]0" * 10**6, zipfile.ZIP_DEFLATED))
+    path = torch_file(tmp_path / "m.bin", dictionary(w=tensor()), entries=1000)
+    assert torch_files.File(path).read("w").tolist() == [0, 1, 2, 3]
+    monkeypatch.setattr(torch_files, "MAX_ARCHIVE", 10_000)
+    with pytest.raises(InputError, match="too many entries"):
+        torch_files.File(path)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.bool_])
