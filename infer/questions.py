@@ -16,8 +16,10 @@ from typing import Any
 from infer.answers import AnswersFile, key_of
 from llava_jax.console import InputError, Progress, note, print_json, shorten
 from llava_jax.conversations import image_names
+from llava_jax.files import read_text
 from llava_jax.images import ImageFolder
 
+MAX_QUESTIONS = 4 * 2**30  # bytes: with images in `data:` URLs
 TOLD = 10  # broken questions that are named; the rest are counted
 
 
@@ -39,10 +41,7 @@ def read_questions(args: argparse.Namespace, answers: AnswersFile) -> Questions:
     """
     path, folder = Path(args.questions), ImageFolder(args.image_folder, follow_links=True)
     name = shorten(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or shorten(error)})") from None
+    lines = read_text(path, MAX_QUESTIONS).split("\n")
     done = answers.answered.copy()
     rows, numbers, errors, skipped = [], [], [], 0
     for number, line in enumerate(lines, 1):

@@ -18,11 +18,11 @@ would change what is learnt make the row a bad one, unknown keys are named once 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
-from llava_jax.console import InputError, note, shorten
+from llava_jax.console import InputError, first_line, note, shorten
+from llava_jax.files import memory_bytes, open_regular
 from llava_jax.templates import MARK
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -58,6 +58,8 @@ READ_IN_TURNS = {"from", "value", "role", "content"}
 DESCRIBE_IN_TURNS = {"id", "name", "kind", "model"}
 READ_IN_PARTS = {"type", "text", "image", "image_url", "path", "url", "index"}
 IMAGE_PARTS = ("image", "image_url")
+MAX_ROW = 256 * 2**20  # bytes of a line: with images in `data:` URLs
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MOST_NAMED = 10  # unknown keys of a file that are named
 
 
@@ -87,19 +89,44 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
     """
     name = shorten(path)
     try:
-        data = Path(path).read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > memory_bytes():
+                raise InputError(f"{name}: has {size:,} bytes, more than this machine has memory ({memory_bytes():,})")
+            is_list = _first_byte(file) == b"["
+            file.seek(0)
+            rows = _read_list(file.read(size), name) if is_list else list(_read_lines(file, name))
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if data[:4096].lstrip().startswith((b"[", b"\xef\xbb\xbf[")):
-        try:
-            rows = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{name}: not JSON ({shorten(error)})") from None
-    else:
-        rows = [_read_line(line) for line in data.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+        raise InputError(f"{name}: cannot be read ({first_line(error)})") from None
     if not rows:
         raise InputError(f"{name}: no conversations in it; it should be a JSON list or JSON lines")
     return rows
+
+
+def _first_byte(file: BinaryIO) -> bytes:
+    """The first that is no blank, behind a byte order mark; empty if there is none."""
+    block = file.read(2**16).removeprefix(BYTE_ORDER_MARK)
+    while block and not block.strip():
+        block = file.read(2**16)
+    return block.lstrip()[:1]
+
+
+def _read_list(data: bytes, name: str) -> list[Any]:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not JSON ({shorten(error)})") from None
+
+
+def _read_lines(file: BinaryIO, name: str) -> Iterator[Any]:
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            raise InputError(f"{name}: line {number} has more than {MAX_ROW:,} bytes")
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        yield from (_read_line(part) for part in line.splitlines() if part.strip())
 
 
 def _read_line(line: bytes) -> Any:

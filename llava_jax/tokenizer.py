@@ -27,6 +27,7 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from llava_jax.console import InputError, first_line, note
+from llava_jax.files import read_bytes
 from llava_jax.json_files import read_json
 from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, added_token, content_of, prefix_after_images
 from llava_jax.templates import MARK
@@ -47,6 +48,7 @@ PROBES = (
     f"USER: {MARK}\nnaïve café ﬁne a\u0308\u0323 猫 🙂 ASSISTANT:",
 )
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_FILE = 128 * 2**20  # bytes; Gemma's, one of the largest, has 33 MB
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the first line of what Llama 3 calls tokenizer.model
 
 
@@ -156,10 +158,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
       InputError: there is none, or its files cannot be read.
     """
     directory = Path(directory)
-    try:
-        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}
-    except OSError as error:
-        raise InputError(f"{directory}: its tokenizer cannot be read ({error.strerror or error})") from None
+    files = {name: read_bytes(directory / name, MAX_FILE) for name in FILES if (directory / name).exists()}
     config = read_json(directory / "tokenizer_config.json") or {}
     # As transformers: of older files the map counts, of newer ones nothing but the configuration.
     newer = "added_tokens_decoder" in config

@@ -318,7 +318,7 @@ def test_bad_lines_are_named_the_rest_is_answered_and_the_status_says_so(answers
         (lambda f: (f / "q.jsonl").write_text(""), "no questions in it"),
         (lambda f: (f / "q.jsonl").write_text("\n\n"), "no questions in it"),
         (lambda f: None, "cannot be read"),
-        (lambda f: (f / "q.jsonl").write_bytes(b"\xff\xfe"), "cannot be read"),
+        (lambda f: (f / "q.jsonl").write_bytes(b"\xff\xfe"), "q.jsonl: not UTF-8"),
         (lambda f: (write_questions(f / "q.jsonl", questions()), shutil.rmtree(f / "images")), "no such directory"),
         (
             lambda f: (write_questions(f / "q.jsonl", questions()), (f / "a.jsonl").write_text("thesis\n")),

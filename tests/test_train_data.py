@@ -276,6 +276,23 @@ def test_lists_and_lines_are_read_alike(write, tmp_path):
     marked = tmp_path / "marked.json"
     marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
     assert read_rows(str(marked)) == rows
+    marked.write_bytes(b"\xef\xbb\xbf" + b"\r".join(json.dumps(row).encode() for row in rows))
+    assert read_rows(str(marked)) == rows
+    marked.write_bytes(b" \n" * 40_000 + json.dumps(rows, indent=1).encode())
+    assert read_rows(str(marked)) == rows
+
+
+def test_a_line_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_jax.conversations.MAX_ROW", 100)
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + b" " * 99 + b"\n" + b" " * 101)
+    with pytest.raises(InputError, match="line 3 has more than 100 bytes"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_a_file_beyond_memory_is_not_begun(write, monkeypatch):
+    monkeypatch.setattr("llava_jax.conversations.memory_bytes", lambda: 10)
+    with pytest.raises(InputError, match=r"more than this machine has memory \(10\)"):
+        read_rows(write([good_row(0)]))
 
 
 @pytest.mark.parametrize(
@@ -1103,6 +1120,9 @@ def test_yaml_lists_as_llava_next_has_them(tmp_path):
         ("datasets: 3", "must have one key, datasets"), ("datasets: [3]", r"datasets\[0\] has no json_path"),
         ("datasets: [{json_path: a}]\nmore: 1", "must have one key, datasets"),
         ("datasets: [{json_path: a, data_root: b}]", r"datasets\[0\]: data_root is not read"),
+        ("[" * 100_000, "cannot be read|not YAML"), ("datasets: [&a {json_path: a}, *a]", "has aliases"),
+        ("a0: &a0 {x: 1}\n" + "".join(
+            f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(12)), "has aliases"),
         *[
             (f'datasets: [{{json_path: a, sampling_strategy: "{x}"}}]', f"sampling_strategy '{x}': write all, or first")
             for x in ("some", "first", "first:", "first:0", "first:0%", "end:00%", "end:x", "random:-1", "random:200%",

@@ -23,8 +23,10 @@ import numpy as np
 import yaml
 
 from llava_jax.console import InputError, shorten
+from llava_jax.files import open_regular, read_text
 
 STRATEGIES = ("first", "end", "random")
+MAX_YAML = 2**18  # bytes: some thousands of files
 MOST = 1000  # times that a file may be repeated
 
 
@@ -88,7 +90,7 @@ def checksum(parts: Sequence[Part]) -> str:
 def _digest(path: str) -> str:
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while piece := file.read(2**24):
                 digest.update(piece)
     except (OSError, ValueError) as error:
@@ -112,13 +114,23 @@ def _weighed(text: str) -> Part:
     raise InputError(f"--data {shorten(text)}: the weight after = must be a number above 0, at most {MOST}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: no list of files needs them, and some hundred bytes of them can mean terabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which are not read")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(path: str) -> list[Part]:
     name = f"--data {shorten(path)}"
     try:
-        with open(path, encoding="utf-8") as file:
-            contents = yaml.safe_load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or shorten(error)})") from None
+        contents = yaml.load(read_text(path, MAX_YAML), _Loader)
+    except InputError as error:
+        raise InputError(f"--data {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: cannot be read ({shorten(error)})") from None
     except yaml.YAMLError as error:
         raise InputError(f"{name}: not YAML ({shorten(' '.join(str(error).split()))})") from None
     entries = contents.get("datasets") if isinstance(contents, dict) else None

@@ -23,6 +23,7 @@ from etils import epath
 
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.directories import find_directory
+from llava_jax.files import open_regular
 from llava_jax.locks import LockedFile
 from llava_jax.outputs import check_replaceable
 from train import mixture
@@ -175,7 +176,7 @@ def fingerprint(checkpoint: str) -> str:
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory)} {size}\n".encode())
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for at in range(0, size, -(-size // PLACES) or 1):
                 file.seek(at)
                 digest.update(file.read(PLACE_BYTES))

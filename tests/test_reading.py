@@ -1,0 +1,101 @@
+"""Whatever reads a file of the user's or of a checkpoint: regular files only, and none that its kind cannot be."""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from infer.questions import read_questions
+from llava_jax import safetensors, torch_files
+from llava_jax.chat_template import read_chat_template
+from llava_jax.console import InputError
+from llava_jax.conversations import read_rows
+from llava_jax.images import image_size, open_image
+from llava_jax.sources import tensor_files
+from llava_jax.tokenizer import load_tokenizer
+from train.mixture import checksum, read_parts
+
+TOKENIZER = GOLDEN / "checkpoints" / "v1.5-llama" / "tokenizer.model"
+
+
+def questions(path):
+    return read_questions(argparse.Namespace(questions=path, answers=f"{path}.answers", image_folder=None))
+
+
+READERS = {  # the name of a file, and what reads it
+    "a.png": open_image,
+    "b.png": image_size,
+    "a.safetensors": safetensors.File,
+    "a.bin": torch_files.File,
+    "a.jsonl": questions,
+    "a.json": read_rows,
+    "a.yaml": lambda path: read_parts(str(path)),
+    "b.json": lambda path: checksum(read_parts(str(path))),
+    "tokenizer.model": lambda path: load_tokenizer(path.parent),
+    "tokenizer.json": lambda path: load_tokenizer(path.parent),
+    "merges.txt": lambda path: load_tokenizer(path.parent),
+    "chat_template.jinja": lambda path: read_chat_template(path.parent),
+}
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as it:
+        it.bind(str(path))
+
+
+KINDS = {
+    "a directory": os.mkdir,
+    "a pipe": os.mkfifo,
+    "a device": lambda path: os.symlink("/dev/zero", path),
+    "cannot be read": make_socket,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_regular_file_is_one_line_at_once(tmp_path, monkeypatch, name, kind):
+    monkeypatch.chdir(tmp_path)  # a socket's path has about a hundred bytes
+    path = tmp_path / name
+    KINDS[kind](path if kind != "cannot be read" else name)
+    with pytest.raises(InputError, match=kind) as error:
+        READERS[name](path)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name not in ("a.safetensors", "a.bin", "b.json")])
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, name):
+    path = tmp_path / name
+    path.touch()
+    os.truncate(path, 2**42)
+    with pytest.raises(InputError, match=r"has 4,398,046,511,104 bytes"):
+        READERS[name](path)
+
+
+def test_links_are_followed(tmp_path):
+    """The hub's cache consists of them."""
+    (tmp_path / "blobs").mkdir()
+    shutil.copy(TOKENIZER, tmp_path / "blobs" / "0123")
+    (tmp_path / "tokenizer.model").symlink_to("blobs/0123")
+    assert len(load_tokenizer(tmp_path)) == len(load_tokenizer(TOKENIZER.parent))
+
+
+@pytest.mark.parametrize("outside", ["../{}", "{}/../{}", "sub/{}", "/etc/{}", "", ".", "..", "a\0b/c"])
+def test_an_index_names_files_of_its_own_directory(tmp_path, outside):
+    names = {"a": "a.safetensors", "b": outside.replace("{}", "a.safetensors")}
+    safetensors.write(tmp_path / "a.safetensors", {"a": safetensors.Pending((2,), np.dtype("f4"), lambda: np.ones(2))})
+    (tmp_path / safetensors.INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(InputError, match="which is no file of its directory"):
+        tensor_files(tmp_path)
+
+
+def test_an_index_of_thousands_of_missing_files_is_a_short_line(tmp_path):
+    names = {str(i): "x" * 300 + f"{i}.safetensors" for i in range(2000)}
+    (tmp_path / safetensors.INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(InputError, match="files that are not there: .* and 1998 more") as error:
+        tensor_files(tmp_path)
+    assert len(str(error.value)) < 400
