@@ -4,6 +4,7 @@ A pipe or a device given as a file would be waited for, or read, for ever; a fil
 All that reads a local file of the user's, or of a checkpoint, opens it here.
 """
 
+import contextlib
 import os
 import stat
 from typing import BinaryIO
@@ -75,6 +76,24 @@ def read_text(path: str | os.PathLike, most: int) -> str:
         return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{shorten(path)}: not UTF-8 ({first_line(error)})") from None
+
+
+def check_tree(directory: str | os.PathLike) -> None:
+    """Look through a local directory whose files a library is going to open, and would wait for a pipe among them.
+
+    Raises:
+      InputError: there is something in it that is neither a regular file nor a directory of its own.
+    """
+    if "://" in os.fspath(directory):
+        return
+    for folder, folders, files in os.walk(directory):
+        for path in (os.path.join(folder, name) for name in (*folders, *files)):
+            with contextlib.suppress(OSError):  # a link that leads nowhere: the library misses the file
+                kind = kind_of(os.stat(path))
+                if os.path.isdir(path):
+                    kind = "a link to a directory" if os.path.islink(path) else None
+                if kind:
+                    raise InputError(f"{shorten(path)}: {kind}, not a file")
 
 
 def memory_bytes() -> int:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from llava_jax.config import LlavaConfig
 from llava_jax.config_json import read_config
 from llava_jax.console import InputError, Progress, first_line
+from llava_jax.files import check_tree
 from llava_jax.json_files import read_json
 from llava_jax.llava import Params, param_shapes
 from llava_jax.outputs import new_directory
@@ -130,6 +131,7 @@ def _stored(directory: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]
     """Path -> shape and type of what an Orbax directory holds."""
     import orbax.checkpoint as ocp
 
+    check_tree(directory)
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             stored = checkpointer.metadata(_absolute(directory))

@@ -6,18 +6,24 @@ import os
 import shutil
 import socket
 
+import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, one_device
+from etils import epath
 
+from convert.to_orbax import to_orbax
 from infer.questions import read_questions
 from llava_jax import safetensors, torch_files
 from llava_jax.chat_template import read_chat_template
+from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.conversations import read_rows
 from llava_jax.images import image_size, open_image
+from llava_jax.orbax_files import open_ours
 from llava_jax.sources import tensor_files
 from llava_jax.tokenizer import load_tokenizer
+from train.checkpoints import Checkpoints
 from train.mixture import checksum, read_parts
 
 TOKENIZER = GOLDEN / "checkpoints" / "v1.5-llama" / "tokenizer.model"
@@ -99,3 +105,41 @@ def test_an_index_of_thousands_of_missing_files_is_a_short_line(tmp_path):
     with pytest.raises(InputError, match="files that are not there: .* and 1998 more") as error:
         tensor_files(tmp_path)
     assert len(str(error.value)) < 400
+
+
+# ---------------------------------------------------------------- Orbax, which opens what it finds
+
+
+def pipe_for(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "manifest.ocdbt", "d/*"])
+def test_a_pipe_in_a_checkpoint_of_ours_is_not_waited_for(tmp_path, file):
+    to_orbax(TOKENIZER.parent, tmp_path / "o")
+    pipe_for(next((tmp_path / "o" / "params").glob(file)))
+    for read in (open_ours, lambda directory: open_checkpoint(directory).load(one_device())):
+        with pytest.raises(InputError, match="a pipe, not a file"):
+            read(tmp_path / "o")
+
+
+def test_a_link_to_a_directory_in_a_checkpoint_of_ours(tmp_path):
+    to_orbax(TOKENIZER.parent, tmp_path / "o")
+    (tmp_path / "linked").symlink_to("o")
+    open_ours(tmp_path / "linked")
+    (tmp_path / "o" / "params" / "d").rename(tmp_path / "d")
+    (tmp_path / "o" / "params" / "d").symlink_to(tmp_path / "d")
+    with pytest.raises(InputError, match="params/d: a link to a directory, not a file"):
+        open_ours(tmp_path / "o")
+
+
+def test_a_pipe_in_a_state_of_training_is_not_waited_for(tmp_path):
+    states = Checkpoints(epath.Path(tmp_path), 1)
+    states.save(1, {"w": jax.numpy.zeros(2)}, {"rows": 3})
+    states.finish()
+    assert states.progress() == {"rows": 3}
+    pipe_for(next((tmp_path / "1" / "state").rglob("_METADATA")))
+    with pytest.raises(InputError, match="a pipe, not a file"):
+        states.progress()
+    states.close()

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.console import InputError, first_line, note
+from llava_jax.files import check_tree
 from train.processes import share
 
 _policies = ocp.checkpoint_managers
@@ -114,6 +115,7 @@ class Checkpoints:
         return self._read(state=ocp.args.StandardRestore(wanted))["state"]
 
     def _read(self, **items) -> Any:
+        check_tree(self.manager.directory / str(self.latest))
         try:
             return self.manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:
