@@ -18,7 +18,7 @@ from llava_jax.console import InputError, first_line, shorten
 
 MAX_DOWNLOAD = 256 * 2**20
 MAX_REDIRECTS = 5
-PATIENCE = 10.0  # seconds until the first byte, and that a download may fall behind the slowest rate
+PATIENCE = 8.0  # seconds until the first byte, and that a download may fall behind the slowest rate
 SLOWEST = 50_000  # bytes a second
 DEADLINE = 300.0  # seconds for all of it
 REDIRECTS = (301, 302, 303, 307, 308)
