@@ -24,14 +24,15 @@ class Chip:
     bandwidth: float  # bytes/s of HBM
     link: float  # bytes/s one way of one link to a neighbour
     wraps_at: int  # sides of a slice that are a multiple of this are rings
+    largest: tuple[int, ...]  # sides of the largest slice; beyond them libtpu ends the process
 
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip(275e12, int(30.75 * GIB), 1228e9, 45e9, 4),
-    "v5e": Chip(197e12, int(15.75 * GIB), 819e9, 45e9, 16),
-    "v5p": Chip(459e12, int(95.73 * GIB), 2765e9, 90e9, 4),
-    "v6e": Chip(918e12, int(31.24 * GIB), 1640e9, 90e9, 16),
+    "v4": Chip(275e12, int(30.75 * GIB), 1228e9, 45e9, 4, (16, 16, 16)),
+    "v5e": Chip(197e12, int(15.75 * GIB), 819e9, 45e9, 16, (1, 16, 16)),
+    "v5p": Chip(459e12, int(95.73 * GIB), 2765e9, 90e9, 4, (16, 20, 28)),
+    "v6e": Chip(918e12, int(31.24 * GIB), 1640e9, 90e9, 16, (1, 16, 16)),
 }
 # Slices as they are usually reserved (cloud.google.com/tpu/docs), by what their names begin with: kind, what a chip
 # counts for in the number behind it (v4 and v5p: two cores), sides by number of chips.
@@ -46,6 +47,7 @@ SLICES = {
     "v5p": ("v5p", 2, _CUBES | {4096: "16x16x16", 6144: "16x16x24"}),
     "v6e": ("v6e", 1, _FLAT),
 }
+MOST_CHIPS = 10_000  # of several slices: what a plan takes grows with them
 DCN = 3.1e9  # bytes/s a chip has between slices: 100 Gbit/s of a host of four (an assumption; hosts differ)
 
 
@@ -58,19 +60,24 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
     Raises:
       InputError: the kind is unknown, no slice has that name, or the sides are not written like that.
     """
-    if (named := re.fullmatch(r"(\w+)-(\d{1,6})", topology)) and named[1] in SLICES:
+    if (named := re.fullmatch(r"(\w+)-([0-9]{1,6})", topology)) and named[1] in SLICES:
         kind, each, sides = SLICES[named[1]]
         known = {each * chips: text for chips, text in sides.items()}
         if int(named[2]) not in known:
             raise InputError(f"--topology {shorten(topology)}: {named[1]} comes in {', '.join(map(str, known))}")
         topology = f"{kind}:{known[int(named[2])]}"
-    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
+    match = re.fullmatch(r"(\w+):([1-9][0-9]{0,4}(?:x[1-9][0-9]{0,4}){1,2})", topology)
     if not match or match[1] not in CHIPS:
         raise InputError(
             f"--topology {shorten(topology)!r}: write it as v5e:4x8 (kinds: {', '.join(CHIPS)}; v4 and v5p have three "
             "sides), or as v5litepod-32"
         )
-    return match[1], tuple(map(int, match[2].split("x")))
+    sides = tuple(map(int, match[2].split("x")))
+    largest = CHIPS[match[1]].largest
+    if any(side > most for side, most in zip(sorted(sides, reverse=True), reversed(largest), strict=False)):
+        most = "x".join(str(side) for side in largest if side > 1)
+        raise InputError(f"--topology {shorten(topology)}: {match[1]} comes in slices of up to {most} chips")
+    return match[1], sides
 
 
 def by_sides(topology: str) -> str:
@@ -112,7 +119,9 @@ def slice_devices(topology: str, slices: int = 1) -> list:
     Raises:
       InputError: there is no libtpu here, or no such slice.
     """
-    kind, _ = parse_topology(topology)
+    kind, sides = parse_topology(topology)
+    if (chips := math.prod(sides) * slices) > MOST_CHIPS:
+        raise InputError(f"--slices {slices}: {slices} x {topology} are {chips} chips, more than {MOST_CHIPS}")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("libtpu, which has the compiler for TPUs, is not installed: pip install libtpu")
     # It is not to look for this machine's own TPU, nor to keep others from it.
@@ -135,11 +144,11 @@ def slice_devices(topology: str, slices: int = 1) -> list:
 
 def out_of_memory(error: BaseException) -> int | None:
     """Bytes that a program would have needed which the compiler refused for want of HBM; None for any other error."""
-    found = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM|Used ([\d.]+)([KMG]) of", str(error))
+    found = re.search(r"\(([\d.]+)([KMGTPE])\) exceeds available HBM|Used ([\d.]+)([KMGTPE]) of", str(error))
     if not found:
         return None
     number, unit = filter(None, found.groups())
-    return int(float(number) * 1024 ** (1 + "KMG".index(unit)))
+    return int(float(number) * 1024 ** (1 + "KMGTPE".index(unit)))
 
 
 @dataclasses.dataclass(frozen=True)

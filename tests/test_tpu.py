@@ -148,6 +148,7 @@ def test_without_libtpu(monkeypatch):
     ("message", "needed"),
     [
         ("E1000: ... HLO temporaries (223.5G) exceeds available HBM (15.75G)", int(223.5 * 2**30)),
+        ("E1000: ... HLO temporaries (10.41T) exceeds available HBM (15.75G)", int(10.41 * 2**40)),
         ("Ran out of memory in memory space hbm. Used 16.25G of 15.75G hbm.", int(16.25 * 2**30)),
         ("UNIMPLEMENTED: something else", None),
     ],

@@ -46,6 +46,7 @@ def _best_fill(sizes: Sizes, length: int, tiles: int) -> list[int]:
     The sums that can be reached are bits of one integer: bit `t * stride + n` stands for n positions and t tiles.
     To add a conversation to every sum is one shift.
     """
+    length, tiles = min(length, sum(n for n, _ in sizes)), min(tiles, sum(t for _, t in sizes))  # no sum is larger
     stride = 2 * length + 1  # no sum of two numbers up to `length` runs into the next number of tiles
     line = (1 << (length + 1)) - 1
     inside = sum(line << (t * stride) for t in range(tiles + 1))
