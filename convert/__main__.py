@@ -8,11 +8,11 @@ python -m convert verify A B            whether two are the same
 
 import argparse
 import json
-import re
 from pathlib import Path
 
+from convert.sizes import parse_size
 from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import InputError, Parser, note, run_main, shown
+from llava_jax.console import SEED, InputError, Parser, note, run_main, shown
 
 TYPES = ["bfloat16", "float16", "float32"]
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--projector", metavar="FILE", help="mm_projector.bin or .safetensors to put in")
     c.add_argument("--projector-type", metavar="TYPE", help="of a fresh projector: linear, mlp2x_gelu (default), ...")
     c.add_argument("--aspect-ratio", choices=ASPECT_RATIOS, help="for language models; default: pad")
-    c.add_argument("--seed", type=int, default=0, metavar="N", help="of a fresh projector (default 0)")
+    c.add_argument("--seed", type=SEED, default=0, metavar="N", help="of a fresh projector (default 0)")
     c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
     c.add_argument("--allow-nonfinite", action="store_true", help="convert tensors with NaN or infinity too")
     c.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
     c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
     c.add_argument("--allow-nonfinite", action="store_true", help="write tensors with NaN or infinity too")
-    c.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file, e.g. 500MB (default 5GB)")
+    c.add_argument(
+        "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of a file, e.g. 500MB (default 5GB)"
+    )
     c.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     c.set_defaults(run=run_to_hf)
 
@@ -108,27 +110,12 @@ def run_to_hf(args: argparse.Namespace) -> None:
         form=args.format,
         part=args.part,
         dtype=args.dtype,
-        shard_bytes=parse_size(args.max_shard_size),
+        shard_bytes=args.max_shard_size,
         vision_tower=args.vision_tower,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
     )
     note(f"wrote {args.destination}")
-
-
-def parse_size(text: str) -> int:
-    """`5GB`, `500MB`, `1GiB` or plain bytes, as a number of bytes.
-
-    Raises:
-      InputError: it is none of these.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
-    unit = (match[2] or "").lower() if match else ""
-    step = 1024 if unit.endswith("i") else 1000
-    size = int(float(match[1]) * step ** ("kmgt".index(unit[0]) + 1 if unit else 0)) if match else 0
-    if size <= 0:
-        raise InputError(f"--max-shard-size {text!r}: write it as 5GB or 500MB")
-    return size
 
 
 def run_inspect(args: argparse.Namespace) -> None:

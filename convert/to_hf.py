@@ -3,6 +3,7 @@
 import os
 
 from convert.finite import finite
+from convert.sizes import SHARD_BYTES
 from llava_jax.checkpoint import open_any
 from llava_jax.directories import find_directory
 from llava_jax.export import write_hf, write_projector
@@ -33,8 +34,10 @@ def to_hf(
       allow_nonfinite: say which tensors hold NaN or infinity, and go on.
 
     Raises:
-      InputError: the format cannot express the model, or the destination exists or cannot be written.
+      InputError: the format cannot express the model, the destination exists or cannot be written, or `shard_bytes` is
+        out of range.
     """
+    SHARD_BYTES.check("--max-shard-size", shard_bytes)
     tower = vision_tower and find_directory(vision_tower)
     opened = finite(open_any(source, vision_tower=tower), dtype, allow_nonfinite)
     kept = dict(overwrite=overwrite, sources=[opened.directory, *([tower] if tower else [])])

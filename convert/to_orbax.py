@@ -5,6 +5,7 @@ from pathlib import Path
 
 from convert.combine import combine
 from convert.finite import finite
+from llava_jax.console import SEED
 from llava_jax.directories import find_directory
 from llava_jax.orbax_files import save
 from llava_jax.tokenizer import load_tokenizer
@@ -43,8 +44,10 @@ def to_orbax(
       overwrite: replace the destination.
 
     Raises:
-      InputError: the source does not make a whole LLaVA, or the destination exists or cannot be written.
+      InputError: the source does not make a whole LLaVA, the destination exists or cannot be written, or the seed is
+        out of range.
     """
+    SEED.check("--seed", seed)
     find = lambda where: where and find_directory(where)  # noqa: E731
     start, base, delta, vision_tower = find_directory(source), find(base), find(delta), find(vision_tower)
     opened, tokenizer = combine(

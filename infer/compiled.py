@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from infer.sampling import choose
+from infer.choosing import choose
 from llava_jax import decoder, llava
 from llava_jax.config import LlavaConfig
 

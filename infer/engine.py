@@ -17,11 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer import compiled
-from infer.sampling import Sampling, row_keys
+from infer.buckets import Buckets
+from infer.choosing import row_keys
+from infer.sampling import Sampling
 from llava_jax import llava
 from llava_jax.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError
+from llava_jax.console import InputError, integer
 from llava_jax.images import image_size, layout, read_tiles
 from llava_jax.programs import compilations, limit_programs
 from llava_jax.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
@@ -33,31 +35,6 @@ from llava_jax.urls import fetch
 
 STEPS = 64  # tokens between looks at the answers for a stop string
 STREAM_STEPS = 8  # the same while a person is watching
-
-
-@dataclasses.dataclass(frozen=True)
-class Buckets:
-    """The ladders that shapes are rounded up to."""
-
-    lengths: tuple[int, ...] = (
-        *(128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
-        *(12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072),
-    )  # fmt: skip
-    tiles: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
-    new_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-    def up(self, ladder: str, n: int) -> int:
-        """`n` rounded up to a rung.
-
-        Raises:
-          InputError: the ladder is not that high.
-        """
-        rungs = getattr(self, ladder)
-        i = bisect.bisect_left(rungs, n)
-        if i == len(rungs):
-            raise InputError(f"{n} {ladder.replace('_', ' ')} are more than the engine is set up for ({rungs[-1]})")
-        return rungs[i]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,16 +203,19 @@ class Engine:
         Args:
           rows: of a batch, at most; no more than the ladder's highest rung.
 
+        Raises:
+          InputError: `rows` is not from 1 to that.
+
         Yields:
           The question's index and its answer, or what is wrong with the question; the others go on.
         """
+        integer(1, self.buckets.rows[-1]).check("--batch-size", rows)
         prepared: list[tuple[int, _Prepared]] = []
         for i, request in enumerate(requests):
             try:
                 prepared.append((i, self._prepare(request)))
             except InputError as error:
                 yield i, error
-        rows = min(rows, self.buckets.rows[-1])
         prepared.sort(key=lambda item: (self.buckets.up("tiles", item[1].row.tile_count), item[1].length))
         batches = [prepared[i : i + rows] for i in range(0, len(prepared), rows)]
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

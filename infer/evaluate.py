@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infer.flags import add_model_flags, load_engine
-from llava_jax.console import InputError, Parser, Progress, note, plural, run_main, shorten, shown
+from infer.flags import add_batch_size_flag, add_model_flags, load_engine
+from infer.sampling import Sampling
+from llava_jax.console import InputError, Parser, Progress, note, plural, ranges, run_main, shorten, shown
 from llava_jax.conversations import note_unread_keys, read_conversation, read_rows
 from llava_jax.images import ImageFolder
 from llava_jax.templates import MARK
@@ -176,7 +177,6 @@ def evaluate(engine, questions: list[Question], metric: Metric, *, rows: int, ma
       have images, and `no_option`, how many answers name no single option.
     """
     from infer.engine import Request
-    from infer.sampling import Sampling
 
     scores = [0.0] * len(questions)
     failed = unread = 0
@@ -247,17 +247,15 @@ def parser() -> argparse.ArgumentParser:
         help="exact_match: the same words; scienceqa: the same option, as the reference reads it, the default where "
         "every right answer says which (\"The answer is B.\")",
     )  # fmt: skip
-    p.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions at a time (default 32)")
-    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
+    add_batch_size_flag(p, default=32)
+    limits = ranges(Sampling)
+    p.add_argument("--max-new-tokens", type=limits["max_new_tokens"], default=64, metavar="N", help="(default 64)")
     p.add_argument("--json", action="store_true", help="print one JSON object: accuracy, by_kind")
     return p
 
 
 def main() -> int:
     args = parser().parse_args()
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     questions = read_questions(Path(args.data), Path(args.image_folder or "."))
     metric = args.metric or choose_metric(questions)
     questions = check_answers(questions, metric)

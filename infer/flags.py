@@ -2,8 +2,9 @@
 
 import argparse
 
+from infer.buckets import Buckets
 from llava_jax.config import IMAGE_RULES
-from llava_jax.console import enable_compilation_cache, note
+from llava_jax.console import enable_compilation_cache, integer, note
 from llava_jax.templates import explain_template
 
 
@@ -35,8 +36,17 @@ def add_cache_flag(parser) -> None:
     )
 
 
+def add_batch_size_flag(parser, default: int) -> None:
+    most = Buckets().rows[-1]
+    parser.add_argument(
+        "--batch-size", type=integer(1, most), default=default, metavar="N",
+        help=f"questions at a time, at most {most} (default {default})",
+    )  # fmt: skip
+
+
 def load_engine(args: argparse.Namespace):
-    """The `infer.engine.Engine` that the flags ask for. Says which template it takes, and on what it runs.
+    """The `infer.engine.Engine` that the flags ask for. Says which template it takes, and on what it runs; and warns of
+    a `--max-new-tokens` that the model has no positions for.
 
     Raises:
       InputError: as `Engine.load`.
@@ -56,4 +66,9 @@ def load_engine(args: argparse.Namespace):
     )
     template, mesh = explain_template(engine.config, args.template), format_mesh(engine.mesh.shape)
     note(f"template {template}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")
+    if args.max_new_tokens > engine.context:
+        note(
+            f"warning: --max-new-tokens {args.max_new_tokens}: the model has {engine.context} positions, prompt "
+            "included; answers end there"
+        )
     return engine

@@ -12,8 +12,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from infer.flags import add_model_flags, load_engine
-from llava_jax.console import InputError, Parser, note, print_json, run_main, shown
+from infer.flags import add_batch_size_flag, add_model_flags, load_engine
+from infer.sampling import Sampling
+from llava_jax.console import InputError, Parser, note, print_json, ranges, run_main, shown
 from llava_jax.templates import get_template
 
 BUNDLED = Path(__file__).parent / "shapes"  # its README.md is its card
@@ -42,14 +43,17 @@ def parser() -> argparse.ArgumentParser:
     )
     many.add_argument("--image-folder", metavar="DIR", help="where their images are; default: the current directory")
     many.add_argument("--answers", metavar="FILE", help="JSON lines, appended; questions answered there are skipped")
-    many.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default 8)")
+    add_batch_size_flag(many, default=8)
     how = p.add_argument_group("answers")
     how.add_argument("--system", metavar="TEXT", help="a system message instead of the template's")
-    how.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(default 512)")
-    how.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(default 1, off)")
-    how.add_argument("--top-k", type=int, default=0, metavar="K", help="(default 0, off)")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    limits = ranges(Sampling)
+    how.add_argument("--max-new-tokens", type=limits["max_new_tokens"], default=512, metavar="N", help="(default 512)")
+    how.add_argument(
+        "--temperature", type=limits["temperature"], default=0.0, metavar="X", help="0, the default, is greedy"
+    )
+    how.add_argument("--top-p", type=limits["top_p"], default=1.0, metavar="P", help="above 0 (default 1, off)")
+    how.add_argument("--top-k", type=limits["top_k"], default=0, metavar="K", help="(default 0, off)")
+    how.add_argument("--seed", type=limits["seed"], default=0, metavar="N", help="(default 0)")
     how.add_argument("--json", action="store_true", help="print one JSON object per answer")
     return p
 
@@ -85,13 +89,9 @@ def main() -> int:
         raise InputError("--questions wants --answers, the file to write to")
     if args.questions and args.image:
         raise InputError("--image belongs to --prompt; the images of --questions are named in its file")
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size} must be 1 or more")
 
     if args.template:
         get_template(args.template)  # or complain, sooner than the packages below, which take their time to load
-    from infer.sampling import Sampling
-
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
     if args.questions:
         return answer_file(args, sampling)

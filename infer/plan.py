@@ -7,9 +7,12 @@ figures are one step's. Exit status 1 if any of them needs more than the chips h
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer import compiled
+from infer.choosing import row_keys
 from infer.flags import add_cache_flag
-from infer.sampling import Sampling, row_keys
+from infer.sampling import Sampling
 from llava_jax import llava, plan, tpu
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, Parser, run_main
+from llava_jax.console import InputError, Parser, integer, run_main
 from llava_jax.images import most_tiles
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
@@ -32,11 +36,21 @@ NAMES = {"encode": "pictures", "prefill": "prefill", "decode": "a decoding step"
 def parser() -> Parser:
     p = Parser(prog="python -m infer.plan", description="What generation needs of each chip of a TPU slice.")
     plan.add_flags(p)
-    p.add_argument("--batch", type=int, default=1, metavar="N", help="questions answered at once (default 1)")
-    p.add_argument("--context", type=int, default=4096, metavar="N", help="positions of the cache (default 4096)")
-    p.add_argument("--new-tokens", type=int, default=512, metavar="N", help="of them for the answer (default 512)")
+    p.add_argument(
+        "--batch", type=integer(1, 2**20), default=1, metavar="N", help="questions answered at once (default 1)"
+    )
+    p.add_argument(
+        "--context", type=integer(2, 2**20), default=4096, metavar="N", help="positions of the cache (default 4096)"
+    )
+    p.add_argument(
+        "--new-tokens", type=integer(1, 2**20 - 1), default=512, metavar="N",
+        help="of them for the answer (default 512)",
+    )  # fmt: skip
     add_cache_flag(p)
-    p.add_argument("--tiles-per-row", type=int, metavar="N", help="of the pictures (default: the most of one picture)")
+    p.add_argument(
+        "--tiles-per-row", type=integer(0, 512), metavar="N",
+        help="of the pictures (default: the most of one picture)",
+    )  # fmt: skip
     return p
 
 
@@ -69,8 +83,8 @@ def plan_generation(
     hbm, held = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm, plan.per_chip(params)
     made = {}
 
-    def add(name: str, lowered, used: int, flops: float, least: float):
-        one = plan.compile_for_tpu(lowered, unknown_trips=1)
+    def add(name: str, lower: Callable, batch: Any, used: int, flops: float, least: float):
+        one = plan.too_large(batch, used, hbm) or plan.compile_for_tpu(lower(), unknown_trips=1)
         one = dataclasses.replace(one, peak=one.peak + held - used)  # weights that this function does not take
         needs = Plan(
             fits=one.memory is not None and one.peak <= hbm,
@@ -90,24 +104,25 @@ def plan_generation(
     decoder, seen = plan.per_chip(params["decoder"]), held - plan.per_chip(params["decoder"])
     cut_rows = rows // row_multiple(mesh)
     if tiles:
-        lowered = compiled.encode.lower(params, of_rows(np.uint8, tiles, side, side, 3), **static)
-        add("encode", lowered, seen, encode_flops(model, rows * tiles), 0.0)
+        images = of_rows(np.uint8, tiles, side, side, 3)
+        lower = functools.partial(compiled.encode.lower, params, images, **static)
+        add("encode", lower, images, seen, encode_flops(model, rows * tiles), 0.0)
     x_BSD = of_rows(jnp.bfloat16, length, model.text.width)
     options = static | dict(eos_ids=model.text.eos_ids)
     room = dict(new_tokens=new_tokens, int8_cache=int8_cache)
-    lowered = compiled.prefill.lower(params, x_BSD, numbers, numbers, keys, knobs, **room, **options)
+    lower = functools.partial(compiled.prefill.lower, params, x_BSD, numbers, numbers, keys, knobs, **room, **options)
     flops, moved = (
         decoder_flops(model, rows, length, length / 2),
         least(params, model, mesh, cut_rows, cut_rows * length),
     )
-    state = add("prefill", lowered, decoder, flops, moved)
+    state = add("prefill", lower, x_BSD, decoder, flops, moved)
     if state is not None:
-        lowered = compiled.decode_on("tpu").lower(
-            params, state, flags, jax.ShapeDtypeStruct((), np.int32), knobs, **options
-        )
+        steps = jax.ShapeDtypeStruct((), np.int32)
+        lower = functools.partial(compiled.decode_on("tpu").lower, params, state, flags, steps, knobs, **options)
         add(
             "decode",
-            lowered,
+            lower,
+            state.cache,
             decoder,
             decoder_flops(model, rows, 1, context),
             least(params, model, mesh, cut_rows, cut_rows),
@@ -149,9 +164,6 @@ def least(params: dict, model: LlavaConfig, mesh: Mesh, rows: int, positions: in
 
 def main() -> int:
     args = parser().parse_args(sys.argv[1:])
-    for name, at_least in (("batch", 1), ("new_tokens", 1), ("tiles_per_row", 0)):
-        if (value := getattr(args, name)) is not None and value < at_least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {at_least}")
     if args.context <= args.new_tokens:
         raise InputError(f"--context {args.context}: must be above --new-tokens {args.new_tokens}")
     model = plan.model_of(args.model)

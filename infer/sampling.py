@@ -1,13 +1,15 @@
-"""Choosing the next token: greedy, or drawn at a temperature from the likeliest (top-k, top-p)."""
+"""How answers are drawn. What does so is in `infer.choosing`; this is without JAX, so that flags can wait for it."""
 
 import dataclasses
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
 
-from llava_jax.console import InputError
-from llava_jax.sharding import BATCH, TENSOR, constrain
+from llava_jax.console import MOST_INT, SEED, Range, check_ranges, integer, number
+
+
+def _(default: float, allowed: Range) -> Any:
+    return dataclasses.field(default=default, metadata={"range": allowed})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,66 +20,25 @@ class Sampling:
     top_k           draw from this many likeliest tokens only; 0 for all
     top_p           draw from the fewest tokens that have this much probability together (Holtzman et al. 2020)
     seed            of the randomness; an answer depends on it and on the question, not on its place in a batch
-    max_new_tokens  an answer is cut after this many
+    max_new_tokens  an answer is cut after this many, and where the model has no position left
+
+    Raises:
+      InputError: one is out of its range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 512
+    temperature: float = _(0.0, number(0, 1000))
+    top_k: int = _(0, integer(0, MOST_INT))
+    top_p: float = _(1.0, number(0, 1, above=True))
+    seed: int = _(0, SEED)
+    max_new_tokens: int = _(512, integer(1, MOST_INT))
 
     def __post_init__(self):
-        for ok, what in (
-            (0 <= self.temperature < float("inf"), f"temperature {self.temperature} must be 0 or more"),
-            (0 <= self.top_k < 2**31, f"top-k {self.top_k} must be 0 (off) or more, and below 2**31"),
-            (0 < self.top_p <= 1, f"top-p {self.top_p} must be above 0 and at most 1"),
-            (0 <= self.seed < 2**31, f"seed {self.seed} must be from 0 to {2**31 - 1}"),
-            (self.max_new_tokens > 0, f"max-new-tokens {self.max_new_tokens} must be 1 or more"),
-        ):
-            if not ok:
-                raise InputError(what)
+        check_ranges(self)
 
-    def knobs(self) -> dict[str, jax.Array]:
-        """What `choose` takes: numbers on the device, so that no setting compiles anything."""
+    def knobs(self) -> dict[str, np.generic]:
+        """What `choosing.choose` takes: numbers that programs are given, so that no setting compiles anything."""
         return {
-            "temperature": jnp.float32(self.temperature),
-            "top_k": jnp.int32(self.top_k),
-            "top_p": jnp.float32(self.top_p),
+            "temperature": np.float32(self.temperature),
+            "top_k": np.int32(self.top_k),
+            "top_p": np.float32(self.top_p),
         }
-
-
-def choose(logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array], mesh: Mesh | None = None) -> jax.Array:
-    """The next token of each row, int32 [B].
-
-    Args:
-      logits_BV: float32, their vocabulary cut along `tensor`: the likeliest is found where they are, to draw they are
-        gathered once (a compiler left to itself sorts over the network).
-      keys_B: a random key for each row.
-      knobs: `Sampling.knobs()`.
-    """
-    logits_BV = constrain(logits_BV, mesh, BATCH, TENSOR)
-
-    def draw():
-        return jax.vmap(_draw, in_axes=(0, 0, None))(constrain(logits_BV, mesh, BATCH, None), keys_B, knobs)
-
-    greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(knobs["temperature"] > 0, draw, lambda: greedy)
-
-
-def _draw(logits_V: jax.Array, key: jax.Array, knobs: dict[str, jax.Array]) -> jax.Array:
-    """Temperature, then top-k, then top-p, as transformers' logits processors do."""
-    sorted_V, order_V = jax.lax.top_k(logits_V / knobs["temperature"], logits_V.shape[-1])
-    rank_V = jnp.arange(logits_V.shape[-1])
-    top_k = jnp.where(knobs["top_k"] > 0, knobs["top_k"], logits_V.shape[-1])
-    sorted_V = jnp.where(rank_V < top_k, sorted_V, -jnp.inf)
-    probabilities_V = jax.nn.softmax(sorted_V)
-    before_V = jnp.cumsum(probabilities_V) - probabilities_V
-    keep_V = (before_V < knobs["top_p"]) | (rank_V == 0)
-    place = jax.random.categorical(key, jnp.where(keep_V, sorted_V, -jnp.inf))
-    return order_V[place].astype(jnp.int32)
-
-
-def row_keys(seed: int, rows) -> jax.Array:
-    """A key for each row, from the seed and the row's own number."""
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows, jnp.uint32))

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
+import numbers
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 class InputError(Exception):
@@ -21,8 +24,125 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     """Wrong flags are wrong input like any other: one line, status 1."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        for given in sys.argv[1:] if args is None else args:
+            if re.fullmatch("-[^=]*=--", given):  # of which older argparse makes an empty list
+                self.error(f"argument {given.removesuffix('=--')}: expected one argument")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
+        # argparse writes "argument --seed: ", and what a `Range` says begins with the value: "--seed -1: must be ..."
+        if found := re.fullmatch(r"argument (\S+): (.*: must be .*)", message, re.DOTALL):
+            raise InputError(" ".join(found.groups()))
         raise InputError(f"{message} (--help lists all flags)")
+
+
+# ---------------------------------------------------------------- numbers
+
+TINY = 1e-30  # what is nearer to 0 than this is 0, or divides to infinity, in float32
+MOST_INT = 2**31 - 1  # of an int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a flag, or a field of a dataclass, may have: from `least` to `most`.
+
+    It is the flag's `type`, and the field's `metadata["range"]`: `max_length: int = field(default=2048,
+    metadata={"range": integer(2, 131072)})`. Then `check_ranges` checks the field, and the flag is added with
+    `type=ranges(Config)["max_length"]`.
+    """
+
+    kind: type  # int or float
+    least: float
+    most: float
+    above: bool = False  # `least` itself is not in the range
+
+    def __str__(self) -> str:
+        noun = "a whole number" if self.kind is int else "a number"
+        least, most = _plain(self.least), _plain(self.most)
+        return f"{noun} above {least}, at most {most}" if self.above else f"{noun} from {least} to {most}"
+
+    def __call__(self, text: str) -> float:
+        """The number that a text is, in ASCII digits, without spaces and underscores.
+
+        Raises:
+          argparse.ArgumentTypeError: it is none, or one out of range.
+        """
+        pattern = r"[+-]?[0-9]{1,100}"
+        if self.kind is float:
+            pattern = r"[+-]?([0-9]{1,100}(\.[0-9]{0,100})?|\.[0-9]{1,100})([eE][+-]?[0-9]{1,9})?"
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{shorten(text)!r}: must be {self}")
+        value = self.kind(text)
+        if problem := self._problem(value):
+            raise argparse.ArgumentTypeError(f"{shorten(text)}: {problem}")
+        return value
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises:
+        InputError: `value`, called `name`, is no such number.
+        """
+        real = numbers.Integral if self.kind is int else numbers.Real
+        is_number = isinstance(value, real) and not isinstance(value, bool)
+        if problem := self._problem(value) if is_number else f"must be {self}":
+            raise InputError(f"{name} {show_value(value)}: {problem}")
+
+    def _problem(self, value: numbers.Real) -> str:
+        """What is wrong with a number; "" if it is in range. NaN is in none."""
+        if not self.least <= value <= self.most or (self.above and value == self.least):
+            return f"must be {self}"
+        if 0 < abs(value) < TINY:
+            return f"must be {'' if self.above else '0 or '}at least {TINY:g}, as float32 has no number so near to 0"
+        return ""
+
+
+def integer(least: int, most: int) -> Range:
+    """Whole numbers from `least` to `most`."""
+    return Range(int, least, most)
+
+
+def number(least: float, most: float, *, above: bool = False) -> Range:
+    """Numbers from `least` to `most`; with `above`, without `least` itself."""
+    return Range(float, least, most, above)
+
+
+SEED = integer(0, MOST_INT)  # NumPy's, grain's and JAX's generators all take it
+
+
+def ranges(config: Any) -> dict[str, Range]:
+    """The ranges of the fields of a dataclass, or of an instance of it, by the names of the fields."""
+    return {f.name: f.metadata["range"] for f in dataclasses.fields(config) if "range" in f.metadata}
+
+
+def check_ranges(config: Any) -> None:
+    """Check the fields of a dataclass that have a range. Those whose default is None may be None.
+
+    Raises:
+      InputError: one is out of its range; the line names the field as a flag, `--max-length`.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "range" in field.metadata and (value is not None or field.default is not None):
+            field.metadata["range"].check(flag_of(field.name), value)
+
+
+def show_value(value: Any) -> str:
+    """A number as it is written, anything else as Python writes it, shortened."""
+    if isinstance(value, int) and abs(value) >= 10**100:  # of thousands of digits Python writes none in decimal
+        return shorten(hex(value))
+    return shorten(str(value) if isinstance(value, numbers.Number) else repr(value))
+
+
+def flag_of(name: str) -> str:
+    """`--max-length`, of the field `max_length`."""
+    return "--" + name.replace("_", "-")
+
+
+def _plain(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+# ---------------------------------------------------------------- running a command
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -60,6 +60,19 @@ class Compiled:
     out: Any = None  # shapes of what it gives, with where they lie
 
 
+def too_large(batch: Any, held: int, hbm: int) -> Compiled | None:
+    """What is known of a function whose batch alone is too large for a chip: it need not be compiled, nor could be
+    where the batch is larger by far. None if it is not too large.
+
+    Args:
+      batch: a tree of shapes with shardings.
+      held: bytes of the other arguments on a chip.
+      hbm: bytes that a program may use.
+    """
+    size = per_chip(batch)
+    return Compiled(0.0, size + held) if size > hbm else None
+
+
 def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
     """Compile and read a `jax.stages.Lowered`."""
     start = time.perf_counter()

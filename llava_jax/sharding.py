@@ -36,7 +36,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """`"data=1,fsdp=8,tensor=-1"` as a dictionary; -1, once, takes the devices that are left.
 
     Raises:
-      InputError: an axis is unknown, named twice, or no positive number.
+      InputError: an axis is unknown, named twice, or no number from 1 to 999999.
     """
     sizes = {}
     for part in filter(None, text.split(",")):
@@ -44,7 +44,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         axis, size = match.groups() if match else ("", "")
         if axis not in AXES or axis in sizes:
             raise InputError(
-                f"mesh {shorten(text)!r}: write it as data=1,fsdp=8,tensor=1 with positive sizes (one may be -1)"
+                f"mesh {shorten(text)!r}: write it as data=1,fsdp=8,tensor=1 with sizes up to 999999 (one may be -1)"
             )
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:

@@ -121,7 +121,7 @@ BAD = {
     "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
     "broken data URL": (lambda t: ("--image", "data:image/png;base64," + "A" * 9999), "AAA: not an image"),
     "file of a host": (lambda t: ("--image", "file://host/a.png"), "a file of host host"),
-    "long flag": (lambda t: ("--top-k", "x" * 9999), "invalid int value: 'xxx"),
+    "long flag": (lambda t: ("--top-k", "x" * 9999), "--top-k 'xxx"),
     "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
     "mesh spelling": (lambda t: ("--mesh", "8"), "write it as data=1,fsdp=8"),
     "temperature": (lambda t: ("--temperature", "-1"), "temperature"),

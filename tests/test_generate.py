@@ -11,9 +11,10 @@ from conftest import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, 
 from PIL import Image
 
 from convert.to_orbax import to_orbax
+from infer.choosing import choose, row_keys
 from infer.compiled import decode_on
 from infer.engine import Answer, Buckets, Engine, Request
-from infer.sampling import Sampling, choose, row_keys
+from infer.sampling import Sampling
 from llava_jax import decoder, images, llava, programs, urls
 from llava_jax.console import InputError
 from llava_jax.programs import compilations, memory_maps

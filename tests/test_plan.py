@@ -223,11 +223,15 @@ def test_stages_compute_at_most_four_fifths_on_any_slice(plans, model):
     [
         (train_plan, ["--topology", "v9:2x2"], "write it as v5e:4x8"),
         (train_plan, ["--topology", "v5e:2x2", "--preset", "v2"], "unknown preset 'v2'; "),
-        (train_plan, ["--topology", "v5e:2x2", "--rows-per-chip", "0"], "--rows-per-chip 0: must be at least 1"),
+        (
+            train_plan,
+            ["--topology", "v5e:2x2", "--rows-per-chip", "0"],
+            "--rows-per-chip 0: must be a whole number from 1",
+        ),
         (train_plan, ["--topology", "v5e:2x2", "--remat", "some"], "--remat 'some': only full"),
         (train_plan, ["--topology", "v5e:2x2", "--mesh", "model=4"], "write it as data=1"),
         (infer_plan, ["--topology", "v5e:2x2", "--context", "512"], "must be above --new-tokens 512"),
-        (infer_plan, ["--topology", "v5e:2x2", "--batch", "0"], "--batch 0: must be at least 1"),
+        (infer_plan, ["--topology", "v5e:2x2", "--batch", "0"], "--batch 0: must be a whole number from 1"),
     ],
 )
 def test_wrong_flags(run_cli, command, flags, says):
@@ -503,6 +507,7 @@ def test_a_plan_refuses_a_run_in_which_nothing_would_be_trained(run_plan):
         (["--data", "a.json", "--search"], "--data does not go with --search"),
         (["--examples", 5, "--search"], "--examples does not go with --search"),
         (["--seq", 512, "--max-length", 512], "give either it or them"),
+        (["--search", "--rows-per-chip", 17], "--rows-per-chip 17: --search tries 16 at most"),
         (["--seq", 512, "--positions-per-row", 512], "give either it or them"),
     ],
 )

@@ -325,6 +325,6 @@ def test_command(run_cli, tmp_path):
     assert (status, err.count("\n")) == (1, 1)
     assert "is not empty" in err
     status, _, err = run_cli(shapes.main, "--output", tmp_path / "more", "--examples", "0")
-    assert (status, err) == (1, "error: --examples 0: must be at least 1\n")
+    assert (status, err) == (1, "error: --examples 0: must be a whole number from 1 to 1000000\n")
     status, _, err = run_cli(shapes.main, "--output", GOLDEN / "anyres.json", "--examples", "1")
     assert (status, err.count("\n")) == (1, 1)

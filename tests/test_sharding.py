@@ -10,8 +10,9 @@ import pytest
 from conftest import GOLDEN, QUESTION, golden_engine, load_golden, make_row
 from jax.sharding import PartitionSpec as P
 
+from infer.choosing import choose, row_keys
 from infer.engine import Engine, Request
-from infer.sampling import Sampling, choose, row_keys
+from infer.sampling import Sampling
 from llava_jax import config as c
 from llava_jax import decoder, llava, sharding
 from llava_jax.console import InputError

@@ -1302,11 +1302,11 @@ def test_preview_places_images_as_training_does(write, config, models, run_cli):
     [
         (["--nothing"], "the following arguments are required: --data, --checkpoint (--help lists all flags)"),
         (["--data", "a", "--checkpoint", "b", "--preset", "v2"], "argument --preset: invalid choice: 'v2'"),
-        (["--data", "a", "--checkpoint", "b", "-n", "x"], "argument -n: invalid int value: 'x'"),
-        (["--data", "a", "--checkpoint", "b", "-n", "0"], "-n 0: must be at least 1"),
-        (["--data", "a", "--checkpoint", "b", "--start", "-1"], "--start -1: must be at least 0"),
-        (["--data", "a", "--checkpoint", "b", "--epoch", "-1"], "--epoch -1: must be at least 0"),
-        (["--data", "a", "--checkpoint", "b", "--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--data", "a", "--checkpoint", "b", "-n", "x"], "-n 'x': must be a whole number from 1"),
+        (["--data", "a", "--checkpoint", "b", "-n", "0"], "-n 0: must be a whole number from 1"),
+        (["--data", "a", "--checkpoint", "b", "--start", "-1"], "--start -1: must be a whole number from 0"),
+        (["--data", "a", "--checkpoint", "b", "--epoch", "-1"], "--epoch -1: must be a whole number from 0"),
+        (["--data", "a", "--checkpoint", "b", "--seed", "-1"], "--seed -1: must be a whole number from 0"),
     ],
 )
 def test_preview_refuses_wrong_flags_in_a_line(args, says, run_cli):

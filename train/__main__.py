@@ -13,10 +13,21 @@ import os
 import sys
 import types
 
-from llava_jax.console import InputError, Parser, enable_compilation_cache, hush, note, run_main, shorten
+from llava_jax.console import (
+    InputError,
+    Parser,
+    enable_compilation_cache,
+    flag_of,
+    hush,
+    integer,
+    note,
+    run_main,
+    shorten,
+)
 from train.processes import are_several, connect, watched
 
 SEVERAL = ("data", "eval_data")  # flags that are given once for each file
+MOST_PROCESSES = 2**16
 PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "output")
 
 
@@ -28,11 +39,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list-presets", action="store_true", help="print what the presets are, and end")
     several = p.add_argument_group("several processes (on Cloud TPUs they find each other without these)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
-    several.add_argument("--process-id", type=int, metavar="N", help="the number of this process, from 0")
-    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument(
+        "--process-id", type=integer(0, MOST_PROCESSES - 1), metavar="N", help="the number of this process, from 0"
+    )
+    several.add_argument("--processes", type=integer(1, MOST_PROCESSES), metavar="N", help="how many there are")
     several.add_argument(
         "--heartbeat",
-        type=int,
+        type=integer(1, 86400),
         default=40,
         metavar="SECONDS",
         help="silence after which a process is gone (default 40)",
@@ -46,7 +59,7 @@ def add_fields(p, known: tuple[str, ...] = ()) -> None:
     from train.config import TrainConfig
 
     for field in dataclasses.fields(TrainConfig):
-        flag = "--" + field.name.replace("_", "-")
+        flag = flag_of(field.name)
         about = f"{field.metadata['help']} (default {show(field.default)})".replace("%", "%%")
         if field.name in known:
             continue
@@ -66,18 +79,16 @@ def parse(field: dataclasses.Field, text: str):
     """The value of a field from its flag.
 
     Raises:
-      InputError: it is of another type.
+      InputError: it is of another type, or a number out of range.
     """
     kinds = field.type.__args__ if isinstance(field.type, types.UnionType) else (field.type,)
     if type(None) in kinds and text.lower() == "none":
         return None
-    if int in kinds or float in kinds:
-        kind = int if int in kinds else float
+    if allowed := field.metadata.get("range"):
         try:
-            return kind(text)
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise InputError(f"--{field.name.replace('_', '-')} {shorten(text)!r}: must be {wanted}") from None
+            return allowed(text)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{flag_of(field.name)} {error}") from None
     return text if str in kinds else tuple(filter(None, text.split(",")))
 
 

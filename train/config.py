@@ -1,13 +1,25 @@
 """What a training run is: one frozen dataclass of plain fields, each of them a flag, and the reference's presets."""
 
 import dataclasses
-import math
 import types
 import typing
 from typing import Any
 
 from llava_jax.config import ASPECT_RATIOS, LlavaConfig
-from llava_jax.console import InputError, note, shorten
+from llava_jax.console import (
+    MOST_INT,
+    SEED,
+    TINY,
+    InputError,
+    Range,
+    check_ranges,
+    flag_of,
+    integer,
+    note,
+    number,
+    shorten,
+    show_value,
+)
 from llava_jax.layers import REMAT
 from llava_jax.sharding import parse_mesh
 from llava_jax.templates import Template, choose_template, get_template, is_program
@@ -20,13 +32,19 @@ DTYPES = ("bfloat16", "float32")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-def _(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _(default: Any, help: str, allowed: Range | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help} | ({"range": allowed} if allowed else {}))
+
+
+RATE = number(0, 10)
+DECAY = number(0, 0.999999)  # float32 has few numbers between that and 1
+EVERY = integer(0, MOST_INT)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run. Field names are the flags' (`learning_rate` is `--learning-rate`), `metadata["help"]` says what each is.
+    """A run. Field names are the flags' (`learning_rate` is `--learning-rate`), `metadata["help"]` says what each is,
+    and `metadata["range"]` what it may be, if it is a number.
 
     Attributes:
       preset: the name of the preset that the values come from, but for those `given`; None where there is none. Neither
@@ -44,57 +62,65 @@ class TrainConfig:
     image_folder: str = _("", "where the images are that the data names")
     follow_links: bool = _(False, "links in the image folder may lead out of it, to other disks")
     template: str | None = _(None, "conversation template; None: the checkpoint's")
-    max_length: int = _(2048, "positions after splicing at which a conversation is cut")
+    max_length: int = _(2048, "positions after splicing at which a conversation is cut", integer(2, 2**17))
     batching: str = _("packed", "packed: several conversations a row; bucketed: one a row, lengths grouped")
-    global_batch_size: int = _(128, "conversations of one step, over all devices and accumulated parts")
-    epochs: float = _(1.0, "passes over the data")
-    steps: int | None = _(None, "steps of the whole run; None: what `epochs` gives")
+    global_batch_size: int = _(
+        128, "conversations of one step, over all devices and accumulated parts", integer(1, 10**6)
+    )
+    epochs: float = _(1.0, "passes over the data", number(0, 10**6, above=True))
+    steps: int | None = _(None, "steps of the whole run; None: what `epochs` gives", integer(1, MOST_INT))
     on_bad_sample: str = _("skip", "skip: leave a broken sample out and count it; fail: stop at it")
-    max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same")
-    workers: int = _(4, "threads that read and decode pictures; 0: none beside the one that makes batches")
-    prefetch: int = _(2, "batches that are made ahead")
-    positions_per_row: int | None = _(None, "of a packed row; None: max_length, or up to half more if the data gains")
-    tiles_per_row: int | None = _(None, "room for tiles of a packed row; None: from the data")
+    max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same", number(0, 1))
+    workers: int = _(
+        4, "threads that read and decode pictures; 0: none beside the one that makes batches", integer(0, 1024)
+    )
+    prefetch: int = _(2, "batches that are made ahead", integer(1, 1024))
+    positions_per_row: int | None = _(
+        None, "of a packed row; None: max_length, or up to half more if the data gains", integer(2, 2**18)
+    )
+    tiles_per_row: int | None = _(None, "room for tiles of a packed row; None: from the data", integer(0, 512))
     aspect_ratio: str | None = _(None, "square, pad or anyres; None: the checkpoint's")
     image_first: str = _("as_is", "as_is: a single image before its question, as the reference; random: or after it")
     eval_data: str | tuple[str, ...] | None = _(None, "held-out conversations to evaluate on; repeatable")
-    eval_every: int = _(0, "steps between evaluations; 0: only after the last")
+    eval_every: int = _(0, "steps between evaluations; 0: only after the last", EVERY)
 
     # model
     checkpoint: str = _("", "the model to start from: a directory, or a name of the hub")
     vision_tower: str | None = _(None, "CLIP directory, for an original checkpoint that comes without its tower")
     tune: str = _("projector,decoder", "what is trained: " + " | ".join(TUNE))
-    lora_rank: int = _(128, "rank of LoRA's matrices")
-    lora_alpha: float = _(256.0, "LoRA's product is scaled by alpha / rank")
-    lora_dropout: float = _(0.05, "share of LoRA's inputs that is dropped")
+    lora_rank: int = _(128, "rank of LoRA's matrices", integer(1, 8192))
+    lora_alpha: float = _(256.0, "LoRA's product is scaled by alpha / rank", number(0, 10**6))
+    lora_dropout: float = _(0.05, "share of LoRA's inputs that is dropped", number(0, 0.999))
     lora_targets: tuple[str, ...] = _(LORA_TARGETS, "linear layers of the decoder that LoRA adapts")
 
     # optimiser
-    learning_rate: float = _(2e-5, "peak learning rate")
-    projector_learning_rate: float | None = _(None, "peak of the projector; None: learning_rate")
-    vision_learning_rate: float | None = _(None, "peak of the vision tower; None: learning_rate")
+    learning_rate: float = _(2e-5, "peak learning rate", RATE)
+    projector_learning_rate: float | None = _(None, "peak of the projector; None: learning_rate", RATE)
+    vision_learning_rate: float | None = _(None, "peak of the vision tower; None: learning_rate", RATE)
     schedule: str = _("cosine", "cosine: to zero at the last step; constant; either after a linear warm-up")
-    warmup_ratio: float = _(0.03, "share of the steps that the warm-up takes")
-    weight_decay: float = _(0.0, "AdamW's; never on biases and norms")
-    adam_b1: float = _(0.9, "AdamW's")
-    adam_b2: float = _(0.999, "AdamW's")
-    adam_eps: float = _(1e-8, "AdamW's")
-    max_grad_norm: float = _(1.0, "gradients are scaled down to this norm over all that is trained; 0: never")
-    accumulate: int = _(1, "parts that a batch is computed in, one after the other")
+    warmup_ratio: float = _(0.03, "share of the steps that the warm-up takes", number(0, 1))
+    weight_decay: float = _(0.0, "AdamW's; never on biases and norms", number(0, 100))
+    adam_b1: float = _(0.9, "AdamW's", DECAY)
+    adam_b2: float = _(0.999, "AdamW's", DECAY)
+    adam_eps: float = _(1e-8, "AdamW's", number(TINY, 1))
+    max_grad_norm: float = _(
+        1.0, "gradients are scaled down to this norm over all that is trained; 0: never", number(0, 10**6)
+    )
+    accumulate: int = _(1, "parts that a batch is computed in, one after the other", integer(1, 10**6))
 
     # run
     output: str = _("", "directory of the run: checkpoints, metrics, the exported model")
-    seed: int = _(0, "of the order of the data, LoRA's start and its dropout")
+    seed: int = _(0, "of the order of the data, LoRA's start and its dropout", SEED)
     dtype: str = _("bfloat16", "of the computation; what is trained is kept in float32")
     reduce_dtype: str | None = _(None, "in which gradients are summed over devices, bfloat16 or float32; None: dtype")
     remat: str = _(
         "full", "what the backward pass finds saved of a layer: full (nothing) | minimal | dots | none (all)"
     )
     mesh: str | None = _(None, "data=1,fsdp=8,tensor=1; None: all devices along fsdp")
-    save_every: int = _(500, "steps between checkpoints; 0: only save_minutes and the last step count")
-    save_minutes: float = _(30.0, "most minutes between checkpoints; 0: only save_every counts")
-    keep: int = _(3, "checkpoints kept, the best aside")
-    log_every: int = _(1, "steps between lines of metrics")
+    save_every: int = _(500, "steps between checkpoints; 0: only save_minutes and the last step count", EVERY)
+    save_minutes: float = _(30.0, "most minutes between checkpoints; 0: only save_every counts", number(0, 10**6))
+    keep: int = _(3, "checkpoints kept, the best aside", integer(1, MOST_INT))
+    log_every: int = _(1, "steps between lines of metrics", integer(1, MOST_INT))
     profile_steps: str | None = _(None, "A:B: write a trace of steps A to B")
     export_hf: bool = _(False, "export the model in transformers' format too")
 
@@ -119,32 +145,23 @@ class TrainConfig:
         ):
             if getattr(self, name) not in known:
                 listed = ", ".join(str(value) for value in known if value)
-                raise InputError(f"--{name.replace('_', '-')} {shorten(getattr(self, name))!r}: only {listed}")
-        for name, least in (
-            ("max_length", 2), ("global_batch_size", 1), ("steps", 1), ("workers", 0), ("prefetch", 1),
-            ("tiles_per_row", 0), ("eval_every", 0), ("lora_rank", 1), ("lora_alpha", 0), ("learning_rate", 0),
-            ("projector_learning_rate", 0), ("vision_learning_rate", 0), ("weight_decay", 0), ("max_grad_norm", 0),
-            ("adam_eps", 0), ("accumulate", 1), ("seed", 0), ("save_every", 0), ("save_minutes", 0), ("keep", 1),
-            ("log_every", 1),
-        ):  # fmt: skip
-            self._check(name, lambda value, least=least: value >= least, f"must be at least {least}")
-        for name in ("max_bad_share", "warmup_ratio"):
-            self._check(name, lambda value: 0 <= value <= 1, "must be between 0 and 1")
-        for name in ("lora_dropout", "adam_b1", "adam_b2"):
-            self._check(name, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-        self._check("epochs", lambda value: 0 < value <= 1e6, "must be above 0, and at most 1000000")
-        self._check("positions_per_row", lambda value: value >= self.max_length, "must be at least --max-length")
+                raise InputError(f"{flag_of(name)} {shorten(getattr(self, name))!r}: only {listed}")
+        check_ranges(self)
+        if self.positions_per_row is not None and self.positions_per_row < self.max_length:
+            raise InputError(
+                f"--positions-per-row {self.positions_per_row}: must be at least --max-length, {self.max_length}"
+            )
+        if self.accumulate > self.global_batch_size:
+            raise InputError(
+                f"--accumulate {self.accumulate}: must be at most --global-batch-size, {self.global_batch_size}: each "
+                "part needs a conversation"
+            )
         if unknown := [target for target in self.lora_targets if target not in LORA_TARGETS]:
             raise InputError(f"--lora-targets {shorten(', '.join(unknown))}: only {', '.join(LORA_TARGETS)}")
         if self.tune == "lora" and not self.lora_targets:
             raise InputError(f"--lora-targets: name at least one of {', '.join(LORA_TARGETS)}")
         if self.mesh is not None:
             parse_mesh(self.mesh)
-
-    def _check(self, name: str, holds, says: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not holds(value):
-            raise InputError(f"--{name.replace('_', '-')} {shorten(value)}: {says}")
 
     def replace(self, **changes) -> "TrainConfig":
         """The same with other values, which count as given."""
@@ -158,9 +175,7 @@ def _check_type(name: str, value: Any, wanted: Any) -> None:
     kinds = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         says = wanted.__name__ if isinstance(wanted, type) else wanted
-        raise InputError(f"--{name.replace('_', '-')} {shorten(repr(value))}: must be {says}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number")
+        raise InputError(f"{flag_of(name)} {show_value(value)}: must be {says}")
 
 
 # The reference's scripts, by the name of the stage (scripts/*.sh, scripts/v1_5/*.sh of haotian-liu/LLaVA).
@@ -212,7 +227,7 @@ def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
     found = _contradictions(config, model)
     if not found:
         return
-    flags = [f"--{name.replace('_', '-')}" for name in found]
+    flags = [flag_of(name) for name in found]
     preset, own = zip(*found.values(), strict=True)
     as_preset, as_checkpoint = (" ".join(sum(zip(flags, values, strict=True), ())) for values in (preset, own))
     stage = config.preset.partition("-")[2]

@@ -17,6 +17,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, plural
+from llava_jax.console import InputError, plural, ranges
 from llava_jax.images import most_tiles
 from llava_jax.sharding import format_mesh, row_multiple
 from llava_jax.splice import Batch, Row, pack
@@ -41,8 +42,12 @@ FEW = 32  # if the data has at most so many with images, those of all are read b
 WINDOW = 1024  # conversations that are distributed over packed rows together, and that are looked at beforehand
 SPARE = 0.05  # rows more than estimated for a batch of all the data, where not all of it has been looked at
 # What the longest row and the most tiles of a bucketed batch are rounded up to.
-LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+LENGTHS = (
+    *(128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768),
+    *(49152, 65536, 98304, 131072),
+)  # fmt: skip
 TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
+NUMBERS = 5  # int32 for each position of a batch, beside its tiles
 
 Planned = list[list[Sample]]  # rows of conversations
 Info = dict[str, Any]
@@ -215,6 +220,11 @@ class Data:
         """The rows that a batch fills, the conversations of a row where it is not to be full, and whether a batch is
         the whole data."""
         wanted, multiple = self.config.global_batch_size, self._multiple
+        if self.train and self.config.accumulate > self.wanted:
+            raise InputError(
+                f"--accumulate {self.config.accumulate}: at most the {plural(self.wanted, 'conversation')} of a batch: "
+                "each part needs one"
+            )
         if self.packed:
             rows, per_row = rows_of_batch(self.wanted, self._full, multiple)
             held = rows * (per_row or self._full)
@@ -230,6 +240,33 @@ class Data:
                 f"{multiple}"
             )
         return -(-self.wanted // multiple) * multiple, None, False
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run.
+
+        Raises:
+          InputError: `epochs` makes more than can be counted.
+        """
+        steps = self.config.steps or math.ceil(self.config.epochs * self.steps_per_epoch)
+        if steps > (most := ranges(TrainConfig)["steps"].most):
+            raise InputError(f"--epochs {self.config.epochs:g}: makes {steps} steps, more than {most}")
+        return steps
+
+    def check_memory(self) -> None:
+        """Raises:
+        InputError: this machine has less memory than the batches that are made ahead take.
+        """
+        length, tiles = self.largest_shape()
+        pixels = tiles * self.samples.model.vision.image_size**2 * 3
+        batch = self.rows // self._processes * (length * NUMBERS * 4 + pixels)
+        ahead = self.config.prefetch + 2  # one is made, and one on its way to the devices
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if batch * ahead > memory:
+            raise InputError(
+                f"{ahead} batches made ahead, {plural(self.rows, 'row')} and {batch / 1e9:.3g} GB each, need more than "
+                f"the {memory / 1e9:.0f} GB of this machine: give less --global-batch-size, --accumulate or --prefetch"
+            )
 
     def resize(self, rows_multiple: int) -> None:
         """Make the batches of a mesh that needs this multiple, from the beginning."""

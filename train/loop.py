@@ -137,6 +137,8 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
         if config.eval_data:
             arguments |= dict(path=config.eval_data, train=False)
             opened["eval"] = open_data(config, found.config, found.tokenizer, **arguments)
+        for data in filter(None, (opened["data"], opened["eval"])):
+            data.check_memory()
         if progress:
             data = opened["data"]
             data.set_state(progress["data"])
@@ -150,7 +152,7 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
         return str(checkpoints.latest)
 
     together(f"checkpoints in {output.root}", open_rows)
-    total = progress["total"] if progress else config.steps or math.ceil(config.epochs * opened["data"].steps_per_epoch)
+    total = progress["total"] if progress else opened["data"].total_steps
     if not progress:
         check_rates(config, total, opened["data"].wanted)
     if (traced := parse_profile_steps(config.profile_steps)) and traced[0] > total:

@@ -13,6 +13,7 @@ twice, 2.5 each twice and a half of them once more. A YAML file lists data files
 What is drawn depends on the seed and on the place in the list, and is the same in every epoch.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import math
@@ -22,12 +23,13 @@ from collections.abc import Sequence
 import numpy as np
 import yaml
 
-from llava_jax.console import InputError, shorten
+from llava_jax.console import InputError, number, shorten
 from llava_jax.files import open_regular, read_text
 
 STRATEGIES = ("first", "end", "random")
 MAX_YAML = 2**18  # bytes: some thousands of files
-MOST = 1000  # times that a file may be repeated
+WEIGHT = number(0, 1000, above=True)  # times that a file is repeated
+MOST_ROWS = 10**8  # that are taken of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,14 @@ class Part:
     rows: int | None = None  # how many, instead
 
     def choose(self, n: int, seed: Sequence[int]) -> np.ndarray:
-        """The rows, int64 [m], of a file that has `n`, in the file's order; repetitions follow."""
+        """The rows, int64 [m], of a file that has `n`, in the file's order; repetitions follow.
+
+        Raises:
+          InputError: they are more than `MOST_ROWS`.
+        """
         wanted = max(1, math.ceil(round(self.weight * n, 6))) if self.rows is None else self.rows
+        if self.rows is None and wanted > MOST_ROWS:
+            raise InputError(f"--data {shorten(self.path)}={self.weight:g}: makes {wanted} rows, more than {MOST_ROWS}")
         if self.strategy != "random":
             first = 0 if self.strategy == "first" else max(n - wanted, 0)
             return np.arange(n)[first : first + wanted]
@@ -104,14 +112,11 @@ def _weighed(text: str) -> Part:
     if not equals or os.path.exists(text):
         return Part(text)
     try:
-        number = float(weight)
-    except ValueError:
-        number = math.nan
-    if 0 < number <= MOST:
-        return Part(path, weight=number)
-    if not os.path.exists(path):  # then the name is what is wrong, and = may be part of it
-        return Part(text)
-    raise InputError(f"--data {shorten(text)}: the weight after = must be a number above 0, at most {MOST}")
+        return Part(path, weight=WEIGHT(weight))
+    except argparse.ArgumentTypeError:
+        if not os.path.exists(path):  # then the name is what is wrong, and = may be part of it
+            return Part(text)
+    raise InputError(f"--data {shorten(text)}: the weight after = must be {WEIGHT}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,8 +142,8 @@ def _read_yaml(path: str) -> list[Part]:
     if not isinstance(entries, list) or not entries or len(contents) > 1:
         raise InputError(f"{name}: must have one key, datasets, with a list of json_path and sampling_strategy")
     parts = []
-    for number, entry in enumerate(entries):
-        where = f"{name}: datasets[{number}]"
+    for i, entry in enumerate(entries):
+        where = f"{name}: datasets[{i}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
             raise InputError(f"{where} has no json_path")
         if unknown := [key for key in entry if key not in ("json_path", "sampling_strategy")]:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from llava_jax import llava, plan, tpu
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, Parser, note, run_main
+from llava_jax.console import InputError, Parser, integer, note, ranges, run_main
 from llava_jax.images import most_tiles
 from llava_jax.layers import REMAT
 from llava_jax.plan import Compiled, Plan
@@ -53,13 +53,19 @@ def parser() -> Parser:
         help=f"the stage: {', '.join(PRESETS)}; default: full fine-tuning of the model's version, with the "
         "checkpoint's own template and images",
     )  # fmt: skip
-    p.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices; data parallel between them")
-    p.add_argument("--examples", type=int, metavar="N", help="conversations of the data, where --data gives none")
     p.add_argument(
-        "--rows-per-chip", type=int, metavar="N",
+        "--slices", type=integer(1, 1024), default=1, metavar="N", help="so many slices; data parallel between them"
+    )
+    p.add_argument(
+        "--examples", type=integer(1, 10**7), metavar="N", help="conversations of the data, where --data gives none"
+    )
+    p.add_argument(
+        "--rows-per-chip", type=integer(1, 2**16), metavar="N",
         help="compile so many full rows for each shard of rows, which is a chip, or `tensor` chips, whatever the batch",
     )  # fmt: skip
-    p.add_argument("--seq", type=int, metavar="N", help="positions of a row, and --max-length")
+    p.add_argument(
+        "--seq", type=ranges(TrainConfig)["max_length"], metavar="N", help="positions of a row, and --max-length"
+    )
     p.add_argument(
         "--search", action="store_true",
         help="try meshes, remat policies and rows per chip, and print the best that fit; many programs are compiled",
@@ -86,14 +92,16 @@ def plan_step(
     """Compile the step for `rows` rows a shard, of `length` positions and `tiles` tiles each."""
     frozen, state, step, _ = setup(llava.param_shapes(model), model, config, mesh, STEPS)
     rows *= row_multiple(mesh)
-    made = plan.compile_for_tpu(step.lower(frozen, state, batch_shapes(model, mesh, rows, length, tiles)))
+    batch = batch_shapes(model, mesh, rows, length, tiles)
     hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
+    parameters, optimizer = plan.per_chip((frozen, state.trained)), plan.per_chip(state.opt_state)
+    made = plan.too_large(batch, parameters + optimizer, hbm) or plan.compile_for_tpu(step.lower(frozen, state, batch))
     return Plan(
         fits=made.memory is not None and made.peak <= hbm,
         peak_bytes_per_chip=made.peak,
         hbm_bytes_per_chip=hbm,
-        parameter_bytes_per_chip=plan.per_chip((frozen, state.trained)),
-        optimizer_bytes_per_chip=plan.per_chip(state.opt_state),
+        parameter_bytes_per_chip=parameters,
+        optimizer_bytes_per_chip=optimizer,
         executed_flops_per_chip=made.work and made.work.flops,
         model_flops_per_chip=model_flops(model, config, rows, length, tiles) / mesh.size,
         collective_bytes_per_chip=made.work and made.work.collectives,
@@ -252,9 +260,6 @@ def show_search(found: list[Choice], args) -> int:
 
 def main() -> int:
     args = parser().parse_args(sys.argv[1:])
-    for name, least in (("slices", 1), ("rows_per_chip", 1), ("seq", 2), ("examples", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     check_flags(args)
     config = config_of(args)
     default = functools.partial(make_mesh, {DATA: args.slices, FSDP: -1})
@@ -288,6 +293,8 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) and (args.rows_per_chip or args.search):
             rows = "--search" if args.search else "--rows-per-chip"
             raise InputError(f"--{name} does not go with {rows}, which compiles full rows, whatever the data; drop one")
+    if args.search and args.rows_per_chip and args.rows_per_chip > MOST_ROWS:
+        raise InputError(f"--rows-per-chip {args.rows_per_chip}: --search tries {MOST_ROWS} at most")
     if args.seq and (args.max_length or args.positions_per_row):
         raise InputError("--seq stands for --max-length and --positions-per-row; give either it or them")
 

@@ -162,7 +162,7 @@ def plan_batch(data: Data, config: TrainConfig, mesh: Mesh) -> BatchPlan:
         tokens=found["tokens"],
         data=data.samples.path,
         examples=len(data.samples),
-        steps=config.steps or math.ceil(config.epochs * data.steps_per_epoch),
+        steps=data.total_steps,
     )
 
 
@@ -227,9 +227,10 @@ def what_fits(
 def more_parts(asked: Choice, plan_with: PlanWith) -> Choice | None:
     """The fewest accumulated parts that fit, if any do."""
     rows = -(-asked.batch.rows // row_multiple(asked.mesh))  # of a shard
-    numbers = sorted({-(-rows // at_once) for at_once in range(1, rows + 1)})
     numbers = [
-        n for n in numbers if n >= asked.config.accumulate and (n > asked.config.accumulate or asked.made is None)
+        n
+        for n in numbers_of_parts(rows)
+        if n >= asked.config.accumulate and (n > asked.config.accumulate or asked.made is None)
     ]
 
     def plan_parts(parts: int) -> Choice | None:
@@ -246,6 +247,13 @@ def more_parts(asked: Choice, plan_with: PlanWith) -> Choice | None:
         else:
             fewest = middle + 1
     return found
+
+
+def numbers_of_parts(rows: int) -> list[int]:
+    """ceil(rows / n) of all n from 1 to `rows`, each once, from 1 on: so many parts have n rows each, or the last one
+    fewer. About twice the square root of `rows` are different."""
+    small = range(1, min(math.isqrt(rows) + 1, rows) + 1)
+    return sorted({-(-rows // n) for n in small} | {n for n in small if -(-rows // -(-rows // n)) == n})
 
 
 def other_meshes(model: LlavaConfig, mesh: Mesh, slices: int) -> Iterator[dict[str, int]]:

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 
 from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import InputError, Parser, note, print_json, printable, run_main, shorten, shown
+from llava_jax.console import (
+    MOST_INT,
+    InputError,
+    Parser,
+    integer,
+    note,
+    print_json,
+    printable,
+    ranges,
+    run_main,
+    shorten,
+    shown,
+)
 from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
 from llava_jax.tokenizer import Tokenizer
 from llava_jax.urls import label
@@ -33,22 +45,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preset", choices=PRESETS, help="take these from a preset: template, length, aspect ratio, order")
     p.add_argument("--follow-links", action="store_true", help="links in the image folder may lead out of it")
     p.add_argument("--template", metavar="NAME", help="conversation template; default: the preset's or checkpoint's")
-    p.add_argument("--max-length", type=int, metavar="N", help="positions at which a conversation is cut")
+    limits = ranges(TrainConfig)
+    p.add_argument(
+        "--max-length", type=limits["max_length"], metavar="N", help="positions at which a conversation is cut"
+    )
     p.add_argument("--aspect-ratio", choices=ASPECT_RATIOS, help="default: the preset's or checkpoint's")
     p.add_argument("--image-first", choices=IMAGE_FIRST, help="default: the preset's or as_is")
-    p.add_argument("--seed", type=int, metavar="N", help="of --image-first random, as in training (default 0)")
-    p.add_argument("--epoch", type=int, default=0, metavar="N", help="of --image-first random (default 0, the first)")
-    p.add_argument("-n", type=int, default=5, metavar="N", help="conversations to show (default 5)")
-    p.add_argument("--start", type=int, default=0, metavar="ROW", help="the first of them (default 0)")
+    p.add_argument(
+        "--seed", type=limits["seed"], metavar="N", help="of --image-first random, as for training (default 0)"
+    )
+    p.add_argument(
+        "--epoch", type=integer(0, MOST_INT), default=0, metavar="N",
+        help="of --image-first random (default 0, the first)",
+    )  # fmt: skip
+    p.add_argument("-n", type=integer(1, MOST_INT), default=5, metavar="N", help="conversations to show (default 5)")
+    p.add_argument("--start", type=integer(0, MOST_INT), default=0, metavar="ROW", help="the first of them (default 0)")
     p.add_argument("--json", action="store_true", help="one JSON object each: ids, labels, positions after splicing")
     return p
 
 
 def main() -> int:
     args = parser().parse_args()
-    for flag, value, least in (("-n", args.n, 1), ("--start", args.start, 0), ("--epoch", args.epoch, 0)):
-        if value < least:
-            raise InputError(f"{flag} {value}: must be at least {least}")
     config = PRESETS[args.preset] if args.preset else TrainConfig()
     given = {name: getattr(args, name) for name in ("template", "max_length", "aspect_ratio", "image_first", "seed")}
     config = config.replace(**{name: value for name, value in given.items() if value is not None})

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_jax.console import InputError, first_line, note
+from llava_jax.console import InputError, first_line, note, shorten
 
+MOST_PORT = 2**16 - 1
 GRACE_SECONDS = 15  # that processes wait for each other as they end
 AGAIN = "start all processes again with the same command, and the run goes on from its last checkpoint"
 
@@ -87,8 +88,9 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
         raise InputError("--coordinator HOST:PORT, --process-id and --processes go together")
     if all(given) and not 0 <= process < processes:
         raise InputError(f"--process-id {process}: must be 0 to {processes - 1}, one for each of --processes")
-    if all(given) and not re.fullmatch(r".+:\d+", coordinator):
-        raise InputError(f"--coordinator {coordinator}: write HOST:PORT")
+    port = re.fullmatch(r".+:([0-9]{1,5})", coordinator) if all(given) else None
+    if all(given) and not (port and 1 <= int(port[1]) <= MOST_PORT):
+        raise InputError(f"--coordinator {shorten(coordinator)}: write HOST:PORT, the port from 1 to {MOST_PORT}")
     if not any(given) and not _on_cloud_tpu():
         return
     if "cpu" in (jax.config.jax_platforms or ""):
@@ -103,7 +105,7 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
         )
     except ValueError as error:
         if any(given):
-            raise InputError(f"--coordinator {coordinator}: {error}") from None
+            raise InputError(f"--coordinator {shorten(coordinator)}: {first_line(error)}") from None
         # A TPU that belongs to no cluster that JAX knows: one host.
     except RuntimeError as error:
         raise InputError(f"the other processes of the run cannot be reached ({first_line(error)})") from None

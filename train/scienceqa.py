@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
     return contents
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(prog="python -m train.scienceqa", description="ScienceQA as conversations to train on.")
     p.add_argument("--base-dir", required=True, metavar="DIR", help="where problems.json and pid_splits.json are")
     p.add_argument("--split", required=True, metavar="NAME", help="train, val, test, trainval, minival or minitest")
@@ -132,7 +132,11 @@ def main() -> None:
         "--prompt-format", default="QCM-LEA", metavar="Q-A", help="parts of question and answer (default QCM-LEA)"
     )
     p.add_argument("--output", metavar="FILE", help="default: llava_SPLIT_FORMAT.json in the base directory")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
     base_dir = Path(args.base_dir)
     rows = convert(base_dir, args.split, args.prompt_format)
     output = Path(args.output) if args.output else base_dir / f"llava_{args.split}_{args.prompt_format}.json"

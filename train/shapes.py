@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.console import InputError, Parser, Progress, note, run_main, shorten
+from llava_jax.console import SEED, InputError, Parser, Progress, integer, note, run_main, shorten
 from llava_jax.outputs import new_directory
 from train import questions
 from train.questions import Rng, Turn
@@ -35,6 +35,8 @@ ASKED = 3  # questions about a test scene
 OFTEN = {"count": 4, "position": 3}  # times as often as others in training: these are hard
 SHORT = questions.SHORT | {"members": questions.members}
 KINDS = [kind for kind in (*SHORT, "text") for _ in range(OFTEN.get(kind, 1))]  # of short questions in training
+MOST = 10**6  # pictures of a split
+PICTURES_MADE = integer(1, MOST)
 Row = dict[str, Any]
 
 
@@ -178,18 +180,19 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m train.shapes", description="Pictures of shapes, and questions.")
     p.add_argument("--output", required=True, metavar="DIR", help="a new directory")
-    p.add_argument("--examples", type=int, required=True, metavar="N", help="training pictures")
-    p.add_argument("--test-examples", type=int, metavar="N", help="test pictures (default: a tenth of --examples)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    p.add_argument(
+        "--examples", type=PICTURES_MADE, required=True, metavar="N", help=f"training pictures, at most {MOST:,}"
+    )
+    p.add_argument(
+        "--test-examples", type=PICTURES_MADE, metavar="N", help="test pictures (default: a tenth of --examples)"
+    )
+    p.add_argument("--seed", type=SEED, default=0, metavar="N", help="(default 0)")
     return p
 
 
 def main() -> None:
     args = parser().parse_args()
     tests = max(1, args.examples // 10) if args.test_examples is None else args.test_examples
-    for name, value, least in (("examples", args.examples, 1), ("test-examples", tests, 1), ("seed", args.seed, 0)):
-        if value < least:
-            raise InputError(f"--{name} {value}: must be at least {least}")
     write(Path(args.output), args.examples, tests, args.seed)
 
 

@@ -1,0 +1,31 @@
+"""The ladders of shapes: with few of them, few programs are compiled."""
+
+import bisect
+import dataclasses
+
+from llava_jax.console import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The ladders that shapes are rounded up to."""
+
+    lengths: tuple[int, ...] = (
+        *(128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
+        *(12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072),
+    )  # fmt: skip
+    tiles: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+    new_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+    def up(self, ladder: str, n: int) -> int:
+        """`n` rounded up to a rung.
+
+        Raises:
+          InputError: the ladder is not that high.
+        """
+        rungs = getattr(self, ladder)
+        i = bisect.bisect_left(rungs, n)
+        if i == len(rungs):
+            raise InputError(f"{n} {ladder.replace('_', ' ')} are more than the engine is set up for ({rungs[-1]})")
+        return rungs[i]

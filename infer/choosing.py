@@ -1,0 +1,43 @@
+"""Choosing the next token: greedy, or drawn at a temperature from the likeliest (top-k, top-p)."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llava_jax.sharding import BATCH, TENSOR, constrain
+
+
+def choose(logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array], mesh: Mesh | None = None) -> jax.Array:
+    """The next token of each row, int32 [B].
+
+    Args:
+      logits_BV: float32, their vocabulary cut along `tensor`: the likeliest is found where they are, to draw they are
+        gathered once (a compiler left to itself sorts over the network).
+      keys_B: a random key for each row.
+      knobs: `Sampling.knobs()`.
+    """
+    logits_BV = constrain(logits_BV, mesh, BATCH, TENSOR)
+
+    def draw():
+        return jax.vmap(_draw, in_axes=(0, 0, None))(constrain(logits_BV, mesh, BATCH, None), keys_B, knobs)
+
+    greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(knobs["temperature"] > 0, draw, lambda: greedy)
+
+
+def _draw(logits_V: jax.Array, key: jax.Array, knobs: dict[str, jax.Array]) -> jax.Array:
+    """Temperature, then top-k, then top-p, as transformers' logits processors do."""
+    sorted_V, order_V = jax.lax.top_k(logits_V / knobs["temperature"], logits_V.shape[-1])
+    rank_V = jnp.arange(logits_V.shape[-1])
+    top_k = jnp.where(knobs["top_k"] > 0, knobs["top_k"], logits_V.shape[-1])
+    sorted_V = jnp.where(rank_V < top_k, sorted_V, -jnp.inf)
+    probabilities_V = jax.nn.softmax(sorted_V)
+    before_V = jnp.cumsum(probabilities_V) - probabilities_V
+    keep_V = (before_V < knobs["top_p"]) | (rank_V == 0)
+    place = jax.random.categorical(key, jnp.where(keep_V, sorted_V, -jnp.inf))
+    return order_V[place].astype(jnp.int32)
+
+
+def row_keys(seed: int, rows) -> jax.Array:
+    """A key for each row, from the seed and the row's own number."""
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows, jnp.uint32))
