@@ -7,10 +7,8 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_text
 from llava_jax.json_files import read_json
-from llava_jax.templates import MARK, TEMPLATES, render, render_chat
+from llava_jax.templates import MARK, MOST, TEMPLATES, render, render_chat
 from llava_jax.tokenizer import load_tokenizer
-
-MAX_TEMPLATE = 2**20  # bytes
 
 # Conversations that two templates must write alike to be the same: one question, several, without an image.
 PROBES = (
@@ -63,7 +61,7 @@ def _find(directory: Path) -> tuple[str, str] | None:
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         path = directory / name
         if path.suffix == ".jinja":
-            program = read_text(path, MAX_TEMPLATE) if path.exists() else None
+            program = read_text(path, MOST) if path.exists() else None
         else:
             program = _default((read_json(path) or {}).get("chat_template"))
         if program:

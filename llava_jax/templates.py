@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Sequence
 
+from llava_jax import limited
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, first_line, shorten
 
 MARK = "<image>"
+MOST = 2**20  # characters of a chat template
 IMAGE_START, IMAGE_END, IMAGE_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 
 
@@ -263,13 +265,14 @@ def render_chat(program: str, turns: Sequence[str | None], *, system: str | None
     """Write a conversation out by a chat template of transformers.
 
     Images that come first in a turn, each on a line of its own, are given to the template as images, for it to write;
-    others stay in the text. A template that takes text only is given text only.
+    others stay in the text. A template that takes text only is given text only. The program runs within limits
+    (`limited`).
 
     Raises:
-      InputError: the template does not take the conversation.
+      InputError: the template does not take the conversation, or takes too much time or memory for it.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+    if len(program) > MOST:
+        raise InputError(f"the checkpoint's own chat template has more than {MOST:,} characters")
     said = [("system", system)] if system else []
     said += [(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns) if turn is not None]
     marks = sum(turn.count(MARK) for _, turn in said)
@@ -277,12 +280,12 @@ def render_chat(program: str, turns: Sequence[str | None], *, system: str | None
     for content_of in (_parts, str):
         messages = [{"role": role, "content": content_of(turn)} for role, turn in said]
         try:
-            [[written], _] = render_jinja_template(
-                [messages], chat_template=program, add_generation_prompt=turns[-1] is None
-            )
-        except Exception as error:  # whatever a stranger's program raises
+            written = limited.run("render", program, messages, turns[-1] is None)
+        except ValueError as error:
             problem = problem or first_line(error)
             continue
+        except limited.LimitError as error:
+            raise InputError(f"the checkpoint's own chat template {error}; name a template with --template") from None
         if any(str(part) in written for part in messages[-1]["content"] if isinstance(part, dict)):
             continue  # a template of text only, which wrote a list out
         if system and system.strip() not in written:

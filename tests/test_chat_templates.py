@@ -1,7 +1,10 @@
 """The chat template that a checkpoint carries: recognized as a named one, or run as it is."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import GOLDEN, golden_tensors, write_checkpoint
@@ -10,6 +13,7 @@ from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from infer import generate
 from llava_jax import config as c
+from llava_jax import limited
 from llava_jax.chat_template import read_chat_template, with_chat_template
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
@@ -171,6 +175,75 @@ def test_a_template_that_cannot_be_run_is_named_and_not_used(program, tmp_path, 
     assert config.template is None
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: chat_template.jinja: not used")
+
+
+# What the environment of transformers has beyond Jinja's own.
+ENVIRONMENT = {
+    "loops": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}<image>"
+    "{{ m.content[1].text }}{% endfor %}",
+    "JSON": "<image>{{ messages | tojson(indent=1) }}{{ {'b': '<é>', 'a': none} | tojson(sort_keys=true) }}",
+    "whitespace": "{% if true %}\n  {% set x = 1 %}\n<image>\n  {# no #}\n{{ x }}\n\n{% endif %}\n",
+    "generation": "{% set x = 1 %}<image>{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "names": "{% set n = namespace(a=1) %}{% set n.a = dict(b=n.a) %}<image>{{ n.a }}{{ tools is none }}{{ documents }}"
+    "{{ strftime_now('%Z') }}{{ add_generation_prompt }}{{ bos_token }}",
+}
+
+
+def test_a_chat_template_is_a_file_of_bounded_size(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 }}" * 2**18)
+    with pytest.raises(InputError, match=r"chat_template.jinja: has 1,835,008 bytes"):
+        read_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("program", ENVIRONMENT.values(), ids=ENVIRONMENT)
+def test_the_environment_is_that_of_transformers(program):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi é 🙂"}]}] * 2
+    [[want], _] = render_jinja_template([messages], chat_template=program, add_generation_prompt=True)
+    assert limited.run("render", program, messages, True) == want
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A limit of a second."""
+    monkeypatch.setattr(limited, "_shared", limited.Worker(seconds=1))
+
+
+LIMITS = {
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+    "power": ("{{ (7 ** (10 ** 8)) % 10 }}", "more than 1 s"),
+    "lipsum": ("{{ lipsum(n=10 ** 9) }}", "more than 1 s"),
+    "text": ("{{ 'a' * 10 ** 10 }}", "512 MB"),
+    "format": ("{{ '%1000000000d' % 1 }}", "512 MB"),
+    "center": ("{{ 'a' | center(10 ** 10) }}", "512 MB"),
+    "JSON": ("{{ [1] | tojson(indent=10 ** 10) }}", "512 MB"),
+    "doubling": (
+        "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s.replace('a', 'aa') %}{% endfor %}",
+        "takes more than",
+    ),
+    "output": ("{{ '<image>' ~ 'a' * 2 ** 21 }}", "writes 2,097,1"),
+    "recursion": ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "nesting": ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "recursion"),
+    "size": ("{{ 1 }}" + "a" * 2**20, "more than 1,048,576 characters"),
+    "half a character": ("<image>{{ '\\ud800' }}", "surrogates"),
+    "private": ("{% set n = namespace(_a=1) %}<image>", "takes no _a"),
+}
+
+
+@pytest.mark.parametrize(("program", "says"), LIMITS.values(), ids=LIMITS)
+def test_a_template_runs_within_limits(program, says, hasty):
+    with pytest.raises(InputError, match=says) as refused:
+        render(get_template(program), ["<image>\nHi", None])
+    assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
+    assert render(get_template(USER_ASSISTANT), ["Hi", None])[0] == "USER: Hi ASSISTANT:"  # the next one is run
+
+
+def test_a_worker_ends_with_what_it_belongs_to(hasty):
+    program = "from llava_jax import limited; limited.run('match', 'a', ['a']); print(limited._shared._process.pid)"
+    pid = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_what_config_json_names_stands(tmp_path):
