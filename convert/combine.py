@@ -6,16 +6,19 @@ delta    a base and the difference to it                                        
 """
 
 import dataclasses
+import json
 import math
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from llava_jax import names
+from llava_jax import limited, names
 from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth
 from llava_jax.config_json import is_original
-from llava_jax.console import InputError
+from llava_jax.console import InputError, first_line, shorten
 from llava_jax.json_files import read_json
 from llava_jax.sources import Found, Source, Tensor, configure, find_tower, has_tensors, open_file, open_source
 
@@ -24,6 +27,8 @@ LORA = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)"
     r"\.lora_(?:(?P<side>[AB])(?:\.\w+)?\.weight|embedding_(?P<embedding_side>[AB])(?:\.\w+)?)$"
 )
+MOST = 10**6  # rank or alpha of an adapter
+PATIENCE = 30  # seconds for all patterns of an adapter
 OTHER_STARTS = ("pissa", "olora", "loftq", "corda")  # of factors, that change the base too
 
 
@@ -254,10 +259,12 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
         pair = pairs.setdefault(known[0], _Pair(module))
         tensor = Tensor(name, path.name, shape, dtype, lambda name=name: file.read(name))
         setattr(pair, match["side"] or match["embedding_side"], tensor)
-    for ours, pair in pairs.items():
+    modules = [pair.module for pair in pairs.values()]
+    config_file = path.with_name("adapter_config.json")
+    ranks = _by_module(settings, "r", "rank_pattern", modules, config_file)
+    alphas = _by_module(settings, "lora_alpha", "alpha_pattern", modules, config_file)
+    for (ours, pair), rank, alpha in zip(pairs.items(), ranks, alphas, strict=True):
         kernel = found.tensors.get(ours) or found.unused[ours]
-        rank = _pattern(settings.get("rank_pattern"), pair.module, settings.get("r", 8))
-        alpha = _pattern(settings.get("alpha_pattern"), pair.module, settings.get("lora_alpha", 8))
         pair.scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         is_embedding = ours.endswith("embedding")
         wide, narrow = kernel.shape if is_embedding else kernel.shape[:2]
@@ -269,16 +276,44 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
                 f"should be {[rank, wide]} and {[narrow, rank]}"
             )
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}")
+        more = f"; and {len(problems) - 1:,} more like it" if len(problems) > 1 else ""
+        raise InputError(f"{path}: {problems[0]}{more}")
     return pairs
 
 
-def _pattern(patterns: dict | None, module: str, default: float) -> float:
-    """PEFT's `rank_pattern` and `alpha_pattern`: regular expressions for the end of a module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _by_module(settings: dict, key: str, pattern_key: str, modules: list[str], file: Path) -> list[float]:
+    """PEFT's `r` or `lora_alpha` of each module: of the first pattern in `rank_pattern` or `alpha_pattern`, a regular
+    expression for the end of a module's name, that matches; else the adapter's own.
+
+    The patterns are a stranger's programs, and run within limits.
+    """
+    patterns = settings.get(pattern_key) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{file}: {pattern_key} should be an object, not {shorten(json.dumps(patterns))}")
+
+    def check(value: Any, where: str) -> float:
+        kinds, least = ((int,), 1) if key == "r" else ((int, float), -MOST)
+        if type(value) not in kinds or not least <= value <= MOST:  # NaN is in no range
+            what = "whole number" if key == "r" else "number"
+            raise InputError(
+                f"{file}: {where} should be a {what} from {least:,} to {MOST:,}, not {shorten(json.dumps(value))}"
+            )
+        return value
+
+    default = check(settings.get(key, 8), key)
+    values, start = dict.fromkeys(modules, default), time.monotonic()
+    left = list(modules)
+    for pattern, value in patterns.items():
+        check(value, f"the {pattern_key} {shorten(pattern)}")
+        try:
+            matched = limited.run("match", pattern, left)
+            if time.monotonic() - start > PATIENCE:
+                raise limited.LimitError(f"and those before it take more than {PATIENCE} s")
+        except (ValueError, limited.LimitError) as error:
+            raise InputError(f"{file}: the {pattern_key} {shorten(pattern)}: {first_line(error)}") from None
+        values |= {module: value for module, yes in zip(left, matched, strict=True) if yes}
+        left = [module for module, yes in zip(left, matched, strict=True) if not yes]
+    return [values[module] for module in modules]
 
 
 def _merged(kernel: Tensor, pair: _Pair) -> Tensor:

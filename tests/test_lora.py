@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,8 +15,9 @@ from safetensors.numpy import load_file
 
 from convert.to_orbax import to_orbax
 from llava_jax import config as c
-from llava_jax import llava
+from llava_jax import limited, llava
 from llava_jax.checkpoint import open_checkpoint
+from llava_jax.console import InputError
 from llava_jax.layers import REMAT, Dense
 from llava_jax.sharding import make_mesh, param_spec, parse_mesh
 from llava_jax.splice import Batch
@@ -198,3 +200,48 @@ def test_convert_merges_an_adapter_as_we_do(tmp_path):
         if base + "lora_a" in trained:
             x = lora.merged(np.asarray(x), *(np.asarray(trained[base + name]) for name in lora.FACTORS), config)
         np.testing.assert_allclose(after[path], trained.get(path, x), atol=1e-6, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter of random factors for the golden v1.5 checkpoint."""
+    found, params = load_golden("v1.5-llama")
+    _, state, _, _ = setup(dict(params), found.config, CONFIG, one_device(), 8)
+    directory = tmp_path_factory.mktemp("adapter")
+    lora.save_adapter(directory, export_params({}, state), found.config, CONFIG)
+    return directory
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"r": 0}, "r should be a whole number from 1 to 1,000,000, not 0"),
+        ({"r": -4}, "r should be a whole number"),
+        ({"r": 4.0}, "r should be a whole number"),
+        ({"r": True}, "r should be a whole number"),
+        ({"r": "4"}, "r should be a whole number"),
+        ({"r": 2**70}, "r should be a whole number"),
+        ({"r": 5}, "should be"),
+        ({"lora_alpha": None}, "lora_alpha should be a number from -1,000,000 to 1,000,000, not null"),
+        ({"lora_alpha": float("nan")}, "lora_alpha should be a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha should be a number"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern should be an object, not \["),
+        ({"rank_pattern": {"q_proj": 0}}, "the rank_pattern q_proj should be a whole number"),
+        ({"alpha_pattern": {"q_proj": [1]}}, "the alpha_pattern q_proj should be a number"),
+        ({"alpha_pattern": {"(q_proj": 1}}, r"the alpha_pattern \(q_proj: missing \)"),
+        ({"rank_pattern": {"(.*.*)*x": 4}}, r"the rank_pattern \(.\*.\*\)\*x: takes more than 1 s"),
+        ({"alpha_pattern": {"y" * 999 + r"|((\w|\.)+)+x": 4}}, r"the alpha_pattern yyy.*\+x: takes more than 1 s"),
+        ({"rank_pattern": {"(" * 9999 + ")" * 9999: 4}}, r"the rank_pattern \(\(.*: maximum recursion"),
+    ],
+)
+def test_an_adapter_configured_wrongly(changed, says, stabilised, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(limited, "_shared", limited.Worker(seconds=1))
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": stabilised} | changed))
+    with pytest.raises(InputError, match=says) as refused:
+        to_orbax(tmp_path / "adapter", tmp_path / "model", base=GOLDEN / "checkpoints" / "v1.5-llama")
+    assert "adapter_config.json" in str(refused.value) or "adapter_model" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value).replace(str(tmp_path), "")) < 300
