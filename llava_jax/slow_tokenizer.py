@@ -61,6 +61,7 @@ class SlowTokenizer:
         added: dict[int, AddedToken],
     ):
         self.legacy, self._proto, self._unk = legacy, proto, unk
+        sentencepiece.set_min_log_level(2)  # warnings about pieces
         try:
             self._model = sentencepiece.SentencePieceProcessor(
                 model_proto=proto if self.legacy else _without_dummy_prefix(proto)

@@ -14,7 +14,6 @@ a text. The legacy tokenizer does so for each piece of text between added tokens
 corrected one at the beginning of the text only (`USER`). Weights want the setting that they were trained with.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -26,10 +25,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from llava_jax.console import InputError, first_line, note
+from llava_jax.console import InputError, note
 from llava_jax.files import read_bytes
 from llava_jax.json_files import read_json
-from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, added_token, content_of, prefix_after_images
+from llava_jax.json_tokenizer import JsonTokenizer, runner
+from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, added_token, content_of
 from llava_jax.templates import MARK
 
 FILES = (
@@ -61,7 +61,7 @@ class Tokenizer:
       files: the files it was read from, by name, to go along with a checkpoint.
     """
 
-    def __init__(self, engine: "SlowTokenizer | _Json", settings: dict[str, Any], files: dict[str, bytes]):
+    def __init__(self, engine: "SlowTokenizer | JsonTokenizer", settings: dict[str, Any], files: dict[str, bytes]):
         self._engine, self._settings, self.files = engine, settings, files
         token = {key: content_of(settings.get(f"{key}_token")) for key in ("bos", "eos", "unk", "pad")}
         ids = self._ids = {key: engine.token_id(t) if t else None for key, t in token.items()}
@@ -107,7 +107,7 @@ class Tokenizer:
         """
         engine = self._engine.for_transformers()
         name = {key: i if i is None else self.token(i) for key, i in self._ids.items()}
-        if self.bos_id is not None and engine.encode("a").ids[:1] != [self.bos_id]:
+        if self.bos_id is not None and runner(engine).encode("a").ids[:1] != [self.bos_id]:
             bos = name["bos"]
             engine.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
@@ -139,11 +139,11 @@ class Tokenizer:
 
     def _compare(self, engine: tokenizers.Tokenizer) -> None:
         """Warn if another engine gives a prompt other ids: not all that SentencePiece does can be said there."""
-        image = engine.token_to_id(MARK)
+        image, run = engine.token_to_id(MARK), runner(engine)
         for probe in PROBES:
             ids = [self.encode(piece)[0] for piece in probe.split(MARK)]
             ours = ids[0] + [i for piece in ids[1:] for i in (image, *piece)]
-            if image is not None and ours != engine.encode(probe, add_special_tokens=False).ids:
+            if image is not None and ours != run.encode(probe, add_special_tokens=False).ids:
                 note(f"warning: transformers' tokenizer gives other ids than this one, for {probe!r} for example")
                 return
 
@@ -179,7 +179,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
             added=_added_tokens(settings, added),
         )
     elif "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys():
-        engine = _Json(_read_engine(files, settings, directory), _added_tokens(settings, added), settings, directory)
+        engine = JsonTokenizer(files, settings, _added_tokens(settings, added), _special_tokens(settings), directory)
         first, plain = engine.first_token, {}
         if str(settings.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
             # What this class of transformers has by default, whatever the file says.
@@ -208,75 +208,3 @@ def _added_tokens(settings: dict[str, Any], added: dict[str, int]) -> dict[int, 
     old = {int(i): added_token(content, content in special) for content, i in added.items()}
     new = settings.get("added_tokens_decoder") or {}
     return old | {int(i): added_token(token, False) for i, token in new.items()}
-
-
-def _read_engine(files: dict[str, bytes], settings: dict[str, Any], directory: Path) -> tokenizers.Tokenizer:
-    try:
-        if "tokenizer.json" not in files:  # the two files of GPT-2's kind: their class in transformers reads them
-            import transformers
-
-            kind = str(settings.get("tokenizer_class"))
-            return getattr(transformers, kind.removesuffix("Fast")).from_pretrained(directory).backend_tokenizer
-        fields = json.loads(files["tokenizer.json"])
-        fields |= {"truncation": None, "padding": None}  # of whoever saved it; neither is part of a prompt
-        return tokenizers.Tokenizer.from_str(json.dumps(fields))
-    except Exception as error:
-        name = "tokenizer.json" if "tokenizer.json" in files else "vocab.json"
-        raise InputError(f"{directory / name}: cannot be read ({first_line(error)})") from None
-
-
-# ---------------------------------------------------------------- tokenizers
-
-
-class _Json:
-    """`tokenizers`, as `tokenizer.json` stands, and the added tokens that other files of the directory name."""
-
-    def __init__(
-        self, engine: tokenizers.Tokenizer, added: dict[int, AddedToken], settings: dict[str, Any], directory: Path
-    ):
-        self._engine = engine
-        for i, token in sorted(added.items()):
-            (engine.add_special_tokens if token.special else engine.add_tokens)([token])
-            if (found := engine.token_to_id(token.content)) != i:
-                raise InputError(
-                    f"{directory}: the added token {token.content!r} should have id {i}, but the vocabulary before it "
-                    f"makes it {found}"
-                )
-        engine.add_special_tokens([added_token(token, True) for token in _special_tokens(settings)])
-
-    def __len__(self) -> int:
-        return self._engine.get_vocab_size(with_added_tokens=True)
-
-    @functools.cached_property
-    def first_token(self) -> str | None:
-        """The special token that the file's post-processor puts first."""
-        encoded = self._engine.encode("a", add_special_tokens=True)
-        return encoded.tokens[0] if encoded.special_tokens_mask[:1] == [1] else None
-
-    def encode(self, text: str) -> tuple[list[int], Offsets]:
-        encoding = self._engine.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
-    def decode(self, ids: list[int], special: bool) -> str:
-        return self._engine.decode(ids, skip_special_tokens=not special)
-
-    def decode_settled(self, ids: list[int]) -> str:
-        n = len(ids)  # one more byte can make another text of a run of them
-        while n and re.fullmatch(r"<0x[0-9A-F]{2}>", self.token(ids[n - 1]) or ""):
-            n -= 1
-        return self.decode(ids[:n], False)
-
-    def token_id(self, token: str) -> int | None:
-        return self._engine.token_to_id(token)
-
-    def token(self, i: int) -> str | None:
-        return self._engine.id_to_token(i)
-
-    def add_special(self, tokens: list[str]) -> None:
-        self._engine.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
-
-    def for_transformers(self) -> tokenizers.Tokenizer:
-        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
-        if '"prepend_scheme":"first"' in self._engine.to_str():
-            prefix_after_images(engine)
-        return engine

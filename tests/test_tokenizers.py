@@ -5,10 +5,11 @@
 
 import gzip
 import json
+import random
 import shutil
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, damage
 
 from llava_jax.console import InputError
 from llava_jax.prompts import encode
@@ -163,7 +164,7 @@ def test_transformers_gets_the_same_ids(kind, legacy, tmp_path):
 def test_truncation_and_padding_of_a_file_are_no_part_of_a_prompt(tmp_path):
     path = copy_with("llama-3", tmp_path / "t") / "tokenizer.json"
     fields = json.loads(path.read_text())
-    fields["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fields["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 9}
     fields["padding"] = {
         "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
         "pad_token": "!",
@@ -171,6 +172,101 @@ def test_truncation_and_padding_of_a_file_are_no_part_of_a_prompt(tmp_path):
     path.write_text(json.dumps(fields))
     text = "What is shown in this image?"
     assert load_tokenizer(tmp_path / "t").encode(text) == load_tokenizer(KINDS / "llama-3").encode(text)
+
+
+def rewrite(kind: str, directory, **changed):
+    """A tokenizer with other parts."""
+    path = copy_with(kind, directory) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    return directory
+
+
+def split(pattern: str) -> dict:
+    """A pre-tokenizer of the kind of Llama 3's."""
+    parts = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+    return {"type": "Sequence", "pretokenizers": parts}
+
+
+def replace(pattern: str) -> dict:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": "b"}
+
+
+def test_a_pattern_that_is_not_known_gives_what_tokenizers_gives(tmp_path):
+    import tokenizers
+
+    parts = dict(pre_tokenizer=split(r"\p{L}+|\p{N}|\s+|."), normalizer=replace("[x-z]"), decoder=replace("a"))
+    directory = rewrite("llama-3", tmp_path / "t", **parts)
+    ours = load_tokenizer(directory)
+    ours.add_special(["<new>"])
+    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    theirs.add_special_tokens(["<new>"])
+    for text in [*STRINGS[:50], "xy<new>z"]:
+        want = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == (want.ids, want.offsets), repr(text)
+        assert ours.decode(want.ids) == theirs.decode(want.ids), repr(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "says"),
+    [
+        ("(a+)+$", "a" * 40 + "b", r"\(Onig: .*retry-limit.*\)"),
+        ("a*a*a*$", ("a" * 200 + "b") * 50, ": it takes more than 1 s"),
+    ],
+    ids=["exponential", "cubic"],
+)
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer", "decoder"])
+def test_a_pattern_that_takes_for_ever_is_given_up(part, pattern, text, says, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("llava_jax.json_tokenizer.SECONDS", 1)
+    made = split(pattern) if part == "pre_tokenizer" else replace(pattern)
+    tokenizer = load_tokenizer(rewrite("byte-level", tmp_path / "t", **{part: made}))
+    with pytest.raises(InputError, match=rf"tokenizer.json: (encoding a text|decoding) .* fails ?{says}$") as refused:
+        if part == "decoder":
+            tokenizer.add_special([text])
+            tokenizer.decode([tokenizer.token_id(text)], special=True)
+        else:
+            tokenizer.encode(text)
+    assert len(str(refused.value).replace(str(tmp_path), "")) < 300
+    assert capfd.readouterr().err == ""
+    assert tokenizer.decode(tokenizer.encode("Hi")[0])  # the next one is run
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pre_tokenizer": split("(a")},
+        {"pre_tokenizer": split("(" * 9999 + ")" * 9999)},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+                   "continuing_subword_prefix": "x" * 99}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                            "pair": [], "special_tokens": {}}},
+        {"added_tokens": [{"id": -1}]},
+        {"decoder": []},
+    ],
+)  # fmt: skip
+def test_a_faulty_tokenizer_json_is_refused_in_one_line(changed, tmp_path, capfd):
+    with pytest.raises(InputError, match=r"tokenizer.json: cannot be (read|used) \(") as refused:
+        load_tokenizer(rewrite("byte-level", tmp_path / "t", **changed))
+    assert "\n" not in str(refused.value) and len(str(refused.value).replace(str(tmp_path), "")) < 300
+    assert capfd.readouterr().err == ""  # of a panic of Rust's too
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram"])
+def test_a_damaged_tokenizer_model_is_read_or_refused(kind, tmp_path):
+    path, pick, read = copy_with(kind, tmp_path / "t") / "tokenizer.model", random.Random(0), 0
+    whole = path.read_bytes()
+    for _ in range(200):
+        path.write_bytes(damage(whole, pick))
+        try:
+            tokenizer = load_tokenizer(tmp_path / "t")
+            tokenizer.decode(tokenizer.encode("naïve 猫 <image> It's\n")[0])
+            read += 1
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error).replace(str(tmp_path), "")) < 300
+    assert 0 < read < 200
 
 
 def test_bos_is_what_the_class_or_the_file_adds(tmp_path):
