@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz.py [--seed 0] [--seconds 60] [--only N] [--findings DIR] [--json FILE]
 
-Each attempt (`fuzz_attempts.py`) takes something valid, changes it at random, and gives it to its reader or command.
-What must hold: an error is one line of at most 300 characters that a terminal shows as it is; an attempt ends within
-its deadline, holds at most 2 GB, and changes no file that is not its own. A finding is printed with the command that
-repeats it (alike ones once), its files are kept in `--findings`, and the exit status is 1.
+Each attempt (`fuzz_attempts.py`) takes something valid (`fuzz_inputs.py`), changes it at random, and gives it to its
+reader or command. What must hold: an error is one line of at most 300 characters that a terminal shows as it is; an
+attempt ends within its deadline, holds at most 2 GB, and changes no file that is not its own. A finding is printed with
+the command that repeats it (alike ones once), its files are kept in `--findings`, and the exit status is 1.
 
 Attempts run one after the other in a child process, which is started anew after a crash, a hang or a memory too large;
 one in 400 is a command in a process of its own.
@@ -173,10 +173,11 @@ def work(scratch: Path, first: int, seed: int, *, only: bool) -> int:
         said.flush()
 
     import fuzz_attempts as attempts
+    from fuzz_inputs import make
 
     if not (scratch / "base").exists():
         with silent(out, err):
-            attempts.make(scratch / "making")
+            make(scratch / "making")
         (scratch / "making").rename(scratch / "base")
     say(ready=True)
     number = first
