@@ -237,7 +237,7 @@ def silent(out, err) -> Iterator[None]:
 
 def judge(run: Callable[[], Any]) -> tuple[str, str]:
     """What is wrong with how an attempt ends, and what is the same in findings that are alike."""
-    from llava_jax.console import InputError
+    from llava_jax.console import InputError, printable, shorten_words
 
     try:
         run()
@@ -245,7 +245,7 @@ def judge(run: Callable[[], Any]) -> tuple[str, str]:
         if error.code not in (0, 1, 141, None):
             return f"ends with status {error.code}", ""
     except InputError as error:
-        return judge_line(f"error: {error}"), ""
+        return judge_line(f"error: {printable(shorten_words(str(error)))}"), ""  # as `run_main` writes it
     except OSError:
         pass  # which `run_main` makes one line of
     except BaseException as error:

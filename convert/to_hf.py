@@ -38,7 +38,7 @@ def to_hf(
         out of range.
     """
     SHARD_BYTES.check("--max-shard-size", shard_bytes)
-    tower = vision_tower and find_directory(vision_tower)
+    tower = None if vision_tower is None else find_directory(vision_tower)
     opened = finite(open_any(source, vision_tower=tower), dtype, allow_nonfinite)
     kept = dict(overwrite=overwrite, sources=[opened.directory, *([tower] if tower else [])])
     if part == "projector":

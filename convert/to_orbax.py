@@ -48,7 +48,7 @@ def to_orbax(
         out of range.
     """
     SEED.check("--seed", seed)
-    find = lambda where: where and find_directory(where)  # noqa: E731
+    find = lambda where: None if where is None else find_directory(where)  # noqa: E731
     start, base, delta, vision_tower = find_directory(source), find(base), find(delta), find(vision_tower)
     opened, tokenizer = combine(
         start,

@@ -77,7 +77,8 @@ def open_any(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None
 
 def _open_source(where: str | os.PathLike, directory: Path, vision_tower: str | os.PathLike | None) -> Source:
     hub_name = "" if os.path.exists(where) else os.fspath(where)  # whose directory is called after a commit
-    return open_source(directory, vision_tower=vision_tower and find_directory(vision_tower), name=hub_name)
+    tower = None if vision_tower is None else find_directory(vision_tower)
+    return open_source(directory, vision_tower=tower, name=hub_name)
 
 
 def default_dtype(mesh: Mesh):

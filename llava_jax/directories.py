@@ -21,8 +21,8 @@ def find_directory(where: str | os.PathLike) -> Path:
     """
     where = os.fspath(where)
     name = shorten(where)
-    path = epath.Path(where) if "://" in where else Path(where)
     try:
+        path = epath.Path(where) if "://" in where else Path(where)
         if path.is_dir():
             return path
         exists = path.exists()

@@ -67,6 +67,7 @@ class SlowTokenizer:
                 model_proto=proto if self.legacy else _without_dummy_prefix(proto)
             )
             self._size = self._model.get_piece_size()
+            self._model.id_to_piece(list(range(self._size)))  # raises where one is no UTF-8
         except Exception as error:
             raise InputError(f"{path}: no SentencePiece model ({first_line(error)})") from None
         self._unk_length = len(self._model.encode(unk))

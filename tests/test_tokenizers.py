@@ -269,6 +269,13 @@ def test_a_damaged_tokenizer_model_is_read_or_refused(kind, tmp_path):
     assert 0 < read < 200
 
 
+def test_a_piece_that_is_no_text_is_refused(tmp_path):
+    path = copy_with("llama", tmp_path / "t") / "tokenizer.model"
+    path.write_bytes(path.read_bytes().replace("▁a".encode(), b"\xb8\xb8\xb8a", 1))
+    with pytest.raises(InputError, match=r"tokenizer.model: no SentencePiece model \('utf-8' codec can't decode"):
+        load_tokenizer(tmp_path / "t")
+
+
 def test_bos_is_what_the_class_or_the_file_adds(tmp_path):
     assert load_tokenizer(KINDS / "metaspace").bos_id is None  # its file has no post-processor
     as_llama = copy_with("metaspace", tmp_path / "llama", tokenizer_class="LlamaTokenizerFast")
