@@ -162,6 +162,7 @@ def report(found: dict[str, dict], message: dict[str, Any], scratch: Path, args:
 
 def work(scratch: Path, first: int, seed: int, *, only: bool) -> int:
     """Make one attempt after the other, and say of each what it is and what was found."""
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # so that the machine has no share in it
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what else is printed is none of that
     out, err = (open(scratch / name, "w+b") for name in ("stdout", "stderr"))  # noqa: SIM115

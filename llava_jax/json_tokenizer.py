@@ -24,7 +24,7 @@ from llava_jax.slow_tokenizer import Offsets, added_token, prefix_after_images
 SECONDS, MEMORY = 10, 2**31  # for reading a tokenizer, and for a text
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Patterns that take time in proportion to the text, short of runs of many thousand spaces.
+# Patterns that take time in proportion to the text.
 PATTERNS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2
     _WORD + r"\p{N}{1,3}" + _REST,  # Llama 3, GPT-4
