@@ -90,7 +90,7 @@ def drive(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
                 if status:
                     how = "hangs" if status == -signal.SIGABRT else f"ends the process with status {status}"
                     where = (scratch / "stacks").read_text().splitlines() if (scratch / "stacks").exists() else []
-                    ours = next((line.strip() for line in where if "/llava_jax/" in line or "/infer/" in line), "")
+                    ours = next((line.strip() for line in where if f'"{ROOT}' in line and "fuzz" not in line), "")
                     message = {"kind": kind, "attempt": next_attempt, "finding": f"{how} {ours}".strip()}
                     report(found, message, scratch, args)
                     next_attempt += 1
@@ -109,8 +109,9 @@ def worker(scratch: Path, first: int, args: argparse.Namespace) -> Iterator[subp
         "TMPDIR": str(scratch / "tmp"), "RUST_BACKTRACE": "0",
     }  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env, start_new_session=True
-    )
+        command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env, start_new_session=True,
+        bufsize=0,  # so that `select` sees all that has not been read
+    )  # fmt: skip
     try:
         yield process
     finally:
