@@ -11,16 +11,27 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
 from llava_jax import limited, names
 from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth
 from llava_jax.config_json import is_original
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.json_files import read_json
-from llava_jax.sources import Found, Source, Tensor, configure, find_tower, has_tensors, open_file, open_source
+from llava_jax.sources import (
+    Found,
+    Source,
+    Tensor,
+    configure,
+    find_tower,
+    has_tensors,
+    listed,
+    open_file,
+    open_source,
+)
 
 PEFT = re.compile(r"^base_model\.model\.")
 LORA = re.compile(
@@ -185,6 +196,23 @@ def fresh_tensors(config: LlavaConfig, seed: int, dtype: np.dtype) -> dict[str, 
 # ---------------------------------------------------------------- LoRA
 
 
+Rank = Annotated[int, Meta(ge=1, le=2**16)]
+Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
+
+
+class Adapter(TypedDict, total=False):
+    """`adapter_config.json` of PEFT's, as far as it is read."""
+
+    alpha_pattern: dict[str, Alpha] | None
+    init_lora_weights: bool | str | None
+    lora_alpha: Alpha
+    peft_type: str | None
+    r: Rank
+    rank_pattern: dict[str, Rank] | None
+    use_dora: bool | None
+    use_rslora: bool | None
+
+
 @dataclasses.dataclass
 class _Pair:
     """The two factors of a module's update: A [r, in], B [out, r]; for an embedding A [r, V], B [D, r]."""
@@ -203,13 +231,14 @@ def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
       adapter: `adapter_config.json`, `adapter_model.safetensors` or `.bin`, and where the original trained it
         `config.json` and `non_lora_trainables.bin`.
     """
-    settings = read_json(adapter / "adapter_config.json") or {}
+    settings = read_json(adapter / "adapter_config.json", Adapter) or {}
     if settings.get("peft_type", "LORA") != "LORA" or settings.get("use_dora"):
-        raise InputError(f"{adapter}: only plain LoRA adapters can be merged, not {settings.get('peft_type')} or DoRA")
+        kind = shorten(settings.get("peft_type"))
+        raise InputError(f"{shorten(adapter)}: only plain LoRA adapters can be merged, not {kind} or DoRA")
     if str(settings.get("init_lora_weights", "")).startswith(OTHER_STARTS):
         raise InputError(
-            f"{adapter}: init_lora_weights {settings['init_lora_weights']} changed the base too; merge it with PEFT, "
-            "or save it there as a plain LoRA"
+            f"{shorten(adapter)}: init_lora_weights {shorten(settings['init_lora_weights'], 40)} changed the base too; "
+            "merge it with PEFT, or save it there as a plain LoRA"
         )
     fields = read_json(adapter / "config.json")
     directory = base if fields is None else adapter
@@ -276,8 +305,7 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
                 f"should be {[rank, wide]} and {[narrow, rank]}"
             )
     if problems:
-        more = f"; and {len(problems) - 1:,} more like it" if len(problems) > 1 else ""
-        raise InputError(f"{path}: {problems[0]}{more}")
+        raise InputError(f"{shorten(path)}: {listed(problems)}")
     return pairs
 
 

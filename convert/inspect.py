@@ -9,7 +9,8 @@ import numpy as np
 from llava_jax import names
 from llava_jax.config import LlavaConfig, tiny
 from llava_jax.config_json import is_original, read_config
-from llava_jax.console import InputError, note, printable
+from llava_jax.config_keys import Tower
+from llava_jax.console import InputError, note, printable, shorten
 from llava_jax.directories import find_directory
 from llava_jax.json_files import read_json
 from llava_jax.orbax_files import open_ours
@@ -86,11 +87,11 @@ def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig
     elif any(key in fields for key in ("mm_vision_tower", "mm_hidden_size")):
         dialect = "original"
     else:
-        return f"none ({fields.get('model_type', 'unknown model')})", None
+        return f"none ({shorten(fields.get('model_type', 'unknown model'))})", None
     tower = fields.get("mm_vision_tower") if dialect == "original" else None
     try:
-        vision = read_json(directory / tower / "config.json") if isinstance(tower, str) and tower else None
-        return dialect, read_config(fields, vision=vision, name=directory.name)
+        vision = read_json(directory / tower / "config.json", Tower) if isinstance(tower, str) and tower else None
+        return dialect, read_config(fields, vision=vision, name=directory.name, file=directory / "config.json")
     except InputError as error:
         note(f"warning: {str(error).partition(': give ')[0]}")
         return dialect, None

@@ -1,14 +1,15 @@
 """The chat template that a checkpoint carries, a Jinja program of transformers: read, and compared with ours."""
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_text
 from llava_jax.json_files import read_json
+from llava_jax.slow_tokenizer import Token, content_of
 from llava_jax.templates import MARK, MOST, TEMPLATES, render, render_chat
-from llava_jax.tokenizer import load_tokenizer
+from llava_jax.tokenizer import NamedTemplate, Settings, load_tokenizer
 
 # Conversations that two templates must write alike to be the same: one question, several, without an image.
 PROBES = (
@@ -16,6 +17,13 @@ PROBES = (
     (f"{MARK}\nWhat is it?", "A cat.", "Why?", None),
     ("Is it?", "Yes.", "And now?", "No.", "Why?", None),
 )
+
+
+class Processor(TypedDict, total=False):
+    """`processor_config.json`, as far as it is about text, and `chat_template.json`."""
+
+    chat_template: str | list[NamedTemplate] | dict[str, str] | None
+    image_token: str | Token | None
 
 
 def read_chat_template(directory: Path) -> tuple[str, str] | None:
@@ -33,7 +41,7 @@ def read_chat_template(directory: Path) -> tuple[str, str] | None:
         return None
     program, file = found
     tokens = _special_tokens(directory)
-    image = _content((read_json(directory / "processor_config.json") or {}).get("image_token"))
+    image = content_of((read_json(directory / "processor_config.json", Processor) or {}).get("image_token"))
     image = image or tokens.pop("image_token", None) or MARK
     given = "".join(f"{{%- set {key} = {_quoted(token)} -%}}" for key, token in tokens.items())
     return given + program.removeprefix(given).replace(image, MARK), file
@@ -41,16 +49,11 @@ def read_chat_template(directory: Path) -> tuple[str, str] | None:
 
 def _special_tokens(directory: Path) -> dict[str, str]:
     """The special tokens that a tokenizer's files name, which a chat template may use."""
-    settings = (read_json(directory / "special_tokens_map.json") or {}) | (
-        read_json(directory / "tokenizer_config.json") or {}
+    settings = (read_json(directory / "special_tokens_map.json", Settings) or {}) | (
+        read_json(directory / "tokenizer_config.json", Settings) or {}
     )
     keys = ("bos_token", "eos_token", "unk_token", "pad_token", "image_token")
-    return {key: token for key in keys if (token := _content(settings.get(key)))}
-
-
-def _content(token: Any) -> str | None:
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+    return {key: token for key in keys if (token := content_of(settings.get(key)))}
 
 
 def _quoted(token: str) -> str:
@@ -63,19 +66,20 @@ def _find(directory: Path) -> tuple[str, str] | None:
         if path.suffix == ".jinja":
             program = read_text(path, MOST) if path.exists() else None
         else:
-            program = _default((read_json(path) or {}).get("chat_template"))
+            fields = read_json(path, Settings if path.name == "tokenizer_config.json" else Processor) or {}
+            program = _default(fields.get("chat_template"))
         if program:
             return program, name
     return None
 
 
-def _default(template: Any) -> str | None:
+def _default(template: str | list[NamedTemplate] | dict[str, str] | None) -> str | None:
     """Of several templates by name, the one that is used without a name."""
     if isinstance(template, list):
-        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = {one["name"]: one["template"] for one in template}
     if isinstance(template, dict):
         template = template.get("default")
-    return template if isinstance(template, str) and template.strip() else None
+    return template if template and template.strip() else None
 
 
 def with_chat_template(config: LlavaConfig, directory: Path) -> LlavaConfig:

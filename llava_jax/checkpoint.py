@@ -55,7 +55,7 @@ def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike
     if config_json.get("format") == "llava-jax":
         if vision_tower is not None:
             raise InputError(f"{directory}: has its vision tower; --vision-tower is for originals that come without")
-        config = read_config(config_json)
+        config = read_config(config_json, file=directory / "config.json")
         load = functools.partial(_load_ours, directory / "params", config)
         return Checkpoint(directory, config, load_tokenizer(directory), load, lambda: open_ours(directory))
     source = _open_source(where, directory, vision_tower)

@@ -1,9 +1,15 @@
 """What a LLaVA is: frozen dataclasses, the released models' and a tiny one. `config_json` reads them from files."""
 
 import dataclasses
-from typing import Any
+import functools
+import re
+import typing
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from llava_jax.console import InputError, shorten
+from llava_jax.json_files import check_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -13,6 +19,21 @@ ASPECT_RATIOS = ("square", "pad", "anyres")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 IMAGE_RULES = ("original", "transformers")
 ACTIVATIONS = ("silu", "gelu", "quick_gelu", "gelu_pytorch_tanh")
+ROPE_SCALINGS = ("linear", "llama3")
+MAX_TILES = 1000  # of an image
+
+# What a number can be, well beyond all models that there are.
+Layers = Annotated[int, Meta(ge=1, le=1000)]
+Heads = Annotated[int, Meta(ge=1, le=2**12)]
+Width = Annotated[int, Meta(ge=1, le=2**18)]
+Vocabulary = Annotated[int, Meta(ge=1, le=2**24)]
+Positions = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Window = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # 0 for none
+TokenId = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # -1 for none, as LLaMA's first files have it
+Pixels = Annotated[int, Meta(ge=1, le=10_000)]
+FeatureLayer = Annotated[int, Meta(ge=-1001, le=1000)]
+Epsilon = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0, le=1e15)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,37 +41,37 @@ class RopeScaling:
     """How rotary frequencies are stretched: `linear` (all alike) or `llama3` (low ones only)."""
 
     kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_positions: Positions = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """The decoder: LLaMA, Mistral, Vicuna, Yi, Qwen2 and their kin."""
 
-    vocab_size: int = 32000
-    width: int = 4096
-    ffn_width: int = 11008
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 32
-    head_width: int = 128
-    norm_eps: float = 1e-5
+    vocab_size: Vocabulary = 32000
+    width: Width = 4096
+    ffn_width: Width = 11008
+    layers: Layers = 32
+    heads: Heads = 32
+    kv_heads: Heads = 32
+    head_width: Width = 128
+    norm_eps: Epsilon = 1e-5
     activation: str = "silu"
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    max_positions: int = 4096
-    sliding_window: int | None = None
+    max_positions: Positions = 4096
+    sliding_window: Window | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     tied_head: bool = False
     family: str = "llama"  # llama | mistral | qwen2: the class that holds it in transformers
-    bos_id: int | None = 1
-    eos_ids: tuple[int, ...] = (2,)
-    pad_id: int | None = None
+    bos_id: TokenId | None = 1
+    eos_ids: tuple[TokenId, ...] = (2,)
+    pad_id: TokenId | None = None
 
     @property
     def query_scale(self) -> float:
@@ -61,22 +82,24 @@ class TextConfig:
 class VisionConfig:
     """The CLIP vision tower. `feature_layers` index the hidden states: 0 is the embedding, -2 the last but one."""
 
-    image_size: int = 336
-    patch_size: int = 14
-    width: int = 1024
-    ffn_width: int = 4096
-    layers: int = 24
-    heads: int = 16
-    norm_eps: float = 1e-5
+    image_size: Pixels = 336
+    patch_size: Pixels = 14
+    width: Width = 1024
+    ffn_width: Width = 4096
+    layers: Layers = 24
+    heads: Heads = 16
+    norm_eps: Epsilon = 1e-5
     activation: str = "quick_gelu"
-    feature_layers: tuple[int, ...] = (-2,)
+    feature_layers: tuple[FeatureLayer, ...] = (-2,)
     keep_class_token: bool = False  # `cls_patch` (original), `full` (Hugging Face)
     # What the image processor does to a picture that is no grid of tiles (`preprocessor_config.json`).
-    resize: tuple[int, ...] | None = None  # (shortest edge,), or (height, width); () not at all; None to `image_size`
+    resize: tuple[Pixels, ...] | None = (
+        None  # (shortest edge,), or (height, width); () not at all; None to `image_size`
+    )
     center_crop: bool = True
-    resample: int = BICUBIC
+    resample: Annotated[int, Meta(ge=1, le=5)] = BICUBIC
     # And to the pixels of all: (value * rescale_factor - mean) / deviation, the latter two only if `normalize`.
-    rescale_factor: float = 1 / 255
+    rescale_factor: Annotated[float, Meta(gt=0, le=1)] = 1 / 255
     normalize: bool = True
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
@@ -109,39 +132,37 @@ class LlavaConfig:
     projector_bias: bool = True
     aspect_ratio: str = "pad"
     merge: str = "flat"
-    grid_pinpoints: tuple[tuple[int, int], ...] = ()  # as the file has them; who reads them decides what is width
+    grid_pinpoints: tuple[tuple[Pixels, Pixels], ...] = ()  # as the file has them; who reads them decides what is width
     image_rules: str = "original"
     pads_in_transformers: bool = True  # whether transformers' processor pads, for `image_rules="transformers"`
     use_im_start_end: bool = False
     use_im_patch: bool = False
-    max_length: int | None = None  # positions after splicing that the model was trained with
+    max_length: Annotated[int, Meta(ge=1)] | None = None  # positions after splicing that the model was trained with
     padding_side: str = "right"
     # The conversation template: its name, or a chat template's Jinja program; None: chosen from the rest.
     template: str | None = None
     template_from: str = ""  # the file of the checkpoint that says so
     name: str = ""  # what the checkpoint calls itself, a hint for the template
     vision_tower: str | None = None  # where the original's config says the tower is
-    image_token_id: int | None = None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded
+    image_token_id: TokenId | None = None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded
 
     def __post_init__(self):
+        for part in (self, self.text, self.vision, *filter(None, [self.text.rope_scaling])):
+            for field, kind in _types(type(part)).items():
+                check_json(getattr(part, field), kind, f"config: {field}")
         for field, value, known in (
             ("image_aspect_ratio", self.aspect_ratio, ASPECT_RATIOS),
             ("mm_patch_merge_type", self.merge, MERGE_TYPES),
             ("image_rules", self.image_rules, IMAGE_RULES),
             ("padding_side", self.padding_side, ("left", "right")),
+            ("rope scaling", self.text.rope_scaling and self.text.rope_scaling.kind, (None, *ROPE_SCALINGS)),
             ("hidden_act of the decoder", self.text.activation, ACTIVATIONS),
             ("hidden_act of the vision tower", self.vision.activation, ACTIVATIONS),
         ):
             if value not in known:
-                raise InputError(f"config: {field} {shorten(repr(value))} is not supported, only {', '.join(known)}")
+                only = ", ".join(filter(None, known))
+                raise InputError(f"config: {field} {shorten(repr(value))} is not supported, only {only}")
         projector_depth(self.projector)
-        for part in (self.text, self.vision):
-            for field in dataclasses.fields(part):
-                value = getattr(part, field.name)
-                if field.type is int and (type(value) is not int or value <= 0):
-                    raise InputError(f"config: {field.name} {shorten(repr(value))} must be a whole number above 0")
-                if field.type is float and type(value) not in (int, float):
-                    raise InputError(f"config: {field.name} {shorten(repr(value))} must be a number")
         if self.vision.keep_class_token and self.merge != "flat":
             raise InputError(
                 f"config: a class token among the features does not go with mm_patch_merge_type {self.merge}"
@@ -156,7 +177,27 @@ class LlavaConfig:
             raise InputError(
                 f"config: the vision tower's width {self.vision.width} is no multiple of its {self.vision.heads} heads"
             )
-        if any(not 0 <= i <= self.vision.layers for i in self.vision.hidden_states):
+        scaling = self.text.rope_scaling
+        if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise InputError(
+                f"config: rope scaling's low_freq_factor {scaling.low_freq_factor:g} must be below its "
+                f"high_freq_factor {scaling.high_freq_factor:g}"
+            )
+        if self.text.head_width % 2:
+            raise InputError(f"config: heads of width {self.text.head_width} have no two halves to rotate")
+        if self.vision.patch_size > self.vision.image_size:
+            raise InputError(
+                f"config: the vision tower's patch size {self.vision.patch_size} is larger than its image size "
+                f"{self.vision.image_size}"
+            )
+        side = self.vision.image_size
+        for height, width in self.grid_pinpoints:
+            if (tiles := -(-height // side) * -(-width // side)) > MAX_TILES:
+                raise InputError(
+                    f"config: image_grid_pinpoints: {height} x {width} are {tiles:,} tiles of {side} pixels; at most "
+                    f"{MAX_TILES:,} are supported"
+                )
+        if not self.vision.feature_layers or any(not 0 <= i <= self.vision.layers for i in self.vision.hidden_states):
             raise InputError(
                 f"config: vision feature layer {shorten(self.vision.feature_layers)} is not among the "
                 f"{self.vision.layers + 1} hidden states of the tower"
@@ -183,6 +224,12 @@ class LlavaConfig:
         return {"format": "llava-jax", "version": 1} | dataclasses.asdict(self)
 
 
+@functools.cache
+def _types(part: type) -> dict[str, Any]:
+    """Type of each field of a dataclass, ranges included."""
+    return typing.get_type_hints(part, include_extras=True)
+
+
 def projector_depth(projector: str) -> int:
     """Linear layers of a projector by the original's name for it (llava/model/multimodal_projector/builder.py).
 
@@ -193,9 +240,8 @@ def projector_depth(projector: str) -> int:
         return 0
     if projector == "linear":
         return 1
-    digits = projector.removeprefix("mlp").removesuffix("x_gelu")
-    if projector == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
-        return int(digits)
+    if layers := re.fullmatch(r"mlp([1-9][0-9]?)x_gelu", projector):
+        return int(layers[1])
     raise InputError(f"config: projector {shorten(projector)!r} is not supported, only linear, mlpNx_gelu and identity")
 
 

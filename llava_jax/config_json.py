@@ -17,9 +17,10 @@ import dataclasses
 from typing import Any
 
 from llava_jax.config import PINPOINTS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
-from llava_jax.config_keys import check_keys
+from llava_jax.config_keys import Original, Transformers, check_keys
 from llava_jax.console import InputError, shorten
 from llava_jax.image_processor import processor_class, read_pinpoints, read_pixels
+from llava_jax.json_files import check_json
 
 # Hugging Face: model type -> class.
 MODEL_TYPES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
@@ -75,44 +76,38 @@ def read_config(
     preprocessor: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
     name: str = "",
+    file: object = "config.json",
 ) -> LlavaConfig:
     """A `LlavaConfig` from the contents of a `config.json` in any dialect.
 
     Args:
-      config: the parsed `config.json`.
-      vision: the vision tower's own `config.json`, for original checkpoints, which only name their tower.
+      config: the parsed `config.json`, whose types are checked here, by its dialect.
+      vision: the vision tower's own `config.json`, for original checkpoints, which only name their tower; a
+        `config_keys.Tower`.
       preprocessor: the image processor's settings, where there are any (`read_preprocessor`).
-      generation: `generation_config.json`, where there is one; its `eos_token_id` is the one that counts.
+      generation: `generation_config.json`, where there is one, a `config_keys.Generation`; its `eos_token_id` is the
+        one that counts.
       name: what to call the checkpoint (its directory or hub name); a hint for the conversation template.
+      file: the path of the `config.json`, for errors.
 
     Raises:
       InputError: the file is no LLaVA configuration, or asks for something that does not exist here.
     """
-    try:
-        return _read_config(config, vision, preprocessor or {}, generation or {}, name)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"config.json: a field is not what it should be ({shorten(what)})") from None
-
-
-def is_original(config: dict[str, Any]) -> bool:
-    """Whether a foreign `config.json` is the original's, and not transformers'."""
-    return not isinstance(config.get("text_config"), dict)
-
-
-def _read_config(config, vision, preprocessor, generation, name) -> LlavaConfig:
+    file, preprocessor = shorten(file), preprocessor or {}
     if config.get("format") == "llava-jax":
-        return _from_ours(config)
+        return _from_ours(config, file)
     if not is_original(config):
+        check_json(config, Transformers, file)
         read = _from_hugging_face(config, preprocessor)
     elif any(k in config for k in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
+        check_json(config, Original, file)
         read = _from_original(config, vision, preprocessor)
     else:
         raise InputError(
             f"config.json is not LLaVA's (model_type {_shown(config.get('model_type'))}): it has neither a text_config "
             "nor mm_vision_tower"
         )
-    eos = generation.get("eos_token_id")
+    eos = (generation or {}).get("eos_token_id")
     if eos is not None:
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
         read = read.replace(text=dataclasses.replace(read.text, eos_ids=ids))
@@ -120,6 +115,11 @@ def _read_config(config, vision, preprocessor, generation, name) -> LlavaConfig:
     template = config.get("conversation_template")
     read = read.replace(template=template, template_from="config.json" if template else "")
     return read.replace(name=" ".join(hint.rstrip("/").rsplit("/", 1)[-1] for hint in hints).strip())
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a foreign `config.json` is the original's, and not transformers'."""
+    return not isinstance(config.get("text_config"), dict)
 
 
 def _shown(value: Any) -> str:
@@ -148,27 +148,27 @@ def _refuse_quantized(config: dict[str, Any], preposition: str = "") -> None:
     )
 
 
-def _from_ours(config: dict[str, Any]) -> LlavaConfig:
-    if config.get("version", 0) > 1:
+def _from_ours(config: dict[str, Any], file: str) -> LlavaConfig:
+    if check_json(config.get("version", 1), int, f"{file}: version") > 1:
         raise InputError(
-            f"config.json has version {config['version']}; this release reads version 1: upgrade llava-jax"
+            f"{file} has version {shorten(config['version'])}; this release reads version 1: upgrade llava-jax"
         )
-
-    def build(cls, values):
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(values) - known:
-            raise InputError(f"config.json: unknown fields {', '.join(sorted(unknown))}")
-        return cls(**{k: _tuples(v) for k, v in values.items()})
-
     top = {k: v for k, v in config.items() if k not in ("format", "version")}
-    text = dict(top["text"])
-    if text.get("rope_scaling"):
-        text["rope_scaling"] = build(RopeScaling, text["rope_scaling"])
-    return build(LlavaConfig, top | {"text": build(TextConfig, text), "vision": build(VisionConfig, top["vision"])})
+    text = _object(top.get("text"), f"{file}: text")
+    scaling = text.get("rope_scaling") or {}
+    for part, values, where in (
+        (LlavaConfig, top, ""),
+        (TextConfig, text, "text."),
+        (VisionConfig, _object(top.get("vision"), f"{file}: vision"), "vision."),
+        (RopeScaling, _object(scaling, f"{file}: text.rope_scaling"), "text.rope_scaling."),
+    ):
+        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(part)}):
+            raise InputError(f"{file}: unknown fields {shorten(', '.join(where + name for name in unknown))}")
+    return check_json(top, LlavaConfig, file)
 
 
-def _tuples(value):
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def _object(value: Any, where: str) -> dict[str, Any]:
+    return check_json(value, dict[str, Any], where)
 
 
 def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> LlavaConfig:
@@ -204,7 +204,7 @@ def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> 
             keep_class_token=strategy == "full",
         ),
         projector="mlp2x_gelu",
-        projector_bias=config.get("multimodal_projector_bias", True),
+        projector_bias=bool(config.get("multimodal_projector_bias", True)),
         aspect_ratio=aspect,
         pads_in_transformers=following or bool(pads),
         merge="spatial_unpad" if following else "flat",
@@ -257,8 +257,8 @@ def _from_original(config: dict[str, Any], vision: dict[str, Any] | None, prepro
         aspect_ratio=aspect,
         merge=config.get("mm_patch_merge_type", "flat"),
         grid_pinpoints=pinpoints,
-        use_im_start_end=config.get("mm_use_im_start_end", False),
-        use_im_patch=config.get("mm_use_im_patch_token", True),
+        use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
+        use_im_patch=bool(config.get("mm_use_im_patch_token", True)),
         max_length=config.get("tokenizer_model_max_length"),
         padding_side=config.get("tokenizer_padding_side", "right"),
         vision_tower=tower,
@@ -303,9 +303,9 @@ def _text(family: str, fields: dict[str, Any], *, tied: bool) -> TextConfig:
         rope_scaling=_rope_scaling(rope),
         max_positions=get("max_position_embeddings"),
         sliding_window=_sliding_window(family, get),
-        qkv_bias=get("attention_bias", False) or family == "qwen2",
-        o_bias=get("attention_bias", False),
-        mlp_bias=get("mlp_bias", False),
+        qkv_bias=bool(get("attention_bias", False)) or family == "qwen2",
+        o_bias=bool(get("attention_bias", False)),
+        mlp_bias=bool(get("mlp_bias", False)),
         tied_head=tied,
         family=family,
         bos_id=get("bos_token_id", 1),
@@ -336,17 +336,23 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in needed:
+        raise InputError(f"config.json: rope scaling {_shown(kind)} is not supported, only linear and llama3")
+    if missing := [key for key in needed[kind] if rope.get(key) is None]:
+        raise InputError(f"config.json: rope scaling {kind} needs {', '.join(missing)}")
     if kind == "linear":
         return RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise InputError(f"config.json: rope scaling {kind!r} is not supported, only linear and llama3")
+    return RopeScaling(
+        "llama3",
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
+        rope["original_max_position_embeddings"],
+    )
 
 
 def _vision(
@@ -356,7 +362,7 @@ def _vision(
     pinpoints: tuple[tuple[int, int], ...],
     **more,
 ) -> VisionConfig:
-    vision = vision.get("vision_config", vision) if vision.get("model_type") == "clip" else vision
+    vision = (vision.get("vision_config") or vision) if vision.get("model_type") == "clip" else vision
     if (kind := vision.get("model_type", "clip_vision_model")) != "clip_vision_model":
         raise InputError(f"config.json: vision tower {_shown(kind)} is not supported, only CLIP (clip_vision_model)")
     check_keys("vision", vision)

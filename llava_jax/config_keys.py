@@ -1,14 +1,188 @@
 """The keys of foreign configuration files: which are read, which make no difference, which must have certain values.
 
-One table for each kind of object. Whatever is in none of its three lists is named in a warning, since it may change
-what the model computes.
+One table for each kind of object; what is read is the table of its types. Whatever is in none of its three lists is
+named in a warning, since it may change what the model computes.
 """
 
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from msgspec import Meta
+
+from llava_jax.config import (
+    Epsilon,
+    FeatureLayer,
+    Heads,
+    Layers,
+    Pixels,
+    Positions,
+    Positive,
+    TokenId,
+    Vocabulary,
+    Width,
+    Window,
+)
 from llava_jax.console import InputError, note, shorten
 
 MOST = 10  # unknown keys that are named
+
+
+# ---------------------------------------------------------------- keys that are read, and what can be under them
+
+Ids = TokenId | Annotated[list[TokenId], Meta(max_length=100)] | None
+Grid = list[Annotated[list[Pixels], Meta(min_length=2, max_length=2)]]
+Colours = Annotated[list[float], Meta(min_length=3, max_length=3)]
+
+
+class QuantizedWeights(TypedDict, total=False):
+    num_bits: int | None
+
+
+class QuantizedGroup(TypedDict, total=False):
+    weights: QuantizedWeights | None
+
+
+class Quantization(TypedDict, total=False):
+    quant_method: str | None
+    bits: int | None
+    w_bit: int | None
+    load_in_4bit: bool | None
+    load_in_8bit: bool | None
+    config_groups: dict[str, QuantizedGroup] | None
+
+
+class Rope(TypedDict, total=False):
+    factor: Positive | None
+    high_freq_factor: Positive | None
+    low_freq_factor: Positive | None
+    original_max_position_embeddings: Positions | None
+    rope_theta: Positive
+    rope_type: str | None
+    type: str | None
+
+
+class Text(TypedDict, total=False):
+    """A decoder: `text_config` of transformers' files, beside the original's `mm_...` in its own."""
+
+    attention_bias: bool | None
+    bos_token_id: TokenId | None
+    eos_token_id: Ids
+    head_dim: Width | None
+    hidden_act: str
+    hidden_size: Width
+    intermediate_size: Width
+    layer_types: list[str] | None
+    max_position_embeddings: Positions
+    max_window_layers: Window
+    mlp_bias: bool | None
+    model_type: str | None
+    num_attention_heads: Heads
+    num_hidden_layers: Layers
+    num_key_value_heads: Heads | None
+    pad_token_id: TokenId | None
+    quantization_config: Quantization | None
+    rms_norm_eps: Epsilon
+    rope_parameters: Rope | None
+    rope_scaling: Rope | None
+    rope_theta: Positive
+    sliding_window: Window | None
+    tie_word_embeddings: Any  # `config_json._is_tied`
+    use_sliding_window: bool | None
+    vocab_size: Vocabulary
+
+
+class Original(Text, total=False):
+    _name_or_path: str | None
+    architectures: list[str] | None
+    conversation_template: str | None
+    image_aspect_ratio: str | None
+    image_grid_pinpoints: str | Grid | None
+    mm_hidden_size: Any  # tells that it is the original's; the tower says what it is
+    mm_patch_merge_type: str
+    mm_projector_type: str
+    mm_use_im_patch_token: bool | None
+    mm_use_im_start_end: bool | None
+    mm_vision_select_feature: str | None
+    mm_vision_select_layer: FeatureLayer
+    mm_vision_tower: str | None
+    tokenizer_model_max_length: Annotated[int, Meta(ge=1)] | None
+    tokenizer_padding_side: str
+
+
+class Vision(TypedDict, total=False):
+    hidden_act: str
+    hidden_size: Width
+    image_size: Pixels
+    intermediate_size: Width
+    layer_norm_eps: Epsilon
+    model_type: str | None
+    num_attention_heads: Heads
+    num_hidden_layers: Layers
+    patch_size: Pixels
+    quantization_config: Quantization | None
+
+
+class Tower(Vision, total=False):
+    """The `config.json` beside a vision tower: of the tower alone, or of a whole CLIP."""
+
+    vision_config: Vision | None
+
+
+class Transformers(TypedDict, total=False):
+    _name_or_path: str | None
+    architectures: list[str] | None
+    conversation_template: str | None
+    image_aspect_ratio: str
+    image_grid_pinpoints: str | Grid | None
+    image_token_id: TokenId | None
+    image_token_index: TokenId | None
+    model_type: str | None
+    multimodal_projector_bias: bool | None
+    projector_hidden_act: str | None
+    quantization_config: Quantization | None
+    text_config: Text
+    tie_word_embeddings: Any
+    vision_config: Vision | None
+    vision_feature_layer: FeatureLayer | Annotated[list[FeatureLayer], Meta(min_length=1, max_length=100)]
+    vision_feature_select_strategy: str | None
+
+
+class Preprocessor(TypedDict, total=False):
+    """`preprocessor_config.json`. What is `Any` here has many spellings, which `image_processor` knows."""
+
+    crop_size: Any
+    default_to_square: bool | None
+    do_center_crop: bool | None
+    do_normalize: bool | None
+    do_pad: bool | None
+    do_rescale: bool | None
+    do_resize: bool | None
+    feature_extractor_type: str | None
+    image_grid_pinpoints: str | Grid | None
+    image_mean: Colours | None
+    image_processor_type: str | None
+    image_std: Colours | None
+    rescale_factor: float
+    resample: int
+    size: Any
+    pad_size: Any
+
+
+class Generation(TypedDict, total=False):
+    """`generation_config.json`."""
+
+    eos_token_id: Ids
+
+
+READ: dict[str, frozenset[str]] = {
+    "transformers": frozenset(Transformers.__annotations__),
+    "text": frozenset(Text.__annotations__),
+    "original": frozenset(Original.__annotations__),
+    "vision": frozenset(Tower.__annotations__),
+    "rope": frozenset(Rope.__annotations__),
+    "preprocessor": frozenset(Preprocessor.__annotations__),
+}
+
+# ---------------------------------------------------------------- the others
 
 # What transformers' PretrainedConfig writes, of version 4 and 5, and nothing here needs.
 _GENERAL = """
@@ -22,41 +196,6 @@ _GENERAL = """
     tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
     use_cache attention_dropout pretraining_tp
 """.split()
-_TEXT = """
-    attention_bias bos_token_id eos_token_id head_dim hidden_act hidden_size intermediate_size layer_types
-    max_position_embeddings max_window_layers mlp_bias model_type num_attention_heads num_hidden_layers
-    num_key_value_heads pad_token_id quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta
-    sliding_window tie_word_embeddings use_sliding_window vocab_size
-""".split()
-
-READ: dict[str, frozenset[str]] = {
-    "transformers": frozenset(
-        """_name_or_path architectures conversation_template image_aspect_ratio image_grid_pinpoints image_token_id
-        image_token_index model_type multimodal_projector_bias projector_hidden_act quantization_config text_config
-        tie_word_embeddings vision_config vision_feature_layer vision_feature_select_strategy""".split()
-    ),
-    "text": frozenset(_TEXT),
-    "original": frozenset(
-        """_name_or_path architectures conversation_template image_aspect_ratio image_grid_pinpoints
-        mm_hidden_size mm_patch_merge_type mm_projector_type mm_use_im_patch_token mm_use_im_start_end
-        mm_vision_select_feature mm_vision_select_layer mm_vision_tower tokenizer_model_max_length
-        tokenizer_padding_side""".split()
-        + _TEXT
-    ),
-    "vision": frozenset(
-        """hidden_act hidden_size image_size intermediate_size layer_norm_eps model_type num_attention_heads
-        num_hidden_layers patch_size quantization_config vision_config""".split()
-    ),
-    "rope": frozenset(
-        """factor high_freq_factor low_freq_factor original_max_position_embeddings rope_theta rope_type
-        type""".split()
-    ),
-    "preprocessor": frozenset(
-        """crop_size default_to_square do_center_crop do_normalize do_pad do_rescale do_resize
-        feature_extractor_type image_grid_pinpoints image_mean image_processor_type image_std
-        rescale_factor resample size pad_size""".split()
-    ),
-}
 NO_DIFFERENCE: dict[str, frozenset[str]] = {
     "transformers": frozenset(
         """bos_token_id eos_token_id hidden_size ignore_index image_seq_length pad_token_id use_image_newline_parameter

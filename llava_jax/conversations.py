@@ -16,13 +16,13 @@ would change what is learnt make the row a bad one, unknown keys are named once 
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import memory_bytes, open_regular
+from llava_jax.json_files import parse_json
 from llava_jax.templates import MARK
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -113,9 +113,9 @@ def _first_byte(file: BinaryIO) -> bytes:
 
 def _read_list(data: bytes, name: str) -> list[Any]:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not JSON ({shorten(error)})") from None
+        return parse_json(data, depth=None)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _read_lines(file: BinaryIO, name: str) -> Iterator[Any]:
@@ -131,9 +131,9 @@ def _read_lines(file: BinaryIO, name: str) -> Iterator[Any]:
 
 def _read_line(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return InputError(f"not JSON ({shorten(error)})")
+        return parse_json(line, depth=None)
+    except InputError as error:
+        return error
 
 
 def note_unread_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
@@ -177,6 +177,8 @@ def read_conversation(row: Any) -> Conversation:
         raise InputError(str(row))
     if not isinstance(row, dict):
         raise InputError("not a JSON object")
+    if not isinstance(row.get("id"), str | int | float | None):
+        raise InputError("id must be text or a number")
     names = image_names(row)
     key = _one_of(row, "conversations", "messages")
     said = row.get(key)
@@ -197,12 +199,13 @@ def read_conversation(row: Any) -> Conversation:
         raise InputError("a system message that is not the first turn")
     if system and MARK in system:
         raise InputError(f"the system message has an {MARK} mark; images belong to the questions")
-    for text in (system or "", *(turn["value"] for turn in turns)):
+    images = parts.images()
+    for text in (system or "", *images, str(row.get("id")), *(turn["value"] for turn in turns)):
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a pair of \\u escapes
             raise InputError(f"text that is no Unicode ({error.reason})") from None
-    return Conversation(turns, parts.images(), system)
+    return Conversation(turns, images, system)
 
 
 def image_names(row: dict[str, Any]) -> list[str]:

@@ -1,16 +1,21 @@
 """What a checkpoint's image processor does to pixels, from the files of transformers that say so."""
 
-import ast
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from llava_jax.config import CLIP_MEAN, CLIP_STD
-from llava_jax.config_keys import check_keys
+from llava_jax.config_keys import Grid, Preprocessor, check_keys
 from llava_jax.console import InputError, shorten
-from llava_jax.json_files import read_json
+from llava_jax.json_files import check_json, parse_json, read_json
 
 PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+
+
+class Processor(TypedDict, total=False):
+    """`processor_config.json`, as far as it is about pixels."""
+
+    image_processor: Preprocessor | None
 
 
 def processor_class(preprocessor: dict[str, Any]) -> str:
@@ -22,10 +27,8 @@ def processor_class(preprocessor: dict[str, Any]) -> str:
 def read_preprocessor(directory: Path) -> dict[str, Any]:
     """The image processor's settings: those that transformers 5 writes into `processor_config.json`, or those of
     `preprocessor_config.json` (models/auto/image_processing_auto.py `get_image_processor_config`)."""
-    nested = (read_json(directory / "processor_config.json") or {}).get("image_processor")
-    if nested is not None and not isinstance(nested, dict):
-        raise InputError(f"{directory / 'processor_config.json'}: image_processor is no JSON object")
-    return nested or read_json(directory / "preprocessor_config.json") or {}
+    nested = (read_json(directory / "processor_config.json", Processor) or {}).get("image_processor")
+    return nested or read_json(directory / "preprocessor_config.json", Preprocessor) or {}
 
 
 def read_pixels(
@@ -109,9 +112,9 @@ def read_pinpoints(value) -> tuple[tuple[int, int], ...]:
     """`image_grid_pinpoints`, a list of sizes or such a list written out."""
     if isinstance(value, str):
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            value = parse_json(value.translate(str.maketrans("()", "[]")))
+        except InputError:
             raise InputError(
                 f"config.json: image_grid_pinpoints {shorten(repr(value))} is not a list of sizes"
             ) from None
-    return tuple((int(a), int(b)) for a, b in value)
+    return tuple(map(tuple, check_json(value, Grid, "config.json: image_grid_pinpoints")))

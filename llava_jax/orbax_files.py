@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
 from llava_jax.config_json import read_config
-from llava_jax.console import InputError, Progress, first_line
+from llava_jax.console import InputError, Progress, first_line, shorten
 from llava_jax.files import check_tree
 from llava_jax.json_files import read_json
 from llava_jax.llava import Params, param_shapes
 from llava_jax.outputs import new_directory
 from llava_jax.sharding import param_shardings, path_of
-from llava_jax.sources import Source, Tensor, read_ahead
+from llava_jax.sources import Source, Tensor, listed, read_ahead
 from llava_jax.templates import choose_template
 
 CHUNK_BYTES = 64 * 2**20  # of a stored array, so that a host that wants a slice reads little more than that
@@ -92,7 +92,7 @@ def open_ours(directory: epath.Path) -> Source:
     Raises:
       InputError: it is broken.
     """
-    config = read_config(read_json(directory / "config.json"))
+    config = read_config(read_json(directory / "config.json"), file=directory / "config.json")
     tensors = _open_tree(directory / "params")
     wanted, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
     _check(
@@ -149,7 +149,7 @@ def _absolute(directory: epath.Path) -> epath.Path:
 
 def _check(directory, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple]) -> None:
     problems = [
-        f"{what}: {', '.join(which)}"
+        f"{what}: {listed(which, 70)}"
         for what, which in [
             ("missing tensors", [p for p in wanted if p not in stored]),
             ("unknown tensors", [p for p in stored if p not in wanted]),
@@ -165,7 +165,7 @@ def _check(directory, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str
         if which
     ]
     if problems:
-        raise InputError(f"{directory}: {'; '.join(problems)}")
+        raise InputError(shorten(f"{shorten(directory)}: {'; '.join(problems)}", 299))
 
 
 def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct], limit: int):

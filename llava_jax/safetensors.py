@@ -10,13 +10,14 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.files import open_regular
+from llava_jax.json_files import parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -61,10 +62,13 @@ class File:
                     raise InputError(
                         f"{self.name}: truncated, or no safetensors file ({size} bytes, header of {length} bytes)"
                     )
-                header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except (OSError, ValueError, RecursionError) as error:
-            what = "cannot be read" if isinstance(error, OSError) else "the safetensors header is not JSON"
-            raise InputError(f"{self.name}: {what} ({first_line(error)})") from None
+                text = file.read(length)
+        except OSError as error:
+            raise InputError(f"{self.name}: cannot be read ({first_line(error)})") from None
+        try:
+            header = parse_json(text, unique=True)
+        except InputError as error:
+            raise InputError(f"{self.name}: the safetensors header is {error}") from None
         if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
             raise InputError(f"{self.name}: the safetensors header is no JSON object")
         self.metadata = header.pop("__metadata__", {})
@@ -113,13 +117,6 @@ class File:
         out = np.empty(math.prod(shape), dtype)
         read_into(out, self.path, first, name)
         return out.reshape(shape)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key twice")
-    return found
 
 
 def read_into(out: np.ndarray, path: str, first: int, name: str) -> None:

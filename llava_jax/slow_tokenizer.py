@@ -8,25 +8,39 @@ import dataclasses
 import re
 import tempfile
 from pathlib import Path
+from typing import Required, TypedDict
 
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from llava_jax.console import InputError, first_line
+from llava_jax.console import InputError, first_line, shorten
 
 SPACE = "▁"
 USUAL = ("<s>", "</s>", "<unk>")  # LLaMA's special tokens, which a checkpoint's files need not name
 
+MAX_GAP = 10_000  # ids without a token, that an exported tokenizer names
+
 Offsets = list[tuple[int, int]]
 
 
-def content_of(token: str | dict | None) -> str | None:
+class Token(TypedDict, total=False):
+    """A token as files have it that say more of it than its text."""
+
+    content: Required[str]
+    lstrip: bool
+    normalized: bool
+    rstrip: bool
+    single_word: bool
+    special: bool
+
+
+def content_of(token: str | Token | None) -> str | None:
     """What a token says, of either form in which files have it."""
     return token.get("content") if isinstance(token, dict) else token
 
 
-def added_token(token: str | dict, special: bool) -> AddedToken:
+def added_token(token: str | Token, special: bool) -> AddedToken:
     """A token of a file as an added one; `special` is for those that do not say whether they are."""
     if isinstance(token, str):
         return AddedToken(token, special=special, normalized=not special)
@@ -57,7 +71,7 @@ class SlowTokenizer:
         *,
         legacy: bool,
         unk: str,
-        special: list[str | dict],
+        special: list[str | Token],
         added: dict[int, AddedToken],
     ):
         self.legacy, self._proto, self._unk = legacy, proto, unk
@@ -201,13 +215,19 @@ class SlowTokenizer:
             (Path(directory) / "tokenizer.model").write_bytes(self._proto)
             engine = PreTrainedTokenizerFast.from_pretrained(directory, legacy=self.legacy).backend_tokenizer
         for i, token in sorted(self.added.items()):
+            if i - engine.get_vocab_size() > MAX_GAP:
+                raise InputError(
+                    f"the added token {shorten(token.content)!r} has id {i}, far beyond the {engine.get_vocab_size()} "
+                    "tokens before it"
+                )
             while engine.get_vocab_size() < i:  # ids there have no gaps
                 engine.add_special_tokens([f"<|reserved_{engine.get_vocab_size()}|>"])
             flags = {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "special")}
             engine.add_tokens([AddedToken(token.content, normalized=False, **flags)])
             if engine.token_to_id(token.content) != i:
                 raise InputError(
-                    f"the added token {token.content!r} has id {i}, which transformers' tokenizer cannot give it"
+                    f"the added token {shorten(token.content)!r} has id {i}, which transformers' tokenizer cannot "
+                    "give it"
                 )
         if not self.legacy:
             if not _parse(self._proto).normalizer_spec.add_dummy_prefix:

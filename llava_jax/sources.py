@@ -9,10 +9,12 @@ to its place on a mesh. What is no whole LLaVA (a language model, an adapter, a 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
+from typing import TypedDict
 
 import jax
 import ml_dtypes
@@ -22,13 +24,15 @@ from llava_jax import names, safetensors, torch_files
 from llava_jax.chat_template import with_chat_template
 from llava_jax.config import LlavaConfig
 from llava_jax.config_json import is_original, read_config
+from llava_jax.config_keys import Generation, Tower
 from llava_jax.console import InputError, note, shorten
 from llava_jax.image_processor import read_preprocessor
-from llava_jax.json_files import read_json
+from llava_jax.json_files import INDEX_BYTES, read_json
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of
 
 MOST = 8  # tensors of a kind of mistake that are named
+ROOM = 190  # characters for their names in a line
 # What comes with quantized weights (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, HQQ, AQLM, EETQ, quanto).
 QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|W_q|codes|codebooks|input_scale|weight_(packed|scale|zero_point).*"
@@ -105,10 +109,11 @@ def configure(
     original = is_original(fields)
     config = read_config(
         fields,
-        vision=read_json(tower / "config.json") if tower else None,
+        vision=read_json(tower / "config.json", Tower) if tower else None,
         preprocessor=read_preprocessor(tower if original and tower else directory),
-        generation=read_json((decoder or directory) / "generation_config.json"),
+        generation=read_json((decoder or directory) / "generation_config.json", Generation),
         name=name,
+        file=directory / "config.json",
     )
     # The template beside an original is its language model's, which knows no images and was not trained with.
     return config if original else with_chat_template(config, directory)
@@ -117,14 +122,14 @@ def configure(
 def find_tower(directory: Path, fields: dict, given: Path | None) -> Path | None:
     """Where the vision tower of an original checkpoint is: as given, or where config.json says. None: nowhere here."""
     if given is not None:
-        if not (given / "config.json").exists():
+        if not os.path.exists(given / "config.json"):
             raise InputError(f"--vision-tower {given}: no CLIP directory (there is no config.json)")
         return given
     tower = fields.get("mm_vision_tower")
     if not isinstance(tower, str) or not tower:
         return None
     beside = directory / tower  # or elsewhere, where the name is an absolute path
-    return beside if (beside / "config.json").exists() else None
+    return beside if os.path.exists(beside / "config.json") else None
 
 
 # ---------------------------------------------------------------- files
@@ -138,6 +143,12 @@ def open_file(path: Path) -> AnyFile:
     return (safetensors if path.suffix == ".safetensors" else torch_files).File(path)
 
 
+class Index(TypedDict):
+    """`model.safetensors.index.json`: in which file each tensor is."""
+
+    weight_map: dict[str, str]
+
+
 def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The files that hold a model's tensors, and name -> file as the index says, where there is one.
 
@@ -148,18 +159,13 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     for index in (directory / name for name in INDEXES):
         if not index.exists() or (safe and index.name != safetensors.INDEX):  # an index of files that were replaced
             continue
-        listed = (read_json(index) or {}).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise InputError(f"{index}: no weight_map in it")
-        wanted = sorted(set(listed.values()))
+        file_of = read_json(index, Index, most=INDEX_BYTES)["weight_map"]
+        wanted = sorted(set(file_of.values()))
         if outside := [name for name in wanted if name in ("", "..") or PurePath(name).name != name]:
             raise InputError(f"{shorten(index)}: names {shorten(outside[0])!r}, which is no file of its directory")
-        if missing := [shorten(name, 60) for name in wanted if not os.path.exists(directory / name)]:
-            more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
-            raise InputError(
-                f"{shorten(directory)}: the index names files that are not there: {', '.join(missing[:2])}{more}"
-            )
-        return [directory / name for name in wanted], listed
+        if missing := [name for name in wanted if not os.path.exists(directory / name)]:
+            raise InputError(f"{shorten(directory)}: the index names files that are not there: {listed(missing)}")
+        return [directory / name for name in wanted], file_of
     files = safe or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"{directory}: no *.safetensors and no pytorch_model*.bin in it")
@@ -177,10 +183,13 @@ def has_tensors(directory: Path) -> bool:
 HEAD, EMBEDDING = "decoder/head/kernel", "decoder/embed/embedding"
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first few of names, and how many more there are."""
-    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    return ", ".join(shorten(name, 200) for name in names[:MOST]) + more
+def listed(names: Sequence[str], room: int = ROOM) -> str:
+    """The first few of names, in about so many characters, and how many more there are."""
+    named = [shorten(name, room) for name in names[:MOST]]
+    while len(named) > 1 and sum(map(len, named)) > room:
+        named.pop()
+    more = f" and {len(names) - len(named)} more" if len(names) > len(named) else ""
+    return ", ".join(named) + more
 
 
 class Found:
@@ -188,14 +197,24 @@ class Found:
 
     def __init__(self, config: LlavaConfig, dialect: str = "original"):
         self.config, self.dialect = config, dialect
-        shapes, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
-        self.wanted = {path_of(path): leaf.shape for path, leaf in shapes}
-        self.optional = optional_shapes(config)
         self.tensors: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
         self.unknown: list[str] = []
         self.doubled: list[str] = []
         self.absent: list[str] = []
+
+    # Shapes of a model of many layers take seconds to make: they are not made before files are known to hold as many.
+
+    @functools.cached_property
+    def wanted(self) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of what must be there."""
+        shapes, _ = jax.tree_util.tree_flatten_with_path(param_shapes(self.config))
+        return {path_of(path): leaf.shape for path, leaf in shapes}
+
+    @functools.cached_property
+    def optional(self) -> dict[str, tuple[int, ...]]:
+        """The same of what may be there although the model has no use for it."""
+        return optional_shapes(self.config)
 
     def has_tower(self) -> bool:
         return any(path.startswith("vision/") for path in self.tensors)
@@ -206,12 +225,32 @@ class Found:
         promised = collections.defaultdict(list)
         for name, file_name in index.items():
             promised[file_name].append(name)
-        for path in files:
-            file = open_file(path)
+        opened = [open_file(path) for path in files]
+        names_there = [name for file in opened for name in file.tensors if not (ignore and ignore.search(name))]
+        self._check_layers(directory, names_there)
+        for path, file in zip(files, opened, strict=True):
             self.absent += [f"{name} ({path.name})" for name in promised[path.name] if name not in file.tensors]
             for name in file.tensors:
                 if not (ignore and ignore.search(name)):
                     self.add(name, file, path.name)
+
+    def _check_layers(self, directory: Path, names_there: Sequence[str]) -> None:
+        found = {"decoder": 0, "vision": 0}  # the highest number of a layer, counted from 1
+        for name in names_there:
+            path = (names.read_name(name, self.config) or [""])[0].split("/")
+            if path[0] in found and path[1] == "layers":
+                found[path[0]] = max(found[path[0]], int(path[2]) + 1)
+        text, vision = self.config.text, self.config.vision
+        for part, declared, needed in (
+            ("decoder", text.layers, text.layers),
+            ("vision", vision.layers, vision.layers_used),
+        ):
+            if 0 < found[part] < needed:
+                what = "decoder" if part == "decoder" else "vision tower"
+                raise InputError(
+                    f"{shorten(directory)}: config.json says that the {what} has {declared:,} layers, the files have "
+                    f"{found[part]:,}"
+                )
 
     def add_tower(self, directory: Path, *, asked: bool) -> None:
         """Take the vision tower of a CLIP directory, unless there is one already."""
@@ -257,15 +296,15 @@ class Found:
         quantized += [f"{t.name} {t.dtype} ({t.file})" for t in self.tensors.values() if t.dtype in (np.int8, np.uint8)]
         if quantized:
             raise InputError(
-                f"{directory}: its weights are quantized ({shorten(quantized[0])}), which is not supported; give the "
-                "model's unquantized weights"
+                f"{shorten(directory)}: its weights are quantized ({shorten(quantized[0])}), which is not supported; "
+                "give the model's unquantized weights"
             )
         self._resolve_head()
         missing = [path for path in self.wanted if path not in self.tensors]
         if any(path.startswith("vision/") for path in missing) and not self.has_tower():
             raise InputError(
-                f"{directory}: the checkpoint has no vision tower (config.json names "
-                f"{self.config.vision_tower or 'none'}); give the CLIP directory with --vision-tower"
+                f"{shorten(directory)}: the checkpoint has no vision tower (config.json names "
+                f"{shorten(self.config.vision_tower or 'none')}); give the CLIP directory with --vision-tower"
             )
         misshapen = [
             f"{t.name} ({t.file}) {self._theirs(path, t.shape)} {t.dtype} should be "
@@ -274,7 +313,7 @@ class Found:
             if t.shape != (self.wanted | self.optional)[path] or t.dtype not in FLOATS
         ]
         problems = [
-            f"{what}: {listed(which)}"
+            (what, which)
             for what, which in [
                 ("missing tensors", [names.write_name(p, self.dialect, self.config)[0] for p in missing]),
                 ("tensors that the index names and their file lacks", self.absent),
@@ -285,7 +324,9 @@ class Found:
             if which
         ]
         if problems:
-            raise InputError(f"{directory}: {'; '.join(problems)}")
+            room = (ROOM - 20 * (len(problems) - 1)) // len(problems)
+            told = "; ".join(f"{what}: {listed(which, room)}" for what, which in problems)
+            raise InputError(shorten(f"{shorten(directory, 60)}: {told}", 299))
         return Source(directory, self.config, self.tensors, self.unused)
 
     def _resolve_head(self) -> None:

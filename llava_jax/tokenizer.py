@@ -15,21 +15,21 @@ corrected one at the beginning of the text only (`USER`). Weights want the setti
 """
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import tokenizers
+from msgspec import Meta
 from tokenizers import AddedToken, processors
 
 from llava_jax.console import InputError, note
 from llava_jax.files import read_bytes
 from llava_jax.json_files import read_json
 from llava_jax.json_tokenizer import JsonTokenizer, runner
-from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, added_token, content_of
+from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, Token, added_token, content_of
 from llava_jax.templates import MARK
 
 FILES = (
@@ -49,7 +49,38 @@ PROBES = (
 )
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_FILE = 128 * 2**20  # bytes; Gemma's, one of the largest, has 33 MB
+MAX_ID = 2**24
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the first line of what Llama 3 calls tokenizer.model
+
+
+class NamedTemplate(TypedDict):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
+class Settings(TypedDict, total=False):
+    """`tokenizer_config.json`, and `special_tokens_map.json` of older checkpoints, as far as they are read."""
+
+    add_bos_token: bool | None
+    added_tokens_decoder: dict[Annotated[str, Meta(pattern=r"^[0-9]{1,8}\Z")], Token] | None
+    additional_special_tokens: list[str | Token] | None
+    bos_token: str | Token | None
+    chat_template: str | list[NamedTemplate] | dict[str, str] | None
+    cls_token: str | Token | None
+    eos_token: str | Token | None
+    extra_special_tokens: list[str | Token] | dict[str, str | Token] | None
+    image_token: str | Token | None
+    legacy: bool | None
+    mask_token: str | Token | None
+    pad_token: str | Token | None
+    sep_token: str | Token | None
+    tokenizer_class: str | None
+    unk_token: str | Token | None
+
+
+AddedIds = dict[str, Annotated[int, Meta(ge=0, le=MAX_ID)]]  # `added_tokens.json`
 
 
 class Tokenizer:
@@ -114,7 +145,7 @@ class Tokenizer:
             )
         engine.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in new_tokens])
         self._compare(engine)
-        settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        settings = parse_json(self.files.get("tokenizer_config.json", b"{}"))
         for gone in ("auto_map", "chat_template", "add_prefix_space", "extra_special_tokens", "use_fast", "backend"):
             settings.pop(gone, None)
         settings |= {
@@ -159,11 +190,11 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     """
     directory = Path(directory)
     files = {name: read_bytes(directory / name, MAX_FILE) for name in FILES if (directory / name).exists()}
-    config = read_json(directory / "tokenizer_config.json") or {}
+    config = read_json(directory / "tokenizer_config.json", Settings) or {}
     # As transformers: of older files the map counts, of newer ones nothing but the configuration.
     newer = "added_tokens_decoder" in config
-    settings = config if newer else config | (read_json(directory / "special_tokens_map.json") or {})
-    added = read_json(directory / "added_tokens.json") or {}
+    settings = config if newer else config | (read_json(directory / "special_tokens_map.json", Settings) or {})
+    added = read_json(directory / "added_tokens.json", AddedIds) or {}
     if "tokenizer.json" not in files and "vocab.json" in files and "tokenizer_class" not in settings:
         raise InputError(f"{directory}: vocab.json needs a tokenizer_config.json that names its tokenizer_class")
     if "tokenizer.json" in files and TIKTOKEN.match(files.get("tokenizer.model", b"")):
@@ -195,7 +226,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     return Tokenizer(engine, plain | settings, files)
 
 
-def _special_tokens(settings: dict[str, Any]) -> list[str | dict]:
+def _special_tokens(settings: dict[str, Any]) -> list[str | Token]:
     """The special tokens that a checkpoint's files name."""
     more = [settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     more = [list(tokens.values()) if isinstance(tokens, dict) else tokens for tokens in more]
@@ -205,6 +236,8 @@ def _special_tokens(settings: dict[str, Any]) -> list[str | dict]:
 def _added_tokens(settings: dict[str, Any], added: dict[str, int]) -> dict[int, AddedToken]:
     """Tokens beyond the model's own pieces: `added_tokens_decoder` (new) and `added_tokens.json` (old)."""
     special = {content_of(token) for token in _special_tokens(settings)}
-    old = {int(i): added_token(content, content in special) for content, i in added.items()}
+    old = {i: added_token(content, content in special) for content, i in added.items()}
     new = settings.get("added_tokens_decoder") or {}
+    if beyond := [i for i in new if int(i) > MAX_ID]:
+        raise InputError(f"tokenizer_config.json: added_tokens_decoder: {beyond[0]} is no id of a token")
     return old | {int(i): added_token(token, False) for i, token in new.items()}
