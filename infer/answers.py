@@ -8,12 +8,22 @@ One command holds it at a time, and appends to it. Nothing but an answers file i
 import collections
 import json
 import os
-from typing import Any
+from typing import Any, TypedDict
 
 from llava_jax.console import InputError, first_line, shorten
+from llava_jax.json_files import check_json, parse_json
 from llava_jax.locks import LockedFile
 
+Id = str | int | float | None
 START, NEXT = '{"question_id": ', ', "prompt": "'  # how each line begins
+
+
+class Answer(TypedDict):
+    """A line, as far as it is read."""
+
+    question_id: Id
+    prompt: str
+    text: str
 
 
 class AnswersFile:
@@ -54,9 +64,10 @@ class AnswersFile:
             if not line.strip():
                 continue
             try:
-                answer = json.loads(line)
-                self.answered[key_of(answer["question_id"], answer["prompt"])] += isinstance(answer["text"], str)
-            except (ValueError, RecursionError, KeyError, TypeError):
+                answer = parse_json(line)
+                check_json(answer, Answer, "answer")
+                self.answered[key_of(answer["question_id"], answer["prompt"])] += 1
+            except InputError:
                 if number <= len(lines) or not _is_cut(last):
                     raise InputError(f"{self.name}: is there already, and is no answers file (line {number})") from None
                 self.end, self.gap = len(data) - len(last), b""

@@ -11,16 +11,24 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from infer.answers import AnswersFile, key_of
+from infer.answers import AnswersFile, Id, key_of
 from llava_jax.console import InputError, Progress, note, print_json, shorten
 from llava_jax.conversations import image_names
 from llava_jax.files import read_text
 from llava_jax.images import ImageFolder
+from llava_jax.json_files import check_json, parse_json
 
 MAX_QUESTIONS = 4 * 2**30  # bytes: with images in `data:` URLs
 TOLD = 10  # broken questions that are named; the rest are counted
+
+
+class Question(TypedDict):
+    """A line of a questions file."""
+
+    question_id: Id
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +73,8 @@ def read_questions(args: argparse.Namespace, answers: AnswersFile) -> Questions:
 
 
 def _question(line: str, folder: ImageFolder) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({shorten(error)})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "question_id" not in row:
-        raise InputError("a question needs question_id and text")
+    row = parse_json(line)
+    check_json(row, Question, "a question needs question_id and text")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -18,7 +18,6 @@ from llava_jax.files import read_bytes
 
 CONFIG_BYTES = 64 * 2**20  # of a file of settings
 INDEX_BYTES = 100 * 2**20  # of one that names every tensor, as a safetensors header
-DATA_BYTES = 64 * 2**30  # of one of conversations or questions
 DEPTH = 100  # objects and lists within one another
 DIGITS = 100  # of an integer: real files have 10**30 for "no limit"
 

@@ -27,7 +27,7 @@ from tokenizers import AddedToken, processors
 
 from llava_jax.console import InputError, note
 from llava_jax.files import read_bytes
-from llava_jax.json_files import read_json
+from llava_jax.json_files import parse_json, read_json
 from llava_jax.json_tokenizer import JsonTokenizer, runner
 from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, Token, added_token, content_of
 from llava_jax.templates import MARK

@@ -783,6 +783,20 @@ def test_resume_bit_for_bit(batching, made, write, config, models):
     same(take(again, 7), whole[made:])
 
 
+def test_a_place_in_the_data_that_is_none_is_refused(write, config, models):
+    data = open_data(config(write([good_row(i) for i in range(8)])), *models["v1.5-llama"])
+    state = data.get_state()
+    for place in (
+        {}, {"parent": {"next_index": 0}}, {"parent": {"next_index": 0}, "next_index_in_buffer": {}},
+        {"parent": {"next_index": -1}, "next_index_in_buffer": 0}, {"parent": [0], "next_index_in_buffer": 0},
+        {"parent": {"next_index": True}, "next_index_in_buffer": 0}, state["place"] | {"more": 1},
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="place in the data .* remove the directory"):
+            data.set_state(state | {"place": place})
+    data.set_state(state)
+    data.close()
+
+
 def test_resume_with_another_number_of_processes_and_another_mesh(write, config, models):
     model = models["v1.5-llama"]
     settings = config(write([good_row(i) for i in range(70)]), template="v1")

@@ -9,18 +9,40 @@ name when it is whole; older ones go only after that.
 
 import logging
 import time
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from msgspec import Meta
 
-from llava_jax.console import InputError, first_line, note
+from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import check_tree
+from llava_jax.json_files import check_json
 from train.processes import share
 
 _policies = ocp.checkpoint_managers
+GO_BACK = "remove this directory to resume from the checkpoint before it"
 LOOK_EVERY = 50  # steps, at most, between two times that processes read the clock of the first
+
+
+class DataProgress(TypedDict):
+    """Where the data stands (`Data.get_state`)."""
+
+    conversations: int
+    rows: Annotated[int, Meta(ge=1, le=1_000_000)]
+    per_row: NotRequired[Annotated[float, Meta(ge=1, le=1_000_000)] | None]
+    whole: NotRequired[bool]
+    place: dict[str, Any]  # grain's own
+
+
+class Progress(TypedDict):
+    """What is saved beside a state."""
+
+    step: Annotated[int, Meta(ge=1)]
+    total: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    data: DataProgress
+    bad: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]  # `BadSamples.get_state`
 
 
 class Checkpoints:
@@ -99,7 +121,15 @@ class Checkpoints:
         """
         if self.latest is None:
             return None
-        return self._read(progress=ocp.args.JsonRestore())["progress"]
+        progress = self._read(progress=ocp.args.JsonRestore())["progress"]
+        where = self.manager.directory / str(self.latest)
+        try:
+            check_json(progress, Progress, f"{shorten(where)}: progress")
+            if progress["step"] != self.latest:
+                raise InputError(f"{shorten(where)}: progress is that of step {progress['step']}")
+        except InputError as error:
+            raise InputError(f"{error}; {GO_BACK}") from None
+        return progress
 
     def restore(self, like: Any) -> Any:
         """The latest state.
@@ -120,8 +150,7 @@ class Checkpoints:
             return self.manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:
             raise InputError(
-                f"{self.manager.directory / str(self.latest)}: cannot be read ({first_line(error)}); "
-                "remove this directory to resume from the checkpoint before it"
+                f"{self.manager.directory / str(self.latest)}: cannot be read ({first_line(error)}); {GO_BACK}"
             ) from None
 
     def best_loss(self) -> float | None:

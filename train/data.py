@@ -514,7 +514,7 @@ class Data:
         does not divide their rows, empty ones are added.
 
         Raises:
-          InputError: the data has changed.
+          InputError: the data has changed, or the state is none of these.
         """
         if state["conversations"] != len(self.samples):
             raise InputError(
@@ -525,6 +525,11 @@ class Data:
         if self.packed and before != (self.rows_in_use, self._per_row, self._whole):
             self._batches.close()
             self._set_rows(*before)
+        if not _alike(state["place"], self._batches.get_state()):
+            raise InputError(
+                "the latest checkpoint's place in the data (progress/metadata, data.place) is none; remove the "
+                "directory to resume from the checkpoint before it"
+            )
         self._batches.set_state(state["place"])
 
     def close(self) -> None:
@@ -532,6 +537,14 @@ class Data:
         self._batches.close()
         for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _alike(there: Any, here: Any) -> bool:
+    """Whether a state of grain's has the keys of another, and counts where that has them: grain does not look."""
+    if isinstance(here, dict):
+        same = isinstance(there, dict) and there.keys() == here.keys()
+        return same and all(_alike(there[key], here[key]) for key in here)
+    return type(there) is type(here) and (type(here) is not int or 0 <= there < 2**62)
 
 
 @dataclasses.dataclass(frozen=True)

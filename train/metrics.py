@@ -5,12 +5,14 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, note
+from llava_jax.console import InputError, note, shorten
+from llava_jax.files import read_bytes
+from llava_jax.json_files import DATA_BYTES, parse_lines
 from train.config import TrainConfig
 from train.tensorboard import EventWriter
 
@@ -63,7 +65,7 @@ class MetricsFiles:
         """Open the files.
 
         Raises:
-          InputError: they cannot be written.
+          InputError: they cannot be written, or `metrics.jsonl` is of something else.
         """
         self.path, self.told = directory / "metrics.jsonl", False
         try:
@@ -115,12 +117,20 @@ def _is_finite(value: Any) -> bool:
     return value is None or math.isfinite(value)
 
 
+class _Line(TypedDict):
+    step: int
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """What is in the file, but for a last line that was cut off as its process died."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    """What is in the file, but for a last line that was cut off as its process died.
+
+    Raises:
+      InputError: it has something else in it.
+    """
+    if not path.exists():
+        return []
+    data = read_bytes(path, DATA_BYTES)
+    try:
+        return parse_lines(data[: data.rfind(b"\n") + 1], _Line, shorten(path))
+    except InputError as error:
+        raise InputError(f"{error}; correct or remove the line, or move the file away") from None

@@ -134,9 +134,7 @@ def _read_yaml(path: str) -> list[Part]:
         contents = yaml.load(read_text(path, MAX_YAML), _Loader)
     except InputError as error:
         raise InputError(f"--data {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: cannot be read ({shorten(error)})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: not YAML ({shorten(' '.join(str(error).split()))})") from None
     entries = contents.get("datasets") if isinstance(contents, dict) else None
     if not isinstance(entries, list) or not entries or len(contents) > 1:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from etils import epath
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.directories import find_directory
 from llava_jax.files import open_regular
+from llava_jax.json_files import read_json
 from llava_jax.locks import LockedFile
 from llava_jax.outputs import check_replaceable
 from train import mixture
@@ -185,16 +185,20 @@ def fingerprint(checkpoint: str) -> str:
 
 def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
     try:
-        there = json.loads(path.read_text())
-    except ValueError:
-        there = {}
+        there = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}: --output holds something else than a run; name another directory") from None
     if CHECKSUM not in there:
-        raise InputError(f"--output {path.parent}: holds something else (its config.json is not of a run)")
+        raise InputError(f"--output {shorten(path.parent)}: holds something else (its config.json is not of a run)")
     moved = {"checkpoint"} if wanted[FINGERPRINT] and there.get(FINGERPRINT) == wanted[FINGERPRINT] else set()
     if found := differences(there, {name: value for name, value in wanted.items() if name not in MAY_CHANGE | moved}):
+        named = list(found)
+        while len(named) > 1 and sum(map(len, named)) > 140:  # so that it is a line
+            named.pop()
+        more = [f"{len(found) - len(named)} more"] * (len(found) > len(named))
         raise InputError(
-            f"--output {path.parent}: holds a run of another configuration: {'; '.join(found)}; "
-            "go on with its values, or name another directory"
+            f"--output {shorten(path.parent, 60)}: holds a run of another configuration: "
+            f"{'; '.join([*named, *more])}; go on with its values, or name another directory"
         )
 
 
@@ -209,5 +213,5 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
-        return value[:12] + "..." if len(value) == 64 else json.dumps(value)
-    return textwrap.shorten(json.dumps(value), 80)
+        return value[:12] + "..." if len(value) == 64 else shorten(json.dumps(value), 40)
+    return shorten(json.dumps(value), 40)

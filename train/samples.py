@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from llava_jax.console import InputError, note, shorten
 from llava_jax.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
 from llava_jax.files import read_bytes
 from llava_jax.images import ImageFolder, TileLayout, image_size, layout, read_tiles
+from llava_jax.json_files import parse_lines
 from llava_jax.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.splice import IGNORE, IMAGE, Row, widths
 from llava_jax.templates import choose_template, get_template, is_program
@@ -163,6 +164,7 @@ class Samples:
         number, data, index = index, self._paths[self._part[index]], int(self._index[index])
         row = self._rows[data][index]
         name = row.get("id", index) if isinstance(row, dict) else index
+        name = name if isinstance(name, str | int | float) else index
         image = None
         try:
             conversation = read_conversation(row)
@@ -230,6 +232,13 @@ class Samples:
         side = self.model.vision.image_size
         size = image_size(found) if self.model.aspect_ratio == "anyres" else (side, side)
         return layout(size, self.model)
+
+
+class Listed(TypedDict):
+    """A line of `bad_samples.jsonl`, as far as it is read."""
+
+    data: str
+    index: int
 
 
 class BadSamples:
@@ -357,7 +366,7 @@ class BadSamples:
         )
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8") as file:
+            with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a character
                 file.write(line + "\n")
         except OSError as error:  # a full disk, perhaps for a while
             note(f"warning: {self._file}: cannot be written ({error.strerror or error}); the run continues without it")
@@ -370,12 +379,12 @@ class BadSamples:
         data = read_bytes(self._file, MAX_LIST)
         whole = data[: data.rfind(b"\n") + 1]
         try:
-            rows = [json.loads(line) for line in whole.splitlines()]
-            listed = {(row["data"], row["index"]) for row in rows}
+            rows = parse_lines(whole, Listed, shorten(self._file))
+        except InputError as error:
+            raise InputError(f"{error}; it lists something else than bad samples: move it away") from None
+        try:
             if len(whole) < len(data):
                 self._file.write_bytes(whole)
-            return listed
         except OSError as error:
             raise InputError(f"{self._file}: cannot be written ({error.strerror or error})") from None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self._file}: is there already, and lists something else") from None
+        return {(row["data"], row["index"]) for row in rows}

@@ -10,11 +10,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from llava_jax.console import InputError, Parser, first_line, note, run_main, shorten
 from llava_jax.files import read_bytes
-from llava_jax.json_files import read_json
+from llava_jax.json_files import check_json, parse_json, read_json
 from llava_jax.outputs import write_file
 
 # Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
@@ -32,6 +34,26 @@ ANSWERS = {
     "LEPA": None,  # see `_answer`
 }
 OPTIONS = "ABCDE"
+MOST = 2**30  # bytes of a file
+
+
+class Problem(TypedDict):
+    """One of `problems.json`."""
+
+    question: str
+    hint: str
+    choices: Annotated[list[str], Meta(max_length=len(OPTIONS))]
+    lecture: str
+    solution: str
+    answer: Any  # an index of `choices`
+    image: str | None
+
+
+class Row(TypedDict):
+    """What is written of one."""
+
+    id: str
+    conversations: list[dict[str, str]]
 
 
 def question_and_answer(problem: dict[str, Any], prompt_format: str) -> tuple[str, str]:
@@ -83,31 +105,25 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
     Raises:
       InputError: the files are not ScienceQA's, or have no such split.
     """
-    problems, splits = (_read(base_dir / name) for name in ("problems.json", "pid_splits.json"))
+    problems = _read(base_dir / "problems.json", dict[str, Any])
+    splits = _read(base_dir / "pid_splits.json", dict[str, Any])
     if split not in splits:
         raise InputError(f"--split {shorten(split)}: {base_dir / 'pid_splits.json'} has {shorten(', '.join(splits))}")
     numbers = splits[split]
     if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
         raise InputError(
-            f"{base_dir / 'pid_splits.json'}: {shorten(split)} must be a list of problems' numbers, as texts"
+            f"{shorten(base_dir / 'pid_splits.json')}: {shorten(split)} must be a list of problems' numbers, as texts"
         )
     rows = []
     for number in numbers:
-        try:
-            problem = problems[number]
-            if problem["answer"] not in range(len(problem["choices"])):
-                answer, n = shorten(repr(problem["answer"])), len(problem["choices"])
-                raise InputError(
-                    f"{base_dir / 'problems.json'}: problem {shorten(number)}: answer {answer} is none of its {n} "
-                    "choices, counted from 0"
-                )
-            question, answer = question_and_answer(problem, prompt_format)
-            image = problem["image"]
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"{base_dir / 'problems.json'}: problem {shorten(number)} is not ScienceQA's ({shorten(reason)})"
-            ) from None
+        where = f"{shorten(base_dir / 'problems.json')}: problem {shorten(number)}"
+        problem = problems.get(number)
+        check_json(problem, Problem, f"{where} is not ScienceQA's")
+        answer, n = problem["answer"], len(problem["choices"])
+        if type(answer) is not int or not 0 <= answer < n:
+            raise InputError(f"{where}: answer {shorten(repr(answer))} is none of its {n} choices, counted from 0")
+        question, answer = question_and_answer(problem, prompt_format)
+        image = problem["image"]
         row = {"id": number}
         if image is not None:
             row["image"] = os.path.join(number, image)
@@ -117,10 +133,10 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
     return rows
 
 
-def _read(path: Path) -> dict[str, Any]:
-    contents = read_json(path)
-    if not isinstance(contents, dict):
-        raise InputError(f"{path}: {'no such file' if contents is None else 'not a JSON object'}")
+def _read(path: Path, schema: Any) -> dict[str, Any]:
+    contents = read_json(path, schema, most=MOST)
+    if contents is None:
+        raise InputError(f"{shorten(path)}: no such file")
     return contents
 
 
@@ -152,8 +168,9 @@ def main() -> None:
 def _is_split(path: Path) -> bool:
     """Whether it is what this command writes."""
     try:
-        return all(isinstance(row, dict) and "conversations" in row for row in json.loads(read_bytes(path, 2**30)))
-    except (ValueError, RecursionError, TypeError):
+        check_json(parse_json(read_bytes(path, MOST)), list[Row], "split")
+        return True
+    except InputError:
         return False
 
 

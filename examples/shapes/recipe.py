@@ -42,6 +42,7 @@ from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions, table
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
+from llava_jax.json_files import read_json
 from llava_jax.llava import Params
 from llava_jax.sharding import make_mesh
 from train import loop, questions, shapes
@@ -325,8 +326,8 @@ def begin(output: Path, settings: dict[str, Any]) -> None:
     written = path.with_suffix(".new")
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except ValueError:
+            there = read_json(path)
+        except InputError:
             there = {}
         if found := differences(there, settings):
             raise InputError(
