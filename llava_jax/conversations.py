@@ -113,7 +113,7 @@ def _first_byte(file: BinaryIO) -> bytes:
 
 def _read_list(data: bytes, name: str) -> list[Any]:
     try:
-        return parse_json(data, depth=None)
+        return parse_json(data, bounded=False)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
@@ -131,7 +131,7 @@ def _read_lines(file: BinaryIO, name: str) -> Iterator[Any]:
 
 def _read_line(line: bytes) -> Any:
     try:
-        return parse_json(line, depth=None)
+        return parse_json(line, bounded=False)
     except InputError as error:
         return error
 

@@ -16,9 +16,9 @@ import msgspec
 from llava_jax.console import InputError, printable, shorten
 from llava_jax.files import read_bytes
 
-CONFIG_BYTES = 64 * 2**20  # of a file of settings
-INDEX_BYTES = 100 * 2**20  # of one that names every tensor, as a safetensors header
-DEPTH = 100  # objects and lists within one another
+CONFIG_BYTES = 32 * 2**20  # of a file of settings, or of one that names every tensor
+PARTS = 2**21  # objects and lists of a value, each of which takes 50 to 500 bytes of memory for 2 of the text
+DEPTH = 100  # of them within one another
 DIGITS = 100  # of an integer: real files have 10**30 for "no limit"
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # what half of a pair of \u escapes begins with, and a whole pair too
@@ -73,26 +73,29 @@ def parse_lines(data: bytes, schema: Any, where: str) -> list[Any]:
     return values
 
 
-def parse_json(data: bytes | str, *, depth: int | None = DEPTH, unique: bool = False) -> Any:
+def parse_json(data: bytes | str, *, bounded: bool = True, unique: bool = False) -> Any:
     """The value that a text in JSON stands for. Numbers are finite; strings may have halves of characters in them.
 
     Args:
-      depth: how deeply objects and lists may be nested; None for all that can be parsed.
-      unique: no object may have a key twice; else the last one counts.
+      bounded: refuse more than `PARTS` objects and lists, and `DEPTH` of them within one another.
+      unique: refuse an object that has a key twice; else the last one counts.
 
     Raises:
       InputError: it is none. Says why, not where it comes from.
     """
     try:
-        value = (_UNIQUE if unique else _DECODER).decode(data if isinstance(data, str) else data.decode("utf-8-sig"))
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        if bounded and text.count("[") + text.count("{") > PARTS:
+            raise InputError(f"more than {PARTS:,} objects and lists")
+        value = (_UNIQUE if unique else _DECODER).decode(text)
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 (byte {error.start})") from None
     except RecursionError:
         raise InputError("not JSON (nested too deeply)") from None
     except ValueError as error:
         raise InputError(f"not JSON ({shorten(error)})") from None
-    if depth is not None:
-        _check_depth(value, depth)
+    if bounded:
+        _check_depth(value)
     return value
 
 
@@ -135,9 +138,9 @@ def _shown(key: str) -> str:
     return printable(shorten(key, 80))
 
 
-def _check_depth(value: Any, depth: int) -> None:
+def _check_depth(value: Any) -> None:
     inner = [value]
-    for _ in range(depth):
+    for _ in range(DEPTH):
         inner = [
             part
             for outer in inner
@@ -146,7 +149,7 @@ def _check_depth(value: Any, depth: int) -> None:
         ]
         if not inner:
             return
-    raise InputError(f"objects and lists nested more than {depth} deep")
+    raise InputError(f"objects and lists nested more than {DEPTH} deep")
 
 
 def _integer(digits: str) -> int:

@@ -27,7 +27,7 @@ from llava_jax.config_json import is_original, read_config
 from llava_jax.config_keys import Generation, Tower
 from llava_jax.console import InputError, note, shorten
 from llava_jax.image_processor import read_preprocessor
-from llava_jax.json_files import INDEX_BYTES, read_json
+from llava_jax.json_files import read_json
 from llava_jax.llava import param_shapes
 from llava_jax.sharding import path_of
 
@@ -159,7 +159,7 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     for index in (directory / name for name in INDEXES):
         if not index.exists() or (safe and index.name != safetensors.INDEX):  # an index of files that were replaced
             continue
-        file_of = read_json(index, Index, most=INDEX_BYTES)["weight_map"]
+        file_of = read_json(index, Index)["weight_map"]
         wanted = sorted(set(file_of.values()))
         if outside := [name for name in wanted if name in ("", "..") or PurePath(name).name != name]:
             raise InputError(f"{shorten(index)}: names {shorten(outside[0])!r}, which is no file of its directory")

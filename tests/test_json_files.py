@@ -25,7 +25,7 @@ from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config_json import read_config
 from llava_jax.console import InputError, printable
 from llava_jax.conversations import read_conversation
-from llava_jax.json_files import read_json
+from llava_jax.json_files import parse_json, read_json
 from llava_jax.tokenizer import load_tokenizer
 from train import output, scienceqa
 from train.checkpoints import Checkpoints
@@ -323,3 +323,32 @@ def test_a_row_with_half_a_character_is_one_bad_sample(tmp_path):
 def test_the_id_of_a_row_is_text_or_a_number(id_, says):
     with pytest.raises(InputError, match=says) if says else contextlib.nullcontext():
         read_conversation({"id": id_, "conversations": TURNS[1:]})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" + "[]," * 2**21 + "[]]", "more than 2,097,152 objects and lists"),
+        ("[" * 101 + "]" * 101, "objects and lists nested more than 100 deep"),
+        ("[" * 10**6, "not JSON (nested too deeply)"),
+        ("9" * 101, "not JSON (a number of 101 digits)"),
+        ("-1e999", "not JSON (-1e999 is too large a number)"),
+        ("[-Infinity]", "not JSON (-Infinity, which JSON does not have)"),
+        (b'"\xed\xa0\x80"', "not UTF-8 (byte 1)"),
+        (b"\xff\xfe{\x00}\x00", "not UTF-8 (byte 0)"),
+        ("", "not JSON (Expecting value: line 1 column 1 (char 0))"),
+    ],
+    ids=range(9),
+)
+def test_json_that_is_refused(text, says):
+    with pytest.raises(InputError) as error:
+        parse_json(text)
+    assert str(error.value) == says
+
+
+def test_what_json_of_real_files_has():
+    deep = "[" * 100 + "]" * 100
+    assert parse_json(deep) == json.loads(deep)
+    assert parse_json(b'\xef\xbb\xbf{"a": 1, "a": 1e30, "b": 1000000000000000019884624838656}') == {
+        "a": 1e30, "b": 1000000000000000019884624838656
+    }  # fmt: skip
