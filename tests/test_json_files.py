@@ -28,7 +28,7 @@ from llava_jax.conversations import read_conversation
 from llava_jax.json_files import parse_json, read_json
 from llava_jax.tokenizer import load_tokenizer
 from train import output, scienceqa
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, RunProgress
 from train.metrics import MetricsFiles
 from train.samples import BadSample, BadSamples
 
@@ -133,7 +133,7 @@ def progress(t):
 def read_progress(t):
     checkpoints = Checkpoints(epath.Path(t.parent), 2)
     try:
-        checkpoints.progress()
+        checkpoints.progress(RunProgress)
     finally:
         checkpoints.close()
 

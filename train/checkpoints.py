@@ -36,8 +36,8 @@ class DataProgress(TypedDict):
     place: dict[str, Any]  # grain's own
 
 
-class Progress(TypedDict):
-    """What is saved beside a state."""
+class RunProgress(TypedDict):
+    """What a run saves beside a state."""
 
     step: Annotated[int, Meta(ge=1)]
     total: Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -113,20 +113,23 @@ class Checkpoints:
         if self.failed:
             raise InputError(f"{self.manager.directory}: the last state is not saved ({self.failed}); {self._left()}")
 
-    def progress(self) -> dict[str, Any] | None:
+    def progress(self, kind: Any = dict[str, Any]) -> dict[str, Any] | None:
         """What was saved beside the latest state; None if there is no checkpoint.
 
+        Args:
+          kind: the type that it must be of, as `RunProgress`.
+
         Raises:
-          InputError: it cannot be read.
+          InputError: it cannot be read, or is something else.
         """
         if self.latest is None:
             return None
         progress = self._read(progress=ocp.args.JsonRestore())["progress"]
         where = self.manager.directory / str(self.latest)
         try:
-            check_json(progress, Progress, f"{shorten(where)}: progress")
-            if progress["step"] != self.latest:
-                raise InputError(f"{shorten(where)}: progress is that of step {progress['step']}")
+            check_json(progress, kind, f"{shorten(where)}: progress")
+            if progress.get("step", self.latest) != self.latest:
+                raise InputError(f"{shorten(where)}: progress is that of step {shorten(progress['step'], 20)}")
         except InputError as error:
             raise InputError(f"{error}; {GO_BACK}") from None
         return progress

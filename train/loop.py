@@ -24,7 +24,7 @@ from llava_jax.export import check_expressible
 from llava_jax.programs import limit_programs
 from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
 from llava_jax.splice import Batch
-from train.checkpoints import Checkpoints, SaveClock
+from train.checkpoints import Checkpoints, RunProgress, SaveClock
 from train.config import TrainConfig, check_preset
 from train.data import Data, check_batch, open_data
 from train.export import export
@@ -125,7 +125,7 @@ def _open(config: TrainConfig, mesh: Mesh, opened: dict[str, Any]) -> Run:
     together("a configuration or data", open_all)
     found, output = opened["found"], opened["output"]
     checkpoints = Checkpoints(output.root / "checkpoints", config.keep)
-    progress = checkpoints.progress()
+    progress = checkpoints.progress(RunProgress)
     part, parts = rows_part(mesh)
 
     def open_rows() -> str:
