@@ -161,14 +161,18 @@ def data(pick: random.Random) -> Attempt:
 
 
 def questions(pick: random.Random) -> Attempt:
+    from infer.answers import AnswersFile
     from infer.questions import read_questions
 
     bring("images", "questions.jsonl", "answers.jsonl")
     change(Path(pick.choice(["questions.jsonl", "answers.jsonl"])), pick)
-    args = argparse.Namespace(
-        questions="questions.jsonl", answers="answers.jsonl", image_folder=pick.choice([None, "."])
-    )
-    return Attempt(lambda: read_questions(args), ("answers.jsonl",))
+    args = argparse.Namespace(questions="questions.jsonl", image_folder=pick.choice([None, "."]))
+
+    def run():
+        with AnswersFile("answers.jsonl", args.questions) as answers:
+            return read_questions(args, answers)
+
+    return Attempt(run)
 
 
 def scienceqa(pick: random.Random) -> Attempt:

@@ -65,11 +65,13 @@ class AnswersFile:
                 continue
             try:
                 answer = parse_json(line)
-                check_json(answer, Answer, "answer")
+                check_json(answer, Answer, "no answer")
                 self.answered[key_of(answer["question_id"], answer["prompt"])] += 1
-            except InputError:
-                if number <= len(lines) or not _is_cut(last):
-                    raise InputError(f"{self.name}: is there already, and is no answers file (line {number})") from None
+            except InputError as error:
+                if number <= len(lines) or not _is_cut(last, known=self.answered.total() > 0):
+                    raise InputError(
+                        f"{self.name}: is there already, and is no answers file (line {number}: {error})"
+                    ) from None
                 self.end, self.gap = len(data) - len(last), b""
 
     def append(self, answer: dict[str, Any]) -> None:
@@ -96,14 +98,25 @@ def key_of(question_id: Any, prompt: str) -> str:
     return json.dumps([question_id, prompt], sort_keys=True)
 
 
-def _is_cut(line: bytes) -> bool:
-    """Whether it can be the beginning of one of our lines."""
+def _is_cut(line: bytes, known: bool) -> bool:
+    """Whether it can be the beginning of an answer.
+
+    Args:
+      known: there are answers in the file; else it has to be the beginning of one of ours, not of a question.
+    """
     text = line.decode(errors="ignore")
     if not text.startswith(START):
         return START.startswith(text)
     try:
+        json.loads(text)
+        return False  # whole
+    except RecursionError:
+        return False
+    except ValueError:
+        if known:
+            return True
+    try:
         _, end = json.JSONDecoder().raw_decode(text, len(START))
     except (ValueError, RecursionError):
         return True  # within the id
-    rest = text[end:]
-    return rest.startswith(NEXT) or NEXT.startswith(rest)
+    return text.startswith(NEXT, end) or NEXT.startswith(text[end:])

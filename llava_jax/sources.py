@@ -164,7 +164,7 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         if outside := [name for name in wanted if name in ("", "..") or PurePath(name).name != name]:
             raise InputError(f"{shorten(index)}: names {shorten(outside[0])!r}, which is no file of its directory")
         if missing := [name for name in wanted if not os.path.exists(directory / name)]:
-            raise InputError(f"{shorten(directory)}: the index names files that are not there: {listed(missing)}")
+            raise InputError(f"{shorten(directory)}: the index names files that are not there: {listed(missing, 100)}")
         return [directory / name for name in wanted], file_of
     files = safe or sorted(directory.glob("pytorch_model*.bin"))
     if not files:

@@ -18,6 +18,7 @@ from json_mutations import mutations
 
 from convert.combine import merge_lora
 from infer import evaluate, questions
+from infer.answers import AnswersFile
 from llava_jax import config as c
 from llava_jax import safetensors, sources
 from llava_jax.chat_template import read_chat_template
@@ -142,9 +143,8 @@ def ask(t):
     for name in ("q.jsonl", "a.jsonl"):
         if not (t / name).exists():
             (t / name).write_text(json.dumps(ASKED if name == "q.jsonl" else ANSWERED) + "\n")
-    found = questions.read_questions(
-        argparse.Namespace(questions=t / "q.jsonl", answers=t / "a.jsonl", image_folder=str(t))
-    )
+    with AnswersFile(t / "a.jsonl", t / "q.jsonl") as answers:
+        found = questions.read_questions(argparse.Namespace(questions=t / "q.jsonl", image_folder=str(t)), answers)
     for error in found.errors:
         raise InputError(error)
 
@@ -261,8 +261,8 @@ def test_whatever_a_file_says_it_is_read_or_refused_in_a_line(kind, tmp_path, ca
          "/model.safetensors.index.json: weight_map[...]: expected a string, got an integer"),
         ("adapter", '{"r": 0}', "/adapter_config.json: r: expected an integer >= 1"),
         ("problems", '{"7": {}}', "/problems.json: problem 7 is not ScienceQA's: question is missing"),
-        ("answers", '[' * 9999, "/a.jsonl line 1: not JSON (nested too deeply): it is there already, and is no answers "
-         "file"),
+        ("answers", '[' * 9999,
+         "/a.jsonl: is there already, and is no answers file (line 1: not JSON (nested too deeply))"),
         ("run", "null", "/config.json: expected an object, got null: --output holds something else than a run; name "
          "another directory"),
         ("metrics", '{"step": 1}\n{}\n',

@@ -263,6 +263,7 @@ LINE = json.dumps(ANSWER)
         "cut in the first id": ('{"question_id": "1', ""),
         "cut before the prompt": ('{"question_id": 12, "pr', ""),
         "cut at once": (LINE + "\n{", LINE + "\n"),
+        "cut, by another writer": (LINE + "\n" + '{"question_id": 1, "text": "a', LINE + "\n"),
     }.values(),
 )
 def test_answers_go_behind_what_is_whole(tmp_path, before, after):
@@ -286,7 +287,7 @@ def test_answers_go_behind_what_is_whole(tmp_path, before, after):
         '{"question_id": 1, "text": "a"}',
         '{"question_id": 1, "text": "a',
         '{"question_id":1,"prompt":"a',
-        LINE + "\n" + '{"question_id": 1, "text": "a',
+        LINE + "\n" + '{"question_id": 1, "text": "a"}',
         LINE + "\nmine",
         LINE[:40] + "\n" + LINE,
         "[" * 99_999,

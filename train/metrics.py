@@ -12,10 +12,11 @@ import jax
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
-from llava_jax.json_files import DATA_BYTES, parse_lines
+from llava_jax.json_files import parse_lines
 from train.config import TrainConfig
 from train.tensorboard import EventWriter
 
+MAX_METRICS = 2**30  # bytes of metrics.jsonl
 # Peak of one device in bfloat16, FLOP/s, by a part of its name in JAX; the makers' figures, without sparsity.
 PEAKS = {
     "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
@@ -129,7 +130,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    data = read_bytes(path, DATA_BYTES)
+    data = read_bytes(path, MAX_METRICS)
     try:
         return parse_lines(data[: data.rfind(b"\n") + 1], _Line, shorten(path))
     except InputError as error:
