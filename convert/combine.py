@@ -151,6 +151,7 @@ def from_parts(
 
 def _with_projector(source: Source, projector: Path) -> Source:
     found = Found(source.config)
+    found.files |= source.files
     for path, tensor in {**source.tensors, **source.unused}.items():
         found.put(path, tensor)
     _add_projector(found, projector)
@@ -372,6 +373,7 @@ def add_delta(base: Path, delta: Path, vision_tower: Path | None) -> Source:
     found, below = Found(config), Found(config)
     found.add_directory(delta)
     below.add_directory(base)
+    found.files |= below.files
     if below.unknown:
         raise InputError(f"{base}: unknown tensors: {', '.join(below.unknown)}")
     if missing := [

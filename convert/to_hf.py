@@ -40,7 +40,7 @@ def to_hf(
     SHARD_BYTES.check("--max-shard-size", shard_bytes)
     tower = None if vision_tower is None else find_directory(vision_tower)
     opened = finite(open_any(source, vision_tower=tower), dtype, allow_nonfinite)
-    kept = dict(overwrite=overwrite, sources=[opened.directory, *([tower] if tower else [])])
+    kept = dict(overwrite=overwrite, sources=[opened.directory, *opened.files])
     if part == "projector":
         write_projector(destination, opened, **kept)
         return

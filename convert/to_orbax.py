@@ -63,5 +63,5 @@ def to_orbax(
     )
     opened = finite(opened, dtype, allow_nonfinite)
     files = load_tokenizer(tokenizer).files
-    sources = [path for path in (start, base, delta, vision_tower, projector and Path(projector)) if path]
+    sources = [path for path in (start, base, delta, vision_tower, *opened.files) if path]
     save(destination, opened.tensors, opened.config, files, unused=opened.unused, overwrite=overwrite, sources=sources)

@@ -101,7 +101,8 @@ def open_ours(directory: epath.Path) -> Source:
         {path: (tensor.shape, tensor.dtype) for path, tensor in tensors.items()},
     )
     unused = _open_tree(directory / "unused") if (directory / "unused").exists() else {}
-    return Source(directory, config, {path_of(path): tensors[path_of(path)] for path, _ in wanted}, unused)
+    tensors = {path_of(path): tensors[path_of(path)] for path, _ in wanted}
+    return Source(directory, config, tensors, unused, frozenset([os.fspath(directory)]))
 
 
 def _open_tree(directory: epath.Path) -> dict[str, Tensor]:

@@ -65,12 +65,14 @@ class Source:
 
     tensors  path -> tensor, exactly the parameters of the model
     unused   path -> tensor that LLaVA does not need but others expect (the tower's last layer and norm)
+    files    that are read for it, and directories
     """
 
     directory: Path
     config: LlavaConfig
     tensors: dict[str, Tensor]
     unused: dict[str, Tensor]
+    files: frozenset[str]
 
 
 def open_source(directory: Path, *, vision_tower: Path | None = None, name: str = "") -> Source:
@@ -202,6 +204,7 @@ class Found:
         self.unknown: list[str] = []
         self.doubled: list[str] = []
         self.absent: list[str] = []
+        self.files: set[str] = set()
 
     # Shapes of a model of many layers take seconds to make: they are not made before files are known to hold as many.
 
@@ -254,12 +257,14 @@ class Found:
 
     def add_tower(self, directory: Path, *, asked: bool) -> None:
         """Take the vision tower of a CLIP directory, unless there is one already."""
+        self.files.add(os.fspath(directory))  # its configuration is read anyway
         if not self.has_tower() and (asked or has_tensors(directory)):
             self.add_directory(directory, ignore=names.CLIP_TEXT)
 
     def add(self, name: str, file: AnyFile, file_name: str, *, called: str = "", replace: bool = False) -> None:
         """Take one tensor of a file, known by its name there or by what it is `called` otherwise."""
         dtype, shape, *_ = file.tensors[name]
+        self.files.add(file.path)
         if names.COMPUTED.search(name):
             return
         known = names.read_name(called or name, self.config)
@@ -327,7 +332,7 @@ class Found:
             room = (ROOM - 20 * (len(problems) - 1)) // len(problems)
             told = "; ".join(f"{what}: {listed(which, room)}" for what, which in problems)
             raise InputError(shorten(f"{shorten(directory, 60)}: {told}", 299))
-        return Source(directory, self.config, self.tensors, self.unused)
+        return Source(directory, self.config, self.tensors, self.unused, frozenset(self.files))
 
     def _resolve_head(self) -> None:
         """A head of the checkpoint's own is used although the configuration ties it to the embeddings, as transformers

@@ -81,10 +81,20 @@ def tower_in_the_destination(models):
     return models / "other", models / "m"
 
 
+def tower_that_the_configuration_names(models):
+    shutil.move(models / "m" / "vision_tower", models / "tower")
+    fields = json.loads((models / "m" / "config.json").read_text())
+    (models / "m" / "config.json").write_text(json.dumps(fields | {"mm_vision_tower": str(models / "tower")}))
+    return models / "m", models / "tower"
+
+
 @pytest.mark.parametrize(
     "make",
-    [link_to_parent, link_to_source, source_through_links, shards_linked_from_elsewhere, tower_in_the_destination],
-)
+    [
+        link_to_parent, link_to_source, source_through_links, shards_linked_from_elsewhere, tower_in_the_destination,
+        tower_that_the_configuration_names,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("command", [("to-hf", "--part", "projector"), ("to-orbax",)])
 def test_what_is_read_under_whatever_name_is_not_replaced(run_cli, models, make, command):
     source, destination = make(models)
