@@ -46,18 +46,24 @@ HAVE_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore_glob = [] if HAVE_TORCH else ["parity/*"]
 
 
-def pytest_configure(config):
-    if config.getoption("numprocesses", None):  # a module's tests in one process, which compiles their programs once
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Last what loads the compiler for TPUs: JAX's profiler crashes in a process that has it but no TPU."""
     items.sort(key=lambda item: item.get_closest_marker("tpu_compile") is not None)
-    for item in items:
-        if item.get_closest_marker("tpu_compile") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, a module's tests are run by one worker, which compiles their programs once; those of modules that have
+    some for TPUs are given out one by one, in the order above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = nodeid.partition("::")[0]
+            return nodeid if "tpu_compile" in (config.rootpath / module).read_text() else module
+
+    config.option.loadscopereorder = False
+    return ByModule(config, log)
 
 
 def pytest_report_header(config):
