@@ -25,7 +25,7 @@ SHOWN = make_scene(np.random.default_rng(50))  # what example.png shows
 def fresh(tmp_path_factory):
     """Scenes that the recipe does not draw: its seed is 0."""
     output = tmp_path_factory.mktemp("fresh") / "data"
-    shapes.write(output, 1, 50, seed=99)
+    shapes.write(output, 1, 30, seed=99)
     return output
 
 

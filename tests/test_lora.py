@@ -69,7 +69,7 @@ def test_a_layer_adds_the_product_of_its_factors():
     assert np.unique(kept).tolist() == [0.0, pytest.approx(4 / 3)]
     assert np.mean(np.asarray(kept) == 0) == pytest.approx(0.25, abs=0.01)
     assert np.any(kept != other)
-    with lora.adapted(CONFIG.replace(lora_dropout=1 - 1e-9)):
+    with lora.adapted(CONFIG.replace(lora_dropout=0.999)):
         assert np.mean(layer.apply({"params": seen | {"lora_key": keys[0]}}, ones) != 0) < 0.01
 
 
@@ -216,19 +216,19 @@ def adapter(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"r": 0}, "r should be a whole number from 1 to 1,000,000, not 0"),
-        ({"r": -4}, "r should be a whole number"),
-        ({"r": 4.0}, "r should be a whole number"),
-        ({"r": True}, "r should be a whole number"),
-        ({"r": "4"}, "r should be a whole number"),
-        ({"r": 2**70}, "r should be a whole number"),
+        ({"r": 0}, "r: expected an integer >= 1"),
+        ({"r": -4}, "r: expected an integer >= 1"),
+        ({"r": 4.5}, "r: expected an integer, got a number"),
+        ({"r": True}, "r: expected an integer, got a boolean"),
+        ({"r": "4"}, "r: expected an integer, got a string"),
+        ({"r": 2**70}, "r: expected an integer <= 65,536"),
         ({"r": 5}, "should be"),
-        ({"lora_alpha": None}, "lora_alpha should be a number from -1,000,000 to 1,000,000, not null"),
-        ({"lora_alpha": float("nan")}, "lora_alpha should be a number"),
-        ({"lora_alpha": 10**400}, "lora_alpha should be a number"),
-        ({"rank_pattern": ["q_proj"]}, r"rank_pattern should be an object, not \["),
-        ({"rank_pattern": {"q_proj": 0}}, "the rank_pattern q_proj should be a whole number"),
-        ({"alpha_pattern": {"q_proj": [1]}}, "the alpha_pattern q_proj should be a number"),
+        ({"lora_alpha": None}, "lora_alpha: expected a number, got null"),
+        ({"lora_alpha": float("nan")}, "NaN, which JSON does not have"),
+        ({"lora_alpha": 10**400}, "a number of 401 digits"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected an object or null, got a list"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\[...\]: expected an integer >= 1"),
+        ({"alpha_pattern": {"q_proj": [1]}}, r"alpha_pattern\[...\]: expected a number, got a list"),
         ({"alpha_pattern": {"(q_proj": 1}}, r"the alpha_pattern \(q_proj: missing \)"),
         ({"rank_pattern": {"(.*.*)*x": 4}}, r"the rank_pattern \(.\*.\*\)\*x: takes more than 1 s"),
         ({"alpha_pattern": {"y" * 999 + r"|((\w|\.)+)+x": 4}}, r"the alpha_pattern yyy.*\+x: takes more than 1 s"),

@@ -24,14 +24,9 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["direct", "converted"])
-def model(request, name, tmp_path_factory):
-    if request.param == "direct":
-        return load_golden(name)
-    directory = tmp_path_factory.mktemp(name) / "orbax"
-    to_orbax(GOLDEN / "checkpoints" / name, directory)
-    found = checkpoint.open_checkpoint(directory)
-    return found, found.load(one_device(), np.float32)
+@pytest.fixture(scope="module")
+def model(name):
+    return load_golden(name)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -78,8 +73,15 @@ def test_everything_equals_the_reference(name, model):
             assert np.isnan(want["loss"])
 
 
-def test_template_goes_along(name, model):
-    assert choose_template(model[0].config) == ("mistral_instruct" if "mistral" in name else "llava_v1")
+def test_converted_it_is_the_same_model(name, model, tmp_path):
+    """Bit for bit; its template goes along."""
+    to_orbax(GOLDEN / "checkpoints" / name, tmp_path / "orbax")
+    found = checkpoint.open_checkpoint(tmp_path / "orbax")
+    jax.tree.map(np.testing.assert_array_equal, found.load(one_device(), np.float32), model[1])
+    for config in (model[0].config, found.config):
+        assert choose_template(config) == ("mistral_instruct" if "mistral" in name else "llava_v1")
+    written = dict(template=found.config.template, template_from=found.config.template_from)
+    assert model[0].config.replace(**written, name=found.config.name) == found.config
 
 
 def test_last_vision_layer_is_neither_kept_nor_computed(name, model):
