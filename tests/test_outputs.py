@@ -398,7 +398,7 @@ def test_a_run_writes_over_nothing_that_is_not_its_own(run_config, tmp_path, nam
     (tmp_path / "out" / name.split("/")[0]).rename(tmp_path / "elsewhere")
     output = Output(run_config)
     output.write_config()
-    output.held.close()
+    output.close()
     if name.split("/")[0] in ("model", "hf", "adapter"):
         write(tmp_path / "out" / name)
         with pytest.raises(InputError, match=r"is not replaced: it holds a\.txt"):

@@ -1389,7 +1389,8 @@ def test_scienceqa_file(tmp_path, run_cli, models, folder):
         ([], "the following arguments are required: --split"),
         (["--splits", "train"], "the following arguments are required: --split"),
         (["--split", "train", "train"], "unrecognized arguments: train"),
-        (["--split", "train", "--output", str(folder)], "cannot be written"),
+        (["--split", "train", "--output", str(folder)], "holds no conversations"),
+        (["--split", "train", "--output", str(tmp_path / "problems.json")], "holds no conversations"),
         (["--split", "train", "--output", str(folder / "0.png" / "a.json")], "cannot be written"),
         (["--split", "train", "--base-dir", str(folder)], "problems.json: no such file"),
     ]:
@@ -1423,15 +1424,15 @@ def test_scienceqa_file_is_whole_or_as_it_was(tmp_path, run_cli, monkeypatch):
     (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM}))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
     path = tmp_path / "llava_train_QCM-LEA.json"
-    path.write_text("before")
-    write = Path.write_text
+    path.write_text("[]")
+    write = Path.write_bytes
 
-    def full_disk(self, text):
-        write(self, text[:20])
+    def full_disk(self, data):
+        write(self, data[:20])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
     assert (status, err) == (1, f"error: {path}: cannot be written (No space left on device)\n")
-    assert path.read_text() == "before"
+    assert path.read_text() == "[]"
     assert {file.name for file in tmp_path.iterdir()} == {"problems.json", "pid_splits.json", path.name}

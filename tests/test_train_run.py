@@ -766,7 +766,7 @@ def test_a_chat_template_that_has_no_name_gives_way_to_the_presets(capsys):
 
 
 def test_a_directory_in_use_is_refused(train, tmp_path):
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     (tmp_path / "out").mkdir()
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path / "out" / ".lock"],

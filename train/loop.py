@@ -68,11 +68,11 @@ def train(run: Run) -> int:
     Raises:
       InputError: the devices are too small; the loss stays infinite; the result cannot be written.
     """
-    if run.output.is_finished(run.total, run.checkpoints.latest):
-        updates = plural(run.total, "update")
-        note(f"{run.output.root} holds the finished run: {updates}, the model in {run.output.root / 'model'}")
-        return 0
     try:
+        if run.output.is_finished(run.total, run.checkpoints.latest):
+            updates = plural(run.total, "update")
+            note(f"{run.output.root} holds the finished run: {updates}, the model in {run.output.root / 'model'}")
+            return 0
         return _train(run)
     except InputError:
         run.checkpoints.settle()  # a save under way is worth waiting for
@@ -90,6 +90,7 @@ def train(run: Run) -> int:
     finally:
         for data in filter(None, (run.data, run.eval_data)):
             data.close()
+        run.output.close()
 
 
 # ---------------------------------------------------------------- before
@@ -109,6 +110,7 @@ def prepare(config: TrainConfig) -> Run:
     except InputError:
         if "output" in opened:
             opened["output"].withdraw()
+            opened["output"].close()
         raise
 
 

@@ -53,26 +53,39 @@ class Output:
         self.root = epath.Path(config.output)
         self.process, self.first = process, process == 0
         self.remote = is_remote(config.output)
-        if self.remote:
-            self.held = tempfile.TemporaryDirectory(prefix="train-")
+        self.held = tempfile.TemporaryDirectory(prefix="train-") if self.remote else None
         self.files = Path(self.held.name if self.remote else config.output)
         self.described = describe(config)
         self.unsaid = False  # what could not be carried to the object store has been told
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise InputError(f"--output {shorten(config.output)}: cannot be used ({first_line(error)})") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
         self.new = not self.root.exists()
         self.before = set() if self.new else {path.name for path in self.root.iterdir()}
-        try:
-            if self.first:
-                self.root.mkdir(parents=True, exist_ok=True)
-                self._lock()
-            path = self.root / "config.json"
-            self.resumed = path.exists()
-            if self.resumed:
-                _compare(path, self.described)
-            self._check_contents()
-            if self.resumed:
-                self._pull()
-        except OSError as error:
-            raise InputError(f"--output {shorten(config.output)}: cannot be used ({first_line(error)})") from None
+        if self.first:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        path = self.root / "config.json"
+        self.resumed = path.exists()
+        if self.resumed:
+            _compare(path, self.described)
+        self._check_contents()
+        if self.resumed:
+            self._pull()
+
+    def close(self) -> None:
+        """Let the directory go."""
+        if isinstance(self.held, tempfile.TemporaryDirectory):
+            self.held.cleanup()
+        elif self.held:
+            self.held.close()
 
     def _check_contents(self) -> None:
         """Complain about what a run would write over, and did not write."""
