@@ -314,8 +314,9 @@ def test_lora_gives_an_adapter_and_the_merged_model(train, one_device, data, tmp
 
     output = tmp_path / "out"
     status, _, err = train(
-        output, "--preset", "v1.5-finetune-lora", "--data", data / "data.json", "--lora-rank", "4", "--lora-alpha", "8"
-    )
+        output, "--preset", "v1.5-finetune-lora", "--data", data / "data.json", "--lora-rank", 4, "--lora-alpha", 8,
+        "--global-batch-size", 8, "--save-every", 0,
+    )  # fmt: skip
     assert status == 0, err
     lines = read_metrics(output)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
