@@ -77,11 +77,15 @@ class AnswersFile:
     def append(self, answer: dict[str, Any]) -> None:
         """
         Raises:
-          OSError: it cannot be written, and is as before.
+          InputError: it cannot be written, and is as before.
         """
-        if not self.written:
-            self.file.file.truncate(self.end)
-        self.file.append(self.gap + json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+        try:
+            if not self.written:
+                self.file.file.truncate(self.end)
+            self.file.append(self.gap + line)
+        except OSError as error:  # a full disk
+            raise InputError(f"{self.name}: cannot be written ({first_line(error)})") from None
         self.written, self.gap = True, b""
 
     def __enter__(self) -> "AnswersFile":

@@ -225,8 +225,12 @@ def hush() -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's library says, as part of a line of ours: of the system's, without the path."""
-    text = error.strerror if isinstance(error, OSError) and isinstance(error.strerror, str) else str(error)
-    return shorten_words(text.strip().split("\n")[0])[:300] or type(error).__name__
+    if isinstance(error, OSError) and isinstance(error.strerror, str):
+        return shorten_words(error.strerror)
+    text = str(error).strip().split("\n")[0]
+    if found := re.search(r"os_error_code='([0-9]{1,4})'", text):  # of TensorStore: all else is which file, many times
+        return os.strerror(int(found[1]))
+    return shorten(shorten_words(text), 200) or type(error).__name__
 
 
 def printable(text: str) -> str:

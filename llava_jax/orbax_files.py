@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,10 +294,24 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
             raise InputError(f"{directory}: cannot be written ({first_line(error)})") from None
 
 
+@functools.cache
+def hush_late_futures() -> None:
+    """When one file cannot be read or written Orbax closes the event loop, and TensorStore, as the others end, finds
+    nobody to tell, which it would show as so many tracebacks."""
+    others = sys.unraisablehook
+
+    def hook(problem: "sys.UnraisableHookArgs") -> None:
+        if not (problem.exc_type is RuntimeError and str(problem.exc_value) == "Event loop is closed"):
+            others(problem)
+
+    sys.unraisablehook = hook
+
+
 class _quiet:
     """Orbax and its friends log what only they care about."""
 
     def __enter__(self):
+        hush_late_futures()
         self.logger = logging.getLogger("absl")
         self.level = self.logger.level
         self.logger.setLevel(logging.CRITICAL)

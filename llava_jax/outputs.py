@@ -221,7 +221,11 @@ class _Staging:
                 self._look_at(path, found[1], name)
         key = secrets.token_hex(4)
         self.lock = LockedFile(self._path(key, "lock"))
-        self.lock.sign()
+        try:
+            self.lock.sign()
+        except BaseException:
+            self._unlock()
+            raise
         self.new, self.old = self._path(key, "incomplete"), self._path(key, "replaced")
 
     def _path(self, key: str, kind: str) -> Path:
@@ -245,8 +249,11 @@ class _Staging:
         try:
             self._settle(self.new, self.old)
         finally:
-            self.lock.path.unlink(missing_ok=True)
-            self.lock.close()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        self.lock.path.unlink(missing_ok=True)
+        self.lock.close()
 
     def _settle(self, new: Path, old: Path) -> None:
         """Leave what was there before, or what was put in its place, and nothing else."""

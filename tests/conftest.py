@@ -17,11 +17,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same for pytest's worke
 # quick. Its compiler for TPUs takes no notice. With 0, tests run what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import contextlib
 import functools
 import gc
 import importlib.util
 import json
 import random
+import resource
 from pathlib import Path
 
 import jax
@@ -151,6 +153,17 @@ def run_cli(monkeypatch, capsys):
         return stopped.value.code, out, err
 
     return run
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """While it lasts no file grows beyond so many bytes: what a full disk does, as anybody may have it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def damage(data: bytes, pick: random.Random) -> bytes:

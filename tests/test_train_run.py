@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import resource
 import shutil
 import signal
 import struct
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import GOLDEN, golden_tensors, write_checkpoint
+from conftest import GOLDEN, files_of_at_most, golden_tensors, write_checkpoint
 from train_processes import start, wait_for_updates
 
 from llava_jax.checkpoint import open_any, open_checkpoint
@@ -563,17 +562,28 @@ def test_a_save_that_fails_as_it_is_written_is_told(tmp_path, capsys):
     large = {"a": jax.random.normal(jax.random.key(0), (300, 300))}
     checkpoints.save(1, large, {"step": 1})
     checkpoints.settle()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        checkpoints.save(2, large, {"step": 2})
-        checkpoints.settle()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "the last one is that of step 1" in capsys.readouterr().err
+    for size in (0, 100, 3000, 100_000):  # nothing, JSON, arrays' metadata, arrays
+        with files_of_at_most(size):
+            checkpoints.save(2, large, {"step": 2})
+            checkpoints.settle()
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "(File too large); the run goes on, the last one is that of step 1" in err
     checkpoints.save(3, large, {"step": 3})
     checkpoints.finish()
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["3"]
+
+
+@pytest.mark.parametrize("size", [10, 100, 600])
+def test_a_disk_that_is_full_before_the_first_step_is_one_line_and_leaves_nothing(train, data, tmp_path, size):
+    """No room for the lock, for a list of bad samples, for the configuration."""
+    rows = json.loads((data / "plain.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps([*rows, {}]))
+    with files_of_at_most(size):
+        status, _, err = train(tmp_path / "out", "--data", tmp_path / "data.json", "--max-bad-share", 0.5)
+    *told, error = err.splitlines()
+    assert (status, all(line.startswith(("bad sample: ", "warning: ")) for line in told)) == (1, True), err
+    assert error.startswith("error: ") and "File too large" in error and f"{tmp_path / 'out'}" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_stays_infinite_stops_the_run(train, one_device, monkeypatch, tmp_path):

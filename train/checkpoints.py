@@ -7,6 +7,7 @@ Orbax copies the state to the host, and writes it while the next steps are compu
 name when it is whole; older ones go only after that.
 """
 
+import contextlib
 import logging
 import time
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -19,6 +20,7 @@ from msgspec import Meta
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import check_tree
 from llava_jax.json_files import check_json
+from llava_jax.orbax_files import hush_late_futures
 from train.processes import share
 
 _policies = ocp.checkpoint_managers
@@ -53,7 +55,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, keep: int):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is wrong is said here, in one line
+        for name in ("absl", "asyncio"):  # what is wrong is said here, in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        hush_late_futures()
         by_loss = lambda metrics: metrics["eval_loss"]  # noqa: E731
         best = _policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.manager = ocp.CheckpointManager(
@@ -111,6 +115,7 @@ class Checkpoints:
         """
         self.settle()
         if self.failed:
+            self._clean()  # once more: a write that was under way may have made its directory anew
             raise InputError(f"{self.manager.directory}: the last state is not saved ({self.failed}); {self._left()}")
 
     def progress(self, kind: Any = dict[str, Any]) -> dict[str, Any] | None:
@@ -169,12 +174,17 @@ class Checkpoints:
         self.failed = first_line(error)
         if jax.process_index():
             return
-        directory = self.manager.directory
-        for path in directory.iterdir() if directory.is_dir() else ():
-            if "orbax-checkpoint-tmp" in path.name:  # a full disk has no room for it
-                path.rmtree(missing_ok=True)
+        self._clean()
         what = "the checkpoint" if step is None else f"checkpoint {step}"
         note(f"warning: {what} could not be saved ({self.failed}); the run goes on, {self._left()}")
+
+    def _clean(self) -> None:
+        """Remove what failed saves have begun: a full disk has no room for it."""
+        directory = self.manager.directory
+        with contextlib.suppress(OSError):  # a write that is still under way
+            for path in directory.iterdir() if directory.is_dir() else ():
+                if "orbax-checkpoint-tmp" in path.name:
+                    path.rmtree(missing_ok=True)
 
     def _left(self) -> str:
         return "there is none yet" if self.latest is None else f"the last one is that of step {self.latest}"

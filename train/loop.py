@@ -101,13 +101,14 @@ def prepare(config: TrainConfig) -> Run:
 
     Raises:
       InputError: on all processes, if anything is wrong for one of them.
+      OSError: the output directory cannot be written.
     """
     mesh = make_mesh(parse_mesh(config.mesh) if config.mesh else {FSDP: -1})
     check_batch(config, mesh)
     opened: dict[str, Any] = {}
     try:
         return _open(config, mesh, opened)
-    except InputError:
+    except BaseException:
         if "output" in opened:
             opened["output"].withdraw()
             opened["output"].close()

@@ -24,8 +24,8 @@ from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.directories import find_directory
 from llava_jax.files import open_regular
 from llava_jax.json_files import read_json
-from llava_jax.locks import LockedFile
-from llava_jax.outputs import check_replaceable
+from llava_jax.locks import InUse, LockedFile
+from llava_jax.outputs import check_replaceable, write_file
 from train import mixture
 from train.config import TrainConfig
 
@@ -41,7 +41,7 @@ PLACES, PLACE_BYTES = 16, 4096  # of each of its files that are looked at
 
 
 class Output:
-    """The directory, held by this process until it ends.
+    """The directory, held by this process until `close`, or until it ends.
 
     Raises:
       InputError: another run holds it; it cannot be written; it belongs to something else, or to a run with a
@@ -53,39 +53,38 @@ class Output:
         self.root = epath.Path(config.output)
         self.process, self.first = process, process == 0
         self.remote = is_remote(config.output)
-        self.held = tempfile.TemporaryDirectory(prefix="train-") if self.remote else None
+        self.held: LockedFile | tempfile.TemporaryDirectory | None = None
+        if self.remote:
+            self.held = tempfile.TemporaryDirectory(prefix="train-")
         self.files = Path(self.held.name if self.remote else config.output)
         self.described = describe(config)
         self.unsaid = False  # what could not be carried to the object store has been told
+        self.resumed = False
         try:
-            self._open()
+            self.new = not self.root.exists()
+            self.before = set() if self.new else {path.name for path in self.root.iterdir()}
         except OSError as error:
-            self.close()
-            raise InputError(f"--output {shorten(config.output)}: cannot be used ({first_line(error)})") from None
-        except BaseException:
-            self.close()
+            raise self._unusable(error) from None
+        try:
+            if self.first:
+                self.root.mkdir(parents=True, exist_ok=True)
+                self._lock()
+            path = self.root / "config.json"
+            self.resumed = path.exists()
+            if self.resumed:
+                _compare(path, self.described)
+            self._check_contents()
+            if self.resumed:
+                self._pull()
+        except InUse:
             raise
+        except BaseException as error:
+            self.withdraw()
+            self.close()
+            raise self._unusable(error) if isinstance(error, OSError) else error from None
 
-    def _open(self) -> None:
-        self.new = not self.root.exists()
-        self.before = set() if self.new else {path.name for path in self.root.iterdir()}
-        if self.first:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock()
-        path = self.root / "config.json"
-        self.resumed = path.exists()
-        if self.resumed:
-            _compare(path, self.described)
-        self._check_contents()
-        if self.resumed:
-            self._pull()
-
-    def close(self) -> None:
-        """Let the directory go."""
-        if isinstance(self.held, tempfile.TemporaryDirectory):
-            self.held.cleanup()
-        elif self.held:
-            self.held.close()
+    def _unusable(self, error: OSError) -> InputError:
+        return InputError(f"--output {shorten(self.root)}: cannot be used ({first_line(error)})")
 
     def _check_contents(self) -> None:
         """Complain about what a run would write over, and did not write."""
@@ -106,14 +105,18 @@ class Output:
 
     def write_config(self) -> None:
         """From now on the directory belongs to this run. (A first try that failed at its data leaves nothing.)"""
-        path = self.root / "config.json"
-        written = path.with_name("config.json.new")
-        written.write_text(json.dumps(self.described, indent=2) + "\n")
-        written.replace(path)
+        data = (json.dumps(self.described, indent=2) + "\n").encode()
+        try:
+            if self.remote:
+                (self.root / "config.json").write_bytes(data)
+            else:
+                write_file(self.root / "config.json", data)
+        except OSError as error:
+            raise InputError(f"{self.root / 'config.json'}: cannot be written ({first_line(error)})") from None
 
     def withdraw(self) -> None:
         """Input was refused: nothing that was made for this run stays, unless an earlier process made some of it."""
-        if self.resumed or not self.first:
+        if self.resumed or not self.first or not self.root.is_dir():
             return
         for path in (*self.files.glob("bad_samples*.jsonl"), self.files / ".lock"):
             if path.name not in self.before:
@@ -121,6 +124,13 @@ class Output:
         for directory in (self.root / "checkpoints", *[self.root] * self.new):
             if directory.exists() and not any(directory.iterdir()):
                 directory.rmdir()
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        if isinstance(self.held, LockedFile):
+            self.held.close()
+        elif self.held:
+            self.held.cleanup()
 
     def push(self, *, last: bool = False) -> None:
         """Carry the small files to the object store, if that is where the directory is.
