@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -121,7 +122,10 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--directory", help="where to work; default: a temporary directory")
     p.add_argument("--cached", action="store_true", help="leave the files in the page cache, for both")
-    p.add_argument("--kills", type=int, default=0, metavar="N", help="instead kill conversions at N random moments")
+    p.add_argument(
+        "--kills", type=int, default=0, metavar="N", help="instead interrupt conversions at N random moments"
+    )
+    p.add_argument("--source", type=Path, metavar="DIR", help="for --kills: a checkpoint instead of a random one")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
     p.add_argument("--make", metavar="DIR", help=argparse.SUPPRESS)  # a child's task, so that our memory stays small
     args = p.parse_args()
@@ -137,32 +141,58 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def kill(source: Path, destination: Path, times: int) -> dict[str, int]:
-    """Kill conversions at random moments. What is left must be nothing or whole; a rerun must work."""
-    from llava_jax.checkpoint import open_any
+def kill(source: Path, work: Path, times: int) -> dict[str, dict[str, int]]:
+    """Interrupt conversions that replace an older one at random moments, every other time by Ctrl-C.
 
-    command = [sys.executable, "-m", "convert", "to-orbax", str(source), str(destination)]
+    What is left must be the old checkpoint or the new one, whole; the next command must clean up.
+    """
+    from convert.verify import verify
+
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     quiet = dict(env=env, cwd=ROOT, stderr=subprocess.DEVNULL)
-    start = time.perf_counter()
-    subprocess.run(command, check=True, **quiet)
-    whole, pick, left = time.perf_counter() - start, random.Random(0), {"nothing": 0, "whole": 0}
-    for _ in range(times):
-        shutil.rmtree(destination, ignore_errors=True)
-        process = subprocess.Popen(command, **quiet)
-        time.sleep(pick.random() * whole * 1.1)
-        process.kill()
-        process.wait()
-        if destination.exists():
-            open_any(destination)
-        left["whole" if destination.exists() else "nothing"] += 1
-    subprocess.run([*command, "--overwrite"], check=True, **quiet)
-    open_any(destination)
-    print(f"killed {times} times: left {left['nothing']} times nothing, {left['whole']} times a whole checkpoint")
-    return left
+    same = lambda a, b: all(row.result == "identical" for row in verify(a, b))  # noqa: E731
+    pick, report = random.Random(0), {}
+    for kind in ("to-orbax", "to-hf"):
+        place = work / kind
+        place.mkdir()
+
+        def command(dtype: str, destination: Path, kind=kind) -> list[str]:
+            flags = ["--dtype", dtype, "--overwrite"]
+            return [sys.executable, "-m", "convert", kind, str(source), str(destination), *flags]
+
+        whole = {}
+        for dtype in ("bfloat16", "float16"):
+            start = time.perf_counter()
+            subprocess.run(command(dtype, work / f"{kind}-{dtype}"), check=True, **quiet)
+            seconds = time.perf_counter() - start
+            whole[dtype] = work / f"{kind}-{dtype}"
+        there, left = "bfloat16", {"old": 0, "new": 0, "between": 0}
+        subprocess.run(command(there, place / "out"), check=True, **quiet)
+        for i in range(times):
+            new = "float16" if there == "bfloat16" else "bfloat16"
+            process = subprocess.Popen(command(new, place / "out"), **quiet)
+            time.sleep(pick.random() * seconds * 1.1)
+            process.send_signal(signal.SIGINT if i % 2 else signal.SIGKILL)
+            process.wait()
+            if not (place / "out").exists():  # between two renames: the next command finishes
+                left["between"] += 1
+                subprocess.run(command(new, place / "out"), check=True, **quiet)
+            found = next((dtype for dtype in whole if same(place / "out", whole[dtype])), None)
+            if found is None:
+                sys.exit(f"{kind}: neither the old checkpoint nor the new one")
+            left["old" if found == there else "new"] += 1
+            there = found
+        subprocess.run(command(there, place / "out"), check=True, **quiet)
+        if os.listdir(place) != ["out"]:
+            sys.exit(f"{kind}: left {os.listdir(place)}")
+        report[kind] = left
+        print(f"{kind} interrupted {times} times: {left['old']} times the old checkpoint, {left['new']} times the new")
+    return report
 
 
 def measure(work: Path, args) -> dict:
+    if args.kills and args.source:
+        return kill(args.source, work, args.kills)
     source, orbax, back = work / "source", work / "orbax", work / "back"
     made = subprocess.run(
         [sys.executable, __file__, "--make", str(source), "--gigabytes", str(args.gigabytes)],
@@ -170,7 +200,7 @@ def measure(work: Path, args) -> dict:
     )  # fmt: skip
     largest = int(made.stdout)
     if args.kills:
-        return kill(source, orbax, args.kills)
+        return kill(source, work, args.kills)
     size = sum(f.stat().st_size for f in source.iterdir())
     _, idle = child("-c", "import convert.__main__, convert.to_orbax, convert.to_hf, orbax.checkpoint")
     runs = {

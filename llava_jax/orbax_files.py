@@ -301,7 +301,9 @@ def hush_late_futures() -> None:
     others = sys.unraisablehook
 
     def hook(problem: "sys.UnraisableHookArgs") -> None:
-        if not (problem.exc_type is RuntimeError and str(problem.exc_value) == "Event loop is closed"):
+        is_closed = problem.exc_type is RuntimeError and str(problem.exc_value) == "Event loop is closed"
+        code = getattr(problem.object, "cr_code", None)  # of a coroutine
+        if not (is_closed or (code and f"{os.sep}orbax{os.sep}" in code.co_filename)):
             others(problem)
 
     sys.unraisablehook = hook

@@ -194,7 +194,7 @@ def _local_directory(target: Path, name: str, overwrite: bool, sources: Sequence
     before = check()
     made = [parent for parent in target.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(target.parent)
         with _Staging(target, name) as staging:
             staging.new.mkdir()
             yield staging.new
@@ -205,6 +205,18 @@ def _local_directory(target: Path, name: str, overwrite: bool, sources: Sequence
         with contextlib.suppress(OSError):  # of the first that holds something: the new directory
             for parent in made:
                 os.rmdir(parent)
+
+
+def make_directories(directory: Path) -> None:
+    """Make a directory and those above it, however many: the library's way calls itself for each.
+
+    Raises:
+      OSError: it cannot be made. Where its name is too long, or it would lie below a file, none is made.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        directory.stat()
+    for path in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
+        path.mkdir(exist_ok=True)
 
 
 class _Staging:

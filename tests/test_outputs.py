@@ -252,6 +252,13 @@ def test_names_as_long_as_a_file_system_takes(tmp_path):
         shutil.rmtree(tmp_path / name)
     with pytest.raises(InputError, match="File name too long"), new_directory(tmp_path / ("x" * 256)):
         pass
+    with new_directory(tmp_path / ("x/" * 1500) / "y") as staged:
+        write(staged / "config.json")
+    assert (tmp_path / ("x/" * 1500) / "y" / "config.json").exists()
+    with pytest.raises(InputError, match="File name too long"), new_directory(tmp_path / "z" / ("x/" * 2100)):
+        pass
+    assert os.listdir(tmp_path) == ["x"]
+    subprocess.run(["rm", "-r", tmp_path / "x"], check=True)  # too deep for Python's own
     with pytest.raises(InputError, match="no name of a directory"), new_directory("a\0b"):
         pass
 

@@ -2,8 +2,10 @@
 
 import argparse
 import collections
+import gc
 import json
 import os
+import re
 import shutil
 import socket
 
@@ -134,6 +136,26 @@ def test_a_link_to_a_directory_in_a_checkpoint_of_ours(tmp_path):
     (tmp_path / "o" / "params" / "d").symlink_to(tmp_path / "d")
     with pytest.raises(InputError, match="params/d: a link to a directory, not a file"):
         open_ours(tmp_path / "o")
+
+
+@pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt", "d/*", "ocdbt.process_0/d/*"])
+def test_a_checkpoint_of_ours_without_some_of_its_files_is_an_error_and_nothing_else(tmp_path, capfd, file):
+    """Bytes that are others in the middle of an array are not noticed: Orbax stores no checksums of them."""
+    to_orbax(TOKENIZER.parent, tmp_path / "o")
+    path = max((tmp_path / "o" / "params").glob(file), key=lambda path: path.stat().st_size)
+    for contents in (path.read_bytes()[: path.stat().st_size // 2], None):
+        path.unlink() if contents is None else path.write_bytes(contents)
+        for read in (read_all, lambda directory: open_checkpoint(directory).load(one_device())):
+            with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'o' / 'params'}: ")) as error:
+                read(tmp_path / "o")
+            assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+
+def read_all(directory):
+    for tensor in open_ours(directory).tensors.values():
+        tensor.read()
 
 
 def test_a_pipe_in_a_state_of_training_is_not_waited_for(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import struct
@@ -211,6 +212,19 @@ def test_tensorboard_events_say_what_the_metrics_say(finished):
         values = [dict(parse_message(value)) for _, value in parse_message(event[5])]
         got = {value[1].decode(): value[2] for value in values}
         assert got == {name: pytest.approx(value, rel=1e-6) for name, value in line.items() if name != "step"}
+
+
+def test_events_are_whole_whatever_the_clock_says(monkeypatch, tmp_path):
+    """It is the one place that asks for the time of day; all that waits or saves asks how much of it has passed."""
+    times = iter([1e9, 2e9, -5.0, 0.0, 4e9, 1e9, 1e9])
+    monkeypatch.setattr(tensorboard.time, "time", lambda: next(times))
+    for first in (1, 3):
+        events = tensorboard.EventWriter(tmp_path, first)
+        for number in (first, first + 1):
+            events.write(number, {"loss": 1.0})
+        events.close()
+    steps = [dict(parse_message(record)).get(2) for path in tmp_path.iterdir() for record in read_records(path)]
+    assert sorted(filter(None, steps)) == [1, 1, 2, 3, 3, 4]
 
 
 def test_crc32c():
@@ -487,6 +501,54 @@ def test_an_evaluation_that_cannot_be_made_ends_no_run(train, data, one_device, 
     assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
+def test_an_evaluation_on_the_training_data_and_on_text_alone(train, data, one_device, tmp_path):
+    rows = [row for row in json.loads((data / "data.json").read_text()) if "image" not in row]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    both = ("--eval-data", data / "plain.json", "--eval-data", tmp_path / "text.json")
+    for files in (both, both[2:]):
+        status, _, err = train(tmp_path / str(len(files)), *files, "--steps", 2, "--template", "v1")
+        assert status == 0, err
+        assert "evaluation after update 2: loss" in err and "warning: no evaluation" not in err
+
+
+FATES = {  # of an image, while a run goes on
+    "is gone": (Path.unlink, "no such image"),
+    "is a directory": (lambda path: (path.unlink(), path.mkdir()), "a directory, not a file"),
+    "is a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe, not a file"),
+    "is broken": (lambda path: path.write_bytes(path.read_bytes()[:60]), "broken image"),
+    "is text": (lambda path: path.write_text("hello"), "not an image"),
+}
+
+
+def test_what_becomes_of_images_while_a_run_goes_on_ends_no_run(train, data, one_device, monkeypatch, tmp_path):
+    """Each is listed with its reason; another image in the place of one is read like any other."""
+    names = sorted(path.name for path in (data / "images").iterdir())
+    (tmp_path / "images").mkdir()
+    rows = json.loads((data / "plain.json").read_text())
+    rows = [row | {"image": f"{i}.png"} for i, row in enumerate((rows * 2)[: len(FATES) + 10])]
+    for row in rows:
+        shutil.copy(data / "images" / names[0], tmp_path / "images" / row["image"])
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+
+    def at(self, step):
+        if step == 1:
+            for i, (befall, _) in enumerate(FATES.values()):
+                befall(tmp_path / "images" / f"{i}.png")
+            shutil.copy(data / "images" / names[1], tmp_path / "images" / f"{len(FATES)}.png")
+        return 0
+
+    monkeypatch.setattr(loop.StopSignal, "at", at)
+    more = ("--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--max-bad-share", 1)
+    status, _, err = train(tmp_path / "out", *more, "--global-batch-size", 4, "--prefetch", 1, "--aspect-ratio", "pad")
+    assert status == 0, err
+    listed = map(json.loads, (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines())
+    reasons = {bad["index"]: bad["reason"] for bad in listed}
+    assert reasons.keys() == set(range(len(FATES))), reasons
+    for i, (_, reason) in enumerate(FATES.values()):
+        assert reason in reasons[i]
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
 def test_another_configuration_is_refused_with_its_differences(train, finished, data, tmp_path):
     output = finished[0]
     status, _, err = train(output, "--seed", "3", "--warmup-ratio", "0.5", "--workers", "2", "--log-every", "5")
@@ -672,6 +734,17 @@ def broken_lines(directory) -> Path:
     return path
 
 
+def without_images(directory) -> Path:
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "cat"}]
+    (directory / "eval.json").write_text(json.dumps([{"image": "none.png", "conversations": turns}]))
+    return directory / "eval.json"
+
+
+def make(path, how) -> Path:
+    how(path)
+    return path
+
+
 def other_directory(directory) -> Path:
     (directory / "model").mkdir()
     (directory / "model" / "config.json").write_text('{"format": "llava-jax"}')
@@ -683,6 +756,15 @@ BAD = {
     "no data": (lambda t: ("--data", t / "none.json"), "none.json: cannot be read"),
     "no images": (lambda t: ("--image-folder", t / "none"), "no such directory"),
     "no eval data": (lambda t: ("--eval-data", t / "none.json"), "none.json: cannot be read"),
+    "eval data without a good row": (lambda t: ("--eval-data", broken_lines(t)), "nothing in it can be trained on"),
+    "eval data is none": (lambda t: ("--eval-data", CHECKPOINT / "config.json"), "nothing in it can be trained on"),
+    "eval data is empty": (lambda t: ("--eval-data", make(t / "e.json", Path.touch)), "no conversations in it"),
+    "eval data is a directory": (lambda t: ("--eval-data", t), "a directory, not a file"),
+    "eval data is a pipe": (lambda t: ("--eval-data", make(t / "e.json", os.mkfifo)), "a pipe, not a file"),
+    "no image of eval data": (lambda t: ("--eval-data", without_images(t)), "none of its images can be read"),
+    "output below a file": (lambda t: ("--output", CHECKPOINT / "config.json" / "x"), "cannot be used"),
+    "output's name is too long": (lambda t: ("--output", t / ("x" * 256)), "cannot be used (File name too long)"),
+    "output's path is too long": (lambda t: ("--output", t / ("x/" * 2048)), "cannot be used (File name too long)"),
     "no valid row": (lambda t: ("--data", broken_lines(t)), "nothing in it can be trained on"),
     "preset": (lambda t: ("--preset", "v1.5-pretrian"), "unknown preset 'v1.5-pretrian'; did you mean v1.5-pretrain?"),
     "field": (lambda t: ("--learnin-rate", "1"), "unknown field --learnin-rate; did you mean --learning-rate?"),
@@ -708,9 +790,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_status_1(train, monkeypatch, tmp_path, name):
-    make, says = BAD[name]
+    flags_of, says = BAD[name]
     monkeypatch.setattr(loop, "setup", None)  # nothing is compiled before the input is known to be good
-    status, out, err = train(tmp_path / "out", *make(tmp_path))
+    status, out, err = train(tmp_path / "out", *flags_of(tmp_path))
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("error: ")
     assert says in err

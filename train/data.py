@@ -170,7 +170,7 @@ class Data:
         with_images = [one for one in good if one.images]
         broken = [one for one in bad if one.file]
         few, readable = self.train and len(with_images) <= FEW, False
-        for one in with_images[:: 1 if few else -(-len(with_images) // TRIALS)]:
+        for one in with_images[:: 1 if few else -(-len(with_images) // TRIALS) or 1]:
             loaded = self.samples.load(one)
             if isinstance(loaded, BadSample):
                 broken.append(loaded)

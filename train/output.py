@@ -25,7 +25,7 @@ from llava_jax.directories import find_directory
 from llava_jax.files import open_regular
 from llava_jax.json_files import read_json
 from llava_jax.locks import InUse, LockedFile
-from llava_jax.outputs import check_replaceable, write_file
+from llava_jax.outputs import check_replaceable, make_directories, write_file
 from train import mixture
 from train.config import TrainConfig
 
@@ -67,7 +67,10 @@ class Output:
             raise self._unusable(error) from None
         try:
             if self.first:
-                self.root.mkdir(parents=True, exist_ok=True)
+                if self.remote:
+                    self.root.mkdir(parents=True, exist_ok=True)
+                else:
+                    make_directories(self.files)
                 self._lock()
             path = self.root / "config.json"
             self.resumed = path.exists()
