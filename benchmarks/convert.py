@@ -181,12 +181,16 @@ def kill(source: Path, work: Path, times: int) -> dict[str, dict[str, int]]:
             if found is None:
                 sys.exit(f"{kind}: neither the old checkpoint nor the new one")
             left["old" if found == there else "new"] += 1
+            print(f"{kind} {i + 1}: {'old' if found == there else 'new'}", file=sys.stderr, flush=True)
             there = found
         subprocess.run(command(there, place / "out"), check=True, **quiet)
         if os.listdir(place) != ["out"]:
             sys.exit(f"{kind}: left {os.listdir(place)}")
         report[kind] = left
-        print(f"{kind} interrupted {times} times: {left['old']} times the old checkpoint, {left['new']} times the new")
+        print(
+            f"{kind} interrupted {times} times: {left['old']} times the old checkpoint, {left['new']} times the new",
+            flush=True,
+        )
     return report
 
 

@@ -230,7 +230,7 @@ def first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     if found := re.search(r"os_error_code='([0-9]{1,4})'", text):  # of TensorStore: all else is which file, many times
         return os.strerror(int(found[1]))
-    return shorten(shorten_words(text), 200) or type(error).__name__
+    return shorten(shorten_words(text), 150) or type(error).__name__
 
 
 def printable(text: str) -> str:
