@@ -116,7 +116,7 @@ class SlowTokenizer:
 
     def _piece_id(self, token: str) -> int | None:
         i = self._model.piece_to_id(token)
-        return i if self._model.id_to_piece(i) == token else None
+        return i if 0 <= i < self._size and self._model.id_to_piece(i) == token else None
 
     def token_id(self, token: str) -> int | None:
         return self._ids[token] if token in self._ids else self._piece_id(token)
