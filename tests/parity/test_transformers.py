@@ -81,8 +81,10 @@ def make_model(kind: str, decoder: str, directory):
     return model
 
 
-@pytest.fixture(scope="module", params=[("llava", d) for d in DECODERS] + [("llava_next", d) for d in DECODERS],
-                ids="-".join)  # fmt: skip
+PAIRS = [("llava", d) for d in ("llama", "mistral", "qwen2")] + [("llava_next", d) for d in DECODERS]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def pair(request, tmp_path_factory):
     kind, decoder = request.param
     directory = tmp_path_factory.mktemp("model")
