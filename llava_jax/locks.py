@@ -52,7 +52,7 @@ class LockedFile:
         self.path, name = Path(os.path.realpath(path)), name or shorten(path)
         while True:
             try:
-                kind, self.is_new = kind_of(self.path.stat()), False
+                kind, self.is_new = kind_of(os.stat(path)), False  # not of `self.path`: a pipe in /proc has none
             except FileNotFoundError:
                 kind, self.is_new = None, True
             if kind:

@@ -166,7 +166,11 @@ def new_directory(
 
 @contextlib.contextmanager
 def _remote_directory(directory: epath.Path, name: str, overwrite: bool) -> Iterator[epath.Path]:
-    if directory.exists():
+    try:
+        exists = directory.exists()
+    except Exception as error:  # an object store without its client, without permission
+        raise InputError(f"{name}: cannot be reached ({first_line(error)})") from None
+    if exists:
         if not overwrite:
             raise InputError(f"{name}: exists already; --overwrite replaces it")
         if any(directory.iterdir()) and not (directory / "config.json").exists():

@@ -346,6 +346,7 @@ def test_answers_go_into_regular_files_that_can_be_written(tmp_path):
         (tmp_path / "pipe", "a pipe, not a file"),
         (tmp_path, "a directory, not a file"),
         ("/dev/full", "a device, not a file"),
+        (f"/proc/self/fd/{os.pipe()[1]}", "a pipe, not a file"),
         (tmp_path / "no" / "a", "cannot be written"),
         (tmp_path / ("x" * 300), "cannot be written"),
         ("a\0b", "cannot be written"),

@@ -63,7 +63,7 @@ class Output:
         try:
             self.new = not self.root.exists()
             self.before = set() if self.new else {path.name for path in self.root.iterdir()}
-        except OSError as error:
+        except (OSError, ImportError) as error:  # an object store without its client
             raise self._unusable(error) from None
         try:
             if self.first:
@@ -86,7 +86,7 @@ class Output:
             self.close()
             raise self._unusable(error) if isinstance(error, OSError) else error from None
 
-    def _unusable(self, error: OSError) -> InputError:
+    def _unusable(self, error: OSError | ImportError) -> InputError:
         return InputError(f"--output {shorten(self.root)}: cannot be used ({first_line(error)})")
 
     def _check_contents(self) -> None:
