@@ -76,7 +76,8 @@ class Output:
             self.resumed = path.exists()
             if self.resumed:
                 _compare(path, self.described)
-            self._check_contents()
+            if self.first:  # for the others there may be no directory yet
+                self._check_contents()
             if self.resumed:
                 self._pull()
         except InUse:
@@ -217,7 +218,9 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
     if CHECKSUM not in there:
         raise InputError(f"--output {shorten(path.parent)}: holds something else (its config.json is not of a run)")
     moved = {"checkpoint"} if wanted[FINGERPRINT] and there.get(FINGERPRINT) == wanted[FINGERPRINT] else set()
-    if found := differences(there, {name: value for name, value in wanted.items() if name not in MAY_CHANGE | moved}):
+    if found := differences(
+        there, {name: wanted[name] for name in (FINGERPRINT, CHECKSUM, *wanted) if name not in MAY_CHANGE | moved}
+    ):
         named = list(found)
         while len(named) > 1 and sum(map(len, named)) > 140:  # so that it is a line
             named.pop()
