@@ -1,7 +1,7 @@
 """Convert, inspect and compare checkpoints.
 
 python -m convert to-orbax SRC DST      whatever LLaVA weights there are, to our Orbax format
-python -m convert to-hf SRC DST         ours, or anybody's, to transformers' format or the original's
+python -m convert to-hf SRC DST         any checkpoint, to transformers' format or the original's
 python -m convert inspect DIR           what is in it
 python -m convert verify A B            whether two are the same
 """

@@ -131,7 +131,9 @@ def from_parts(
       seed: of a fresh projector, which is then torch's own after `torch.manual_seed(seed)`.
     """
     if tower is None:
-        raise InputError(f"{language_model}: a language model without eyes; give a CLIP directory with --vision-tower")
+        raise InputError(
+            f"{language_model}: a language model without a vision tower; give a CLIP directory with --vision-tower"
+        )
     fields = (read_json(language_model / "config.json") or {}) | fields
     config = configure(fields, language_model, tower, name=language_model.name)
     found = Found(config)
