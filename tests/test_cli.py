@@ -3,7 +3,6 @@
 import base64
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, QUESTION, golden_engine, golden_json, golden_tensors, write_checkpoint
+from conftest import GOLDEN, QUESTION, golden_engine, golden_json, golden_tensors, user_environment, write_checkpoint
 from PIL import Image
 
 from infer import generate
@@ -34,11 +33,10 @@ def answers(run_cli):
 
 def test_as_a_new_user_runs_it():
     """In a process of its own, on one device, without our environment."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
     run = subprocess.run(
         [sys.executable, "-m", "infer.generate", "--checkpoint", CHECKPOINT, "--image", PICTURE, "--prompt", QUESTION,
          "--max-new-tokens", "24"],
-        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, env=user_environment(), cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     want = golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=24).text

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import user_environment
 
 from llava_jax import templates
 
@@ -22,13 +23,12 @@ def test_the_python_runs(capsys, monkeypatch, page, says):
     assert says in capsys.readouterr().out
 
 
-def test_the_first_commands_run(monkeypatch):
+def test_the_first_commands_run():
     """Those that need no checkpoint, the installation before them aside."""
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # as users run them
     commands = re.findall(r"^python -m infer\.generate(?: --image infer.*)?$", README, re.M)
     for command, answer in zip(commands, ("5", "left"), strict=True):
         command = command.replace("python", sys.executable, 1)
-        run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run(command, shell=True, cwd=ROOT, env=user_environment(), capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip() == answer
 
