@@ -5,6 +5,7 @@
 One command holds it at a time, and appends to it. Nothing but an answers file is ever touched.
 """
 
+import codecs
 import collections
 import json
 import os
@@ -15,6 +16,7 @@ from llava_jax.json_files import check_json, parse_json
 from llava_jax.locks import LockedFile
 
 Id = str | int | float | None
+MAX_ANSWERS = 4 * 2**30  # bytes
 START, NEXT = '{"question_id": ', ', "prompt": "'  # how each line begins
 
 
@@ -49,6 +51,8 @@ class AnswersFile:
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise InputError(f"{self.name}: cannot be written ({first_line(error)})") from None
         try:
+            if (size := os.fstat(self.file.file.fileno()).st_size) > MAX_ANSWERS:
+                raise InputError(f"{self.name}: has {size:,} bytes; an answers file has at most {MAX_ANSWERS:,}")
             self._read(self.file.read())
         except BaseException:
             self.file.close()
@@ -108,7 +112,10 @@ def _is_cut(line: bytes, known: bool) -> bool:
     Args:
       known: there are answers in the file; else it has to be the beginning of one of ours, not of a question.
     """
-    text = line.decode(errors="ignore")
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(line)  # which may end within a character
+    except UnicodeDecodeError:
+        return False
     if not text.startswith(START):
         return START.startswith(text)
     try:

@@ -33,6 +33,7 @@ class LockedFile:
 
     Attributes:
       path: of the file itself, links resolved.
+      name: what errors call it.
       file: open for reading and for appending, without a buffer.
       is_new: there was no file.
       is_locked: the file system has locks.
@@ -49,33 +50,35 @@ class LockedFile:
           InputError: it is no regular file.
           OSError: it cannot be opened.
         """
-        self.path, name = Path(os.path.realpath(path)), name or shorten(path)
+        self.path, self.name = Path(os.path.realpath(path)), name or shorten(path)
         while True:
             try:
                 kind, self.is_new = kind_of(os.stat(path)), False  # not of `self.path`: a pipe in /proc has none
             except FileNotFoundError:
                 kind, self.is_new = None, True
             if kind:
-                raise InputError(f"{name}: {kind}, not a file")
+                raise InputError(f"{self.name}: {kind}, not a file")
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
             self.file = os.fdopen(os.open(self.path, flags, 0o666), "r+b", buffering=0)
-            self.is_locked = self._lock(name, owner)
+            self.is_locked = self._lock(owner)
             if self._is_there():
                 return
             self.file.close()  # its holder has removed it
 
-    def _lock(self, name: str, owner: str) -> bool:
+    def _lock(self, owner: str) -> bool:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
             if error.errno in NO_LOCKS:
-                note(f"warning: {name}: its file system has no locks; that two commands write there is not noticed")
+                note(
+                    f"warning: {self.name}: its file system has no locks; that two commands write there is not noticed"
+                )
                 return False
             signed = self._signed()
             self.file.close()
             who = f" (process {signed['process']} on {shorten(signed['host'], 40)})" if signed else ""
-            raise InUse(name, owner + who) from None
+            raise InUse(self.name, owner + who) from None
 
     def _signed(self) -> dict[str, Any]:
         """What `sign` wrote into it; nothing if it did not."""
@@ -93,7 +96,14 @@ class LockedFile:
             return False
 
     def sign(self) -> None:
-        """Write into a file that is nothing but a lock who holds it."""
+        """Write into a file that is nothing but a lock who holds it.
+
+        Raises:
+          InputError: there is something else in it.
+          OSError: it cannot be written.
+        """
+        if os.fstat(self.file.fileno()).st_size and not self._signed():
+            raise InputError(f"{self.name}: holds something else than a lock; move it away")
         self.file.truncate(0)
         self.append(json.dumps({"process": os.getpid(), "host": os.uname().nodename}).encode())
 

@@ -8,6 +8,7 @@ it (`.NAME.KEY.lock`) lets the next command tell what a killed one has left from
 
 import contextlib
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -36,8 +37,8 @@ ORBAX_FILES = (  # below `params` and `unused`
     "manifest.ocdbt", "d/*", "ocdbt.process_*/manifest.ocdbt", "ocdbt.process_*/d/*",
 )  # fmt: skip
 DIRECTORIES = {
-    "params*": ORBAX_FILES,
-    "unused*": ORBAX_FILES,
+    "params": ORBAX_FILES,
+    "unused": ORBAX_FILES,
     "vision_tower": CHECKPOINT_FILES,
     ".cache": ("huggingface/*",),
 }
@@ -66,7 +67,7 @@ def _stranger(directory: Path, files: Sequence[str], directories: dict[str, Sequ
     """The first thing in a directory that is not one of these files, nor in one of these directories."""
     for entry in sorted(directory.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
-            patterns = next((p for name, p in directories.items() if fnmatch.fnmatchcase(entry.name, name)), None)
+            patterns = directories.get(entry.name)
             inner = entry.name if patterns is None else _stranger_below(entry, patterns)
             if inner:
                 return inner
@@ -89,7 +90,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _is_model(directory: Path) -> bool:
     """Whether it has weights, and a configuration of a model or an adapter."""
     names = [path.name for path in directory.iterdir()]
-    if not any(_matches(name, (*WEIGHTS, "params*")) for name in names):
+    if not any(_matches(name, (*WEIGHTS, "params")) for name in names):
         return False
     try:
         file = next(directory / name for name in ("config.json", "adapter_config.json") if name in names)
@@ -195,11 +196,12 @@ def _local_directory(target: Path, name: str, overwrite: bool, sources: Sequence
         check_replaceable(target, name)
         return _identity(target)
 
-    before = check()
+    check()
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         make_directories(target.parent)
         with _Staging(target, name) as staging:
+            before = check()  # once more: a killed command's work may have been undone
             staging.new.mkdir()
             yield staging.new
             if check() != before:
@@ -231,9 +233,9 @@ class _Staging:
 
     def __init__(self, target: Path, name: str):
         self.target = target
-        self.short = os.fsdecode(os.fsencode(target.name)[:200])  # so that there is room for more
+        short = re.escape(_short(target.name))
         for path in target.parent.iterdir():
-            if found := re.fullmatch(rf"\.{re.escape(self.short)}\.([0-9a-f]{{8}})\.lock", path.name):
+            if found := re.fullmatch(rf"\.{short}\.([0-9a-f]{{8}})\.lock", path.name):
                 self._look_at(path, found[1], name)
         key = secrets.token_hex(4)
         self.lock = LockedFile(self._path(key, "lock"))
@@ -245,12 +247,12 @@ class _Staging:
         self.new, self.old = self._path(key, "incomplete"), self._path(key, "replaced")
 
     def _path(self, key: str, kind: str) -> Path:
-        return self.target.parent / f".{self.short}.{key}.{kind}"
+        return _beside(self.target, key, kind)
 
     def _look_at(self, path: Path, key: str, name: str) -> None:
         try:
             with LockedFile(path) as lock:
-                if lock.is_locked and lock.is_mine():
+                if lock.is_locked and (lock.is_new or lock.is_mine()):  # new: its holder has just removed it
                     self._settle(self._path(key, "incomplete"), self._path(key, "replaced"))
                     lock.path.unlink()
         except InUse as error:
@@ -285,6 +287,16 @@ class _Staging:
         self.new.rename(self.target)
 
 
+def _beside(target: Path, key: str, kind: str) -> Path:
+    return target.parent / f".{_short(target.name)}.{key}.{kind}"
+
+
+def _short(name: str) -> str:
+    """A name, or what stands for it where it is so long that nothing can be added."""
+    data = os.fsencode(name)
+    return name if len(data) <= 200 else os.fsdecode(data[:150]) + hashlib.sha256(data).hexdigest()[:32]
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -292,12 +304,13 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
     """Write a file that appears under its name whole or not at all; one that is there is replaced, a link's target.
 
     Raises:
+      InputError: there is something else than a file.
       OSError: it cannot be written.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and (kind := kind_of(target.stat())):
         raise InputError(f"{shorten(path)}: {kind}, not a file")
-    staged = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.incomplete")
+    staged = _beside(target, secrets.token_hex(4), "incomplete")
     try:
         staged.write_bytes(data)
         staged.replace(target)

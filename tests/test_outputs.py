@@ -130,6 +130,7 @@ STRANGERS = {
     "a file": ("notes.txt", lambda d: write(d / "notes.txt")),
     "a hidden file": (".bashrc", lambda d: write(d / ".bashrc")),
     "among the arrays": ("params/a.txt", lambda d: write(d / "params" / "a.txt")),
+    "beside the arrays": ("params-old", lambda d: (d / "params-old").mkdir()),
     "in the tower": ("vision_tower", lambda d: write(d / "vision_tower" / "a.txt")),
     "a pipe": ("model-2.safetensors", lambda d: os.mkfifo(d / "model-2.safetensors")),
     "a link to a directory": ("tokenizer.json", lambda d: (d / "tokenizer.json").symlink_to(d.parent)),
@@ -218,10 +219,31 @@ def test_the_next_command_cleans_up_after_one_that_was_killed(run_cli, models, m
     before = contents(models / "out")
     assert subprocess.run([sys.executable, "-c", KILLED, models / "out", moment]).returncode == 9
     assert len(os.listdir(models)) > 2
+    shutil.copytree(models, models.parent / "killed")
     with pytest.raises(ZeroDivisionError), new_directory(models / "out", overwrite=True):
         raise ZeroDivisionError
     assert sorted(os.listdir(models)) == ["m", "out"]
     assert contents(models / "out") == before
+    with new_directory(models.parent / "killed" / "out", overwrite=True) as staged:
+        write(staged / "config.json", "newer")
+    assert contents(models.parent / "killed" / "out") == {"config.json": b"newer"}
+
+
+def test_what_a_killed_command_moved_away_is_not_another_ones(models):
+    names = ["x" * 254 + end for end in "ab"]
+    copy_model(models / names[0])
+    assert subprocess.run([sys.executable, "-c", KILLED, models / names[0], "moving"]).returncode == 9
+    for name in reversed(names):
+        with pytest.raises(ZeroDivisionError), new_directory(models / name, overwrite=True):
+            raise ZeroDivisionError
+    assert sorted(os.listdir(models)) == ["m", names[0]]
+
+
+def test_a_lock_that_goes_while_it_is_looked_for_is_not_made_anew(models, monkeypatch):
+    monkeypatch.setattr("llava_jax.outputs.Path.iterdir", lambda path: iter([path / ".out.0123abcd.lock"]))
+    with new_directory(models / "out"):
+        pass
+    assert sorted(os.listdir(models)) == ["m", "out"]
 
 
 @pytest.mark.parametrize("text", ["", "mine", '{"process": 1, "host": "another"}', "[" * 99_999, "5"])
@@ -268,6 +290,9 @@ def test_a_file_is_written_whole_through_a_link(tmp_path):
     (tmp_path / "link").symlink_to("real")
     write_file(tmp_path / "link", b"new")
     assert sorted(os.listdir(tmp_path)) == ["link", "real"] and (tmp_path / "real").read_bytes() == b"new"
+    for name in ("x" * 255, "猫" * 85):
+        write_file(tmp_path / name, b"new")
+        assert (tmp_path / name).read_bytes() == b"new"
     for other in (tmp_path, "/dev/null"):
         with pytest.raises(InputError, match="not a file"):
             write_file(other, b"")
@@ -289,17 +314,21 @@ LINE = json.dumps(ANSWER)
         "cut in a text": (LINE + "\n" + LINE[:40], LINE + "\n"),
         "cut in the first id": ('{"question_id": "1', ""),
         "cut before the prompt": ('{"question_id": 12, "pr', ""),
+        "cut in a character": (
+            (LINE + "\n" + LINE[:40] + "猫").encode()[:-1].decode(errors="surrogateescape"),
+            LINE + "\n",
+        ),
         "cut at once": (LINE + "\n{", LINE + "\n"),
         "cut, by another writer": (LINE + "\n" + '{"question_id": 1, "text": "a', LINE + "\n"),
     }.values(),
 )
 def test_answers_go_behind_what_is_whole(tmp_path, before, after):
     file = tmp_path / "a.jsonl"
-    file.write_text(before)
+    file.write_text(before, errors="surrogateescape")
     with AnswersFile(file, tmp_path / "q") as answers:
         assert answers.answered.total() == after.count("\n") - after.count("\n\n")
         assert not after or answers.answered[key_of(1, "a")] == 1
-    assert file.read_text() == before  # nothing was answered
+    assert file.read_text(errors="surrogateescape") == before  # nothing was answered
     with AnswersFile(file, tmp_path / "q") as answers:
         answers.append(ANSWER)
         answers.append(ANSWER)
@@ -321,14 +350,17 @@ def test_answers_go_behind_what_is_whole(tmp_path, before, after):
         "[]\n",
         '{"question_id": 1, "prompt": "a", "text": null}\n{}',
         "\x00" * 50,
+        "\udcff\udc80\udcfe",  # these bytes
+        '\udc80{"question\udcff',
+        '{"question_id": 1, "prompt": "\udcffa',
     ],
 )
 def test_what_is_no_answers_file_is_left_alone(tmp_path, text):
     file = tmp_path / "a.jsonl"
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     with pytest.raises(InputError, match="no answers file"), AnswersFile(file, tmp_path / "q"):
         pass
-    assert file.read_text() == text
+    assert file.read_text(errors="surrogateescape") == text
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
@@ -342,9 +374,12 @@ def test_the_questions_are_not_the_answers_under_another_name(tmp_path, link):
 
 def test_answers_go_into_regular_files_that_can_be_written(tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    write(tmp_path / "huge")
+    os.truncate(tmp_path / "huge", 2**40)
     for path, says in (
         (tmp_path / "pipe", "a pipe, not a file"),
         (tmp_path, "a directory, not a file"),
+        (tmp_path / "huge", "has 1,099,511,627,776 bytes"),
         ("/dev/full", "a device, not a file"),
         (f"/proc/self/fd/{os.pipe()[1]}", "a pipe, not a file"),
         (tmp_path / "no" / "a", "cannot be written"),
@@ -353,7 +388,7 @@ def test_answers_go_into_regular_files_that_can_be_written(tmp_path):
     ):
         with pytest.raises(InputError, match=says), AnswersFile(path, tmp_path / "q"):
             pass
-    assert os.listdir(tmp_path) == ["pipe"]
+    assert sorted(os.listdir(tmp_path)) == ["huge", "pipe"]
 
 
 def test_one_command_holds_an_answers_file(tmp_path):
@@ -413,6 +448,13 @@ def test_a_run_writes_over_nothing_that_is_not_its_own(run_config, tmp_path, nam
         write(tmp_path / "out" / name)
         with pytest.raises(InputError, match=r"is not replaced: it holds a\.txt"):
             Output(run_config)
+
+
+def test_a_lock_of_something_else_is_left_alone(run_config, tmp_path):
+    write(tmp_path / "out" / ".lock")
+    with pytest.raises(InputError, match="something else than a lock"):
+        Output(run_config)
+    assert (tmp_path / "out" / ".lock").read_text() == "precious"
 
 
 def test_what_a_refused_run_leaves_is_what_was_there(run_config, tmp_path):
