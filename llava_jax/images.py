@@ -33,6 +33,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -50,9 +51,13 @@ MAX_PIXELS = 178_956_970  # twice Pillow's own warning threshold, where it too s
 MAX_ASPECT = 200
 MAX_FILE = 2**30  # bytes: MAX_PIXELS of 16-bit colour, uncompressed
 MAX_SCANS = 100  # of a JPEG: progressive ones have about ten, each of which goes over all pixels
+MAX_SEGMENTS = 10 * MAX_SCANS  # of tables, between scans
 FULL_PIXELS = 64_000_000
 LARGE_PIXELS = 16_000_000
 STRIP_PIXELS = 2**20  # that are converted at a time
+
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # in a JPEG, of a segment or the end: all others have no length
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 _one_large = threading.Lock()
 
@@ -205,14 +210,25 @@ def _decode(what: str, image: Image.Image, *, in_place: bool) -> Image.Image:
 
 
 def _check_scans(file) -> None:
-    """Raises ValueError at a JPEG that is made to be decoded for hours: of scans that are empty and many."""
-    at, scans, last = file.tell(), 0, b""
-    file.seek(0)
-    while block := file.read(2**20):
-        scans += (last + block).count(b"\xff\xda")
-        last = block[-1:]
-        if scans > MAX_SCANS:
+    """Raises ValueError at a JPEG that is made to be decoded for hours: of scans that are empty and many.
+
+    Args:
+      file: which Pillow has read to where the first scan begins. Behind the end of the image there may be anything,
+        such as the film that phones append.
+    """
+    at, scans, segments = file.tell(), 1, 0
+    while len(block := file.read(2**16)) > 1:
+        marker = MARKER.search(block)
+        if not marker:
+            file.seek(-1, os.SEEK_CUR)  # where half of one may be
+            continue
+        if marker[0] == END_OF_IMAGE:
+            break
+        scans, segments = scans + (marker[0] == START_OF_SCAN), segments + 1
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
             raise ValueError(f"more than {MAX_SCANS} scans")
+        file.seek(marker.end() - len(block), os.SEEK_CUR)
+        file.seek(max(int.from_bytes(file.read(2), "big") - 2, 0), os.SEEK_CUR)
     file.seek(at)
 
 

@@ -291,6 +291,18 @@ def test_a_jpeg_of_empty_scans_is_not_decoded():
     open_image(data[:at] + data[at:-2] * 50 + data[-2:])
     with pytest.raises(InputError, match="more than 100 scans"):
         open_image(data[:at] + data[at:-2] * 500 + data[-2:])
+    comment = b"\xff\xfe\x00\x04\xff\xd9"  # which is no end
+    with pytest.raises(InputError, match="more than 100 scans"):
+        open_image(data[:at] + (comment + data[at:-2]) * 500 + data[-2:])
+    with pytest.raises(InputError, match="more than 100 scans"):
+        open_image(data[:at] + comment * 10**6 + data[at:-2] * 500 + data[-2:])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_behind_the_end_of_a_jpeg_there_may_be_anything(scene, tmp_path, progressive):
+    data = save(scene.resize((300, 200)), "JPEG", progressive=progressive, comment=b"\xff\xda" * 999)
+    (tmp_path / "film.jpg").write_bytes(data + b"\xff\xda\x00" * 999)
+    assert open_image(tmp_path / "film.jpg") == open_image(data)
 
 
 # ---------------------------------------------------------------- downloads
