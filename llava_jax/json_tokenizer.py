@@ -2,7 +2,8 @@
 
 Its regular expressions are a stranger's programs: oniguruma gives up a match after 10**7 tries, but a long text has
 many places where one may begin. Patterns that are in use (`PATTERNS`, and those without repetition) run in this
-process. A tokenizer with any other runs in a process of its own, within limits of time and memory (`limited`).
+process. A tokenizer with any other, or with parts that could make a text much longer, runs in a process of its own,
+within limits of time and memory (`limited`).
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from llava_jax.console import InputError, first_line
+from llava_jax.console import InputError, first_line, shorten
+from llava_jax.json_files import parse_json
 from llava_jax.limited import LimitError, Worker
 from llava_jax.slow_tokenizer import Offsets, added_token, prefix_after_images
 
@@ -35,6 +37,7 @@ PATTERNS = {
     r"\s+",
 }
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+MOST_ADDED = 2  # characters, to the beginning of a text: `▁\n`
 LITERALS = re.compile(r"(?:[^\\()\[\]{}*+?]|\\A|\\n|\\\W)*")
 
 
@@ -60,8 +63,8 @@ class JsonTokenizer:
             (self._engine.add_special_tokens if token.special else self._engine.add_tokens)([token])
             if (found := self._engine.token_to_id(token.content)) != i:
                 raise InputError(
-                    f"{directory}: the added token {token.content!r} should have id {i}, but the vocabulary before it "
-                    f"makes it {found}"
+                    f"{shorten(directory)}: the added token {shorten(token.content)!r} should have id {i}, but the "
+                    f"vocabulary before it makes it {found}"
                 )
         self._engine.add_special_tokens([added_token(token, True) for token in special])
         self._run = runner(self._engine)
@@ -114,7 +117,7 @@ def _read(files: dict[str, bytes], settings: dict[str, Any], directory: Path) ->
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
             raise ValueError("tokenizer_class in tokenizer_config.json names no tokenizer of transformers")
         return kind.from_pretrained(directory).backend_tokenizer
-    fields = json.loads(files["tokenizer.json"])
+    fields = parse_json(files["tokenizer.json"])
     fields |= {"truncation": None, "padding": None}  # of whoever saved it; neither is part of a prompt
     text = json.dumps(fields)
     if not _are_known([fields.get(name) for name in PARTS]):
@@ -128,22 +131,39 @@ def _read(files: dict[str, bytes], settings: dict[str, Any], directory: Path) ->
 
 
 def runner(engine: tokenizers.Tokenizer) -> "tokenizers.Tokenizer | _Limited":
-    """What encodes and decodes as an engine does now: itself, or a process of its own if it has unknown patterns."""
+    """What encodes and decodes as an engine does now: itself, or a process of its own if it has unknown parts."""
     parts = [part and json.loads(part.__getstate__()) for part in (getattr(engine, name) for name in PARTS)]
     return engine if _are_known(parts) else _Limited(engine.to_str())
 
 
 def _are_known(parts: list[Any]) -> bool:
-    """Whether all regular expressions in parts of a `tokenizer.json` are known to be harmless."""
-    return all(pattern in PATTERNS or LITERALS.fullmatch(pattern) for pattern in _patterns(parts))
+    """Whether parts of a `tokenizer.json` are known to take time and memory in proportion to the text."""
+    found = list(_objects(parts))
+    byte_levels = sum(part.get("type") == "ByteLevel" for part in found)  # each doubles what is not ASCII
+    return byte_levels <= len(PARTS) and all(map(_is_known, found))
 
 
-def _patterns(value: Any) -> Iterator[str]:
+def _is_known(part: dict[str, Any]) -> bool:
+    regex, kind = part.get("Regex", ""), part.get("type")
+    if not isinstance(regex, str) or not (regex in PATTERNS or LITERALS.fullmatch(regex)):
+        return False
+    if kind == "Replace":
+        pattern = part.get("pattern")
+        if not isinstance(pattern, dict):
+            return False
+        content, regex = len(str(part.get("content"))), str(pattern.get("Regex", ""))
+        if regex.startswith(r"\A") and "|" not in regex:  # once in a text
+            return content <= MOST_ADDED
+        return content <= (1 if regex in PATTERNS else len(str(pattern.get("String", ""))))
+    return kind != "Precompiled" and (kind != "Prepend" or len(str(part.get("prepend"))) <= MOST_ADDED)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
-        yield from (pattern for key, pattern in value.items() if key == "Regex" and isinstance(pattern, str))
+        yield value
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _patterns(inner)
+            yield from _objects(inner)
 
 
 class _Limited:

@@ -12,6 +12,7 @@ import pytest
 from conftest import GOLDEN, damage
 
 from llava_jax.console import InputError
+from llava_jax.json_tokenizer import runner
 from llava_jax.prompts import encode
 from llava_jax.tokenizer import load_tokenizer
 
@@ -233,6 +234,40 @@ def test_a_pattern_that_takes_for_ever_is_given_up(part, pattern, text, says, tm
     assert tokenizer.decode(tokenizer.encode("Hi")[0])  # the next one is run
 
 
+def doubling(pattern: dict, content: str) -> dict:
+    parts = [{"type": "Replace", "pattern": pattern, "content": content}] * 40
+    return {"type": "Sequence", "normalizers": parts, "decoders": parts}
+
+
+@pytest.mark.parametrize(
+    ("part", "made"),
+    [
+        ("normalizer", doubling({"String": "a"}, "aa")),
+        ("normalizer", doubling({"Regex": "a"}, "aa")),
+        ("normalizer", doubling({"Regex": "a|"}, "b")),
+        ("decoder", doubling({"String": "a"}, "aa")),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False,
+                                                                   "trim_offsets": True, "use_regex": False}] * 40}),
+    ],
+)  # fmt: skip
+def test_a_part_that_makes_a_text_ever_longer_is_given_up(part, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_jax.json_tokenizer.SECONDS", 1)
+    directory = rewrite("byte-level", tmp_path / "t", **{part: made})
+    with pytest.raises(InputError, match=r"tokenizer.json: .* (it takes more than|it crashes)") as refused:
+        tokenizer = load_tokenizer(directory)
+        tokenizer.decode(tokenizer.encode("a naïve text")[0])
+    assert len(str(refused.value).replace(str(tmp_path), "")) < 300
+
+
+def test_tokenizers_that_are_in_use_run_in_this_process():
+    import tokenizers
+
+    for path in KINDS.glob("*/tokenizer.json"):
+        assert isinstance(load_tokenizer(path.parent)._engine._run, tokenizers.Tokenizer), path
+    exported = load_tokenizer(KINDS / "llama")._engine.for_transformers()
+    assert isinstance(runner(exported), tokenizers.Tokenizer)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -369,3 +404,7 @@ def test_an_added_token_that_a_tokenizer_json_cannot_hold(tmp_path):
     directory = copy_with("qwen-2", tmp_path / "t", added_tokens_decoder={"900": {"content": "<far>"}})
     with pytest.raises(InputError, match="'<far>' should have id 900"):
         load_tokenizer(directory)
+    directory = copy_with("qwen-2", tmp_path / "long", added_tokens_decoder={"900": {"content": "a word " * 999}})
+    with pytest.raises(InputError, match="should have id 900") as refused:
+        load_tokenizer(directory)
+    assert len(str(refused.value).replace(str(tmp_path), "")) < 300
