@@ -32,9 +32,11 @@ CHECKPOINT_FILES = (
     "vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json", "chat_template.*",
     "README.md", "LICENSE*", "USE_POLICY.md", ".gitattributes", ".DS_Store",
 )  # fmt: skip
+DATA_FILE = "d/" + 32 * "[0-9a-f]"
 ORBAX_FILES = (  # below `params` and `unused`
-    "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "commit_success.txt", "array_metadatas/*", "descriptor/*",
-    "manifest.ocdbt", "d/*", "ocdbt.process_*/manifest.ocdbt", "ocdbt.process_*/d/*",
+    "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "commit_success.txt", "array_metadatas/process_*",
+    "descriptor/descriptor.pbtxt", "manifest.ocdbt", DATA_FILE, "ocdbt.process_*/manifest.ocdbt",
+    f"ocdbt.process_*/{DATA_FILE}",
 )  # fmt: skip
 DIRECTORIES = {
     "params": ORBAX_FILES,

@@ -130,6 +130,7 @@ STRANGERS = {
     "a file": ("notes.txt", lambda d: write(d / "notes.txt")),
     "a hidden file": (".bashrc", lambda d: write(d / ".bashrc")),
     "among the arrays": ("params/a.txt", lambda d: write(d / "params" / "a.txt")),
+    "among their data": ("params/d/a.txt", lambda d: write(d / "params" / "d" / "a.txt")),
     "beside the arrays": ("params-old", lambda d: (d / "params-old").mkdir()),
     "in the tower": ("vision_tower", lambda d: write(d / "vision_tower" / "a.txt")),
     "a pipe": ("model-2.safetensors", lambda d: os.mkfifo(d / "model-2.safetensors")),
