@@ -198,7 +198,7 @@ def _readable(error: Exception) -> str:
     for argument in sys.argv[1:]:
         for given in (argument, argument.partition("=")[2]):
             text = text.replace(given, shorten(given)).replace(repr(given)[1:-1], shorten(given))
-    return printable(shorten_words(text))
+    return shorten_words(printable(text))
 
 
 def enable_compilation_cache() -> None:
@@ -246,13 +246,14 @@ def shown(text: str) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print a value as a line of JSON, readable if standard output can show it."""
+    """Print a value as a line of JSON, readable if standard output can show it, and is not controlled by it."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
+        is_safe = text.isprintable() or not sys.stdout.isatty()
     except UnicodeEncodeError:
-        text = json.dumps(value)
-    print(text)
+        is_safe = False
+    print(text if is_safe else json.dumps(value))
 
 
 def shorten(text: object, limit: int = 100) -> str:

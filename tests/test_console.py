@@ -60,6 +60,16 @@ def test_json_is_json_whatever_standard_output_can_show(monkeypatch):
         print_json(["\ud800"] if b"d800" in written else ["猫"])
         sys.stdout.flush()
         assert raw.getvalue() == written
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    print_json(["猫"])
+    print_json(["\x9b2J\u202e\x7f"])
+    assert sys.stdout.getvalue() == '["猫"]\n["\\u009b2J\\u202e\\u007f"]\n'
+
+
+def test_what_is_written_in_escapes_is_no_longer_than_other_text(capsys):
+    with pytest.raises(SystemExit):
+        run_main(lambda: (_ for _ in ()).throw(InputError("\U000e0001" * 100 + ": no such image")))
+    assert len(capsys.readouterr().err) < 130
 
 
 def test_streams_that_are_closed_or_take_ascii_only(tmp_path):
