@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 SECONDS = 3  # of the processor, for one task
@@ -66,8 +67,9 @@ class Worker:
 
     def _start(self) -> None:
         # Imports come from where this process finds its own; `-P`: and from nowhere else.
+        paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
         env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"
+            "PYTHONPATH": os.pathsep.join(paths), "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"
         }  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "llava_jax.limited_worker", str(self._memory)],

@@ -121,6 +121,7 @@ def answer(task: str, args: list) -> bytes:
 
 def main(memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the process that started this one, which ends it
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what goes beyond a limit leaves no file
     with contextlib.suppress(ValueError, OSError):  # a system that has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, golden_tensors, write_checkpoint
@@ -244,6 +245,24 @@ def test_a_worker_ends_with_what_it_belongs_to(hasty):
     pid = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_worker_is_of_the_same_package_and_leaves_nothing_where_it_ends(tmp_path):
+    (tmp_path / "llava_jax").symlink_to(Path(limited.__file__).parent)
+    program = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+sys.path = [path for path in sys.path if "site-packages" in path or "lib/python" in path or not path]
+from llava_jax import limited
+try:
+    limited.Worker(seconds=1).run("match", "(a+)+$", ["a" * 40 + "b"])
+except limited.LimitError as error:
+    print(error)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=tmp_path, env=environment, text=True)
+    assert ran.stdout == "takes more than 1 s\n", ran.stderr
+    assert os.listdir(tmp_path) == ["llava_jax"]
 
 
 def test_what_config_json_names_stands(tmp_path):
