@@ -158,7 +158,7 @@ def new_directory(
         raise InputError(f"{name}: no name of a directory ({first_line(error)})") from None
     try:
         if "://" in os.fspath(directory):
-            with _remote_directory(epath.Path(directory), name, overwrite) as staged:
+            with _remote_directory(epath.Path(directory), name, overwrite, sources) as staged:
                 yield staged
         else:
             with _local_directory(target, name, overwrite, sources) as staged:
@@ -168,7 +168,9 @@ def new_directory(
 
 
 @contextlib.contextmanager
-def _remote_directory(directory: epath.Path, name: str, overwrite: bool) -> Iterator[epath.Path]:
+def _remote_directory(
+    directory: epath.Path, name: str, overwrite: bool, sources: Sequence[str | os.PathLike]
+) -> Iterator[epath.Path]:
     try:
         exists = directory.exists()
     except Exception as error:  # an object store without its client, without permission
@@ -176,6 +178,9 @@ def _remote_directory(directory: epath.Path, name: str, overwrite: bool) -> Iter
     if exists:
         if not overwrite:
             raise InputError(f"{name}: exists already; --overwrite replaces it")
+        for source in map(epath.Path, sources):
+            if source == directory or source in directory.parents or directory in source.parents:
+                raise InputError(f"{name}: holds what is to be read; write elsewhere")
         if any(directory.iterdir()) and not (directory / "config.json").exists():
             raise InputError(f"{name}: no checkpoint (there is no config.json), so it is not replaced")
     try:

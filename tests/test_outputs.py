@@ -8,9 +8,11 @@ import sys
 
 import pytest
 from conftest import GOLDEN, files_of_at_most
+from etils import epath
 
 from convert import __main__ as convert
 from infer.answers import AnswersFile, key_of
+from llava_jax import outputs
 from llava_jax.console import InputError
 from llava_jax.locks import LockedFile
 from llava_jax.outputs import new_directory, write_file
@@ -102,6 +104,16 @@ def test_what_is_read_under_whatever_name_is_not_replaced(run_cli, models, make,
     kind, *flags = command
     assert "holds what is to be read" in refused(run_cli, kind, source, destination, *flags, "--overwrite")
     assert contents(models.parent) == before
+
+
+def test_what_is_read_in_an_object_store_is_not_replaced(models):
+    """A local directory stands for it: what is compared are names."""
+    before = contents(models)
+    for source in (models / "m", models / "m" / "vision_tower"):
+        arguments = (epath.Path(models / "m"), "m", True, [source])
+        with pytest.raises(InputError, match="holds what is to be read"), outputs._remote_directory(*arguments):
+            pass
+    assert contents(models) == before
 
 
 def test_a_link_as_destination_leads_to_what_is_replaced(run_cli, models, tmp_path):
