@@ -123,16 +123,19 @@ def read_into(out: np.ndarray, path: str, first: int, name: str) -> None:
     """Fill `out` with the bytes of a file from `first` on, by plain reads.
 
     Raises:
-      InputError: the file ends before.
+      InputError: the file ends before, or cannot be read.
     """
-    with open_regular(path, buffering=0) as file:
-        file.seek(first)
-        view, done = memoryview(out.view(np.uint8)), 0
-        while done < len(view):
-            n = file.readinto(view[done:])
-            if not n:
-                raise InputError(f"{shorten(path)}: truncated within tensor {shorten(name)!r}; fetch it again")
-            done += n
+    try:
+        with open_regular(path, buffering=0) as file:
+            file.seek(first)
+            view, done = memoryview(out.view(np.uint8)), 0
+            while done < len(view):
+                n = file.readinto(view[done:])
+                if not n:
+                    raise InputError(f"{shorten(path)}: truncated within tensor {shorten(name)!r}; fetch it again")
+                done += n
+    except OSError as error:
+        raise InputError(f"{shorten(path)}: cannot be read ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------- writing

@@ -499,6 +499,12 @@ def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="truncated meanwhile"):
         to_orbax(GOLDEN / "checkpoints/v1.5-llama", tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
+    read_into = safetensors.read_into
+    monkeypatch.setattr(safetensors.File, "read", real)
+    monkeypatch.setattr(safetensors, "read_into", lambda out, path, *rest: read_into(out, f"{path}.gone", *rest))
+    with pytest.raises(InputError, match=r"\.safetensors\.gone: cannot be read \(No such file"):  # not the destination
+        to_orbax(GOLDEN / "checkpoints/v1.5-llama", tmp_path / "o")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_no_parents_behind(tmp_path):
