@@ -345,7 +345,7 @@ TOO_MUCH = {
 def test_a_run_that_no_machine_has_room_for(run_cli, monkeypatch, tmp_path, name):
     """Refused before weights are read, and nothing is left of it."""
     given, says = TOO_MUCH[name]
-    monkeypatch.setattr(train_data.os, "sysconf", lambda _: 1000)  # 1 MB
+    monkeypatch.setattr(train_data, "memory_bytes", lambda: 10**6)
     monkeypatch.setattr("train.loop.train", lambda run: pytest.fail("it has begun"))
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"id": i, "conversations": TURNS} for i in range(8)]))

@@ -17,7 +17,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, plural, ranges
+from llava_jax.files import memory_bytes
 from llava_jax.images import most_tiles
 from llava_jax.sharding import format_mesh, row_multiple
 from llava_jax.splice import Batch, Row, pack
@@ -261,7 +261,7 @@ class Data:
         pixels = tiles * self.samples.model.vision.image_size**2 * 3
         batch = self.rows // self._processes * (length * NUMBERS * 4 + pixels)
         ahead = self.config.prefetch + 2  # one is made, and one on its way to the devices
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = memory_bytes()
         if batch * ahead > memory:
             raise InputError(
                 f"{ahead} batches made ahead, {plural(self.rows, 'row')} and {batch / 1e9:.3g} GB each, need more than "
