@@ -1,7 +1,7 @@
-"""The engine: questions about pictures in, answers out, with every shape from a short ladder.
+"""The engine: questions about images in, answers out, with every shape from a short ladder.
 
 A batch of questions goes through the functions of `infer.compiled`, whose static shapes are all rounded up to a ladder
-(`Buckets`). Once a shape has been compiled, no picture and no prompt compiles anything again.
+(`Buckets`). Once a shape has been compiled, no image and no prompt compiles anything again.
 """
 
 import bisect
@@ -126,7 +126,7 @@ class Engine:
           int8_cache: quantize the KV cache: half of bfloat16's memory; answers may change.
           template: a conversation template by name; None for the checkpoint's own.
           vision_tower: a CLIP directory, for originals that come without their tower.
-          image_rules: "original" or "transformers", where the two differ in how a picture is cut.
+          image_rules: "original" or "transformers", where the two differ in how an image is cut.
 
         Raises:
           InputError: whatever is wrong with any of these.
@@ -198,7 +198,7 @@ class Engine:
     ) -> Iterator[tuple[int, Answer | InputError]]:
         """Answer many questions, batched by size, in the order in which they finish.
 
-        While the device works on a batch, threads read the pictures of the next.
+        While the device works on a batch, threads read the images of the next.
 
         Args:
           rows: of a batch, at most; no more than the ladder's highest rung.

@@ -26,7 +26,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
         help="e.g. data=1,fsdp=1,tensor=4; default: tensor as far as it divides the key/value heads, the rest fsdp",
     )
     model.add_argument(
-        "--image-rules", choices=IMAGE_RULES, help="how pictures are cut where the two differ; default: original"
+        "--image-rules", choices=IMAGE_RULES, help="how images are cut where the two differ; default: original"
     )
 
 

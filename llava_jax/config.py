@@ -92,10 +92,8 @@ class VisionConfig:
     activation: str = "quick_gelu"
     feature_layers: tuple[FeatureLayer, ...] = (-2,)
     keep_class_token: bool = False  # `cls_patch` (original), `full` (Hugging Face)
-    # What the image processor does to a picture that is no grid of tiles (`preprocessor_config.json`).
-    resize: tuple[Pixels, ...] | None = (
-        None  # (shortest edge,), or (height, width); () not at all; None to `image_size`
-    )
+    # What the image processor does to an image that is no grid of tiles (`preprocessor_config.json`).
+    resize: tuple[Pixels, ...] | None = None  # (shortest edge,), or (height, width); () not; None to `image_size`
     center_crop: bool = True
     resample: Annotated[int, Meta(ge=1, le=5)] = BICUBIC
     # And to the pixels of all: (value * rescale_factor - mean) / deviation, the latter two only if `normalize`.
@@ -216,7 +214,7 @@ class LlavaConfig:
         return dataclasses.replace(self, **changes)
 
     def with_image_rules(self, rules: str) -> "LlavaConfig":
-        """The model with pictures cut as the `original` or as `transformers` cuts them."""
+        """The model with images cut as the `original` or as `transformers` cuts them."""
         unpadded = rules == "transformers" and self.aspect_ratio == "pad" and not self.pads_in_transformers
         return self.replace(image_rules=rules, aspect_ratio="square" if unpadded else self.aspect_ratio)
 

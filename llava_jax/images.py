@@ -1,10 +1,10 @@
-"""From a picture to uint8 tiles, exactly as the reference makes them (host only: Pillow and NumPy).
+"""From an image to uint8 tiles, exactly as the reference makes them (host only: Pillow and NumPy).
 
 The reference (llava/mm_utils.py `process_images`, and the CLIP image processor behind it) knows three ways:
 
     square   the shortest side to the tower's size, bicubic; centre crop
     pad      pad to a square with the mean colour, then as `square`
-    anyres   the best of a few grids of tiles: fit, pad with black, cut; before them the whole picture squashed
+    anyres   the best of a few grids of tiles: fit, pad with black, cut; before them the whole image squashed
              into one tile
 
 All arithmetic on pixels happens in Pillow on uint8, so tiles are uint8 here and the subtraction of the mean
@@ -12,10 +12,10 @@ waits for the device (`vision.normalise`): a quarter of the bytes to send.
 
 Which pixels a file holds is decided in `open_image`:
 
-- EXIF rotation is applied. The reference ignores it, and so sees phone pictures lying on their side; what a
-  person sees is what the question is about. Its training data holds hardly any such picture.
+- EXIF rotation is applied. The reference ignores it, and so sees phone images lying on their side; what a
+  person sees is what the question is about. Its training data holds hardly any such image.
 - Alpha is dropped, palettes, grey and CMYK are converted by Pillow's `convert("RGB")`: as the reference does.
-- 16-bit grey is scaled to 8 bits. Pillow's own conversion clips at 255, which turns such a picture white.
+- 16-bit grey is scaled to 8 bits. Pillow's own conversion clips at 255, which turns such an image white.
 - Of an animation the first frame is taken.
 
 Only `FORMATS` are opened: of the rest that Pillow knows, some are handed to other programs, and most are never met.
@@ -64,7 +64,7 @@ _one_large = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class TileLayout:
-    """How a picture lies in its tiles: all that splicing needs to know of it."""
+    """How an image lies in its tiles: all that splicing needs to know of it."""
 
     size: tuple[int, int]  # width, height in pixels
     grid: tuple[int, int] | None = None  # columns, rows of tiles after the first; None: one tile, no grid
@@ -305,7 +305,7 @@ def _reason(error: BaseException) -> str:
 
 
 def layout(size: tuple[int, int], config: LlavaConfig) -> TileLayout:
-    """How a picture of `size` (width, height) is cut into tiles.
+    """How an image of `size` (width, height) is cut into tiles.
 
     Raises:
       InputError: no grid holds even one pixel of it, or it is too long to be padded to a square.
@@ -320,7 +320,7 @@ def layout(size: tuple[int, int], config: LlavaConfig) -> TileLayout:
 
 
 def most_tiles(config: LlavaConfig) -> int:
-    """Tiles that a picture may have, of whatever size."""
+    """Tiles that an image may have, of whatever size."""
     tile = config.vision.image_size
     grids = config.grid_pinpoints if config.aspect_ratio == "anyres" else ()
     return max((1 + (w // tile) * (h // tile) for w, h in grids), default=1)

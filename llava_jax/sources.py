@@ -105,7 +105,7 @@ def configure(
     """The configuration that the fields of a config.json make, with what stands in the files beside it.
 
     Args:
-      tower: a CLIP directory; the original cuts pictures as the file beside that says.
+      tower: a CLIP directory; the original cuts images as the file beside that says.
       decoder: the directory of the language model, where that is another.
     """
     original = is_original(fields)

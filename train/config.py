@@ -72,7 +72,7 @@ class TrainConfig:
     on_bad_sample: str = _("skip", "skip: leave a broken sample out and count it; fail: stop at it")
     max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same", number(0, 1))
     workers: int = _(
-        4, "threads that read and decode pictures; 0: none beside the one that makes batches", integer(0, 1024)
+        4, "threads that read and decode images; 0: none beside the one that makes batches", integer(0, 1024)
     )
     prefetch: int = _(2, "batches that are made ahead", integer(1, 1024))
     positions_per_row: int | None = _(

@@ -34,7 +34,7 @@ from train.output import Output
 from train.processes import AGAIN, StopSignal, share, together
 from train.step import TrainState, load_dtype, setup
 
-AGREE_EVERY = 50  # updates after which processes tell each other which pictures of theirs are broken
+AGREE_EVERY = 50  # updates after which processes tell each other which images of theirs are broken
 MOST_SKIPPED = 10  # updates in a row that may be left out for a loss or gradient that is not finite
 
 

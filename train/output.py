@@ -49,7 +49,7 @@ class Output:
     """
 
     def __init__(self, config: TrainConfig, *, process: int = 0):
-        """The first `process` writes; the others only list what is wrong with pictures of theirs."""
+        """The first `process` writes; the others only list what is wrong with images of theirs."""
         self.root = epath.Path(config.output)
         self.process, self.first = process, process == 0
         self.remote = is_remote(config.output)
