@@ -1382,6 +1382,8 @@ def test_scienceqa_file(tmp_path, run_cli, models, folder):
     Image.new("RGB", (20, 20)).save(tmp_path / "7" / "image.png")
     samples = Samples(str(path), str(tmp_path), *models["v1.5-llama"])
     assert samples.measure(1).tiles == samples.load(samples.measure(1)).tile_count == 1
+    mine = [{"id": "7", "image": "coco/7.jpg", "conversations": [{"from": "human", "value": "<image>"}]}]
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
     for args, says in [
         (["--split", "train", "--prompt-format", "QCM-X"], "--prompt-format 'QCM-X'"),
         (["--split", "dev"], "--split dev: .*pid_splits.json has train, test"),
@@ -1390,6 +1392,7 @@ def test_scienceqa_file(tmp_path, run_cli, models, folder):
         (["--splits", "train"], "the following arguments are required: --split"),
         (["--split", "train", "train"], "unrecognized arguments: train"),
         (["--split", "train", "--output", str(folder)], "holds no conversations"),
+        (["--split", "train", "--output", str(tmp_path / "mine.json")], "holds no conversations of ScienceQA"),
         (["--split", "train", "--output", str(tmp_path / "problems.json")], "holds no conversations"),
         (["--split", "train", "--output", str(folder / "0.png" / "a.json")], "cannot be written"),
         (["--split", "train", "--base-dir", str(folder)], "problems.json: no such file"),

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -53,6 +53,7 @@ class Row(TypedDict):
     """What is written of one."""
 
     id: str
+    image: NotRequired[str]
     conversations: list[dict[str, str]]
 
 
@@ -157,7 +158,9 @@ def main() -> None:
     rows = convert(base_dir, args.split, args.prompt_format)
     output = Path(args.output) if args.output else base_dir / f"llava_{args.split}_{args.prompt_format}.json"
     if output.exists() and not _is_split(output):
-        raise InputError(f"{shorten(output)}: is there already, and holds no conversations; name another file")
+        raise InputError(
+            f"{shorten(output)}: is there already, and holds no conversations of ScienceQA; name another file"
+        )
     try:
         write_file(output, json.dumps(rows, indent=2).encode())
     except OSError as error:
@@ -168,8 +171,9 @@ def main() -> None:
 def _is_split(path: Path) -> bool:
     """Whether it is what this command writes."""
     try:
-        check_json(parse_json(read_bytes(path, MOST)), list[Row], "split")
-        return True
+        rows = parse_json(read_bytes(path, MOST))
+        check_json(rows, list[Row], "split")
+        return all(os.path.dirname(row.get("image", f"{row['id']}/")) == row["id"] for row in rows)
     except InputError:
         return False
 
