@@ -2,10 +2,12 @@
 
     python benchmarks/train_kill.py                 # 10 kills: a minute or a few
     python benchmarks/train_kill.py --kills 3 --seed 7 --json report.json
+    python benchmarks/train_kill.py --kills 20 --moment export
 
-A run of a tiny model on one device is made twice: once in one go, once ended by SIGKILL at random moments: some as it
-starts, some between updates, some while a checkpoint is being written, one while the result is. Each time the same
-command goes on. Losses of all updates, and the exported model, must be the same bit for bit. Exit status 1 if not.
+A run of a tiny model on one device is made twice: once in one go, once ended at random moments, by SIGKILL and every
+other time of a kind by Ctrl-C: some as it starts, some between updates, some while a checkpoint is being written, one
+while the result is. Each time the same command goes on. Losses of all updates, and the exported model, must be the same
+bit for bit, and nothing may lie beside the result. Exit status 1 if not.
 """
 
 import argparse
@@ -76,9 +78,13 @@ class Runs:
         tensors = open_ours(self.directory / name / "model").tensors
         return {path: tensor.read() for path, tensor in tensors.items()}
 
-    def kill(self, name: str, moment: str, updates: int, rng: random.Random) -> dict:
+    def kill(self, name: str, moment: str, updates: int, by: signal.Signals, rng: random.Random) -> dict:
         """Start, wait for the moment, after so many updates, and kill. What was there when it died."""
         output = self.directory / name
+        where, what, seconds = {
+            "save": (output / "checkpoints", "*tmp*", 0.02), "export": (output, ".model.*.incomplete", 0.3),
+        }.get(moment, (output, "", 0))  # fmt: skip
+        before = set(where.glob(what)) if moment == "export" else set()  # left by earlier kills
         process = self.start(name)
 
         def wait(condition) -> None:
@@ -92,19 +98,23 @@ class Runs:
         if moment == "update":
             time.sleep(rng.uniform(0, 0.2))
         elif moment != "start":
-            where, what = {"save": (output / "checkpoints", "*tmp*"), "export": (output, ".model.*.incomplete")}[moment]
-            wait(lambda: any(where.glob(what)))
-            time.sleep(rng.uniform(0, 0.02))
+            wait(lambda: set(where.glob(what)) - before)
+            time.sleep(rng.uniform(0, seconds))
         ended = process.poll() is not None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(by)
+        status = process.wait()
         left = sorted(path.name for path in (output / "checkpoints").glob("*"))
-        return {"moment": moment, "updates": len(self.losses(name)), "checkpoints": left, "too late": ended}
+        result = sorted(path.name for path in output.glob("*model*"))
+        return {
+            "moment": moment, "by": by.name, "status": status, "updates": len(self.losses(name)), "checkpoints": left,
+            "result": result, "too late": ended,
+        }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--moment", choices=(*MOMENTS, "export"), help="only then")
     parser.add_argument("--preset", default="v1.5-finetune")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -112,6 +122,8 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     moments = [MOMENTS[(i + 1) % 3] for i in range(args.kills - 1)] + ["export"]
+    if args.moment:
+        moments = [args.moment] * args.kills
     with tempfile.TemporaryDirectory() as directory:
         runs = Runs(Path(directory), args.preset, args.steps)
         write_data(runs.directory)
@@ -119,7 +131,8 @@ def main() -> None:
         kills = []
         for i, moment in enumerate(moments, 1):
             updates = min(args.steps, rng.randint(args.steps * i // len(moments) - 2, args.steps * i // len(moments)))
-            kills.append(runs.kill("killed", moment, updates, rng))
+            by = signal.SIGINT if moments[:i].count(moment) % 2 == 0 else signal.SIGKILL
+            kills.append(runs.kill("killed", moment, args.steps if moment == "export" else updates, by, rng))
             print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
         runs.finish("killed")
         wanted, got = runs.losses("undisturbed"), runs.losses("killed")
@@ -128,12 +141,13 @@ def main() -> None:
             "kills": kills,
             "updates": len(wanted),
             "losses_equal": wanted == got and [step for step, _ in got] == list(range(1, args.steps + 1)),
+            "nothing_beside": not [*(runs.directory / "killed").glob(".*model*")],
             "models_equal": one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one),
         }
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
-    sys.exit(0 if report["losses_equal"] and report["models_equal"] else 1)
+    sys.exit(0 if report["losses_equal"] and report["models_equal"] and report["nothing_beside"] else 1)
 
 
 if __name__ == "__main__":
