@@ -59,6 +59,7 @@ DESCRIBE_IN_TURNS = {"id", "name", "kind", "model"}
 READ_IN_PARTS = {"type", "text", "image", "image_url", "path", "url", "index"}
 IMAGE_PARTS = ("image", "image_url")
 MAX_ROW = 256 * 2**20  # bytes of a line: with images in `data:` URLs
+LARGEST_GROWTH = 40  # times a file's bytes its values may take in memory: `[],` and the like
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MOST_NAMED = 10  # unknown keys of a file that are named
 
@@ -93,6 +94,11 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
             size = os.fstat(file.fileno()).st_size
             if size > memory_bytes():
                 raise InputError(f"{name}: has {size:,} bytes, more than this machine has memory ({memory_bytes():,})")
+            if size * LARGEST_GROWTH > memory_bytes() and (parsed := _parsed_bytes(file)) > memory_bytes():
+                raise InputError(
+                    f"{name}: its values may take {parsed:,} bytes, more than this machine has memory "
+                    f"({memory_bytes():,}); split it and give each part with --data"
+                )
             is_list = _first_byte(file) == b"["
             file.seek(0)
             rows = _read_list(file.read(size), name) if is_list else list(_read_lines(file, name))
@@ -101,6 +107,17 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
     if not rows:
         raise InputError(f"{name}: no conversations in it; it should be a JSON list or JSON lines")
     return rows
+
+
+def _parsed_bytes(file: BinaryIO) -> int:
+    """What its values take in memory, at most: a list or an object in CPython has 88 bytes with its place in another, a
+    string 60 beside its characters, a number 32."""
+    size = 0
+    while block := file.read(2**20):
+        strings, numbers = block.count(b'"') // 2, block.count(b",")
+        size += len(block) + 88 * (block.count(b"[") + block.count(b"{")) + 60 * strings + 32 * numbers
+    file.seek(0)
+    return size
 
 
 def _first_byte(file: BinaryIO) -> bytes:

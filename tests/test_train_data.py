@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from urllib.parse import quote
 
@@ -293,6 +294,22 @@ def test_a_file_beyond_memory_is_not_begun(write, monkeypatch):
     monkeypatch.setattr("llava_jax.conversations.memory_bytes", lambda: 10)
     with pytest.raises(InputError, match=r"more than this machine has memory \(10\)"):
         read_rows(write([good_row(0)]))
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '"ab"', "1.5", "[[]]", '{"a":[1.5]}'])
+def test_a_file_of_many_small_values_is_not_begun(tmp_path, monkeypatch, value):
+    """Nor is more said to be needed than many times what it is."""
+    path = tmp_path / "many.json"
+    path.write_text(f"[{','.join([value] * 20_000)}]")
+    tracemalloc.start()
+    rows = read_rows(path)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 20_000
+    monkeypatch.setattr("llava_jax.conversations.memory_bytes", lambda: taken // 2)
+    with pytest.raises(InputError, match="its values may take") as said:
+        read_rows(path)
+    assert int(re.search(r"take ([\d,]+)", str(said.value))[1].replace(",", "")) < 4 * taken
 
 
 @pytest.mark.parametrize(
