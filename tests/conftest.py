@@ -88,6 +88,13 @@ def _release_programs():
         gc.collect()  # executables that the module's own fixtures held
 
 
+@pytest.fixture(autouse=True)
+def _libtpu_knows_its_flags(request, monkeypatch):
+    """It reads XLA's flags when it is loaded, and ends the process at one that it does not know."""
+    if request.node.get_closest_marker("tpu_compile"):
+        monkeypatch.delenv("XLA_FLAGS")
+
+
 def user_environment() -> dict[str, str]:
     """For commands that are run as users run them: programs in full, on one device."""
     ours = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DISABLE_MOST_OPTIMIZATIONS")
