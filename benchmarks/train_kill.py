@@ -82,7 +82,7 @@ class Runs:
         """Start, wait for the moment, after so many updates, and kill. What was there when it died."""
         output = self.directory / name
         where, what, seconds = {
-            "save": (output / "checkpoints", "*tmp*", 0.02), "export": (output, ".model.*.incomplete", 0.3),
+            "save": (output / "checkpoints", "*tmp*", 0.02), "export": (output, ".model.*.incomplete", 0.5),
         }.get(moment, (output, "", 0))  # fmt: skip
         before = set(where.glob(what)) if moment == "export" else set()  # left by earlier kills
         process = self.start(name)
