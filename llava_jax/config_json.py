@@ -39,17 +39,18 @@ ORIGINAL_CLASSES = {
 _TEXT_DEFAULTS = {
     "llama": dict(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=None,
+        max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=None, bos_token_id=1,
+        eos_token_id=2,
     ),
     "mistral": dict(
         vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=10000.0,
-        sliding_window=4096,
+        sliding_window=4096, bos_token_id=1, eos_token_id=2,
     ),
     "qwen2": dict(
         vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=10000.0,
-        sliding_window=None,
+        sliding_window=4096, bos_token_id=None, eos_token_id=None,
     ),
 }  # fmt: skip
 _CLIP_L_336 = dict(
@@ -119,7 +120,8 @@ def read_config(
 
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a foreign `config.json` is the original's, and not transformers'."""
-    return not isinstance(config.get("text_config"), dict)
+    parts = [config.get(key) for key in ("text_config", "vision_config")]  # either may be left out: all defaults
+    return "mm_vision_tower" in config or not any(isinstance(part, dict) for part in parts)
 
 
 def _shown(value: Any) -> str:
@@ -128,6 +130,10 @@ def _shown(value: Any) -> str:
 
 def _refuse(field: str, value: Any, known) -> InputError:
     return InputError(f"config.json: {field} {_shown(value)} is not supported, only {', '.join(known)}")
+
+
+def _contradict(kind: str, architecture: str) -> InputError:
+    return InputError(f"config.json: model_type {kind} and architecture {architecture} contradict each other")
 
 
 def _refuse_quantized(config: dict[str, Any], preposition: str = "") -> None:
@@ -172,11 +178,15 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any]) -> LlavaConfig:
-    text, vision = config["text_config"], config.get("vision_config")
+    text, vision = config.get("text_config") or {}, config.get("vision_config")
     classes = config.get("architectures") or []
     kind = config.get("model_type", next((t for t, name in MODEL_TYPES.items() if name in classes), None))
     if kind not in MODEL_TYPES:
         raise _refuse("model_type", kind, MODEL_TYPES)
+    if unknown := [name for name in classes if name not in MODEL_TYPES.values()]:
+        raise _refuse("architecture", unknown[0], MODEL_TYPES.values())
+    if contrary := [name for name in classes if name != MODEL_TYPES[kind]]:
+        raise _contradict(kind, contrary[0])
     following = kind == "llava_next"
     for part, where in ((config, ""), (text, " of text_config"), (vision or {}, " of vision_config")):
         _refuse_quantized(part, where)
@@ -274,7 +284,7 @@ def _original_family(config: dict[str, Any]) -> str:
         raise _refuse("architecture", unknown[0], (name for name in ORIGINAL_CLASSES if name.startswith("Llava")))
     families = {ORIGINAL_TYPES[kind], *(ORIGINAL_CLASSES[name] for name in classes)} - {None} or {"llama"}
     if len(families) > 1:
-        raise InputError(f"config.json: model_type {kind} and architecture {classes[0]} contradict each other")
+        raise _contradict(kind, classes[0])
     return families.pop()
 
 
@@ -286,8 +296,8 @@ def _text(family: str, fields: dict[str, Any], *, tied: bool) -> TextConfig:
         )
     get = (_TEXT_DEFAULTS[family] | fields).get
     width, heads = get("hidden_size"), get("num_attention_heads")
-    eos = get("eos_token_id", 2)
-    rope = (get("rope_parameters") or {}) | (get("rope_scaling") or {})  # transformers 5 takes the latter of both
+    eos = get("eos_token_id")
+    rope = get("rope_scaling") or get("rope_parameters") or {}  # of both, transformers 5 takes nothing from the latter
     check_keys("rope", rope)
     return TextConfig(
         vocab_size=get("vocab_size"),
@@ -308,7 +318,7 @@ def _text(family: str, fields: dict[str, Any], *, tied: bool) -> TextConfig:
         mlp_bias=bool(get("mlp_bias", False)),
         tied_head=tied,
         family=family,
-        bos_id=get("bos_token_id", 1),
+        bos_id=get("bos_token_id"),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         pad_id=get("pad_token_id"),
     )

@@ -139,7 +139,7 @@ class Transformers(TypedDict, total=False):
     multimodal_projector_bias: bool | None
     projector_hidden_act: str | None
     quantization_config: Quantization | None
-    text_config: Text
+    text_config: Text | None
     tie_word_embeddings: Any
     vision_config: Vision | None
     vision_feature_layer: FeatureLayer | Annotated[list[FeatureLayer], Meta(min_length=1, max_length=100)]

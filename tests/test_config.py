@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -81,8 +82,9 @@ def test_mistral_window_is_4096_when_missing_and_none_when_null():
             {
                 "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
                 "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+                "rope_theta": 7e5,
             },
-            5e5,
+            7e5,
             c.RopeScaling("linear", 4.0),
         ),
         (
@@ -109,10 +111,27 @@ def test_defaults_are_those_of_the_transformers_classes(family):
     theirs = CONFIG_MAPPING["llava_next"](text_config={"model_type": family})
     ours = read_config({"model_type": "llava_next", "text_config": {"model_type": family}})
     spelt_out = read_config(theirs.to_dict())
-    unset = dict(eos_ids=(), bos_id=None, pad_id=None)
-    assert dataclasses.replace(ours.text, **unset) == dataclasses.replace(spelt_out.text, **unset)
+    assert ours.text == spelt_out.text
     assert ours.vision == spelt_out.vision
     assert ours.grid_pinpoints == spelt_out.grid_pinpoints
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 3e5}},
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 2e4}},
+        None,
+    ],
+)
+def test_sparse_and_doubled_fields_mean_what_they_mean_to_transformers(text):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    fields = {"model_type": "llava", "text_config": text, "vision_config": {"hidden_size": 384}}
+    assert read_config(fields).text == read_config(CONFIG_MAPPING["llava"](**copy.deepcopy(fields)).to_dict()).text
 
 
 def test_partial_vision_config_has_the_defaults_of_clip_b32():
@@ -181,6 +200,11 @@ def test_what_does_not_exist_here_is_named(changes, says):
         (ORIGINAL | {"architectures": ["LlavaGemmaForCausalLM"]}, "LlavaGemmaForCausalLM"),
         (ORIGINAL | {"model_type": "llava_llama", "architectures": ["LlavaMistralForCausalLM"]}, "contradict"),
         (ORIGINAL | {"model_type": "llava_mixtral"}, "llava_mixtral"),
+        (
+            SPARSE_15 | {"architectures": ["VipLlavaForConditionalGeneration"]},
+            "'VipLlava.*' is not supported, only Llava",
+        ),
+        (SPARSE_15 | {"architectures": ["LlavaNextForConditionalGeneration"]}, "contradict"),
         ({"format": "llava-jax", "version": 9}, "upgrade"),
     ],
 )
