@@ -586,6 +586,29 @@ def test_the_input_checkpoint_may_move_but_not_change(train, one_device, monkeyp
     assert "a batch holds about 16 conversations, as before\n" in err
 
 
+@pytest.mark.parametrize(
+    ("file", "contents", "says"),
+    [
+        ("metrics/metrics", "", "metrics: cannot be read .*remove .*metrics, and the run goes on without it"),
+        ("metrics/metrics", '{"eval_lo', "metrics: cannot be read"),
+        ("metrics/metrics", "[1]", "metrics: cannot be read"),
+        ("metrics/metrics", '{"eval_loss": null}', "eval_loss"),
+        ("metrics/metrics", "{}", "eval_loss"),
+        ("_CHECKPOINT_METADATA", "[1]", "c: cannot be read .*remove the damaged checkpoint"),
+    ],
+)
+def test_damaged_files_of_any_checkpoint_are_one_line(file, contents, says, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for n in (1, 2):
+        checkpoints.save(n, small_state(n), {"step": n}, n)
+    checkpoints.finish()
+    checkpoints.close()
+    (tmp_path / "c" / "1" / file).write_text(contents)
+    with pytest.raises(InputError, match=says) as error:
+        Checkpoints(tmp_path / "c", keep=2)
+    assert "\n" not in str(error.value)
+
+
 def test_latest_and_best_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for n, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None), (6, None)):

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import check_tree
-from llava_jax.json_files import check_json
+from llava_jax.json_files import check_json, parse_json
 from llava_jax.orbax_files import hush_late_futures
 from train.processes import share
 
@@ -47,11 +47,20 @@ class RunProgress(TypedDict):
     bad: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]  # `BadSamples.get_state`
 
 
+class Losses(TypedDict):
+    """What is saved beside a state that was evaluated."""
+
+    eval_loss: float
+
+
 class Checkpoints:
     """The checkpoints of one run. All processes take part in every call.
 
     Args:
       keep: the latest so many are kept, and the one of the lowest `eval_loss`.
+
+    Raises:
+      InputError: what is in the directory cannot be read.
     """
 
     def __init__(self, directory: epath.Path, keep: int):
@@ -60,16 +69,22 @@ class Checkpoints:
         hush_late_futures()
         by_loss = lambda metrics: metrics["eval_loss"]  # noqa: E731
         best = _policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        self.manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
-                best_fn=by_loss,
-                best_mode="min",
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            ),
-        )
+        _check_losses(directory)
+        try:
+            self.manager = ocp.CheckpointManager(
+                directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
+                    best_fn=by_loss,
+                    best_mode="min",
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                ),
+            )
+        except (TypeError, ValueError) as error:  # what Orbax says of a file of its own
+            raise InputError(
+                f"{shorten(directory)}: cannot be read ({shorten(first_line(error))}); remove the damaged checkpoint"
+            ) from None
         self.failed: str | None = None  # why the last attempt came to nothing
 
     @property
@@ -188,6 +203,21 @@ class Checkpoints:
 
     def _left(self) -> str:
         return "there is none yet" if self.latest is None else f"the last one is that of step {self.latest}"
+
+
+def _check_losses(directory: epath.Path) -> None:
+    """Raise an InputError if an evaluation loss saved beside a state is none. Orbax reads all of them at once."""
+    for step in directory.iterdir() if directory.is_dir() else ():
+        file = step / "metrics" / "metrics"
+        if not (step.name.isdecimal() and file.exists()):
+            continue
+        try:
+            check_json(parse_json(file.read_bytes()), Losses, "no evaluation loss")
+        except (InputError, OSError) as error:
+            raise InputError(
+                f"{shorten(file)}: cannot be read ({shorten(first_line(error))}); remove {shorten(file.parent)}, and "
+                "the run goes on without it"
+            ) from None
 
 
 class SaveClock:
