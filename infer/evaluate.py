@@ -114,11 +114,11 @@ def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
     ):
         raise InputError(f"kinds must name {plural(n, 'kind')}, one for each question")
     images = tuple(map(folder.find, conversation.images))
+    if len(images) == 1:
+        said = tuple(map(_mark_first, said))
     marks = sum(text.count(MARK) for text in said)
     if marks not in (0, len(images)):
         raise InputError(f"{marks} {MARK} marks for {len(images)} images")
-    if len(images) == 1:
-        said = tuple(map(_mark_first, said))
     return [
         # Images come with the turn that has their marks; with the first where there are none.
         Question(
@@ -134,7 +134,7 @@ def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
 
 
 def _mark_first(text: str) -> str:
-    """The mark of a single image in front of its turn, as in training."""
+    """One mark for a single image, in front of its turn, as in training."""
     return f"{MARK}\n{text.replace(MARK, '').strip()}".strip() if MARK in text else text
 
 

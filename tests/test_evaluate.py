@@ -127,7 +127,8 @@ def test_what_counts_as_wrong_is_told_of_one_and_of_several(run, folder, monkeyp
 
 
 def test_rows_are_asked_as_training_reads_them(folder):
-    """An answer that comes first is left out, so is a question that comes last; other formats and system messages."""
+    """An answer that comes first is left out, so is a question that comes last; marks of one image become one; other
+    formats and system messages."""
     data = "data:image/png;base64," + base64.b64encode((folder / "images" / PICTURES[0]).read_bytes()).decode()
     said = row(["Hello", "a?", "1", "b?", "2", "Thanks!"])["conversations"]
     for turn, speaker in zip(said, ["gpt", "human"] * 3, strict=True):
@@ -141,7 +142,7 @@ def test_rows_are_asked_as_training_reads_them(folder):
     rows = [
         {"conversations": said, "kinds": ["x", "y", "z"]},
         {"messages": messages},
-        row(["d?<image>", "4"], image=f"file://{absolute}") | {"system": "Be kind."},
+        row(["<image>d?<image>", "4"], image=f"file://{absolute}") | {"system": "Be kind."},
         row(["e?", "5"], image=[absolute, PICTURES[1]]),
     ]
     write(folder, rows)
