@@ -23,8 +23,10 @@ def start(flags: list[str], *, processes: int = 2, devices: int = 4, environment
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of what these runs do
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
-    environment = quick | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | (environment or {})
+    xla_flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    )
+    environment = quick | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags} | (environment or {})
     return [
         subprocess.Popen(
             [sys.executable, "-m", "train", *map(str, flags), "--coordinator", f"localhost:{port}",
