@@ -147,6 +147,7 @@ def _plain(value: float) -> str:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its status; an `InputError` is one line on standard error and status 1."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it has no torch, which nobody misses
     warnings.filterwarnings("ignore", module="PIL")  # what matters about an image is an error or a note of ours
     _open_streams()
     try:

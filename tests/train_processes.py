@@ -24,8 +24,8 @@ def start(flags: list[str], *, processes: int = 2, devices: int = 4, environment
         port = free.getsockname()[1]
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of what these runs do
     xla_flags = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
-    )
+        os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    )  # the last counts
     environment = quick | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags} | (environment or {})
     return [
         subprocess.Popen(
