@@ -119,6 +119,8 @@ def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
     marks = sum(text.count(MARK) for text in said)
     if marks not in (0, len(images)):
         raise InputError(f"{marks} {MARK} marks for {len(images)} images")
+    if any(MARK in text for text in said[1::2]):
+        raise InputError(f"an answer has an {MARK} mark; only questions can be asked with images")
     return [
         # Images come with the turn that has their marks; with the first where there are none.
         Question(

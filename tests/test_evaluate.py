@@ -232,6 +232,7 @@ def test_scienceqa_is_counted(folder, capsys):
         ([{"conversations": [{"from": "system", "value": "a"}]}], "row 0: no answer"),
         ([{"id": 2}, {"id": 3}], "row 0: conversations must be a list of turns; there is neither it nor messages (2 "),
         ([row(["<image>a?", "1"])], "row 0: 1 <image> marks for 0 images"),
+        ([row(["a?", "1 <image>"], image="a.png")], "row 0: an answer has an <image> mark"),
         ([row(["<image>a?", "1"], image="http://x/a.png")], "row 0: http://x/a.png: a URL to download"),
         ([row(["<image>a?", "1"], image="/etc/passwd")], "row 0: /etc/passwd: leads out of the image folder"),
         ([row(["a?", "1"], ["x", "y"])], "row 0: kinds must name 1 kind, one for each question"),
