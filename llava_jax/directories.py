@@ -4,9 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from etils import epath
-
 from llava_jax.console import InputError, first_line, shorten
+from llava_jax.files import remote_path
 from llava_jax.sources import has_tensors
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,10 +21,12 @@ def find_directory(where: str | os.PathLike) -> Path:
     where = os.fspath(where)
     name = shorten(where)
     try:
-        path = epath.Path(where) if "://" in where else Path(where)
+        path = remote_path(where) if "://" in where else Path(where)
         if path.is_dir():
             return path
         exists = path.exists()
+    except InputError:
+        raise
     except Exception as error:  # an object store without its client, without permission
         reason = first_line(error).replace(where, name)
         raise InputError(f"{name}: cannot be read ({reason})") from None

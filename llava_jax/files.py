@@ -9,6 +9,8 @@ import os
 import stat
 from typing import BinaryIO
 
+from etils import epath
+
 from llava_jax.console import InputError, first_line, shorten
 
 _KINDS = {
@@ -76,6 +78,21 @@ def read_text(path: str | os.PathLike, most: int) -> str:
         return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{shorten(path)}: not UTF-8 ({first_line(error)})") from None
+
+
+def remote_path(where: str | os.PathLike) -> epath.Path:
+    """The path of a `gs://...`, or of what else object stores are called; also of a local path.
+
+    Raises:
+      InputError: it is a URL of another kind (`file://`, `http://`).
+    """
+    try:
+        return epath.Path(where)
+    except KeyError:
+        scheme = os.fspath(where).partition("://")[0]
+        raise InputError(
+            f"{shorten(where)}: {shorten(scheme, 20)}:// is no object store that is known; give a path, or gs://..."
+        ) from None
 
 
 def check_tree(directory: str | os.PathLike) -> None:

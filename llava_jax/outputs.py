@@ -20,7 +20,7 @@ from pathlib import Path
 from etils import epath
 
 from llava_jax.console import InputError, first_line, note, shorten
-from llava_jax.files import kind_of, read_bytes
+from llava_jax.files import kind_of, read_bytes, remote_path
 from llava_jax.locks import InUse, LockedFile
 
 # What directories of checkpoints hold: ours, the original's, transformers' and PEFT's.
@@ -158,7 +158,7 @@ def new_directory(
         raise InputError(f"{name}: no name of a directory ({first_line(error)})") from None
     try:
         if "://" in os.fspath(directory):
-            with _remote_directory(epath.Path(directory), name, overwrite, sources) as staged:
+            with _remote_directory(remote_path(directory), name, overwrite, sources) as staged:
                 yield staged
         else:
             with _local_directory(target, name, overwrite, sources) as staged:

@@ -117,7 +117,7 @@ BAD = {
     "too long": (lambda t: ("--prompt", "word " * 900), "more than fit the model's context of 512"),
     "unknown template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
-    "checkpoint as a URL": (lambda t: ("--checkpoint", "file:///none"), "file:///none: cannot be read"),
+    "checkpoint as a URL": (lambda t: ("--checkpoint", "file:///none"), "file:// is no object store that is known"),
     "vision tower of no name": (lambda t: ("--vision-tower", ""), "no CLIP directory"),
     "broken data URL": (lambda t: ("--image", "data:image/png;base64," + "A" * 9999), "AAA: not an image"),
     "file of a host": (lambda t: ("--image", "file://host/a.png"), "a file of host host"),

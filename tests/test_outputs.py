@@ -16,6 +16,7 @@ from llava_jax import outputs
 from llava_jax.console import InputError
 from llava_jax.locks import LockedFile
 from llava_jax.outputs import new_directory, write_file
+from train import shapes
 from train.config import TrainConfig
 from train.output import Output
 
@@ -113,6 +114,19 @@ def test_what_is_read_in_an_object_store_is_not_replaced(models):
         arguments = (epath.Path(models / "m"), "m", True, [source])
         with pytest.raises(InputError, match="holds what is to be read"), outputs._remote_directory(*arguments):
             pass
+    assert contents(models) == before
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/x", "http://127.0.0.1:9/x", "memory://x"])
+def test_a_url_that_is_no_object_store_is_no_destination(run_cli, models, monkeypatch, url):
+    monkeypatch.chdir(models)
+    before = contents(models)
+    assert "is no object store that is known" in refused(run_cli, "to-orbax", "m", url)
+    assert "is no object store that is known" in refused(run_cli, "inspect", url)
+    with pytest.raises(InputError, match="is no object store that is known"):
+        Output(TrainConfig(output=url))
+    status, _, err = run_cli(shapes.main, "--examples", "1", "--output", url)
+    assert (status, err.count("\n")) == (1, 1) and "no local directory" in err
     assert contents(models) == before
 
 

@@ -22,7 +22,7 @@ from etils import epath
 
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.directories import find_directory
-from llava_jax.files import open_regular
+from llava_jax.files import open_regular, remote_path
 from llava_jax.json_files import read_json
 from llava_jax.locks import InUse, LockedFile
 from llava_jax.outputs import check_replaceable, make_directories, write_file
@@ -50,7 +50,7 @@ class Output:
 
     def __init__(self, config: TrainConfig, *, process: int = 0):
         """The first `process` writes; the others only list what is wrong with images of theirs."""
-        self.root = epath.Path(config.output)
+        self.root = remote_path(config.output)
         self.process, self.first = process, process == 0
         self.remote = is_remote(config.output)
         self.held: LockedFile | tempfile.TemporaryDirectory | None = None

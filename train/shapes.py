@@ -192,6 +192,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    if "://" in args.output:
+        raise InputError(f"--output {shorten(args.output)}: no local directory, which training reads images from")
     tests = max(1, args.examples // 10) if args.test_examples is None else args.test_examples
     write(Path(args.output), args.examples, tests, args.seed)
 
