@@ -345,6 +345,8 @@ def _sliding_window(family: str, get) -> int | None:
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
+        if rope.get("factor") not in (None, 1):
+            raise InputError(f"config.json: rope scaling by {_shown(rope['factor'])} without a rope_type that says how")
         return None
     needed = {
         "linear": ("factor",),

@@ -196,6 +196,8 @@ def test_what_does_not_exist_here_is_named(changes, says):
         ({"model_type": "llava_next_video", "text_config": {}}, "'llava_next_video' is not supported"),
         ({"model_type": "vipllava", "text_config": {}}, "vipllava"),
         ({"model_type": "llava_onevision", "text_config": {}}, "llava_onevision"),
+        ({"model_type": "llava", "text_config": {"rope_scaling": {"factor": 2.0}}}, "by 2.0 without a rope_type"),
+        (ORIGINAL | {"rope_scaling": {"rope_type": "default", "factor": 4}}, "scaling by 4 without a rope_type"),
         (ORIGINAL | {"model_type": "llava_gemma"}, "'llava_gemma' is not supported, only llava, llava_llama"),
         (ORIGINAL | {"architectures": ["LlavaGemmaForCausalLM"]}, "LlavaGemmaForCausalLM"),
         (ORIGINAL | {"model_type": "llava_llama", "architectures": ["LlavaMistralForCausalLM"]}, "contradict"),
