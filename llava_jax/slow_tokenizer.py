@@ -133,7 +133,7 @@ class SlowTokenizer:
         ids, offsets = [], []
         for piece in self._split(text):
             if piece.id is not None:
-                if shift and piece.text in self._special and [self.token(i) for i in ids] == [SPACE]:
+                if shift and len(ids) == 1 and self.token(ids[0]) == SPACE and piece.text in self._special:
                     ids, offsets = [], []  # no space before a text that begins with a special token
                 ids.append(piece.id)
                 offsets.append((piece.start, piece.start + len(piece.text)))
