@@ -119,6 +119,8 @@ def _read(files: dict[str, bytes], settings: dict[str, Any], directory: Path) ->
         return kind.from_pretrained(directory).backend_tokenizer
     fields = parse_json(files["tokenizer.json"])
     fields |= {"truncation": None, "padding": None}  # of whoever saved it; neither is part of a prompt
+    if isinstance(fields.get("model"), dict):
+        fields["model"].pop("dropout", None)  # merges that are left out at random, in training
     text = json.dumps(fields)
     if not _are_known([fields.get(name) for name in PARTS]):
         trial = Worker(SECONDS, MEMORY)

@@ -175,6 +175,15 @@ def test_truncation_and_padding_of_a_file_are_no_part_of_a_prompt(tmp_path):
     assert load_tokenizer(tmp_path / "t").encode(text) == load_tokenizer(KINDS / "llama-3").encode(text)
 
 
+def test_merges_are_never_left_out_at_random(tmp_path):
+    path = copy_with("llama-3", tmp_path / "t") / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    fields["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(fields))
+    text = "What is shown in this image?"
+    assert load_tokenizer(tmp_path / "t").encode(text) == load_tokenizer(KINDS / "llama-3").encode(text)
+
+
 def rewrite(kind: str, directory, **changed):
     """A tokenizer with other parts."""
     path = copy_with(kind, directory) / "tokenizer.json"
@@ -408,3 +417,14 @@ def test_an_added_token_that_a_tokenizer_json_cannot_hold(tmp_path):
     with pytest.raises(InputError, match="should have id 900") as refused:
         load_tokenizer(directory)
     assert len(str(refused.value).replace(str(tmp_path), "")) < 300
+
+
+def test_work_grows_in_proportion_to_special_tokens(monkeypatch):
+    tokenizer = load_tokenizer(GOLDEN / "checkpoints" / "v1.5-llama")
+    engine, looked_up = tokenizer._engine, []
+    token = engine.token
+    monkeypatch.setattr(engine, "token", lambda i: looked_up.append(i) or token(i))
+    for n in (10, 300):
+        looked_up.clear()
+        assert tokenizer.encode("</s> hi" * n)[0].count(tokenizer.eos_id) == n
+        assert len(looked_up) <= n
