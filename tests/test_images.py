@@ -512,3 +512,15 @@ def test_pad_colour_and_place():
 def test_config_of_golden_is_what_the_tests_assume():
     config = json.loads((GOLDEN / "checkpoints/v1.6-mistral/config.json").read_text())
     assert config["image_grid_pinpoints"] == [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
+def test_decoders_of_broken_files_write_nothing_themselves(compression, capfd):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "TIFF", compression=compression)
+    data = bytearray(file.getvalue())
+    data[100:2000] = bytes(1900)
+    with pytest.raises(InputError, match="broken image"):
+        open_image(bytes(data))
+    assert capfd.readouterr() == ("", "")
