@@ -119,8 +119,8 @@ def _is_cut(line: bytes, known: bool) -> bool:
     if not text.startswith(START):
         return START.startswith(text)
     try:
-        json.loads(text)
-        return False  # whole
+        json.JSONDecoder().raw_decode(text)
+        return False  # whole, whatever follows it
     except RecursionError:
         return False
     except ValueError:
