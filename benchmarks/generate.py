@@ -6,7 +6,7 @@ TPU, which transformers does not run on).
 
 Two child processes hold a model each and take turns, so that both meet the machine in the same mood; each figure
 is the median of the rounds. Prefill is everything from uint8 pixels and token ids to the first token. In the same
-rounds ours measures what the device makes of products of matrices, and how fast it reads memory: prefill's operations
+rounds ours measures how fast the device multiplies matrices and reads memory: prefill's operations
 and what decoding has to read (weights and cache) are shares of these. Prints a table, and the figures as JSON with
 `--json FILE`.
 """
