@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import json
+import logging
 import numbers
 import os
 import re
@@ -15,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import PIL.Image
 
 
 class InputError(Exception):
@@ -148,7 +152,7 @@ def _plain(value: float) -> str:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its status; an `InputError` is one line on standard error and status 1."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it has no torch, which nobody misses
-    warnings.filterwarnings("ignore", module="PIL")  # what matters about an image is an error or a note of ours
+    _silence_pillow()
     _open_streams()
     try:
         status = main() or 0
@@ -172,6 +176,17 @@ def run_main(main: Callable[[], int | None]) -> None:
         with contextlib.suppress(OSError):  # no file, as in a notebook
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _silence_pillow() -> None:
+    """What matters about an image is an error or a note of ours. Of a broken one Pillow warns and logs, and libtiff
+    writes lines to standard error, unless it is linked where its handlers cannot be found."""
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError):
+        libtiff = ctypes.CDLL(PIL.Image.core.__file__)
+        libtiff.TIFFSetErrorHandler(None)
+        libtiff.TIFFSetWarningHandler(None)
 
 
 def _open_streams() -> None:

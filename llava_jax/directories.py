@@ -20,13 +20,11 @@ def find_directory(where: str | os.PathLike) -> Path:
     """
     where = os.fspath(where)
     name = shorten(where)
+    path = remote_path(where) if "://" in where else Path(where)
     try:
-        path = remote_path(where) if "://" in where else Path(where)
         if path.is_dir():
             return path
         exists = path.exists()
-    except InputError:
-        raise
     except Exception as error:  # an object store without its client, without permission
         reason = first_line(error).replace(where, name)
         raise InputError(f"{name}: cannot be read ({reason})") from None

@@ -29,10 +29,8 @@ decoded at a time, however many threads there are.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import io
-import logging
 import math
 import os
 import re
@@ -62,19 +60,6 @@ MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # in a JPEG, of a segment
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 _one_large = threading.Lock()
-
-
-def _hush_decoders() -> None:
-    """Let nobody but our errors say what is wrong with a file: of a broken TIFF Pillow logs something, and libtiff
-    writes lines to standard error, unless it is linked where its handlers cannot be found."""
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    with contextlib.suppress(OSError, AttributeError):
-        libtiff = ctypes.CDLL(Image.core.__file__)
-        libtiff.TIFFSetErrorHandler(None)
-        libtiff.TIFFSetWarningHandler(None)
-
-
-_hush_decoders()
 
 
 @dataclasses.dataclass(frozen=True)

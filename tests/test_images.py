@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import re
 import struct
 import threading
 import time
@@ -16,7 +17,7 @@ from PIL import Image
 
 from llava_jax import config as c
 from llava_jax import images, urls
-from llava_jax.console import InputError
+from llava_jax.console import InputError, run_main
 from llava_jax.images import ImageFolder, TileLayout, image_size, layout, open_image, read_tiles, tiles
 from llava_jax.splice import NEWLINE, count_features, merge_rows
 from llava_jax.vision import normalise
@@ -515,12 +516,13 @@ def test_config_of_golden_is_what_the_tests_assume():
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
-def test_decoders_of_broken_files_write_nothing_themselves(compression, capfd):
+def test_of_a_broken_file_a_command_writes_one_line(compression, capfd):
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "TIFF", compression=compression)
     data = bytearray(file.getvalue())
     data[100:2000] = bytes(1900)
-    with pytest.raises(InputError, match="broken image"):
-        open_image(bytes(data))
-    assert capfd.readouterr() == ("", "")
+    with pytest.raises(SystemExit):
+        run_main(lambda: open_image(bytes(data)))
+    out, err = capfd.readouterr()
+    assert out == "" and re.fullmatch(r"error: image: broken image \(.*\)\n", err)
