@@ -73,6 +73,25 @@ def parse_lines(data: bytes, schema: Any, where: str) -> list[Any]:
     return values
 
 
+def parse_appended(data: bytes, schema: Any, where: str, start: str) -> tuple[list[Any], bytes]:
+    """The values of a file that lines are appended to, and its lines without a last one that a killed process has left
+    incomplete.
+
+    Args:
+      start: what each line starts with; by it an incomplete line is told from one of another file.
+
+    Raises:
+      InputError: as `parse_lines`.
+    """
+    last = data[data.rfind(b"\n") + 1 :]
+    if last and (last.startswith(start.encode()) or start.encode().startswith(last)):
+        try:
+            parse_json(last)
+        except InputError:
+            data = data[: -len(last)]
+    return parse_lines(data, schema, where), data + b"\n" * (data[-1:] not in (b"", b"\n"))
+
+
 def parse_json(data: bytes | str, *, bounded: bool = True, unique: bool = False) -> Any:
     """The value that a text in JSON stands for. Numbers are finite; strings may have halves of characters in them.
 

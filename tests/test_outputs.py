@@ -18,7 +18,9 @@ from llava_jax.locks import LockedFile
 from llava_jax.outputs import new_directory, write_file
 from train import shapes
 from train.config import TrainConfig
-from train.output import Output
+from train.metrics import MetricsFiles
+from train.output import Output, fingerprint
+from train.samples import BadSamples
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"
 TRAINED = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
@@ -489,3 +491,44 @@ def test_what_a_refused_run_leaves_is_what_was_there(run_config, tmp_path):
     before = contents(tmp_path)
     Output(run_config).withdraw()
     assert contents(tmp_path) == before
+
+
+def test_a_run_refused_in_a_checkpoint_leaves_it_as_it_was(run_config, models):
+    before = contents(models)
+    with pytest.raises(InputError, match="holds something else"):
+        Output(run_config.replace(output=str(models / "m")))
+    assert contents(models) == before
+
+
+def test_runs_inside_a_checkpoint_do_not_change_its_fingerprint(models):
+    before = fingerprint(str(models / "m"))
+    write(models / "m" / "run" / "model" / "config.json")
+    assert fingerprint(str(models / "m")) == before
+    write(models / "m" / "params" / "d" / "more")
+    assert fingerprint(str(models / "m")) != before
+
+
+APPENDED = {
+    "metrics.jsonl": (lambda folder: MetricsFiles(folder, 1).close(), '{"step": 1, "loss": 2.0}'),
+    "bad_samples.jsonl": (lambda folder: BadSamples(TrainConfig(), None, folder), '{"data": "a", "index": 1}'),
+}
+
+
+@pytest.mark.parametrize("name", APPENDED)
+@pytest.mark.parametrize("last", ["precious", '{"id": 1, "text": "prec', '{"id": 1}', "\x00", "{]"])
+def test_an_unfinished_line_of_another_file_is_never_removed(name, last, tmp_path):
+    open_file, line = APPENDED[name]
+    for text in (last, f"{line}\n{last}"):
+        write(tmp_path / name, text)
+        with pytest.raises(InputError, match=f"{name} line"):
+            open_file(tmp_path)
+        assert (tmp_path / name).read_text() == text
+
+
+@pytest.mark.parametrize("name", APPENDED)
+def test_only_an_incomplete_last_line_is_removed(name, tmp_path):
+    open_file, line = APPENDED[name]
+    for end in range(1, len(line) + 1):
+        write(tmp_path / name, f"{line}\n{line[:end]}")
+        open_file(tmp_path)
+        assert (tmp_path / name).read_text() == f"{line}\n" * (2 if end == len(line) else 1)

@@ -12,11 +12,12 @@ import jax
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
-from llava_jax.json_files import parse_lines
+from llava_jax.json_files import parse_appended
 from train.config import TrainConfig
 from train.tensorboard import EventWriter
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
+START = '{"step": '  # how each line of it starts
 # Peak of one device in bfloat16, FLOP/s, by a part of its name in JAX; the makers' figures, without sparsity.
 PEAKS = {
     "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
@@ -84,7 +85,7 @@ class MetricsFiles:
             raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record` has `step`, and numbers; one that is not finite becomes null."""
+        """`record` has `step` first, and numbers; one that is not finite becomes null."""
         plain = {name: value if _is_finite(value) else None for name, value in record.items()}
         scalars = {name: float(value) for name, value in plain.items() if name != "step" and value is not None}
         with self._told():
@@ -130,8 +131,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    data = read_bytes(path, MAX_METRICS)
     try:
-        return parse_lines(data[: data.rfind(b"\n") + 1], _Line, shorten(path))
+        return parse_appended(read_bytes(path, MAX_METRICS), _Line, shorten(path), START)[0]
     except InputError as error:
         raise InputError(f"{error}; correct or remove the line, or move the file away") from None

@@ -25,7 +25,7 @@ from llava_jax.directories import find_directory
 from llava_jax.files import open_regular, remote_path
 from llava_jax.json_files import read_json
 from llava_jax.locks import InUse, LockedFile
-from llava_jax.outputs import check_replaceable, make_directories, write_file
+from llava_jax.outputs import DIRECTORIES, check_replaceable, make_directories, write_file
 from train import mixture
 from train.config import TrainConfig
 
@@ -73,9 +73,9 @@ class Output:
                     make_directories(self.files)
                 self._lock()
             path = self.root / "config.json"
-            self.resumed = path.exists()
-            if self.resumed:
+            if path.exists():
                 _compare(path, self.described)
+                self.resumed = True
             if self.first:  # for the others there may be no directory yet
                 self._check_contents()
             if self.resumed:
@@ -125,7 +125,8 @@ class Output:
         for path in (*self.files.glob("bad_samples*.jsonl"), self.files / ".lock"):
             if path.name not in self.before:
                 path.unlink(missing_ok=True)
-        for directory in (self.root / "checkpoints", *[self.root] * self.new):
+        made = [self.root / "checkpoints"] * ("checkpoints" not in self.before) + [self.root] * self.new
+        for directory in made:
             if directory.exists() and not any(directory.iterdir()):
                 directory.rmdir()
 
@@ -193,14 +194,16 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 
 
 def fingerprint(checkpoint: str) -> str:
-    """Of names, sizes and some bytes of a checkpoint's files: cheap, and another for another training's weights.
+    """Of names, sizes and some bytes of a checkpoint's files: cheap, and another for another training's weights. What
+    else is in its directory, such as runs, does not count.
 
     Empty for one in an object store, which is known by its name alone.
     """
     if is_remote(checkpoint):
         return ""
     directory, digest = find_directory(checkpoint), hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+    inner = (path for name in DIRECTORIES for path in (directory / name).rglob("*"))
+    for path in sorted(path for path in (*directory.iterdir(), *inner) if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory)} {size}\n".encode())
         with open_regular(path) as file:

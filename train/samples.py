@@ -20,7 +20,8 @@ from llava_jax.console import InputError, note, shorten
 from llava_jax.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
 from llava_jax.files import read_bytes
 from llava_jax.images import ImageFolder, TileLayout, image_size, layout, read_tiles
-from llava_jax.json_files import parse_lines
+from llava_jax.json_files import parse_appended
+from llava_jax.outputs import write_file
 from llava_jax.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.splice import IGNORE, IMAGE, Row, widths
 from llava_jax.templates import choose_template, get_template, is_program
@@ -30,6 +31,7 @@ from train import mixture
 from train.config import TrainConfig
 
 MAX_LIST = 2**30  # bytes of a list of bad samples
+START = '{"data": '  # how each line of it starts
 MOST_NOTED = 10  # bad samples that are named as they are met; the rest are only listed in a file
 MOST_NAMED = 3  # those that an error names
 ENOUGH = 1000  # conversations that a share of bad ones is counted against, at least
@@ -377,14 +379,13 @@ class BadSamples:
         if self._file is None or not self._file.exists():
             return set()
         data = read_bytes(self._file, MAX_LIST)
-        whole = data[: data.rfind(b"\n") + 1]
         try:
-            rows = parse_lines(whole, Listed, shorten(self._file))
+            rows, whole = parse_appended(data, Listed, shorten(self._file), START)
         except InputError as error:
             raise InputError(f"{error}; it lists something else than bad samples: move it away") from None
         try:
-            if len(whole) < len(data):
-                self._file.write_bytes(whole)
+            if whole != data:
+                write_file(self._file, whole)
         except OSError as error:
             raise InputError(f"{self._file}: cannot be written ({error.strerror or error})") from None
         return {(row["data"], row["index"]) for row in rows}
