@@ -11,10 +11,12 @@ from llava_jax.slow_tokenizer import Token, content_of
 from llava_jax.templates import MARK, MOST, TEMPLATES, render, render_chat
 from llava_jax.tokenizer import NamedTemplate, Settings, load_tokenizer
 
-# Conversations that two templates must write alike to be the same: one question, several, without an image.
+# Conversations that two templates must write alike to be the same: one question, several, without an image, with
+# two. (Without a system message: published templates differ from the originals there, and few people give one.)
 PROBES = (
     (f"{MARK}\nWhat is it?", None),
     (f"{MARK}\nWhat is it?", "A cat.", "Why?", None),
+    (f"{MARK}\n{MARK}\nWhich is it?", None),
     ("Is it?", "Yes.", "And now?", "No.", "Why?", None),
 )
 

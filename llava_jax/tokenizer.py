@@ -25,7 +25,7 @@ import tokenizers
 from msgspec import Meta
 from tokenizers import AddedToken, processors
 
-from llava_jax.console import InputError, note
+from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_json, read_json
 from llava_jax.json_tokenizer import JsonTokenizer, runner
@@ -64,6 +64,7 @@ class Settings(TypedDict, total=False):
     """`tokenizer_config.json`, and `special_tokens_map.json` of older checkpoints, as far as they are read."""
 
     add_bos_token: bool | None
+    add_eos_token: bool | None
     added_tokens_decoder: dict[Annotated[str, Meta(pattern=r"^[0-9]{1,8}\Z")], Token] | None
     additional_special_tokens: list[str | Token] | None
     bos_token: str | Token | None
@@ -223,6 +224,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
             settings = settings | {"add_bos_token": False}
     else:
         raise InputError(f"{directory}: no tokenizer (neither tokenizer.model nor tokenizer.json)")
+    if settings.get("add_eos_token"):
+        note(f"warning: {shorten(directory)}: add_eos_token is not followed: no prompt ends with an end-of-text token")
     return Tokenizer(engine, plain | settings, files)
 
 

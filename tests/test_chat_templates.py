@@ -315,3 +315,13 @@ def test_the_template_beside_an_original_is_its_language_models(tmp_path):
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": USER_ASSISTANT}))
     assert choose_template(open_checkpoint(directory).config) == "mistral_instruct"
+
+
+def test_a_template_that_differs_for_two_images_alone_is_not_a_named_one(tmp_path):
+    config = c.tiny(template=None)
+    program = jinja(get_template("v1"), config) + (
+        "{% if messages[0]['content'] is not string and messages[0]['content'] | selectattr('type', 'equalto', 'image')"
+        " | list | length > 1 %} Two!{% endif %}"
+    )
+    found = resolved(write_template(tmp_path / "t", "chat_template.jinja", program))
+    assert found.template.endswith(program)

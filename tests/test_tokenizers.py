@@ -328,6 +328,12 @@ def test_bos_is_what_the_class_or_the_file_adds(tmp_path):
     assert as_it_stands.bos_id == load_tokenizer(KINDS / "llama-3").bos_id  # whatever stands beside the file
 
 
+def test_a_token_at_the_end_of_each_text_is_left_out_and_named(tmp_path, capsys):
+    plain = load_tokenizer(KINDS / "llama").encode("a")
+    assert load_tokenizer(copy_with("llama", tmp_path / "t", add_eos_token=True)).encode("a") == plain
+    assert "add_eos_token is not followed" in capsys.readouterr().err
+
+
 def test_special_tokens_that_a_tokenizer_json_lacks_are_added(tmp_path):
     from transformers import AutoTokenizer
 
