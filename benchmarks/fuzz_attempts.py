@@ -37,7 +37,7 @@ class Attempt(NamedTuple):
 
 def config(pick: random.Random) -> Attempt:
     from llava_jax.checkpoint import open_checkpoint
-    from llava_jax.templates import choose_template, explain_template
+    from llava_jax.data.templates import choose_template, explain_template
 
     bring(name := pick.choice(["original", "v1.5", "transformers", "orbax", "bin"]))
     change_one(name, pick, (".json", ".jinja"))
@@ -59,7 +59,7 @@ def tensors(pick: random.Random) -> Attempt:
 
 
 def tokenizer(pick: random.Random) -> Attempt:
-    from llava_jax.tokenizer import load_tokenizer
+    from llava_jax.data.tokenizer import load_tokenizer
 
     bring("tokenizers")
     name = pick.choice(sorted(path.name for path in Path("tokenizers").iterdir()))
@@ -84,7 +84,7 @@ def hurry() -> None:
 
 
 def template(pick: random.Random) -> Attempt:
-    from llava_jax.templates import get_template, render
+    from llava_jax.data.templates import get_template, render
 
     hurry()
     parts = (
@@ -117,7 +117,8 @@ def adapter(pick: random.Random) -> Attempt:
 
 
 def image(pick: random.Random) -> Attempt:
-    from llava_jax import config, images
+    from llava_jax import config
+    from llava_jax.data import images
 
     bring("images")
     path = pick.choice(sorted(Path("images").iterdir()))
@@ -140,7 +141,7 @@ def image(pick: random.Random) -> Attempt:
 def data(pick: random.Random) -> Attempt:
     from infer import evaluate
     from llava_jax import config
-    from llava_jax.tokenizer import load_tokenizer
+    from llava_jax.data.tokenizer import load_tokenizer
     from train.samples import Sample, Samples
 
     bring("images", "data.json", "data.jsonl", "mix.yaml")

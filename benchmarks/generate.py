@@ -89,8 +89,8 @@ def serve_ours(pipe, args) -> None:
     from infer.engine import Buckets, Engine, Request, _Prepared
     from infer.plan import decoder_flops, encode_flops
     from infer.sampling import Sampling
-    from llava_jax import images, splice
     from llava_jax.checkpoint import _load_source, open_any
+    from llava_jax.data import images, splice
     from llava_jax.sharding import inference_mesh
 
     if args.dtype == "float32":
@@ -165,8 +165,8 @@ def serve_theirs(pipe, args) -> None:
     import transformers
 
     jax.config.update("jax_platforms", "cpu")  # the GPU is PyTorch's here
-    from llava_jax import images
     from llava_jax.checkpoint import open_any
+    from llava_jax.data import images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)

@@ -25,9 +25,9 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.config import preset
-from llava_jax.prompts import encode_conversation
-from llava_jax.templates import get_template
-from llava_jax.tokenizer import load_tokenizer
+from llava_jax.data.prompts import encode_conversation
+from llava_jax.data.templates import get_template
+from llava_jax.data.tokenizer import load_tokenizer
 from train.config import TrainConfig
 from train.data import WINDOW, open_data
 from train.drawn import draw_lengths

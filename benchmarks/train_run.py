@@ -30,8 +30,8 @@ def write_model(directory: Path) -> None:
     import jax
 
     from llava_jax import config, llava
+    from llava_jax.data.tokenizer import load_tokenizer
     from llava_jax.orbax_files import save
-    from llava_jax.tokenizer import load_tokenizer
 
     text = config.TextConfig(
         vocab_size=1000, width=128, ffn_width=344, layers=2, heads=2, kv_heads=2, head_width=64, max_positions=2048
@@ -96,7 +96,7 @@ def main() -> None:
     args = p.parse_args()
     from train_data import draw_lengths, write_data
 
-    from llava_jax.tokenizer import load_tokenizer
+    from llava_jax.data.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)

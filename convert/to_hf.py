@@ -5,9 +5,9 @@ import os
 from convert.finite import finite
 from convert.sizes import SHARD_BYTES
 from llava_jax.checkpoint import open_any
+from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.directories import find_directory
 from llava_jax.export import write_hf, write_projector
-from llava_jax.tokenizer import load_tokenizer
 
 
 def to_hf(

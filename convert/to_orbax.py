@@ -6,9 +6,9 @@ from pathlib import Path
 from convert.combine import combine
 from convert.finite import finite
 from llava_jax.console import SEED
+from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.directories import find_directory
 from llava_jax.orbax_files import save
-from llava_jax.tokenizer import load_tokenizer
 
 
 def to_orbax(

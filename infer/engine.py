@@ -24,14 +24,14 @@ from llava_jax import llava
 from llava_jax.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, integer
-from llava_jax.images import image_size, layout, read_tiles
+from llava_jax.data.images import image_size, layout, read_tiles
+from llava_jax.data.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
+from llava_jax.data.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
+from llava_jax.data.templates import choose_template, get_template
+from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.urls import fetch
 from llava_jax.programs import compilations, limit_programs
-from llava_jax.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
 from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
-from llava_jax.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
-from llava_jax.templates import choose_template, get_template
-from llava_jax.tokenizer import Tokenizer
-from llava_jax.urls import fetch
 
 STEPS = 64  # tokens between looks at the answers for a stop string
 STREAM_STEPS = 8  # the same while a person is watching

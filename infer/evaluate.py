@@ -2,7 +2,7 @@
 
     python -m infer.evaluate --checkpoint DIR --data test.json --image-folder DIR
 
-The file is in the format of training data (`llava_jax.conversations`), and its answers are the right ones. Each
+The file is in the format of training data (`llava_jax.data.conversations`), and its answers are the right ones. Each
 question is asked with what was said before it, right answers included. `kinds` beside a conversation names the kind of
 each of its questions. A row that cannot be read counts as one question that failed; the others are asked.
 """
@@ -18,9 +18,9 @@ from typing import Any
 from infer.flags import add_batch_size_flag, add_model_flags, load_engine
 from infer.sampling import Sampling
 from llava_jax.console import InputError, Parser, Progress, note, plural, ranges, run_main, shorten, shown
-from llava_jax.conversations import note_unread_keys, read_conversation, read_rows
-from llava_jax.images import ImageFolder
-from llava_jax.templates import MARK
+from llava_jax.data.conversations import note_unread_keys, read_conversation, read_rows
+from llava_jax.data.images import ImageFolder
+from llava_jax.data.templates import MARK
 
 TOLD = 10  # broken questions that are named; the rest are counted
 NO_KIND = "all"  # of questions that the file gives no kind of

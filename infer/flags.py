@@ -5,7 +5,7 @@ import argparse
 from infer.buckets import Buckets
 from llava_jax.config import IMAGE_RULES
 from llava_jax.console import enable_compilation_cache, integer, note
-from llava_jax.templates import explain_template
+from llava_jax.data.templates import explain_template
 
 
 def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:

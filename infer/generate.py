@@ -15,7 +15,7 @@ from pathlib import Path
 from infer.flags import add_batch_size_flag, add_model_flags, load_engine
 from infer.sampling import Sampling
 from llava_jax.console import InputError, Parser, note, print_json, ranges, run_main, shown
-from llava_jax.templates import get_template
+from llava_jax.data.templates import get_template
 
 BUNDLED = Path(__file__).parent / "shapes"  # its README.md is its card
 KNOWS = "knows pictures of coloured shapes and nothing else"
@@ -129,8 +129,8 @@ def answer_file(args: argparse.Namespace, sampling) -> int:
 
 def check_images(images: list[str]) -> list:
     """The images, downloaded where they are URLs: whatever is wrong with one is said before the weights are loaded."""
-    from llava_jax.images import image_size
-    from llava_jax.urls import fetch
+    from llava_jax.data.images import image_size
+    from llava_jax.data.urls import fetch
 
     fetched = [fetch(image) for image in images]
     for image in fetched:

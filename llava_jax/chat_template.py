@@ -5,11 +5,11 @@ from typing import TypedDict
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
+from llava_jax.data.sentencepiece_tokenizer import Token, content_of
+from llava_jax.data.templates import MARK, MOST, TEMPLATES, render, render_chat
+from llava_jax.data.tokenizer import NamedTemplate, Settings, load_tokenizer
 from llava_jax.files import read_text
 from llava_jax.json_files import read_json
-from llava_jax.slow_tokenizer import Token, content_of
-from llava_jax.templates import MARK, MOST, TEMPLATES, render, render_chat
-from llava_jax.tokenizer import NamedTemplate, Settings, load_tokenizer
 
 # Conversations that two templates must write alike to be the same: one question, several, without an image, with
 # two. (Without a system message: published templates differ from the originals there, and few people give one.)

@@ -23,12 +23,12 @@ from llava_jax import names, safetensors
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.config_json import KNOWN_TOWERS
 from llava_jax.console import InputError, Progress
+from llava_jax.data.prompts import end_ids
+from llava_jax.data.templates import MARK, choose_template, get_template, is_program, jinja
+from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.outputs import new_directory
-from llava_jax.prompts import end_ids
 from llava_jax.safetensors import Pending
 from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
-from llava_jax.templates import MARK, choose_template, get_template, is_program, jinja
-from llava_jax.tokenizer import Tokenizer
 
 PAD = "<pad>"
 ROUND_VOCAB = 64  # published conversions pad the vocabulary to a multiple of this

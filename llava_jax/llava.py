@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from llava_jax import decoder, vision
 from llava_jax.config import LlavaConfig
+from llava_jax.data.splice import TEXT, Batch
 from llava_jax.layers import LayerNorm, RMSNorm
 from llava_jax.sharding import BATCH, constrain
-from llava_jax.splice import TEXT, Batch
 
 Params = dict
 

@@ -35,13 +35,14 @@ import numpy as np
 import pytest
 
 from infer.engine import Engine
-from llava_jax import checkpoint, images, splice
+from llava_jax import checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
+from llava_jax.data import images, splice
+from llava_jax.data.prompts import encode_conversation
+from llava_jax.data.templates import get_template
 from llava_jax.programs import map_limit, memory_maps
-from llava_jax.prompts import encode_conversation
 from llava_jax.sharding import make_mesh
-from llava_jax.templates import get_template
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ("v1-linear-llama", "v1.5-llama", "v1.6-mistral", "v1.6-spatial-llama")

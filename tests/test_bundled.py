@@ -13,7 +13,7 @@ from infer import evaluate, generate
 from infer.engine import Engine, Request
 from infer.generate import BUNDLED
 from infer.sampling import Sampling
-from llava_jax.images import layout
+from llava_jax.data.images import layout
 from train import shapes
 from train.scenes import draw, make_scene
 

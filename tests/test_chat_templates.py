@@ -18,9 +18,9 @@ from llava_jax import limited
 from llava_jax.chat_template import read_chat_template, with_chat_template
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
-from llava_jax.prompts import encode, encode_prompt
-from llava_jax.templates import TEMPLATES, choose_template, explain_template, get_template, jinja, render
-from llava_jax.tokenizer import load_tokenizer
+from llava_jax.data.prompts import encode, encode_prompt
+from llava_jax.data.templates import TEMPLATES, choose_template, explain_template, get_template, jinja, render
+from llava_jax.data.tokenizer import load_tokenizer
 from train.samples import Samples
 
 # llava-hf/llava-1.5-7b-hf's: no system message, `USER:` and `ASSISTANT:`.

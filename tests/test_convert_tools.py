@@ -28,9 +28,9 @@ from llava_jax.checkpoint import open_any
 from llava_jax.config import tiny
 from llava_jax.config_json import read_config
 from llava_jax.console import InputError
+from llava_jax.data.templates import TEMPLATES, jinja, render
+from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.export import write_hf
-from llava_jax.templates import TEMPLATES, jinja, render
-from llava_jax.tokenizer import load_tokenizer
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"
 

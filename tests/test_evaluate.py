@@ -11,7 +11,7 @@ from conftest import GOLDEN, QUESTION, golden_engine
 
 from infer import evaluate
 from infer.evaluate import exact_match, read_option, read_questions, scienceqa
-from llava_jax.templates import get_template
+from llava_jax.data.templates import get_template
 
 CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
 PICTURES = ["0_64x48.png", "3_90x30.png"]

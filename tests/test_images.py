@@ -16,10 +16,10 @@ from conftest import GOLDEN, golden_json, load_golden
 from PIL import Image
 
 from llava_jax import config as c
-from llava_jax import images, urls
 from llava_jax.console import InputError, run_main
-from llava_jax.images import ImageFolder, TileLayout, image_size, layout, open_image, read_tiles, tiles
-from llava_jax.splice import NEWLINE, count_features, merge_rows
+from llava_jax.data import images, urls
+from llava_jax.data.images import ImageFolder, TileLayout, image_size, layout, open_image, read_tiles, tiles
+from llava_jax.data.splice import NEWLINE, count_features, merge_rows
 from llava_jax.vision import normalise
 
 PICTURES = sorted((GOLDEN / "images").iterdir())

@@ -25,9 +25,9 @@ from llava_jax.chat_template import read_chat_template
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config_json import read_config
 from llava_jax.console import InputError, printable
-from llava_jax.conversations import read_conversation
+from llava_jax.data.conversations import read_conversation
+from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.json_files import parse_json, read_json
-from llava_jax.tokenizer import load_tokenizer
 from train import output, scienceqa
 from train.checkpoints import Checkpoints, RunProgress
 from train.metrics import MetricsFiles

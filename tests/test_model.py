@@ -12,9 +12,9 @@ from conftest import CHECKPOINTS, GOLDEN, golden_json, load_golden, make_row, on
 from convert.to_orbax import to_orbax
 from llava_jax import checkpoint, decoder, llava
 from llava_jax import config as c
+from llava_jax.data.splice import IGNORE, splice
+from llava_jax.data.templates import choose_template
 from llava_jax.layers import attention, cached_attention
-from llava_jax.splice import IGNORE, splice
-from llava_jax.templates import choose_template
 
 TOLERANCE = 1e-4
 

@@ -11,8 +11,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_jax.config_json import read_config
+from llava_jax.data.images import layout, tiles
 from llava_jax.image_processor import read_preprocessor
-from llava_jax.images import layout, tiles
 from llava_jax.vision import normalise
 
 SIDE = 28

@@ -9,10 +9,10 @@ from conftest import GOLDEN, golden_json
 
 from llava_jax import config as c
 from llava_jax.console import InputError
-from llava_jax.prompts import encode, encode_conversation, prepare_tokenizer, with_images
-from llava_jax.splice import IGNORE, IMAGE
-from llava_jax.templates import TEMPLATES, choose_template, get_template, render
-from llava_jax.tokenizer import load_tokenizer
+from llava_jax.data.prompts import encode, encode_conversation, prepare_tokenizer, with_images
+from llava_jax.data.splice import IGNORE, IMAGE
+from llava_jax.data.templates import TEMPLATES, choose_template, get_template, render
+from llava_jax.data.tokenizer import load_tokenizer
 
 
 def golden_tokenizer(directory, legacy: bool, kind: str = "tokenizer.model"):

@@ -21,11 +21,11 @@ from llava_jax import safetensors, torch_files
 from llava_jax.chat_template import read_chat_template
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
-from llava_jax.conversations import read_rows
-from llava_jax.images import image_size, open_image
+from llava_jax.data.conversations import read_rows
+from llava_jax.data.images import image_size, open_image
+from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.orbax_files import open_ours
 from llava_jax.sources import tensor_files
-from llava_jax.tokenizer import load_tokenizer
 from train.checkpoints import Checkpoints
 from train.mixture import checksum, read_parts
 

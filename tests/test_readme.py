@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import user_environment
 
-from llava_jax import templates
+from llava_jax.data import templates
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -9,8 +9,8 @@ from conftest import GOLDEN
 from PIL import Image
 
 from llava_jax.config import tiny
-from llava_jax.conversations import read_conversation
-from llava_jax.images import layout
+from llava_jax.data.conversations import read_conversation
+from llava_jax.data.images import layout
 from train import questions, shapes
 from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
 

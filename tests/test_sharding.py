@@ -16,6 +16,7 @@ from infer.sampling import Sampling
 from llava_jax import config as c
 from llava_jax import decoder, llava, sharding
 from llava_jax.console import InputError
+from llava_jax.data.splice import Batch, splice
 from llava_jax.sharding import (
     gather,
     inference_mesh,
@@ -27,7 +28,6 @@ from llava_jax.sharding import (
     path_of,
     put_rows,
 )
-from llava_jax.splice import Batch, splice
 
 MESHES = [
     "data=8", "fsdp=8", "tensor=8", "data=2,fsdp=4", "data=4,tensor=2", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2",

@@ -5,8 +5,8 @@ import pytest
 
 from llava_jax import config as c
 from llava_jax.console import InputError
-from llava_jax.images import TileLayout, layout
-from llava_jax.splice import (
+from llava_jax.data.images import TileLayout, layout
+from llava_jax.data.splice import (
     IGNORE,
     IMAGE,
     NEWLINE,

@@ -12,9 +12,9 @@ import pytest
 from conftest import GOLDEN, damage
 
 from llava_jax.console import InputError
-from llava_jax.json_tokenizer import runner
-from llava_jax.prompts import encode
-from llava_jax.tokenizer import load_tokenizer
+from llava_jax.data.json_tokenizer import runner
+from llava_jax.data.prompts import encode
+from llava_jax.data.tokenizer import load_tokenizer
 
 KINDS = GOLDEN / "tokenizers"
 STRINGS = json.loads((KINDS / "strings.json").read_text())
@@ -229,7 +229,7 @@ def test_a_pattern_that_is_not_known_gives_what_tokenizers_gives(tmp_path):
 )
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer", "decoder"])
 def test_a_pattern_that_takes_for_ever_is_given_up(part, pattern, text, says, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("llava_jax.json_tokenizer.SECONDS", 1)
+    monkeypatch.setattr("llava_jax.data.json_tokenizer.SECONDS", 1)
     made = split(pattern) if part == "pre_tokenizer" else replace(pattern)
     tokenizer = load_tokenizer(rewrite("byte-level", tmp_path / "t", **{part: made}))
     with pytest.raises(InputError, match=rf"tokenizer.json: (encoding a text|decoding) .* fails ?{says}$") as refused:
@@ -260,7 +260,7 @@ def doubling(pattern: dict, content: str) -> dict:
     ],
 )  # fmt: skip
 def test_a_part_that_makes_a_text_ever_longer_is_given_up(part, made, tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_jax.json_tokenizer.SECONDS", 1)
+    monkeypatch.setattr("llava_jax.data.json_tokenizer.SECONDS", 1)
     directory = rewrite("byte-level", tmp_path / "t", **{part: made})
     with pytest.raises(InputError, match=r"tokenizer.json: .* (it takes more than|it crashes)") as refused:
         tokenizer = load_tokenizer(directory)

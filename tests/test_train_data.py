@@ -17,9 +17,9 @@ from PIL import Image
 
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
-from llava_jax.conversations import read_rows
+from llava_jax.data.conversations import read_rows
+from llava_jax.data.splice import IGNORE, IMAGE, TEXT
 from llava_jax.plan import model_of
-from llava_jax.splice import IGNORE, IMAGE, TEXT
 from train import data as train_data
 from train import packing, preview, scienceqa
 from train.__main__ import read_config
@@ -284,14 +284,14 @@ def test_lists_and_lines_are_read_alike(write, tmp_path):
 
 
 def test_a_line_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_jax.conversations.MAX_ROW", 100)
+    monkeypatch.setattr("llava_jax.data.conversations.MAX_ROW", 100)
     (tmp_path / "a.jsonl").write_bytes(b"{}\n" + b" " * 99 + b"\n" + b" " * 101)
     with pytest.raises(InputError, match="line 3 has more than 100 bytes"):
         read_rows(tmp_path / "a.jsonl")
 
 
 def test_a_file_beyond_memory_is_not_begun(write, monkeypatch):
-    monkeypatch.setattr("llava_jax.conversations.memory_bytes", lambda: 10)
+    monkeypatch.setattr("llava_jax.data.conversations.memory_bytes", lambda: 10)
     with pytest.raises(InputError, match=r"more than this machine has memory \(10\)"):
         read_rows(write([good_row(0)]))
 
@@ -306,7 +306,7 @@ def test_a_file_of_many_small_values_is_not_begun(tmp_path, monkeypatch, value):
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(rows) == 20_000
-    monkeypatch.setattr("llava_jax.conversations.memory_bytes", lambda: taken // 2)
+    monkeypatch.setattr("llava_jax.data.conversations.memory_bytes", lambda: taken // 2)
     with pytest.raises(InputError, match="its values may take") as said:
         read_rows(path)
     assert int(re.search(r"take ([\d,]+)", str(said.value))[1].replace(",", "")) < 4 * taken

@@ -19,11 +19,11 @@ from llava_jax import names
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config_json import read_config
 from llava_jax.console import InputError
+from llava_jax.data.splice import IMAGE
+from llava_jax.data.templates import choose_template, get_template, render
 from llava_jax.llava import param_shapes
 from llava_jax.safetensors import Pending, write
 from llava_jax.sharding import path_of
-from llava_jax.splice import IMAGE
-from llava_jax.templates import choose_template, get_template, render
 
 # llava-hf/llava-1.5-7b-hf's chat template: no system message, `USER:` and `ASSISTANT:`.
 USER_ASSISTANT = (

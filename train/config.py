@@ -20,9 +20,9 @@ from llava_jax.console import (
     shorten,
     show_value,
 )
+from llava_jax.data.templates import Template, choose_template, get_template, is_program
 from llava_jax.layers import REMAT
 from llava_jax.sharding import parse_mesh
-from llava_jax.templates import Template, choose_template, get_template, is_program
 
 TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")
 BATCHING = ("packed", "bucketed")

@@ -27,12 +27,12 @@ from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, plural, ranges
+from llava_jax.data.images import most_tiles
+from llava_jax.data.splice import Batch, Row, pack
+from llava_jax.data.templates import explain_template
+from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.files import memory_bytes
-from llava_jax.images import most_tiles
 from llava_jax.sharding import format_mesh, row_multiple
-from llava_jax.splice import Batch, Row, pack
-from llava_jax.templates import explain_template
-from llava_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.packing import NEAR, PIECE, enough_tiles, fill_rows, good_length, rows_of_batch, spread
 from train.samples import BadSample, BadSamples, Sample, Samples

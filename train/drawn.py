@@ -7,8 +7,8 @@ a row, and how many rows a batch has.
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.images import layout
-from llava_jax.splice import Row, count_features
+from llava_jax.data.images import layout
+from llava_jax.data.splice import Row, count_features
 from train.config import TrainConfig
 from train.data import WINDOW, Data
 from train.samples import BadSamples, Sample

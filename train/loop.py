@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, elapsed, note, plural, shorten
+from llava_jax.data.splice import Batch
 from llava_jax.export import check_expressible
 from llava_jax.programs import limit_programs
 from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
-from llava_jax.splice import Batch
 from train.checkpoints import Checkpoints, RunProgress, SaveClock
 from train.config import TrainConfig, check_preset
 from train.data import Data, check_batch, open_data

@@ -27,12 +27,12 @@ from llava_jax import llava, plan, tpu
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, note, ranges, run_main
-from llava_jax.images import most_tiles
+from llava_jax.data.images import most_tiles
+from llava_jax.data.splice import Batch
+from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.layers import REMAT
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
-from llava_jax.splice import Batch
-from llava_jax.tokenizer import Tokenizer
 from train.__main__ import add_fields, config_of
 from train.config import PRESETS, TrainConfig, check_preset
 from train.metrics import flops_of_batch

@@ -27,9 +27,9 @@ from llava_jax.console import (
     shorten,
     shown,
 )
-from llava_jax.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
-from llava_jax.tokenizer import Tokenizer
-from llava_jax.urls import label
+from llava_jax.data.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
+from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.urls import label
 from train.config import IMAGE_FIRST, PRESETS, TrainConfig, check_preset
 from train.samples import BadSample, Sample, Samples
 

@@ -1,6 +1,6 @@
 """Conversations of a data file, one at a time: read, checked, tokenized, laid out; then their images.
 
-The format is that of `llava_jax.conversations`; several files make one list (`train.mixture`). What a conversation
+The format is that of `llava_jax.data.conversations`; several files make one list (`train.mixture`). What a conversation
 takes of a row (positions, tiles) is known without its pixels: `Samples.measure` is cheap, `Samples.load` reads the
 images. Either returns a `BadSample` instead of raising an error.
 """
@@ -17,16 +17,16 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
-from llava_jax.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
+from llava_jax.data.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
+from llava_jax.data.images import ImageFolder, TileLayout, image_size, layout, read_tiles
+from llava_jax.data.prompts import encode_conversation, prepare_tokenizer
+from llava_jax.data.splice import IGNORE, IMAGE, Row, widths
+from llava_jax.data.templates import choose_template, get_template, is_program
+from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.urls import label
 from llava_jax.files import read_bytes
-from llava_jax.images import ImageFolder, TileLayout, image_size, layout, read_tiles
 from llava_jax.json_files import parse_appended
 from llava_jax.outputs import write_file
-from llava_jax.prompts import encode_conversation, prepare_tokenizer
-from llava_jax.splice import IGNORE, IMAGE, Row, widths
-from llava_jax.templates import choose_template, get_template, is_program
-from llava_jax.tokenizer import Tokenizer
-from llava_jax.urls import label
 from train import mixture
 from train.config import TrainConfig
 

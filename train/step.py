@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax import decoder, llava
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
+from llava_jax.data.splice import IGNORE, Batch
 from llava_jax.llava import Params
 from llava_jax.sharding import (
     BATCH,
@@ -37,7 +38,6 @@ from llava_jax.sharding import (
     path_of,
     row_multiple,
 )
-from llava_jax.splice import IGNORE, Batch
 from train import lora
 from train.config import TrainConfig
 from train.optim import make_optimizer, part_of, peak, schedule

@@ -20,14 +20,15 @@ from model import as_seen
 from optax import contrib
 from PIL import Image
 
-from llava_jax import decoder, images, llava
+from llava_jax import decoder, llava
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.console import Progress
-from llava_jax.images import TileLayout
+from llava_jax.data import images
+from llava_jax.data.images import TileLayout
+from llava_jax.data.splice import IGNORE
 from llava_jax.llava import Params
 from llava_jax.sharding import make_mesh, path_of
-from llava_jax.splice import IGNORE
 from llava_jax.vision import normalise, project, vision_features
 from train import loop, step
 from train.config import TrainConfig

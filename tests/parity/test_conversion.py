@@ -28,7 +28,7 @@ from llava_jax import config as c
 from llava_jax import names, torch_files
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
-from llava_jax.templates import choose_template
+from llava_jax.data.templates import choose_template
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPRESSIBLE = ("v1.5-llama", "v1.6-mistral")  # of the golden checkpoints, those that transformers' classes can hold

@@ -16,7 +16,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from infer.engine import Engine
-from llava_jax.splice import IMAGE
+from llava_jax.data.splice import IMAGE
 
 TOLERANCE = 1e-4
 NEW = 12

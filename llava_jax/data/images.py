@@ -43,8 +43,8 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPIm
 
 from llava_jax.config import BICUBIC, LlavaConfig, VisionConfig
 from llava_jax.console import InputError, shorten
+from llava_jax.data.urls import Fetched, fetch, is_url
 from llava_jax.files import open_regular
-from llava_jax.urls import Fetched, fetch, is_url
 
 FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "TIFF": "TIFF"}  # Pillow's names
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning threshold, where it too speaks of a decompression bomb

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from llava_jax.console import InputError, first_line, note, shorten
+from llava_jax.data.templates import MARK
 from llava_jax.files import memory_bytes, open_regular
 from llava_jax.json_files import parse_json
-from llava_jax.templates import MARK
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 

@@ -19,9 +19,9 @@ import tokenizers
 from tokenizers import AddedToken
 
 from llava_jax.console import InputError, first_line, shorten
+from llava_jax.data.sentencepiece_tokenizer import Offsets, added_token, prefix_after_images
 from llava_jax.json_files import parse_json
 from llava_jax.limited import LimitError, Worker
-from llava_jax.slow_tokenizer import Offsets, added_token, prefix_after_images
 
 SECONDS, MEMORY = 10, 2**31  # for reading a tokenizer, and for a text
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -26,11 +26,11 @@ from msgspec import Meta
 from tokenizers import AddedToken, processors
 
 from llava_jax.console import InputError, note, shorten
+from llava_jax.data.json_tokenizer import JsonTokenizer, runner
+from llava_jax.data.sentencepiece_tokenizer import Offsets, SlowTokenizer, Token, added_token, content_of
+from llava_jax.data.templates import MARK
 from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_json, read_json
-from llava_jax.json_tokenizer import JsonTokenizer, runner
-from llava_jax.slow_tokenizer import Offsets, SlowTokenizer, Token, added_token, content_of
-from llava_jax.templates import MARK
 
 FILES = (
     "tokenizer.model",

@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
-from llava_jax.images import TileLayout
+from llava_jax.data.images import TileLayout
 
 IMAGE = -200  # stands for an image among token ids (llava/constants.py IMAGE_TOKEN_INDEX)
 IGNORE = -100  # a label that is not trained

@@ -14,9 +14,9 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, shorten
-from llava_jax.splice import IGNORE, IMAGE
-from llava_jax.templates import IMAGE_END, IMAGE_PATCH, IMAGE_START, MARK, Span, Template, mark, render
-from llava_jax.tokenizer import Tokenizer
+from llava_jax.data.splice import IGNORE, IMAGE
+from llava_jax.data.templates import IMAGE_END, IMAGE_PATCH, IMAGE_START, MARK, Span, Template, mark, render
+from llava_jax.data.tokenizer import Tokenizer
 
 
 def with_images(turns: Sequence[str | None], images: int, config: LlavaConfig) -> list[str | None]:
