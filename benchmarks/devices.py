@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from llava_jax import config as c
 from llava_jax import llava
-from llava_jax.sharding import param_shardings
+from llava_jax.sharding.mesh import param_shardings
 
 SMALL = "513M"
 TRIES = 5

@@ -91,7 +91,7 @@ def serve_ours(pipe, args) -> None:
     from infer.sampling import Sampling
     from llava_jax.checkpoint import _load_source, open_any
     from llava_jax.data import images, splice
-    from llava_jax.sharding import inference_mesh
+    from llava_jax.sharding.mesh import inference_mesh
 
     if args.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # as torch has it

@@ -33,7 +33,7 @@ from llava_jax.config import LlavaConfig  # noqa: E402
 from llava_jax.console import note  # noqa: E402
 from llava_jax.data.splice import TEXT, Batch  # noqa: E402
 from llava_jax.layers import REMAT  # noqa: E402
-from llava_jax.sharding import FSDP, make_mesh, row_multiple  # noqa: E402
+from llava_jax.sharding.mesh import FSDP, make_mesh, row_multiple  # noqa: E402
 from train.config import PRESETS, TrainConfig  # noqa: E402
 from train.loop import put_batch  # noqa: E402
 from train.plan import batch_shapes, default_tiles, model_flops  # noqa: E402

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llava_jax.sharding import BATCH, TENSOR, constrain
+from llava_jax.sharding.mesh import BATCH, TENSOR, constrain
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array], mesh: Mesh | None = None) -> jax.Array:

@@ -31,7 +31,7 @@ from llava_jax.data.templates import choose_template, get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import fetch
 from llava_jax.programs import compilations, limit_programs
-from llava_jax.sharding import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
+from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
 
 STEPS = 64  # tokens between looks at the answers for a stop string
 STREAM_STEPS = 8  # the same while a person is watching

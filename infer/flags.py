@@ -53,7 +53,7 @@ def load_engine(args: argparse.Namespace):
     """
     enable_compilation_cache()
     from infer.engine import Engine  # takes its time, which --help and wrong flags need not wait for
-    from llava_jax.sharding import format_mesh
+    from llava_jax.sharding.mesh import format_mesh
 
     engine = Engine.load(
         args.checkpoint,

@@ -28,7 +28,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, run_main
 from llava_jax.data.images import most_tiles
 from llava_jax.plan import Compiled, Plan
-from llava_jax.sharding import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
+from llava_jax.sharding.mesh import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
 
 NAMES = {"encode": "pictures", "prefill": "prefill", "decode": "a decoding step"}
 

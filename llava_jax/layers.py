@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.config import TextConfig
-from llava_jax.sharding import AXES, BATCH, FSDP, TENSOR, manual_axes, row_multiple
+from llava_jax.sharding.mesh import AXES, BATCH, FSDP, TENSOR, manual_axes, row_multiple
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,

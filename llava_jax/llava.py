@@ -16,7 +16,7 @@ from llava_jax import decoder, vision
 from llava_jax.config import LlavaConfig
 from llava_jax.data.splice import TEXT, Batch
 from llava_jax.layers import LayerNorm, RMSNorm
-from llava_jax.sharding import BATCH, constrain
+from llava_jax.sharding.mesh import BATCH, constrain
 
 Params = dict
 

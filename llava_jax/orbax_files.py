@@ -33,7 +33,7 @@ from llava_jax.files import check_tree
 from llava_jax.json_files import read_json
 from llava_jax.llava import Params, param_shapes
 from llava_jax.outputs import new_directory
-from llava_jax.sharding import param_shardings, path_of
+from llava_jax.sharding.mesh import param_shardings, path_of
 from llava_jax.sources import Source, Tensor, listed, read_ahead
 
 CHUNK_BYTES = 64 * 2**20  # of a stored array, so that a host that wants a slice reads little more than that

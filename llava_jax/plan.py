@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from llava_jax import hlo, tpu
 from llava_jax.config import LlavaConfig, preset
 from llava_jax.console import InputError, note
-from llava_jax.sharding import DATA, FSDP, TENSOR, make_mesh, parse_mesh
+from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, parse_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig, VisionConfig, projector_depth
 from llava_jax.layers import ACTIVATIONS, Dense, LayerNorm, attention, run_layers
-from llava_jax.sharding import BATCH, TENSOR, constrain, gather
+from llava_jax.sharding.mesh import BATCH, TENSOR, constrain, gather
 
 
 def normalise(tiles: jax.Array, config: VisionConfig, dtype=jnp.float32) -> jax.Array:

@@ -42,7 +42,7 @@ from llava_jax.data import images, splice
 from llava_jax.data.prompts import encode_conversation
 from llava_jax.data.templates import get_template
 from llava_jax.programs import map_limit, memory_maps
-from llava_jax.sharding import make_mesh
+from llava_jax.sharding.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ("v1-linear-llama", "v1.5-llama", "v1.6-mistral", "v1.6-spatial-llama")

@@ -7,7 +7,7 @@ import pytest
 
 from llava_jax import layers
 from llava_jax.layers import attention, splash_attention, splash_block
-from llava_jax.sharding import make_mesh
+from llava_jax.sharding.mesh import make_mesh
 
 
 def inputs(dtype, length: int, rows: int = 1, heads: int = 2, kv_heads: int = 1):

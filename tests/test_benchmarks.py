@@ -9,7 +9,7 @@ import pytest
 
 from llava_jax import config as c
 from llava_jax.data.splice import TEXT
-from llava_jax.sharding import make_mesh
+from llava_jax.sharding.mesh import make_mesh
 from train.config import PRESETS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -21,7 +21,7 @@ from llava_jax.console import InputError
 from llava_jax.llava import param_shapes
 from llava_jax.orbax_files import save
 from llava_jax.outputs import new_directory
-from llava_jax.sharding import make_mesh, path_of
+from llava_jax.sharding.mesh import make_mesh, path_of
 
 
 def leaves(params) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from llava_jax import plan
 from llava_jax.console import InputError, Range, flag_of, ranges
 from llava_jax.directories import find_directory
 from llava_jax.outputs import new_directory
-from llava_jax.sharding import make_mesh, parse_mesh
+from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from llava_jax.tpu import parse_topology
 from train import __main__ as train
 from train import data as train_data

@@ -20,7 +20,7 @@ from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch
 from llava_jax.layers import REMAT, Dense
-from llava_jax.sharding import make_mesh, param_spec, parse_mesh
+from llava_jax.sharding.mesh import make_mesh, param_spec, parse_mesh
 from train import lora
 from train.config import TrainConfig
 from train.step import export_params, loss_sum, setup

@@ -113,7 +113,7 @@ def naive_attention(q, k, v, mask):
 @pytest.mark.parametrize("S", [5, 300, 700])
 def test_attention_equals_the_definition(S, segments, window, devices):
     """Both ways of running plain attention, whole blocks and pieces of them."""
-    from llava_jax.sharding import make_mesh
+    from llava_jax.sharding.mesh import make_mesh
 
     q, k, v = random_heads(S=S)
     ids = np.ones((2, S), np.int32)

@@ -28,7 +28,7 @@ from llava_jax import checkpoint, hlo, plan, tpu
 from llava_jax import config as c
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
-from llava_jax.sharding import make_mesh, parse_mesh
+from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from train import __main__ as train_main
 from train import loop, plan_run
 from train import plan as train_plan

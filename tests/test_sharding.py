@@ -14,10 +14,10 @@ from infer.choosing import choose, row_keys
 from infer.engine import Engine, Request
 from infer.sampling import Sampling
 from llava_jax import config as c
-from llava_jax import decoder, llava, sharding
+from llava_jax import decoder, llava
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch, splice
-from llava_jax.sharding import (
+from llava_jax.sharding.mesh import (
     gather,
     inference_mesh,
     make_mesh,

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax import hlo, tpu
 from llava_jax.console import InputError
-from llava_jax.sharding import fsdp_lines, make_mesh
+from llava_jax.sharding.mesh import fsdp_lines, make_mesh
 
 needs_libtpu = [
     pytest.mark.tpu_compile,

@@ -22,7 +22,7 @@ from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.config import preset, tiny
 from llava_jax.console import InputError
 from llava_jax.orbax_files import open_ours
-from llava_jax.sharding import make_mesh
+from llava_jax.sharding.mesh import make_mesh
 from train import __main__ as command
 from train import checkpoints as checkpoints_module
 from train import loop, step, tensorboard

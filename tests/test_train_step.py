@@ -18,7 +18,7 @@ from llava_jax.console import InputError
 from llava_jax.data import images
 from llava_jax.data.splice import IGNORE, IMAGE, Batch, Row, pack, splice
 from llava_jax.layers import REMAT
-from llava_jax.sharding import make_mesh, parse_mesh, put_rows
+from llava_jax.sharding.mesh import make_mesh, parse_mesh, put_rows
 from train import optim
 from train import step as step_module
 from train.config import PRESETS, TrainConfig

@@ -32,7 +32,7 @@ from llava_jax.data.splice import Batch, Row, pack
 from llava_jax.data.templates import explain_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.files import memory_bytes
-from llava_jax.sharding import format_mesh, row_multiple
+from llava_jax.sharding.mesh import format_mesh, row_multiple
 from train.config import TrainConfig
 from train.packing import NEAR, PIECE, enough_tiles, fill_rows, good_length, rows_of_batch, spread
 from train.samples import BadSample, BadSamples, Sample, Samples

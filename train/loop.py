@@ -23,7 +23,7 @@ from llava_jax.console import InputError, Progress, elapsed, note, plural, short
 from llava_jax.data.splice import Batch
 from llava_jax.export import check_expressible
 from llava_jax.programs import limit_programs
-from llava_jax.sharding import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
+from llava_jax.sharding.mesh import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
 from train.checkpoints import Checkpoints, RunProgress, SaveClock
 from train.config import TrainConfig, check_preset
 from train.data import Data, check_batch, open_data

@@ -26,7 +26,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.llava import Params
 from llava_jax.names import write_name
 from llava_jax.outputs import new_directory
-from llava_jax.sharding import row_index
+from llava_jax.sharding.mesh import row_index
 from train.config import TrainConfig
 
 FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # here, and in PEFT

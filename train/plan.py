@@ -32,7 +32,7 @@ from llava_jax.data.splice import Batch
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.layers import REMAT
 from llava_jax.plan import Compiled, Plan
-from llava_jax.sharding import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
+from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
 from train.__main__ import add_fields, config_of
 from train.config import PRESETS, TrainConfig, check_preset
 from train.metrics import flops_of_batch

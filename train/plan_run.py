@@ -21,7 +21,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import note, plural
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.plan import Compiled, Plan
-from llava_jax.sharding import DATA, FSDP, TENSOR, make_mesh, row_multiple
+from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, row_multiple
 from train.config import TrainConfig
 from train.data import Data, check_batch, open_data
 from train.drawn import drawn_data

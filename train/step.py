@@ -26,7 +26,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, Batch
 from llava_jax.llava import Params
-from llava_jax.sharding import (
+from llava_jax.sharding.mesh import (
     BATCH,
     TENSOR,
     Piece,

@@ -44,7 +44,7 @@ from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
 from llava_jax.json_files import read_json
 from llava_jax.llava import Params
-from llava_jax.sharding import make_mesh
+from llava_jax.sharding.mesh import make_mesh
 from train import loop, questions, shapes
 from train.config import TrainConfig
 from train.data import open_data

@@ -28,7 +28,7 @@ from llava_jax.data import images
 from llava_jax.data.images import TileLayout
 from llava_jax.data.splice import IGNORE
 from llava_jax.llava import Params
-from llava_jax.sharding import make_mesh, path_of
+from llava_jax.sharding.mesh import make_mesh, path_of
 from llava_jax.vision import normalise, project, vision_features
 from train import loop, step
 from train.config import TrainConfig
