@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llava_jax import config as c
-from llava_jax import llava
+from llava_jax.models import llava
 from llava_jax.sharding.mesh import param_shardings
 
 SMALL = "513M"

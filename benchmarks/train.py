@@ -28,11 +28,12 @@ import devices  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from llava_jax import llava, plan, tpu  # noqa: E402
+from llava_jax import plan, tpu
 from llava_jax.config import LlavaConfig  # noqa: E402
 from llava_jax.console import note  # noqa: E402
 from llava_jax.data.splice import TEXT, Batch  # noqa: E402
-from llava_jax.layers import REMAT  # noqa: E402
+from llava_jax.models import llava  # noqa: E402
+from llava_jax.models.layers import REMAT  # noqa: E402
 from llava_jax.sharding.mesh import FSDP, make_mesh, row_multiple  # noqa: E402
 from train.config import PRESETS, TrainConfig  # noqa: E402
 from train.loop import put_batch  # noqa: E402

@@ -29,8 +29,9 @@ def write_model(directory: Path) -> None:
     """A random model of the shape of v1.5, with the tests' tokenizer: 0.7M parameters."""
     import jax
 
-    from llava_jax import config, llava
+    from llava_jax import config
     from llava_jax.data.tokenizer import load_tokenizer
+    from llava_jax.models import llava
     from llava_jax.orbax_files import save
 
     text = config.TextConfig(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from infer.choosing import choose
-from llava_jax import decoder, llava
 from llava_jax.config import LlavaConfig
+from llava_jax.models import decoder, llava
 
 
 @functools.partial(

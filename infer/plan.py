@@ -23,10 +23,11 @@ from infer import compiled
 from infer.choosing import row_keys
 from infer.flags import add_cache_flag
 from infer.sampling import Sampling
-from llava_jax import llava, plan, tpu
+from llava_jax import plan, tpu
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, run_main
 from llava_jax.data.images import most_tiles
+from llava_jax.models import llava
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding.mesh import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
 

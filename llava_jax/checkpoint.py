@@ -18,7 +18,7 @@ from llava_jax.console import InputError, Progress
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.directories import find_directory
 from llava_jax.json_files import read_json
-from llava_jax.llava import Params, param_shapes
+from llava_jax.models.llava import Params, param_shapes
 from llava_jax.orbax_files import load_params, open_ours
 from llava_jax.sharding.mesh import param_shardings, path_of
 from llava_jax.sources import Source, open_source, read_ahead

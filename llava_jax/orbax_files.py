@@ -31,7 +31,7 @@ from llava_jax.console import InputError, Progress, first_line, shorten
 from llava_jax.data.templates import choose_template
 from llava_jax.files import check_tree
 from llava_jax.json_files import read_json
-from llava_jax.llava import Params, param_shapes
+from llava_jax.models.llava import Params, param_shapes
 from llava_jax.outputs import new_directory
 from llava_jax.sharding.mesh import param_shardings, path_of
 from llava_jax.sources import Source, Tensor, listed, read_ahead

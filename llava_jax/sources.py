@@ -28,7 +28,7 @@ from llava_jax.config_keys import Generation, Tower
 from llava_jax.console import InputError, note, shorten
 from llava_jax.image_processor import read_preprocessor
 from llava_jax.json_files import read_json
-from llava_jax.llava import param_shapes
+from llava_jax.models.llava import param_shapes
 from llava_jax.sharding.mesh import path_of
 
 MOST = 8  # tensors of a kind of mistake that are named

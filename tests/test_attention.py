@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax import layers
-from llava_jax.layers import attention, splash_attention, splash_block
+from llava_jax.models import layers
+from llava_jax.models.layers import attention, splash_attention, splash_block
 from llava_jax.sharding.mesh import make_mesh
 
 

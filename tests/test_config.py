@@ -160,7 +160,7 @@ def test_our_own_file_round_trips(name):
 def test_presets_have_the_size_of_the_released_models(name, parameters):
     import jax
 
-    from llava_jax.llava import param_shapes
+    from llava_jax.models.llava import param_shapes
 
     total = sum(x.size for x in jax.tree.leaves(param_shapes(c.preset(name))))
     assert total == pytest.approx(parameters, rel=0.01)

@@ -18,7 +18,7 @@ from llava_jax import config as c
 from llava_jax import names, safetensors, torch_files
 from llava_jax.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
-from llava_jax.llava import param_shapes
+from llava_jax.models.llava import param_shapes
 from llava_jax.orbax_files import save
 from llava_jax.outputs import new_directory
 from llava_jax.sharding.mesh import make_mesh, path_of

@@ -16,11 +16,11 @@ from conftest import one_device
 
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions
-from llava_jax import llava
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import tiny
 from llava_jax.console import InputError
-from llava_jax.vision import normalise, project, vision_features
+from llava_jax.models import llava
+from llava_jax.models.vision import normalise, project, vision_features
 from train import loop
 from train.config import TrainConfig
 from train.data import open_data

@@ -15,11 +15,12 @@ from safetensors.numpy import load_file
 
 from convert.to_orbax import to_orbax
 from llava_jax import config as c
-from llava_jax import limited, llava
+from llava_jax import limited
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch
-from llava_jax.layers import REMAT, Dense
+from llava_jax.models import llava
+from llava_jax.models.layers import REMAT, Dense
 from llava_jax.sharding.mesh import make_mesh, param_spec, parse_mesh
 from train import lora
 from train.config import TrainConfig

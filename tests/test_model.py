@@ -10,11 +10,12 @@ import pytest
 from conftest import CHECKPOINTS, GOLDEN, golden_json, load_golden, make_row, one_device
 
 from convert.to_orbax import to_orbax
-from llava_jax import checkpoint, decoder, llava
+from llava_jax import checkpoint
 from llava_jax import config as c
 from llava_jax.data.splice import IGNORE, splice
 from llava_jax.data.templates import choose_template
-from llava_jax.layers import attention, cached_attention
+from llava_jax.models import decoder, llava
+from llava_jax.models.layers import attention, cached_attention
 
 TOLERANCE = 1e-4
 

@@ -14,9 +14,9 @@ from infer.choosing import choose, row_keys
 from infer.engine import Engine, Request
 from infer.sampling import Sampling
 from llava_jax import config as c
-from llava_jax import decoder, llava
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch, splice
+from llava_jax.models import decoder, llava
 from llava_jax.sharding.mesh import (
     gather,
     inference_mesh,

@@ -13,11 +13,11 @@ from conftest import GOLDEN, golden_json, load_golden, make_row, one_device
 from flax.traverse_util import flatten_dict
 
 from llava_jax import config as c
-from llava_jax import decoder, llava
 from llava_jax.console import InputError
 from llava_jax.data import images
 from llava_jax.data.splice import IGNORE, IMAGE, Batch, Row, pack, splice
-from llava_jax.layers import REMAT
+from llava_jax.models import decoder, llava
+from llava_jax.models.layers import REMAT
 from llava_jax.sharding.mesh import make_mesh, parse_mesh, put_rows
 from train import optim
 from train import step as step_module

@@ -21,7 +21,7 @@ from llava_jax.config_json import read_config
 from llava_jax.console import InputError
 from llava_jax.data.splice import IMAGE
 from llava_jax.data.templates import choose_template, get_template, render
-from llava_jax.llava import param_shapes
+from llava_jax.models.llava import param_shapes
 from llava_jax.safetensors import Pending, write
 from llava_jax.sharding.mesh import path_of
 

@@ -21,7 +21,7 @@ from llava_jax.console import (
     show_value,
 )
 from llava_jax.data.templates import Template, choose_template, get_template, is_program
-from llava_jax.layers import REMAT
+from llava_jax.models.layers import REMAT
 from llava_jax.sharding.mesh import parse_mesh
 
 TUNE = ("projector", "projector,decoder", "projector,decoder,vision", "lora")

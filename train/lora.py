@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from llava_jax.config import LlavaConfig
-from llava_jax.llava import Params
+from llava_jax.models.llava import Params
 from llava_jax.names import write_name
 from llava_jax.outputs import new_directory
 from llava_jax.sharding.mesh import row_index

@@ -23,14 +23,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from llava_jax import llava, plan, tpu
+from llava_jax import plan, tpu
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, note, ranges, run_main
 from llava_jax.data.images import most_tiles
 from llava_jax.data.splice import Batch
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.layers import REMAT
+from llava_jax.models import llava
+from llava_jax.models.layers import REMAT
 from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
 from train.__main__ import add_fields, config_of

@@ -3,7 +3,7 @@
     params --setup--> frozen (compute dtype)                                  --export_params--> params
                       state  (float32 masters, optimiser) --step_fn--> state
 
-Both trees are those of `llava_jax.llava`, layers stacked along a leading axis, and have no leaf in common; the
+Both trees are those of `llava_jax.models.llava`, layers stacked along a leading axis, and have no leaf in common; the
 model sees their union. Only the masters are differentiated, so nothing else has a gradient or optimiser state.
 """
 
@@ -21,11 +21,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llava_jax import decoder, llava
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, Batch
-from llava_jax.llava import Params
+from llava_jax.models import decoder, llava
+from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import (
     BATCH,
     TENSOR,

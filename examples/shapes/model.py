@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llava_jax import orbax_files
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.data.prompts import MARK
-from llava_jax.llava import Params, init_params
+from llava_jax.models.llava import Params, init_params
 
 TILE, PATCH = 60, 12
 CONFIG = LlavaConfig(

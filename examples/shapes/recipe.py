@@ -43,7 +43,7 @@ from infer.evaluate import evaluate, exact_match, read_questions, table
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
 from llava_jax.json_files import read_json
-from llava_jax.llava import Params
+from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import make_mesh
 from train import loop, questions, shapes
 from train.config import TrainConfig

@@ -20,16 +20,16 @@ from model import as_seen
 from optax import contrib
 from PIL import Image
 
-from llava_jax import decoder, llava
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.console import Progress
 from llava_jax.data import images
 from llava_jax.data.images import TileLayout
 from llava_jax.data.splice import IGNORE
-from llava_jax.llava import Params
+from llava_jax.models import decoder, llava
+from llava_jax.models.llava import Params
+from llava_jax.models.vision import normalise, project, vision_features
 from llava_jax.sharding.mesh import make_mesh, path_of
-from llava_jax.vision import normalise, project, vision_features
 from train import loop, step
 from train.config import TrainConfig
 from train.data import open_data

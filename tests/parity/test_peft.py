@@ -10,8 +10,8 @@ import transformers as tf
 from conftest import golden_tensors, load_golden, one_device
 from peft import PeftModel, get_peft_model_state_dict
 
-from llava_jax import llava
 from llava_jax.data.splice import Batch
+from llava_jax.models import llava
 from train import lora
 from train.config import TrainConfig
 from train.step import export_params, setup

@@ -13,7 +13,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig, TextConfig
-from llava_jax.layers import ACTIVATIONS, Dense, RMSNorm, attention, cached_attention, rope_tables, rotate, run_layers
+from llava_jax.models.layers import (
+    ACTIVATIONS,
+    Dense,
+    RMSNorm,
+    attention,
+    cached_attention,
+    rope_tables,
+    rotate,
+    run_layers,
+)
 from llava_jax.sharding.mesh import BATCH, TENSOR, constrain, gather
 
 Cache = tuple[tuple[jax.Array, ...], ...]  # for each layer keys and values; int8 ones and their scales

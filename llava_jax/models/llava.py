@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llava_jax import decoder, vision
 from llava_jax.config import LlavaConfig
 from llava_jax.data.splice import TEXT, Batch
-from llava_jax.layers import LayerNorm, RMSNorm
+from llava_jax.models import decoder, vision
+from llava_jax.models.layers import LayerNorm, RMSNorm
 from llava_jax.sharding.mesh import BATCH, constrain
 
 Params = dict

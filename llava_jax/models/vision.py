@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig, VisionConfig, projector_depth
-from llava_jax.layers import ACTIVATIONS, Dense, LayerNorm, attention, run_layers
+from llava_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, run_layers
 from llava_jax.sharding.mesh import BATCH, TENSOR, constrain, gather
 
 

@@ -1,0 +1,1 @@
+"""The model on the device: pure functions of a tree of parameters."""
