@@ -40,7 +40,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
     import numpy as np
 
     from llava_jax import config as c
-    from llava_jax import names, safetensors
+    from llava_jax.checkpoints import names, safetensors
     from llava_jax.models.llava import param_shapes
     from llava_jax.sharding.mesh import path_of
 
@@ -53,15 +53,15 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
     leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(config))
     tensors = {}
     for keys, leaf in leaves:
-        name, (_, to_theirs) = names.write_name(path_of(keys), "original", config)
-        tensors[name] = names.shape_after(to_theirs, leaf.shape)
+        name, (_, to_theirs) = tensor_names.write_name(path_of(keys), "original", config)
+        tensors[name] = tensor_names.shape_after(to_theirs, leaf.shape)
     directory.mkdir(parents=True)
     random = np.random.default_rng(0)
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     read = lambda shape: (random.random(shape, np.float32) - 0.5).astype(bfloat16)  # noqa: E731
-    safetensors.write_shards(
+    safetensors_files.write_shards(
         directory,
-        {name: safetensors.Pending(shape, bfloat16, lambda s=shape: read(s)) for name, shape in tensors.items()},
+        {name: safetensors_files.Pending(shape, bfloat16, lambda s=shape: read(s)) for name, shape in tensors.items()},
         SHARD,
     )
     fields = {

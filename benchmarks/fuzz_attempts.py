@@ -36,7 +36,7 @@ class Attempt(NamedTuple):
 
 
 def config(pick: random.Random) -> Attempt:
-    from llava_jax.checkpoint import open_checkpoint
+    from llava_jax.checkpoints.checkpoint import open_checkpoint
     from llava_jax.data.templates import choose_template, explain_template
 
     bring(name := pick.choice(["original", "v1.5", "transformers", "orbax", "bin"]))
@@ -51,7 +51,7 @@ def config(pick: random.Random) -> Attempt:
 
 
 def tensors(pick: random.Random) -> Attempt:
-    from llava_jax.checkpoint import open_any
+    from llava_jax.checkpoints.checkpoint import open_any
 
     bring(name := pick.choice(["v1.5", "bin"]))
     change_one(name, pick, (".safetensors", ".bin"))

@@ -89,7 +89,7 @@ def serve_ours(pipe, args) -> None:
     from infer.engine import Buckets, Engine, Request, _Prepared
     from infer.plan import decoder_flops, encode_flops
     from infer.sampling import Sampling
-    from llava_jax.checkpoint import _load_source, open_any
+    from llava_jax.checkpoints.checkpoint import _load_source, open_any
     from llava_jax.data import images, splice
     from llava_jax.sharding.mesh import inference_mesh
 
@@ -165,7 +165,7 @@ def serve_theirs(pipe, args) -> None:
     import transformers
 
     jax.config.update("jax_platforms", "cpu")  # the GPU is PyTorch's here
-    from llava_jax.checkpoint import open_any
+    from llava_jax.checkpoints.checkpoint import open_any
     from llava_jax.data import images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

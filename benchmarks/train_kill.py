@@ -73,7 +73,7 @@ class Runs:
         return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
     def model(self, name: str) -> dict[str, np.ndarray]:
-        from llava_jax.orbax_files import open_ours
+        from llava_jax.checkpoints.orbax_files import open_ours
 
         tensors = open_ours(self.directory / name / "model").tensors
         return {path: tensor.read() for path, tensor in tensors.items()}

@@ -30,9 +30,9 @@ def write_model(directory: Path) -> None:
     import jax
 
     from llava_jax import config
+    from llava_jax.checkpoints.orbax_files import save
     from llava_jax.data.tokenizer import load_tokenizer
     from llava_jax.models import llava
-    from llava_jax.orbax_files import save
 
     text = config.TextConfig(
         vocab_size=1000, width=128, ffn_width=344, layers=2, heads=2, kv_heads=2, head_width=64, max_positions=2048

@@ -15,12 +15,10 @@ from typing import Annotated, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from llava_jax import limited, names
-from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth
-from llava_jax.config_json import is_original
-from llava_jax.console import InputError, first_line, shorten
-from llava_jax.json_files import read_json
-from llava_jax.sources import (
+from llava_jax import limited
+from llava_jax.checkpoints import names
+from llava_jax.checkpoints.config_json import is_original
+from llava_jax.checkpoints.sources import (
     Found,
     Source,
     Tensor,
@@ -31,6 +29,9 @@ from llava_jax.sources import (
     open_file,
     open_source,
 )
+from llava_jax.config import PINPOINTS, LlavaConfig, projector_depth
+from llava_jax.console import InputError, first_line, shorten
+from llava_jax.json_files import read_json
 
 PEFT = re.compile(r"^base_model\.model\.")
 LORA = re.compile(
@@ -282,7 +283,7 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
                 found.add(name, file, path.name, called=called, replace=True)
             continue
         module = match["module"]
-        known = names.read_name(f"{module}.weight", config)
+        known = tensor_names.read_name(f"{module}.weight", config)
         if known is None or not (known[0] in found.tensors or known[0] in found.unused):
             problems.append(f"{name}: the base has no such module")
             continue

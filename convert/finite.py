@@ -6,8 +6,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from llava_jax.checkpoints.sources import Source, Tensor
 from llava_jax.console import InputError, note
-from llava_jax.sources import Source, Tensor
 
 # Of each float type: the unsigned integer of its width, and the exponent's bits, all set in NaN and infinity alone.
 EXPONENTS = {

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax import names
+from llava_jax.checkpoints import names
+from llava_jax.checkpoints.config_json import is_original, read_config
+from llava_jax.checkpoints.config_keys import Tower
+from llava_jax.checkpoints.directories import find_directory
+from llava_jax.checkpoints.orbax_files import open_ours
+from llava_jax.checkpoints.sources import open_file, tensor_files
 from llava_jax.config import LlavaConfig, tiny
-from llava_jax.config_json import is_original, read_config
-from llava_jax.config_keys import Tower
 from llava_jax.console import InputError, note, printable, shorten
-from llava_jax.directories import find_directory
 from llava_jax.json_files import read_json
-from llava_jax.orbax_files import open_ours
-from llava_jax.sources import open_file, tensor_files
 
 PARTS = ("vision", "projector", "newline", "decoder", "adapter", "other")
 LOOSE = ("adapter_model", "mm_projector", "non_lora_trainables")  # files that stand beside a model's, or alone
@@ -50,7 +50,7 @@ def inspect(where: str | os.PathLike) -> dict[str, Any]:
         for file in files or _files(directory):
             opened = open_file(file)
             for name, (dtype, shape, *_) in opened.tensors.items():
-                known = names.read_name(name, config or tiny())
+                known = tensor_names.read_name(name, config or tiny())
                 rows.append(_row(name, known and known[0], file.name, shape, dtype))
     parts: dict[str, dict[str, int]] = {}
     for row in rows:

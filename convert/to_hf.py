@@ -4,10 +4,10 @@ import os
 
 from convert.finite import finite
 from convert.sizes import SHARD_BYTES
-from llava_jax.checkpoint import open_any
+from llava_jax.checkpoints.checkpoint import open_any
+from llava_jax.checkpoints.directories import find_directory
+from llava_jax.checkpoints.export import write_hf, write_projector
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.directories import find_directory
-from llava_jax.export import write_hf, write_projector
 
 
 def to_hf(

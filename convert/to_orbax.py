@@ -5,10 +5,10 @@ from pathlib import Path
 
 from convert.combine import combine
 from convert.finite import finite
+from llava_jax.checkpoints.directories import find_directory
+from llava_jax.checkpoints.orbax_files import save
 from llava_jax.console import SEED
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.directories import find_directory
-from llava_jax.orbax_files import save
 
 
 def to_orbax(

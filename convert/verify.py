@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llava_jax.checkpoint import open_any
+from llava_jax.checkpoints.checkpoint import open_any
+from llava_jax.checkpoints.sources import read_ahead
 from llava_jax.console import Progress
-from llava_jax.sources import read_ahead
 
 # How far a value may move when it is rounded to a type, relative to itself.
 ROUNDING = {

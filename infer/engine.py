@@ -20,7 +20,7 @@ from infer import compiled
 from infer.buckets import Buckets
 from infer.choosing import row_keys
 from infer.sampling import Sampling
-from llava_jax.checkpoint import default_dtype, open_checkpoint
+from llava_jax.checkpoints.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, integer
 from llava_jax.data.images import image_size, layout, read_tiles

@@ -131,7 +131,7 @@ def add_flags(p: argparse.ArgumentParser, model_is_needed: bool = True) -> None:
 def model_of(name: str) -> LlavaConfig:
     """A model by name, or the one in a checkpoint's directory."""
     if os.path.isdir(name):
-        from llava_jax.checkpoint import open_checkpoint
+        from llava_jax.checkpoints.checkpoint import open_checkpoint
 
         return open_checkpoint(name).config
     return preset(name)

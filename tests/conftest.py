@@ -35,7 +35,7 @@ import numpy as np
 import pytest
 
 from infer.engine import Engine
-from llava_jax import checkpoint
+from llava_jax.checkpoints import checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.data import images, splice

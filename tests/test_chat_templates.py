@@ -15,8 +15,8 @@ from convert.to_orbax import to_orbax
 from infer import generate
 from llava_jax import config as c
 from llava_jax import limited
-from llava_jax.chat_template import read_chat_template, with_chat_template
-from llava_jax.checkpoint import open_any, open_checkpoint
+from llava_jax.checkpoints.chat_template import read_chat_template, with_chat_template
+from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.prompts import encode, encode_prompt
 from llava_jax.data.templates import TEMPLATES, choose_template, explain_template, get_template, jinja, render

@@ -7,8 +7,8 @@ import pytest
 from conftest import GOLDEN
 
 from llava_jax import config as c
-from llava_jax import config_json, config_keys, image_processor, sources
-from llava_jax.config_json import read_config
+from llava_jax.checkpoints import config_json, config_keys, image_processor, sources
+from llava_jax.checkpoints.config_json import read_config
 from llava_jax.console import InputError
 
 ORIGINAL = {

@@ -15,12 +15,12 @@ from convert import __main__ as cli
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from llava_jax import config as c
-from llava_jax import names, safetensors, torch_files
-from llava_jax.checkpoint import open_any, open_checkpoint
+from llava_jax.checkpoints import names, safetensors, torch_files
+from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
+from llava_jax.checkpoints.orbax_files import save
+from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError
 from llava_jax.models.llava import param_shapes
-from llava_jax.orbax_files import save
-from llava_jax.outputs import new_directory
 from llava_jax.sharding.mesh import make_mesh, path_of
 
 
@@ -46,10 +46,10 @@ def test_the_table_reads_what_it_writes(dialect, projector):
     written = {}
     for key, leaf in shapes:
         path = path_of(key)
-        name, (_, to_theirs) = names.write_name(path, dialect, config)
+        name, (_, to_theirs) = tensor_names.write_name(path, dialect, config)
         assert name not in written
         written[name] = path
-        found, (to_ours, _) = names.read_name(name, config)
+        found, (to_ours, _) = tensor_names.read_name(name, config)
         assert found == path
         x = np.arange(np.prod(leaf.shape)).reshape(leaf.shape)
         np.testing.assert_array_equal(to_ours(to_theirs(x)), x)
@@ -285,7 +285,7 @@ def test_broken_safetensors(tmp_path, data, says):
     path = tmp_path / "m.safetensors"
     path.write_bytes(data)
     with pytest.raises(InputError, match=says) as error:
-        safetensors.File(path)
+        safetensors_files.File(path)
     assert "m.safetensors" in str(error.value) and len(str(error.value)) < 300
 
 
@@ -374,7 +374,7 @@ def test_safetensors_are_read_as_the_library_writes_them(tmp_path, dtype):
         "none": np.zeros((0, 3), dtype),
     }
     save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt"})
-    file = safetensors.File(tmp_path / "m.safetensors")
+    file = safetensors_files.File(tmp_path / "m.safetensors")
     assert file.metadata == {"format": "pt"}
     assert file.tensors.keys() == tensors.keys()
     for name, x in tensors.items():
@@ -487,7 +487,7 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
 
 
 def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path, monkeypatch):
-    real, count = safetensors.File.read, [0]
+    real, count = safetensors_files.File.read, [0]
 
     def read(self, name):
         count[0] += 1
@@ -495,13 +495,13 @@ def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path, monkeypatch):
             raise InputError("truncated meanwhile")
         return real(self, name)
 
-    monkeypatch.setattr(safetensors.File, "read", read)
+    monkeypatch.setattr(safetensors_files.File, "read", read)
     with pytest.raises(InputError, match="truncated meanwhile"):
         to_orbax(GOLDEN / "checkpoints/v1.5-llama", tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
-    read_into = safetensors.read_into
-    monkeypatch.setattr(safetensors.File, "read", real)
-    monkeypatch.setattr(safetensors, "read_into", lambda out, path, *rest: read_into(out, f"{path}.gone", *rest))
+    read_into = safetensors_files.read_into
+    monkeypatch.setattr(safetensors_files.File, "read", real)
+    monkeypatch.setattr(safetensors_files, "read_into", lambda out, path, *rest: read_into(out, f"{path}.gone", *rest))
     with pytest.raises(InputError, match=r"\.safetensors\.gone: cannot be read \(No such file"):  # not the destination
         to_orbax(GOLDEN / "checkpoints/v1.5-llama", tmp_path / "o")
     assert list(tmp_path.iterdir()) == []

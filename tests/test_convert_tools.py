@@ -23,14 +23,14 @@ from convert import __main__ as cli
 from convert.finite import is_finite
 from convert.to_orbax import to_orbax
 from convert.verify import compare
-from llava_jax import safetensors
-from llava_jax.checkpoint import open_any
+from llava_jax.checkpoints import safetensors
+from llava_jax.checkpoints.checkpoint import open_any
+from llava_jax.checkpoints.config_json import read_config
+from llava_jax.checkpoints.export import write_hf
 from llava_jax.config import tiny
-from llava_jax.config_json import read_config
 from llava_jax.console import InputError
 from llava_jax.data.templates import TEMPLATES, jinja, render
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.export import write_hf
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"
 
@@ -351,5 +351,5 @@ def test_damaged_safetensors_are_refused_or_read(tmp_path):
 
     whole = tmp_path / "whole.safetensors"
     save_file({"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.arange(9, dtype=np.int8)}, whole)
-    read, refused = read_damaged(safetensors.File, whole)
+    read, refused = read_damaged(safetensors_files.File, whole)
     assert read > 100 and refused > 1000

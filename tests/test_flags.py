@@ -23,9 +23,9 @@ from infer.engine import Engine, Request
 from infer.sampling import Sampling
 from llava_jax import config as c
 from llava_jax import plan
+from llava_jax.checkpoints.directories import find_directory
+from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError, Range, flag_of, ranges
-from llava_jax.directories import find_directory
-from llava_jax.outputs import new_directory
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from llava_jax.tpu import parse_topology
 from train import __main__ as train

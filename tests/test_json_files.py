@@ -20,10 +20,10 @@ from convert.combine import merge_lora
 from infer import evaluate, questions
 from infer.answers import AnswersFile
 from llava_jax import config as c
-from llava_jax import safetensors, sources
-from llava_jax.chat_template import read_chat_template
-from llava_jax.checkpoint import open_checkpoint
-from llava_jax.config_json import read_config
+from llava_jax.checkpoints import safetensors, sources
+from llava_jax.checkpoints.chat_template import read_chat_template
+from llava_jax.checkpoints.checkpoint import open_checkpoint
+from llava_jax.checkpoints.config_json import read_config
 from llava_jax.console import InputError, printable
 from llava_jax.data.conversations import read_conversation
 from llava_jax.data.tokenizer import load_tokenizer
@@ -110,8 +110,8 @@ def lora(t):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     width = json.loads((directory / "config.json").read_text())["hidden_size"]
     made = {"A": np.zeros((2, width), np.float32), "B": np.zeros((width, 2), np.float32)}
-    pending = {name.format(side): safetensors.Pending(x.shape, x.dtype, lambda x=x: x) for side, x in made.items()}
-    safetensors.write(adapter / "adapter_model.safetensors", pending)
+    pending = {name.format(side): safetensors_files.Pending(x.shape, x.dtype, lambda x=x: x) for side, x in made.items()}
+    safetensors_files.write(adapter / "adapter_model.safetensors", pending)
     return t
 
 
@@ -119,7 +119,7 @@ def header(t):
     """A header goes behind its length."""
     data = (t / "header.json").read_bytes()
     (t / "m.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + bytes(12))
-    safetensors.File(t / "m.safetensors")
+    safetensors_files.File(t / "m.safetensors")
 
 
 def progress(t):
@@ -182,7 +182,7 @@ FILES = {
     "tokenizer.json": ("tokenizer.json", None, engine, load_tokenizer),
     "special tokens": ("special_tokens_map.json", None, original, load_tokenizer),
     "added tokens": ("added_tokens.json", ADDED, original, load_tokenizer),
-    "index": (safetensors.INDEX, {"weight_map": {"a": "a.safetensors"}}, indexed, sources.tensor_files),
+    "index": (safetensors_files.INDEX, {"weight_map": {"a": "a.safetensors"}}, indexed, sources.tensor_files),
     "header": (
         "header.json", {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "__metadata__": {}}, None, header,
     ),

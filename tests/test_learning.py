@@ -16,7 +16,7 @@ from conftest import one_device
 
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import tiny
 from llava_jax.console import InputError
 from llava_jax.models import llava

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from convert.to_orbax import to_orbax
 from llava_jax import config as c
 from llava_jax import limited
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch
 from llava_jax.models import llava

@@ -10,8 +10,8 @@ import pytest
 from conftest import CHECKPOINTS, GOLDEN, golden_json, load_golden, make_row, one_device
 
 from convert.to_orbax import to_orbax
-from llava_jax import checkpoint
 from llava_jax import config as c
+from llava_jax.checkpoints import checkpoint
 from llava_jax.data.splice import IGNORE, splice
 from llava_jax.data.templates import choose_template
 from llava_jax.models import decoder, llava

@@ -12,10 +12,10 @@ from etils import epath
 
 from convert import __main__ as convert
 from infer.answers import AnswersFile, key_of
-from llava_jax import outputs
+from llava_jax.checkpoints import outputs
+from llava_jax.checkpoints.outputs import new_directory, write_file
 from llava_jax.console import InputError
 from llava_jax.locks import LockedFile
-from llava_jax.outputs import new_directory, write_file
 from train import shapes
 from train.config import TrainConfig
 from train.metrics import MetricsFiles
@@ -231,7 +231,7 @@ def test_of_two_that_write_the_same_the_later_is_refused(models, overwrite, caps
 
 KILLED = """
 import os, sys
-from llava_jax import outputs
+from llava_jax.checkpoints import outputs
 path, moment = sys.argv[1:]
 if moment == "moving":
     outputs.Path.rename, rename = lambda a, b: (rename(a, b), os._exit(9)), outputs.Path.rename
@@ -269,7 +269,7 @@ def test_what_a_killed_command_moved_away_is_not_another_ones(models):
 
 
 def test_a_lock_that_goes_while_it_is_looked_for_is_not_made_anew(models, monkeypatch):
-    monkeypatch.setattr("llava_jax.outputs.Path.iterdir", lambda path: iter([path / ".out.0123abcd.lock"]))
+    monkeypatch.setattr("llava_jax.checkpoints.outputs.Path.iterdir", lambda path: iter([path / ".out.0123abcd.lock"]))
     with new_directory(models / "out"):
         pass
     assert sorted(os.listdir(models)) == ["m", "out"]

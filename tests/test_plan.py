@@ -24,9 +24,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from infer import plan as infer_plan
-from llava_jax import checkpoint, hlo, plan, tpu
 from llava_jax import config as c
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax import hlo, plan, tpu
+from llava_jax.checkpoints import checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from train import __main__ as train_main

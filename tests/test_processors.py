@@ -10,9 +10,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_jax.config_json import read_config
+from llava_jax.checkpoints.config_json import read_config
+from llava_jax.checkpoints.image_processor import read_preprocessor
 from llava_jax.data.images import layout, tiles
-from llava_jax.image_processor import read_preprocessor
 from llava_jax.models.vision import normalise
 
 SIDE = 28

@@ -17,15 +17,15 @@ from etils import epath
 
 from convert.to_orbax import to_orbax
 from infer.questions import read_questions
-from llava_jax import safetensors, torch_files
-from llava_jax.chat_template import read_chat_template
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints import safetensors, torch_files
+from llava_jax.checkpoints.chat_template import read_chat_template
+from llava_jax.checkpoints.checkpoint import open_checkpoint
+from llava_jax.checkpoints.orbax_files import open_ours
+from llava_jax.checkpoints.sources import tensor_files
 from llava_jax.console import InputError
 from llava_jax.data.conversations import read_rows
 from llava_jax.data.images import image_size, open_image
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.orbax_files import open_ours
-from llava_jax.sources import tensor_files
 from train.checkpoints import Checkpoints
 from train.mixture import checksum, read_parts
 
@@ -40,7 +40,7 @@ def questions(path):
 READERS = {  # the name of a file, and what reads it
     "a.png": open_image,
     "b.png": image_size,
-    "a.safetensors": safetensors.File,
+    "a.safetensors": safetensors_files.File,
     "a.bin": torch_files.File,
     "a.jsonl": questions,
     "a.json": read_rows,
@@ -97,15 +97,15 @@ def test_links_are_followed(tmp_path):
 @pytest.mark.parametrize("outside", ["../{}", "{}/../{}", "sub/{}", "/etc/{}", "", ".", "..", "a\0b/c"])
 def test_an_index_names_files_of_its_own_directory(tmp_path, outside):
     names = {"a": "a.safetensors", "b": outside.replace("{}", "a.safetensors")}
-    safetensors.write(tmp_path / "a.safetensors", {"a": safetensors.Pending((2,), np.dtype("f4"), lambda: np.ones(2))})
-    (tmp_path / safetensors.INDEX).write_text(json.dumps({"weight_map": names}))
+    safetensors_files.write(tmp_path / "a.safetensors", {"a": safetensors_files.Pending((2,), np.dtype("f4"), lambda: np.ones(2))})
+    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(InputError, match="which is no file of its directory"):
         tensor_files(tmp_path)
 
 
 def test_an_index_of_thousands_of_missing_files_is_a_short_line(tmp_path):
     names = {str(i): "x" * 300 + f"{i}.safetensors" for i in range(2000)}
-    (tmp_path / safetensors.INDEX).write_text(json.dumps({"weight_map": names}))
+    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(InputError, match="files that are not there: .* and 1999 more") as error:
         tensor_files(tmp_path)
     assert len(str(error.value)) < 400

@@ -15,7 +15,7 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.conversations import read_rows
 from llava_jax.data.splice import IGNORE, IMAGE, TEXT

@@ -18,10 +18,10 @@ import yaml
 from conftest import GOLDEN, files_of_at_most, golden_tensors, write_checkpoint
 from train_processes import start, wait_for_updates
 
-from llava_jax.checkpoint import open_any, open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
+from llava_jax.checkpoints.orbax_files import open_ours
 from llava_jax.config import preset, tiny
 from llava_jax.console import InputError
-from llava_jax.orbax_files import open_ours
 from llava_jax.sharding.mesh import make_mesh
 from train import __main__ as command
 from train import checkpoints as checkpoints_module

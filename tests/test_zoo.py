@@ -15,14 +15,14 @@ from PIL import Image
 
 from convert.to_hf import to_hf
 from infer.engine import Engine, Request
-from llava_jax import names
-from llava_jax.checkpoint import open_checkpoint
-from llava_jax.config_json import read_config
+from llava_jax.checkpoints import names
+from llava_jax.checkpoints.checkpoint import open_checkpoint
+from llava_jax.checkpoints.config_json import read_config
+from llava_jax.checkpoints.safetensors import Pending, write
 from llava_jax.console import InputError
 from llava_jax.data.splice import IMAGE
 from llava_jax.data.templates import choose_template, get_template, render
 from llava_jax.models.llava import param_shapes
-from llava_jax.safetensors import Pending, write
 from llava_jax.sharding.mesh import path_of
 
 # llava-hf/llava-1.5-7b-hf's chat template: no system message, `USER:` and `ASSISTANT:`.
@@ -57,8 +57,8 @@ def write_model(directory: Path, name: str) -> Path:
     random = np.random.default_rng(0)
     pending = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(param_shapes(ours))[0]:
-        theirs, (_, to_theirs) = names.write_name(path_of(path), "original", ours)
-        shape = names.shape_after(to_theirs, leaf.shape)
+        theirs, (_, to_theirs) = tensor_names.write_name(path_of(path), "original", ours)
+        shape = tensor_names.shape_after(to_theirs, leaf.shape)
         pending[theirs] = Pending(
             shape, np.dtype(np.float16), lambda shape=shape: random.standard_normal(shape).astype(np.float16)
         )

@@ -17,10 +17,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from msgspec import Meta
 
+from llava_jax.checkpoints.orbax_files import hush_late_futures
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import check_tree
 from llava_jax.json_files import check_json, parse_json
-from llava_jax.orbax_files import hush_late_futures
 from train.processes import share
 
 _policies = ocp.checkpoint_managers

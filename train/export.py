@@ -12,11 +12,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from llava_jax.checkpoint import Checkpoint
+from llava_jax.checkpoints.checkpoint import Checkpoint
+from llava_jax.checkpoints.export import write_hf
+from llava_jax.checkpoints.orbax_files import save
+from llava_jax.checkpoints.sources import Tensor
 from llava_jax.config import LlavaConfig
-from llava_jax.export import write_hf
-from llava_jax.orbax_files import save
-from llava_jax.sources import Tensor
 from train import lora
 from train.config import TrainConfig
 from train.output import Output

@@ -20,12 +20,12 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax.checkpoints.directories import find_directory
+from llava_jax.checkpoints.outputs import DIRECTORIES, check_replaceable, make_directories, write_file
 from llava_jax.console import InputError, first_line, note, shorten
-from llava_jax.directories import find_directory
 from llava_jax.files import open_regular, remote_path
 from llava_jax.json_files import read_json
 from llava_jax.locks import InUse, LockedFile
-from llava_jax.outputs import DIRECTORIES, check_replaceable, make_directories, write_file
 from train import mixture
 from train.config import TrainConfig
 

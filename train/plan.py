@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from llava_jax import plan, tpu
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, note, ranges, run_main
 from llava_jax.data.images import most_tiles

@@ -70,7 +70,7 @@ def main() -> int:
     given = {name: getattr(args, name) for name in ("template", "max_length", "aspect_ratio", "image_first", "seed")}
     config = config.replace(**{name: value for name, value in given.items() if value is not None})
 
-    from llava_jax.checkpoint import open_checkpoint  # takes its time, which --help need not wait for
+    from llava_jax.checkpoints.checkpoint import open_checkpoint  # takes its time, which --help need not wait for
 
     found = open_checkpoint(args.checkpoint, vision_tower=args.vision_tower)
     check_preset(config, found.config)

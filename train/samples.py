@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from llava_jax.checkpoints.outputs import write_file
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.data.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
@@ -26,7 +27,6 @@ from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import label
 from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_appended
-from llava_jax.outputs import write_file
 from train import mixture
 from train.config import TrainConfig
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from llava_jax.checkpoints.outputs import write_file
 from llava_jax.console import InputError, Parser, first_line, note, run_main, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import check_json, parse_json, read_json
-from llava_jax.outputs import write_file
 
 # Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
 QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")

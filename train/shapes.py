@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import SEED, InputError, Parser, Progress, integer, note, run_main, shorten
-from llava_jax.outputs import new_directory
 from train import questions
 from train.questions import Rng, Turn
 from train.scenes import Scene, draw, make_scene

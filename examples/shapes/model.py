@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import sentencepiece
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax import orbax_files
+from llava_jax.checkpoints import orbax_files
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.data.prompts import MARK
 from llava_jax.models.llava import Params, init_params

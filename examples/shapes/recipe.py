@@ -40,7 +40,7 @@ from PIL import Image
 from convert.to_hf import to_hf
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions, table
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import Params

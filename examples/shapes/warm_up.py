@@ -20,7 +20,7 @@ from model import as_seen
 from optax import contrib
 from PIL import Image
 
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.console import Progress
 from llava_jax.data import images

@@ -25,8 +25,8 @@ from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from infer.engine import Engine
 from llava_jax import config as c
-from llava_jax import names, torch_files
-from llava_jax.checkpoint import open_any, open_checkpoint
+from llava_jax.checkpoints import names, torch_files
+from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.templates import choose_template
 
@@ -236,7 +236,7 @@ def test_parts_make_a_whole(tmp_path, language_model):
     assert got.config.merge == "spatial_unpad" and "newline" in got.tensors
     state = model.state_dict()
     for name, x in state.items():
-        path, (to_ours, _) = names.read_name(name, got.config)
+        path, (to_ours, _) = tensor_names.read_name(name, got.config)
         np.testing.assert_array_equal(got.tensors[path].read(), to_ours(x.numpy()))
 
     trained = {f"model.mm_projector.{i}.{k}": torch.randn(s) for i, w in ((0, 32), (2, 64))
@@ -249,7 +249,7 @@ def test_parts_make_a_whole(tmp_path, language_model):
     for where in ("trained", "same"):
         tensors = open_any(tmp_path / where).tensors
         for name, x in trained.items():
-            path, (to_ours, _) = names.read_name(name, got.config)
+            path, (to_ours, _) = tensor_names.read_name(name, got.config)
             np.testing.assert_array_equal(tensors[path].read(), to_ours(x.numpy()))
     to_hf(tmp_path / "trained", tmp_path / "projector", part="projector")
     assert_same_bits(trained, load_file(tmp_path / "projector" / "mm_projector.safetensors"))
@@ -290,7 +290,7 @@ def test_lora_merges_as_peft_merges(tmp_path, language_model, settings, safe):
     want = {**tuned.merge_and_unload().state_dict()}
     want |= {name.removeprefix("base_model.model."): x for name, x in projector.items()}
     for name, x in want.items():
-        path, (to_ours, _) = names.read_name(name, got.config)
+        path, (to_ours, _) = tensor_names.read_name(name, got.config)
         np.testing.assert_allclose(got.tensors[path].read(), to_ours(x.detach().numpy()), atol=1e-6, err_msg=name)
 
 
@@ -356,7 +356,7 @@ def test_deltas_are_added_in_float32(tmp_path, language_model, extra):
     to_orbax(delta, tmp_path / "whole", base=lm, delta=delta, vision_tower=clip)
     got = open_any(tmp_path / "whole")
     for name, x in want.items():
-        path, (to_ours, _) = names.read_name(name, got.config)
+        path, (to_ours, _) = tensor_names.read_name(name, got.config)
         np.testing.assert_array_equal(got.tensors[path].read(), to_ours(x.numpy()), err_msg=name)
 
 

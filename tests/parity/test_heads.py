@@ -11,7 +11,7 @@ from conftest import one_device
 from parity.test_transformers import make_model
 from safetensors.torch import load_file, save_file
 
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"

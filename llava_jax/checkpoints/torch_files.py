@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llava_jax.checkpoints.safetensors import read_into
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.files import open_regular
-from llava_jax.safetensors import read_into
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64), "FloatStorage": np.dtype(np.float32), "HalfStorage": np.dtype(np.float16),

@@ -4,9 +4,9 @@ import os
 import re
 from pathlib import Path
 
+from llava_jax.checkpoints.sources import has_tensors
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.files import remote_path
-from llava_jax.sources import has_tensors
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "merges.txt"]

@@ -16,10 +16,10 @@ key is read, known to make no difference, supported with some values only, or na
 import dataclasses
 from typing import Any
 
+from llava_jax.checkpoints.config_keys import Original, Transformers, check_keys
+from llava_jax.checkpoints.image_processor import processor_class, read_pinpoints, read_pixels
 from llava_jax.config import PINPOINTS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
-from llava_jax.config_keys import Original, Transformers, check_keys
 from llava_jax.console import InputError, shorten
-from llava_jax.image_processor import processor_class, read_pinpoints, read_pixels
 from llava_jax.json_files import check_json
 
 # Hugging Face: model type -> class.

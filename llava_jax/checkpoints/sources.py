@@ -20,13 +20,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from llava_jax import names, safetensors, torch_files
-from llava_jax.chat_template import with_chat_template
+from llava_jax.checkpoints import names, safetensors, torch_files
+from llava_jax.checkpoints.chat_template import with_chat_template
+from llava_jax.checkpoints.config_json import is_original, read_config
+from llava_jax.checkpoints.config_keys import Generation, Tower
+from llava_jax.checkpoints.image_processor import read_preprocessor
 from llava_jax.config import LlavaConfig
-from llava_jax.config_json import is_original, read_config
-from llava_jax.config_keys import Generation, Tower
 from llava_jax.console import InputError, note, shorten
-from llava_jax.image_processor import read_preprocessor
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import param_shapes
 from llava_jax.sharding.mesh import path_of
@@ -39,7 +39,7 @@ QUANTIZED = re.compile(
     r"|weight\.(absmax|quant_map|nested_|quant_state|_data|_scale).*)$"
 )
 FLOATS = {np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
-INDEXES = (safetensors.INDEX, "pytorch_model.bin.index.json")
+INDEXES = (safetensors_files.INDEX, "pytorch_model.bin.index.json")
 AHEAD = 2  # threads that read tensors while one is being written
 AHEAD_BYTES = 256 * 2**20  # so much may wait
 
@@ -137,7 +137,7 @@ def find_tower(directory: Path, fields: dict, given: Path | None) -> Path | None
 # ---------------------------------------------------------------- files
 
 
-AnyFile = safetensors.File | torch_files.File
+AnyFile = safetensors_files.File | torch_files.File
 
 
 def open_file(path: Path) -> AnyFile:
@@ -159,7 +159,7 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """
     safe = sorted(f for f in directory.glob("*.safetensors") if f.stem not in ("adapter_model", "mm_projector"))
     for index in (directory / name for name in INDEXES):
-        if not index.exists() or (safe and index.name != safetensors.INDEX):  # an index of files that were replaced
+        if not index.exists() or (safe and index.name != safetensors_files.INDEX):  # an index of files that were replaced
             continue
         file_of = read_json(index, Index)["weight_map"]
         wanted = sorted(set(file_of.values()))
@@ -240,7 +240,7 @@ class Found:
     def _check_layers(self, directory: Path, names_there: Sequence[str]) -> None:
         found = {"decoder": 0, "vision": 0}  # the highest number of a layer, counted from 1
         for name in names_there:
-            path = (names.read_name(name, self.config) or [""])[0].split("/")
+            path = (tensor_names.read_name(name, self.config) or [""])[0].split("/")
             if path[0] in found and path[1] == "layers":
                 found[path[0]] = max(found[path[0]], int(path[2]) + 1)
         text, vision = self.config.text, self.config.vision
@@ -259,21 +259,21 @@ class Found:
         """Take the vision tower of a CLIP directory, unless there is one already."""
         self.files.add(os.fspath(directory))  # its configuration is read anyway
         if not self.has_tower() and (asked or has_tensors(directory)):
-            self.add_directory(directory, ignore=names.CLIP_TEXT)
+            self.add_directory(directory, ignore=tensor_names.CLIP_TEXT)
 
     def add(self, name: str, file: AnyFile, file_name: str, *, called: str = "", replace: bool = False) -> None:
         """Take one tensor of a file, known by its name there or by what it is `called` otherwise."""
         dtype, shape, *_ = file.tensors[name]
         self.files.add(file.path)
-        if names.COMPUTED.search(name):
+        if tensor_names.COMPUTED.search(name):
             return
-        known = names.read_name(called or name, self.config)
+        known = tensor_names.read_name(called or name, self.config)
         if known is None:
             self.unknown.append(f"{name} ({file_name})")
             return
         path, (to_ours, _) = known
         try:
-            shape = names.shape_after(to_ours, shape)
+            shape = tensor_names.shape_after(to_ours, shape)
         except ValueError:  # too few or too many dimensions for its layout: reported with the misshapen ones
             to_ours = lambda x: x  # noqa: E731
         tensor = Tensor(name, file_name, shape, dtype, lambda: contiguous(to_ours(file.read(name))))
@@ -320,7 +320,7 @@ class Found:
         problems = [
             (what, which)
             for what, which in [
-                ("missing tensors", [names.write_name(p, self.dialect, self.config)[0] for p in missing]),
+                ("missing tensors", [tensor_names.write_name(p, self.dialect, self.config)[0] for p in missing]),
                 ("tensors that the index names and their file lacks", self.absent),
                 ("unknown tensors", self.unknown),
                 ("tensors twice", self.doubled),
@@ -351,9 +351,9 @@ class Found:
 
     def _theirs(self, path: str, shape: tuple[int, ...]) -> list[int]:
         """A shape as their file has it."""
-        _, (_, to_theirs) = names.write_name(path, self.dialect, self.config)
+        _, (_, to_theirs) = tensor_names.write_name(path, self.dialect, self.config)
         try:
-            return list(names.shape_after(to_theirs, shape))
+            return list(tensor_names.shape_after(to_theirs, shape))
         except ValueError:
             return list(shape)
 

@@ -25,16 +25,16 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from llava_jax.checkpoints.config_json import read_config
+from llava_jax.checkpoints.outputs import new_directory
+from llava_jax.checkpoints.sources import Source, Tensor, listed, read_ahead
 from llava_jax.config import LlavaConfig
-from llava_jax.config_json import read_config
 from llava_jax.console import InputError, Progress, first_line, shorten
 from llava_jax.data.templates import choose_template
 from llava_jax.files import check_tree
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import Params, param_shapes
-from llava_jax.outputs import new_directory
 from llava_jax.sharding.mesh import param_shardings, path_of
-from llava_jax.sources import Source, Tensor, listed, read_ahead
 
 CHUNK_BYTES = 64 * 2**20  # of a stored array, so that a host that wants a slice reads little more than that
 GROUP_BYTES = 2**30  # restored at a time

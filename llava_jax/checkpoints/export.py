@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llava_jax import names, safetensors
+from llava_jax.checkpoints import names, safetensors
+from llava_jax.checkpoints.config_json import KNOWN_TOWERS
+from llava_jax.checkpoints.outputs import new_directory
+from llava_jax.checkpoints.safetensors import Pending
+from llava_jax.checkpoints.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
-from llava_jax.config_json import KNOWN_TOWERS
 from llava_jax.console import InputError, Progress
 from llava_jax.data.prompts import end_ids
 from llava_jax.data.templates import MARK, choose_template, get_template, is_program, jinja
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.outputs import new_directory
-from llava_jax.safetensors import Pending
-from llava_jax.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
 
 PAD = "<pad>"
 ROUND_VOCAB = 64  # published conversions pad the vocabulary to a multiple of this
@@ -97,7 +97,7 @@ def write_projector(
     if not tensors:
         raise InputError(f"{source.directory}: has no projector")
     with new_directory(destination, overwrite=overwrite, sources=sources) as staged:
-        safetensors.write(staged / "mm_projector.safetensors", tensors)
+        safetensors_files.write(staged / "mm_projector.safetensors", tensors)
         (staged / "config.json").write_text(json.dumps(_original_config(source.config), indent=2) + "\n")
 
 
@@ -111,8 +111,8 @@ def _named_tensors(source: Source, form: str, extra: "_Vocabulary | None") -> di
     tensors |= {path: tensor for path, tensor in source.unused.items() if not path.startswith("vision/")}
     named = {}
     for path, tensor in tensors.items():
-        name, (_, to_theirs) = names.write_name(path, form, config)
-        shape = names.shape_after(to_theirs, tensor.shape)
+        name, (_, to_theirs) = tensor_names.write_name(path, form, config)
+        shape = tensor_names.shape_after(to_theirs, tensor.shape)
         read = lambda tensor=tensor, to_theirs=to_theirs: contiguous(to_theirs(tensor.read()))  # noqa: E731
         if extra and path in ("decoder/embed/embedding", "decoder/head/kernel"):
             shape, read = (extra.rows, *shape[1:]), lambda read=read: extra.grow(read())
@@ -140,7 +140,7 @@ def _write_tensors(directory: epath.Path, tensors: dict[str, Pending], shard_byt
             return array
 
         ordered = {name: t._replace(read=lambda t=t: next_array(t)) for name, t in tensors.items()}
-        safetensors.write_shards(directory, ordered, shard_bytes)
+        safetensors_files.write_shards(directory, ordered, shard_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,16 +12,16 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from llava_jax.checkpoints.config_json import read_config
+from llava_jax.checkpoints.directories import find_directory
+from llava_jax.checkpoints.orbax_files import load_params, open_ours
+from llava_jax.checkpoints.sources import Source, open_source, read_ahead
 from llava_jax.config import LlavaConfig
-from llava_jax.config_json import read_config
 from llava_jax.console import InputError, Progress
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from llava_jax.directories import find_directory
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import Params, param_shapes
-from llava_jax.orbax_files import load_params, open_ours
 from llava_jax.sharding.mesh import param_shardings, path_of
-from llava_jax.sources import Source, open_source, read_ahead
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
+from llava_jax.checkpoints.config_keys import Grid, Preprocessor, check_keys
 from llava_jax.config import CLIP_MEAN, CLIP_STD
-from llava_jax.config_keys import Grid, Preprocessor, check_keys
 from llava_jax.console import InputError, shorten
 from llava_jax.json_files import check_json, parse_json, read_json
 

@@ -1,0 +1,1 @@
+"""Checkpoints: formats of others and our own, read and written."""
