@@ -40,7 +40,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
     import numpy as np
 
     from llava_jax import config as c
-    from llava_jax.checkpoints import names, safetensors
+    from llava_jax.checkpoints import safetensors_files, tensor_names
     from llava_jax.models.llava import param_shapes
     from llava_jax.sharding.mesh import path_of
 

@@ -28,7 +28,7 @@ import devices  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from llava_jax import plan, tpu
+from llava_jax import plan, tpu  # noqa: E402
 from llava_jax.config import LlavaConfig  # noqa: E402
 from llava_jax.console import note  # noqa: E402
 from llava_jax.data.splice import TEXT, Batch  # noqa: E402

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta
 
 from llava_jax import limited
-from llava_jax.checkpoints import names
+from llava_jax.checkpoints import tensor_names
 from llava_jax.checkpoints.config_json import is_original
 from llava_jax.checkpoints.sources import (
     Found,

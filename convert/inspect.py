@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.checkpoints import names
+from llava_jax.checkpoints import tensor_names
 from llava_jax.checkpoints.config_json import is_original, read_config
 from llava_jax.checkpoints.config_keys import Tower
 from llava_jax.checkpoints.directories import find_directory

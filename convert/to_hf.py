@@ -6,7 +6,7 @@ from convert.finite import finite
 from convert.sizes import SHARD_BYTES
 from llava_jax.checkpoints.checkpoint import open_any
 from llava_jax.checkpoints.directories import find_directory
-from llava_jax.checkpoints.export import write_hf, write_projector
+from llava_jax.checkpoints.hf_files import write_hf, write_projector
 from llava_jax.data.tokenizer import load_tokenizer
 
 

@@ -15,7 +15,7 @@ from convert import __main__ as cli
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from llava_jax import config as c
-from llava_jax.checkpoints import names, safetensors, torch_files
+from llava_jax.checkpoints import safetensors_files, tensor_names, torch_files
 from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.checkpoints.orbax_files import save
 from llava_jax.checkpoints.outputs import new_directory

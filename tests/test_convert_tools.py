@@ -23,10 +23,10 @@ from convert import __main__ as cli
 from convert.finite import is_finite
 from convert.to_orbax import to_orbax
 from convert.verify import compare
-from llava_jax.checkpoints import safetensors
+from llava_jax.checkpoints import safetensors_files
 from llava_jax.checkpoints.checkpoint import open_any
 from llava_jax.checkpoints.config_json import read_config
-from llava_jax.checkpoints.export import write_hf
+from llava_jax.checkpoints.hf_files import write_hf
 from llava_jax.config import tiny
 from llava_jax.console import InputError
 from llava_jax.data.templates import TEMPLATES, jinja, render

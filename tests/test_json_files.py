@@ -20,7 +20,7 @@ from convert.combine import merge_lora
 from infer import evaluate, questions
 from infer.answers import AnswersFile
 from llava_jax import config as c
-from llava_jax.checkpoints import safetensors, sources
+from llava_jax.checkpoints import safetensors_files, sources
 from llava_jax.checkpoints.chat_template import read_chat_template
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.checkpoints.config_json import read_config
@@ -109,8 +109,10 @@ def lora(t):
     adapter.mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     width = json.loads((directory / "config.json").read_text())["hidden_size"]
-    made = {"A": np.zeros((2, width), np.float32), "B": np.zeros((width, 2), np.float32)}
-    pending = {name.format(side): safetensors_files.Pending(x.shape, x.dtype, lambda x=x: x) for side, x in made.items()}
+    factors = {"A": np.zeros((2, width), np.float32), "B": np.zeros((width, 2), np.float32)}
+    pending = {
+        name.format(side): safetensors_files.Pending(x.shape, x.dtype, lambda x=x: x) for side, x in factors.items()
+    }
     safetensors_files.write(adapter / "adapter_model.safetensors", pending)
     return t
 

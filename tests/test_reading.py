@@ -17,7 +17,7 @@ from etils import epath
 
 from convert.to_orbax import to_orbax
 from infer.questions import read_questions
-from llava_jax.checkpoints import safetensors, torch_files
+from llava_jax.checkpoints import safetensors_files, torch_files
 from llava_jax.checkpoints.chat_template import read_chat_template
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.checkpoints.orbax_files import open_ours
@@ -97,7 +97,9 @@ def test_links_are_followed(tmp_path):
 @pytest.mark.parametrize("outside", ["../{}", "{}/../{}", "sub/{}", "/etc/{}", "", ".", "..", "a\0b/c"])
 def test_an_index_names_files_of_its_own_directory(tmp_path, outside):
     names = {"a": "a.safetensors", "b": outside.replace("{}", "a.safetensors")}
-    safetensors_files.write(tmp_path / "a.safetensors", {"a": safetensors_files.Pending((2,), np.dtype("f4"), lambda: np.ones(2))})
+    safetensors_files.write(
+        tmp_path / "a.safetensors", {"a": safetensors_files.Pending((2,), np.dtype("f4"), lambda: np.ones(2))}
+    )
     (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(InputError, match="which is no file of its directory"):
         tensor_files(tmp_path)

@@ -157,7 +157,7 @@ def test_with_fsdp_the_embedding_table_is_gathered_and_nothing_that_grows_with_t
 def test_along_one_side_of_a_slice_after_the_other_the_same_is_gathered_and_scattered(sides, monkeypatch):
     mesh, numbers = make_mesh({"fsdp": 8}), np.arange(8).reshape(sides)
     lines = tuple(tuple(map(tuple, np.moveaxis(numbers, k, -1).reshape(-1, n).tolist())) for k, n in enumerate(sides))
-    monkeypatch.setattr(sharding, "fsdp_lines", lambda mesh: lines)
+    monkeypatch.setattr("llava_jax.sharding.mesh.fsdp_lines", lambda mesh: lines)
     x = np.arange(24 * 3, dtype=np.float32).reshape(24, 3)
 
     def loss(pieces, rows):

@@ -15,10 +15,10 @@ from PIL import Image
 
 from convert.to_hf import to_hf
 from infer.engine import Engine, Request
-from llava_jax.checkpoints import names
+from llava_jax.checkpoints import tensor_names
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.checkpoints.config_json import read_config
-from llava_jax.checkpoints.safetensors import Pending, write
+from llava_jax.checkpoints.safetensors_files import Pending, write
 from llava_jax.console import InputError
 from llava_jax.data.splice import IMAGE
 from llava_jax.data.templates import choose_template, get_template, render

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from llava_jax.checkpoints.checkpoint import Checkpoint
-from llava_jax.checkpoints.export import write_hf
+from llava_jax.checkpoints.hf_files import write_hf
 from llava_jax.checkpoints.orbax_files import save
 from llava_jax.checkpoints.sources import Tensor
 from llava_jax.config import LlavaConfig

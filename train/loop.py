@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from llava_jax.checkpoints.export import check_expressible
+from llava_jax.checkpoints.hf_files import check_expressible
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, elapsed, note, plural, shorten
 from llava_jax.data.splice import Batch

@@ -22,8 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from llava_jax.checkpoints.names import write_name
 from llava_jax.checkpoints.outputs import new_directory
+from llava_jax.checkpoints.tensor_names import write_name
 from llava_jax.config import LlavaConfig
 from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import row_index

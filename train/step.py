@@ -82,7 +82,7 @@ def setup(
     """All that a run needs to update a model.
 
     Args:
-      params: as `llava_jax.checkpoints.checkpoint` loads them, best in the types of `load_dtype`. They are taken apart: the
+      params: as `checkpoints.checkpoint` loads them, best in the types of `load_dtype`. They are taken apart: the
         dictionary is empty afterwards, so that no weight is there twice for longer than it takes to stack it.
         Or their shapes (`llava.param_shapes`): then `frozen` and `state` are shapes too, to compile ahead of time.
       total_steps: updates of the whole run, for the schedule.

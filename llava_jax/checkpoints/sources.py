@@ -20,7 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from llava_jax.checkpoints import names, safetensors, torch_files
+from llava_jax.checkpoints import safetensors_files, tensor_names, torch_files
 from llava_jax.checkpoints.chat_template import with_chat_template
 from llava_jax.checkpoints.config_json import is_original, read_config
 from llava_jax.checkpoints.config_keys import Generation, Tower
@@ -142,7 +142,7 @@ AnyFile = safetensors_files.File | torch_files.File
 
 def open_file(path: Path) -> AnyFile:
     """A file of tensors: `.safetensors`, or anything else as `torch.save` writes it."""
-    return (safetensors if path.suffix == ".safetensors" else torch_files).File(path)
+    return (safetensors_files if path.suffix == ".safetensors" else torch_files).File(path)
 
 
 class Index(TypedDict):
@@ -159,7 +159,9 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """
     safe = sorted(f for f in directory.glob("*.safetensors") if f.stem not in ("adapter_model", "mm_projector"))
     for index in (directory / name for name in INDEXES):
-        if not index.exists() or (safe and index.name != safetensors_files.INDEX):  # an index of files that were replaced
+        if not index.exists() or (
+            safe and index.name != safetensors_files.INDEX
+        ):  # an index of files that were replaced
             continue
         file_of = read_json(index, Index)["weight_map"]
         wanted = sorted(set(file_of.values()))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llava_jax.checkpoints.safetensors import read_into
+from llava_jax.checkpoints.safetensors_files import read_into
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.files import open_regular
 

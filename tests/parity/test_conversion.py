@@ -25,7 +25,7 @@ from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from infer.engine import Engine
 from llava_jax import config as c
-from llava_jax.checkpoints import names, torch_files
+from llava_jax.checkpoints import tensor_names, torch_files
 from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.templates import choose_template

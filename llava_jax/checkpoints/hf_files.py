@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llava_jax.checkpoints import names, safetensors
+from llava_jax.checkpoints import safetensors_files, tensor_names
 from llava_jax.checkpoints.config_json import KNOWN_TOWERS
 from llava_jax.checkpoints.outputs import new_directory
-from llava_jax.checkpoints.safetensors import Pending
+from llava_jax.checkpoints.safetensors_files import Pending
 from llava_jax.checkpoints.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.console import InputError, Progress
