@@ -28,7 +28,7 @@ import devices  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from llava_jax import plan, tpu  # noqa: E402
+from llava_jax.aot import tpu, tpu_plan  # noqa: E402
 from llava_jax.config import LlavaConfig  # noqa: E402
 from llava_jax.console import note  # noqa: E402
 from llava_jax.data.splice import TEXT, Batch  # noqa: E402
@@ -62,7 +62,7 @@ def layers_that_fit(model: LlavaConfig, config: TrainConfig, mesh, rows: int, le
         shallow = with_layers(model, layers)
         frozen, state, step, _ = setup(llava.param_shapes(shallow), shallow, config, mesh, STEPS)
         lowered = step.lower(frozen, state, batch_shapes(model, mesh, rows, length, tiles))
-        return max(tpu.memory(lowered.compile()).peak, STACKING * plan.per_chip((frozen, state.trained)))
+        return max(tpu.memory(lowered.compile()).peak, STACKING * tpu_plan.per_chip((frozen, state.trained)))
 
     two, four = needed(2), needed(4)
     layers = min(model.text.layers, 2 + int((room - two) / (four - two) * 2))

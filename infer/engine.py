@@ -20,6 +20,7 @@ from infer import compiled
 from infer.buckets import Buckets
 from infer.choosing import row_keys
 from infer.sampling import Sampling
+from llava_jax.aot.programs import compilations, limit_programs
 from llava_jax.checkpoints.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, integer
@@ -30,7 +31,6 @@ from llava_jax.data.templates import choose_template, get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import fetch
 from llava_jax.models import llava
-from llava_jax.programs import compilations, limit_programs
 from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
 
 STEPS = 64  # tokens between looks at the answers for a stop string

@@ -23,12 +23,12 @@ from infer import compiled
 from infer.choosing import row_keys
 from infer.flags import add_cache_flag
 from infer.sampling import Sampling
-from llava_jax import plan, tpu
+from llava_jax.aot import tpu, tpu_plan
+from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, run_main
 from llava_jax.data.images import most_tiles
 from llava_jax.models import llava
-from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding.mesh import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
 
 NAMES = {"encode": "pictures", "prefill": "prefill", "decode": "a decoding step"}
@@ -36,7 +36,7 @@ NAMES = {"encode": "pictures", "prefill": "prefill", "decode": "a decoding step"
 
 def parser() -> Parser:
     p = Parser(prog="python -m infer.plan", description="What generation needs of each chip of a TPU slice.")
-    plan.add_flags(p)
+    tpu_plan.add_flags(p)
     p.add_argument(
         "--batch", type=integer(1, 2**20), default=1, metavar="N", help="questions answered at once (default 1)"
     )
@@ -81,11 +81,11 @@ def plan_generation(
 
     keys, knobs = jax.eval_shape(lambda: (row_keys(0, np.arange(rows)), Sampling().knobs()))
     numbers, flags = of_rows(np.int32), of_rows(bool)
-    hbm, held = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm, plan.per_chip(params)
+    hbm, held = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm, tpu_plan.per_chip(params)
     made = {}
 
     def add(name: str, lower: Callable, batch: Any, used: int, flops: float, least: float):
-        one = plan.too_large(batch, used, hbm) or plan.compile_for_tpu(lower(), unknown_trips=1)
+        one = tpu_plan.too_large(batch, used, hbm) or tpu_plan.compile_for_tpu(lower(), unknown_trips=1)
         one = dataclasses.replace(one, peak=one.peak + held - used)  # weights that this function does not take
         needs = Plan(
             fits=one.memory is not None and one.peak <= hbm,
@@ -102,7 +102,7 @@ def plan_generation(
         made[name] = needs, one
         return one.out
 
-    decoder, seen = plan.per_chip(params["decoder"]), held - plan.per_chip(params["decoder"])
+    decoder, seen = tpu_plan.per_chip(params["decoder"]), held - tpu_plan.per_chip(params["decoder"])
     cut_rows = rows // row_multiple(mesh)
     if tiles:
         images = of_rows(np.uint8, tiles, side, side, 3)
@@ -159,7 +159,9 @@ def least(params: dict, model: LlavaConfig, mesh: Mesh, rows: int, positions: in
     tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
     through = (model.text.layers - 1) * positions + rows  # the last layer: for each row's last position alone
     results = 2 * through * model.text.width * 2
-    weights = sum(plan.per_chip(x) * (fsdp - 1) for x in jax.tree.leaves(params["decoder"]) if FSDP in x.sharding.spec)
+    weights = sum(
+        tpu_plan.per_chip(x) * (fsdp - 1) for x in jax.tree.leaves(params["decoder"]) if FSDP in x.sharding.spec
+    )
     return 2 * results * (tensor - 1) / tensor + weights
 
 
@@ -167,14 +169,14 @@ def main() -> int:
     args = parser().parse_args(sys.argv[1:])
     if args.context <= args.new_tokens:
         raise InputError(f"--context {args.context}: must be above --new-tokens {args.new_tokens}")
-    model = plan.model_of(args.model)
-    mesh = plan.mesh_of(args.mesh, lambda devices: inference_mesh(model, devices), args.topology)
+    model = tpu_plan.model_of(args.model)
+    mesh = tpu_plan.mesh_of(args.mesh, lambda devices: inference_mesh(model, devices), args.topology)
     tiles = most_tiles(model) if args.tiles_per_row is None else args.tiles_per_row
     title = (
-        f"{args.model}, {args.topology}, mesh {plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
+        f"{args.model}, {args.topology}, mesh {tpu_plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
         f"of them {args.new_tokens} new{', in int8' if args.int8_cache else ''}, and {tiles} tiles"
     )
-    plan.note_compiling(title)
+    tpu_plan.note_compiling(title)
     asked = args.batch, args.context, args.new_tokens, tiles, args.int8_cache
     made = plan_generation(model, mesh, args.topology, *asked)
     last = list(made.values())[-1][0]
@@ -191,10 +193,10 @@ def main() -> int:
     else:
         print(title)
         for name, (needs, one) in made.items():
-            plan.show(needs, one, args.topology, NAMES[name])
+            tpu_plan.show(needs, one, args.topology, NAMES[name])
     smaller = "a smaller --batch or --context" + ("" if args.int8_cache else ", --int8-cache")
     advice = f"what would: {smaller}, or more chips along tensor"
-    plan.check_fits(next((needs for needs, _ in made.values() if not needs.fits), last), args.topology, advice)
+    tpu_plan.check_fits(next((needs for needs, _ in made.values() if not needs.fits), last), args.topology, advice)
     return 0
 
 

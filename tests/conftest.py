@@ -35,13 +35,13 @@ import numpy as np
 import pytest
 
 from infer.engine import Engine
+from llava_jax.aot.programs import map_limit, memory_maps
 from llava_jax.checkpoints import checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.data import images, splice
 from llava_jax.data.prompts import encode_conversation
 from llava_jax.data.templates import get_template
-from llava_jax.programs import map_limit, memory_maps
 from llava_jax.sharding.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -22,12 +22,12 @@ from infer import plan as infer_plan
 from infer.engine import Engine, Request
 from infer.sampling import Sampling
 from llava_jax import config as c
-from llava_jax import plan
+from llava_jax.aot import tpu_plan
+from llava_jax.aot.tpu import parse_topology
 from llava_jax.checkpoints.directories import find_directory
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError, Range, flag_of, ranges
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
-from llava_jax.tpu import parse_topology
 from train import __main__ as train
 from train import data as train_data
 from train import plan as train_plan
@@ -144,7 +144,7 @@ LONG_VALUES = {
     "parse_topology of a kind": lambda value: parse_topology("v5e-" + value),
     "parse_profile_steps": parse_profile_steps,
     "preset": c.preset,
-    "model_of": plan.model_of,
+    "model_of": tpu_plan.model_of,
     "tune": lambda value: TrainConfig(tune=value),
     "lora_targets": lambda value: TrainConfig(lora_targets=(value,)),
     "a wrong type": lambda value: TrainConfig(epochs=value),
@@ -383,7 +383,7 @@ def test_more_rows_than_a_run_can_order(weight):
 
 
 def test_a_batch_too_large_for_a_chip_is_not_compiled(monkeypatch):
-    monkeypatch.setattr(plan, "compile_for_tpu", lambda *_, **__: pytest.fail("it is compiled"))
+    monkeypatch.setattr(tpu_plan, "compile_for_tpu", lambda *_, **__: pytest.fail("it is compiled"))
     mesh, model = make_mesh({"fsdp": -1}), c.tiny()
     needs, _ = train_plan.plan_step(model, TrainConfig(), mesh, "v5e:2x4", 2**16, 2**17, 512)
     assert not needs.fits and needs.peak_bytes_per_chip > 2**16 * 2**17 * 20
@@ -393,4 +393,4 @@ def test_a_batch_too_large_for_a_chip_is_not_compiled(monkeypatch):
 
 def test_more_chips_than_there_are():
     with pytest.raises(InputError, match="^--slices 1024: 1024 x v5e:16x16 are 262144 chips, more than 10000$"):
-        plan.mesh_of(None, lambda devices: pytest.fail("made"), "v5e:16x16", 1024)
+        tpu_plan.mesh_of(None, lambda devices: pytest.fail("made"), "v5e:16x16", 1024)

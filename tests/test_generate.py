@@ -15,13 +15,13 @@ from infer.choosing import choose, row_keys
 from infer.compiled import decode_on
 from infer.engine import Answer, Buckets, Engine, Request
 from infer.sampling import Sampling
-from llava_jax import programs
+from llava_jax.aot import programs
+from llava_jax.aot.programs import compilations, memory_maps
 from llava_jax.console import InputError
 from llava_jax.data import images, urls
 from llava_jax.data.splice import IMAGE, TEXT, Row, splice
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.models import decoder, llava
-from llava_jax.programs import compilations, memory_maps
 
 NEW = 24
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from infer import plan as infer_plan
 from llava_jax import config as c
-from llava_jax import hlo, plan, tpu
+from llava_jax.aot import hlo, tpu, tpu_plan
 from llava_jax.checkpoints import checkpoint
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
@@ -46,13 +46,13 @@ VISION = c.VisionConfig(image_size=112, width=256, ffn_width=1024, layers=3, hea
 MODEL = c.preset("v1.5-7b").replace(text=TEXT, vision=VISION)
 
 
-def plan_step(model: c.LlavaConfig, preset: str, topology: str, rows: int, length: int, tiles: int) -> plan.Plan:
+def plan_step(model: c.LlavaConfig, preset: str, topology: str, rows: int, length: int, tiles: int) -> tpu_plan.Plan:
     """Of a step over a slice, all of it along fsdp."""
-    mesh = plan.mesh_of(None, functools.partial(make_mesh, {"fsdp": -1}), topology)
+    mesh = tpu_plan.mesh_of(None, functools.partial(make_mesh, {"fsdp": -1}), topology)
     return train_plan.plan_step(model, PRESETS[preset], mesh, topology, rows, length, tiles)[0]
 
 
-def plan_7b(preset: str, topology: str) -> plan.Plan:
+def plan_7b(preset: str, topology: str) -> tpu_plan.Plan:
     """Of one full row a chip."""
     config, model = PRESETS[preset], c.preset("v1.5-7b")
     model = model.replace(aspect_ratio=config.aspect_ratio or model.aspect_ratio)
@@ -64,11 +64,11 @@ def shallow(model: c.LlavaConfig, layers: int) -> c.LlavaConfig:
     return model.replace(text=dataclasses.replace(model.text, layers=layers))
 
 
-def sent(needs: plan.Plan) -> float:
+def sent(needs: tpu_plan.Plan) -> float:
     return sum(needs.collective_bytes_per_chip.values())
 
 
-def check_step(needs: plan.Plan):
+def check_step(needs: tpu_plan.Plan):
     assert needs.fits
     assert needs.executed_flops_per_chip <= 1.36 * needs.model_flops_per_chip
     assert sent(needs) <= 1.10 * needs.least_collective_bytes_per_chip
@@ -105,11 +105,11 @@ def test_nothing_moves_that_grows_with_the_sequence():
 def test_decoding_holds_one_cache(name, layers, topology, chips, tiles):
     """All models have the same tower: it is compiled for one."""
     model, rows, context = shallow(c.preset(name), layers), 8, 4096
-    text, mesh = model.text, plan.mesh_of(f"tensor={chips}", None, topology)
+    text, mesh = model.text, tpu_plan.mesh_of(f"tensor={chips}", None, topology)
     made = infer_plan.plan_generation(model, mesh, topology, rows, context, new_tokens=512, tiles=tiles)
     assert list(made) == (["encode"] if tiles else []) + ["prefill", "decode"]
     assert all(needs.fits for needs, _ in made.values())
-    cache = plan.per_chip(made["prefill"][1].out.cache)
+    cache = tpu_plan.per_chip(made["prefill"][1].out.cache)
     assert cache == 2 * layers * rows * context * text.kv_heads // chips * text.head_width * 2  # heads are not repeated
     decode, one = made["decode"]
     assert one.memory.reused >= cache
@@ -126,17 +126,17 @@ def test_decoding_holds_one_cache(name, layers, topology, chips, tiles):
 @needs_libtpu
 def test_a_search_stops_where_a_chip_is_full(monkeypatch):
     """More rows until they do not fit, then as many with a policy that saves less; the best first."""
-    compiled, compile_for_tpu = {}, plan.compile_for_tpu
+    compiled, compile_for_tpu = {}, tpu_plan.compile_for_tpu
 
     def compile_once(lowered):
         text = lowered.as_text()
         return compiled.get(text) or compiled.setdefault(text, compile_for_tpu(lowered))
 
-    monkeypatch.setattr(plan, "compile_for_tpu", compile_once)
+    monkeypatch.setattr(tpu_plan, "compile_for_tpu", compile_once)
     model, config = c.tiny(), PRESETS["v1.5-finetune"]
-    devices = list(plan.mesh_of("fsdp=4", None, "v5e:2x2").devices.flat)
+    devices = list(tpu_plan.mesh_of("fsdp=4", None, "v5e:2x2").devices.flat)
     tried = train_plan.meshes(model, devices, 1)
-    assert [plan.describe(mesh) for mesh in tried] == ["fsdp=4", "fsdp=2,tensor=2", "data=2,fsdp=2"]
+    assert [tpu_plan.describe(mesh) for mesh in tried] == ["fsdp=4", "fsdp=2,tensor=2", "data=2,fsdp=2"]
 
     def search():
         found = train_plan.search(model, config, tried[:1], ("none", "full"), "v5e:2x2", 1, 1, length=256, tiles=1)
@@ -173,8 +173,8 @@ def tpu_plan():
 @pytest.fixture(scope="module")
 def plans(tpu_plan):
     found = json.loads(tpu_plan.PLANS.read_text())
-    fields = [field.name for field in dataclasses.fields(plan.Plan)]
-    return {command: plan.Plan(**{name: needs[name] for name in fields}) for command, needs in found.items()}
+    fields = [field.name for field in dataclasses.fields(tpu_plan.Plan)]
+    return {command: tpu_plan.Plan(**{name: needs[name] for name in fields}) for command, needs in found.items()}
 
 
 def test_the_page_shows_all_of_them(tpu_plan, plans):
@@ -248,11 +248,11 @@ def test_wrong_flags(run_cli, command, flags, says):
 
 
 def test_a_search_prints_the_best(run_cli, monkeypatch):
-    fits = plan.Plan(True, 8 * 10**9, 16 * 10**9, 10**9, 2 * 10**9, 1.3e12, 1e12, {}, 1e9, 3.0)
+    fits = tpu_plan.Plan(True, 8 * 10**9, 16 * 10**9, 10**9, 2 * 10**9, 1.3e12, 1e12, {}, 1e9, 3.0)
     best = train_plan.Choice("fsdp=8", "full", 2, fits, "compute", 0.6)
     too_large = train_plan.Choice("fsdp=8", "none", 1, dataclasses.replace(fits, fits=False))
     monkeypatch.setattr(train_plan, "search", lambda *_: [best, too_large])
-    monkeypatch.setattr(plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
+    monkeypatch.setattr(tpu_plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
     flags = ["--model", "llava-v1.5-7b", "--topology", "v5e:2x4", "--search"]
     status, out, _ = run_cli(train_plan.main, *flags)
     assert (status, out.count("\n")) == (0, 1)
@@ -268,11 +268,11 @@ def test_a_search_prints_the_best(run_cli, monkeypatch):
 @compiles
 @needs_libtpu
 def test_the_program_that_is_read_is_the_one_that_was_compiled():
-    mesh = plan.mesh_of("fsdp=8", None, "v6e:2x4")
+    mesh = tpu_plan.mesh_of("fsdp=8", None, "v6e:2x4")
     cut = NamedSharding(mesh, P("fsdp"))
     shapes = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=cut) for shape in ((64, 1024), (1024, 512))]
     lowered = jax.jit(jnp.matmul).lower(*shapes)
-    work = plan.compile_for_tpu(lowered).work
+    work = tpu_plan.compile_for_tpu(lowered).work
     assert work == hlo.Program(lowered.compile().as_text()).work
     assert work.flops == 2 * 64 * 1024 * 512 / 8 and sum(work.collectives.values()) > 0
 
@@ -287,9 +287,9 @@ def test_no_cache_keeps_it(tmp_path):
         for name, value in zip(names, (str(tmp_path), 0), strict=True):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        mesh = plan.mesh_of("fsdp=4", None, "v5e:2x2")
+        mesh = tpu_plan.mesh_of("fsdp=4", None, "v5e:2x2")
         shape = jax.ShapeDtypeStruct((64,), "float32", sharding=NamedSharding(mesh, P("fsdp")))
-        assert plan.compile_for_tpu(jax.jit(jnp.sin).lower(shape)).peak > 0
+        assert tpu_plan.compile_for_tpu(jax.jit(jnp.sin).lower(shape)).peak > 0
         assert not list(tmp_path.iterdir())
         jax.jit(lambda x: jnp.cos(x) + 41)(1.0)
         assert list(tmp_path.iterdir())  # others are kept as before
@@ -302,7 +302,7 @@ def test_no_cache_keeps_it(tmp_path):
 def test_of_a_program_that_is_not_written_down_the_memory_is_known(monkeypatch, capsys):
     lowered = types.SimpleNamespace(compile=lambda _: types.SimpleNamespace(output_shardings=()), out_info=())
     monkeypatch.setattr(tpu, "memory", lambda compiled: types.SimpleNamespace(peak=12_300_000_000))
-    made = plan.compile_for_tpu(lowered)
+    made = tpu_plan.compile_for_tpu(lowered)
     assert (made.peak, made.memory.peak, made.work) == (12_300_000_000, 12_300_000_000, None)
     assert "work and traffic are not known\n" in capsys.readouterr().err
 
@@ -337,21 +337,21 @@ def run_plan(run_cli, monkeypatch):
         asked = []
 
         def plan_step(model, config, mesh, topology, rows, length, tiles):
-            asked.append((plan.describe(mesh), topology, config.accumulate, rows, length, tiles))
+            asked.append((tpu_plan.describe(mesh), topology, config.accumulate, rows, length, tiles))
             chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
             kept = {"full": 1, "dots": 4}[config.remat]
             mine = held // (mesh.shape["fsdp"] * mesh.shape["tensor"])
             peak = mine + rows // config.accumulate * row * kept // mesh.shape["tensor"]
-            needs = plan.Plan(peak <= chip.hbm, peak, chip.hbm, mine, 0, 1e12, 1e12, {}, 0.0, 3.0)
+            needs = tpu_plan.Plan(peak <= chip.hbm, peak, chip.hbm, mine, 0, 1e12, 1e12, {}, 0.0, 3.0)
             memory = tpu.Memory(peak, 0, 0, 0, 0)
-            return needs, plan.Compiled(3.0, peak, memory, hlo.Work(chip.peak / 4, 0, {}, {}))
+            return needs, tpu_plan.Compiled(3.0, peak, memory, hlo.Work(chip.peak / 4, 0, {}, {}))
 
         def mesh_of(text, default, topology, slices=1):
             chips = math.prod(tpu.parse_topology(topology)[1])
             return fake_mesh(parse_mesh(text) if text else {"data": slices, "fsdp": chips})
 
         monkeypatch.setattr(train_plan, "plan_step", plan_step)
-        monkeypatch.setattr(plan, "mesh_of", mesh_of)
+        monkeypatch.setattr(tpu_plan, "mesh_of", mesh_of)
         monkeypatch.setattr(plan_run, "make_mesh", fake_mesh)
         named = [] if "--model" in flags or "--checkpoint" in flags else ["--model", "llava-v1.5-13b"]
         status, out, err = run_cli(train_plan.main, *named, *flags)
@@ -480,15 +480,15 @@ def test_a_plan_refuses_what_training_refuses(run_plan, run_cli, open_once, tmp_
 def test_without_a_preset_a_plan_takes_what_suits_the_model(run_cli, open_once, monkeypatch):
     """As training without one, it contradicts no checkpoint: that decides the template and the images."""
     planned = []
-    result = lambda model, config, *_: planned.append((model, config)) or (needs, plan.Compiled(3.0, 1))  # noqa: E731
-    needs = plan.Plan(True, 1, 2, 1, 0, 1e12, 1e12, {}, 0.0, 3.0)
+    result = lambda model, config, *_: planned.append((model, config)) or (needs, tpu_plan.Compiled(3.0, 1))  # noqa: E731
+    needs = tpu_plan.Plan(True, 1, 2, 1, 0, 1e12, 1e12, {}, 0.0, 3.0)
     monkeypatch.setattr(train_plan, "plan_step", result)
-    monkeypatch.setattr(plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
+    monkeypatch.setattr(tpu_plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
     models = [*c.PRESETS, *sorted((GOLDEN / "checkpoints").glob("v1*"))]
     for name in models:
         for flag in ("--model",) if name in c.PRESETS else ("--model", "--checkpoint"):
             status, out, err = run_cli(train_plan.main, flag, name, *ROWS)
-            own = plan.model_of(str(name))
+            own = tpu_plan.model_of(str(name))
             preset = "v1.6-finetune" if own.aspect_ratio == "anyres" else "v1.5-finetune"
             assert (status, f"no --preset: {preset}" in err) == (0, True), err
             assert f"{name}, {preset}, v5e:2x2, " in out
@@ -526,7 +526,7 @@ def test_a_plan_ignores_no_flag(run_cli, flags, says):
 def test_a_plan_in_json(run_plan):
     _, out, _, _ = run_plan("--topology", "v5e:4x4", "--json", "--examples", 1000, row=3 * GB)
     found = json.loads(out)
-    fields = {field.name for field in dataclasses.fields(plan.Plan)}
+    fields = {field.name for field in dataclasses.fields(tpu_plan.Plan)}
     assert fields < found.keys() and not found["fits"]
     assert (found["slice"], found["batch"]["rows"], found["batch"]["examples"]) == ("v5litepod-16", 48, 1000)
     assert found["fits_with"]["fits"] and found["fits_with"]["flags"] == "--accumulate 3"
@@ -538,9 +538,11 @@ def test_a_plan_takes_the_flags_of_training():
 
 
 def test_what_does_not_fit_says_what_would(run_cli, monkeypatch):
-    needed = plan.Plan(False, 40 * 10**9, 16 * 10**9, 10**9, 2 * 10**9, None, 1e12, None, 1e9, 3.0)
-    monkeypatch.setattr(train_plan, "plan_step", lambda *_: (needed, plan.Compiled(3.0, needed.peak_bytes_per_chip)))
-    monkeypatch.setattr(plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
+    needed = tpu_plan.Plan(False, 40 * 10**9, 16 * 10**9, 10**9, 2 * 10**9, None, 1e12, None, 1e9, 3.0)
+    monkeypatch.setattr(
+        train_plan, "plan_step", lambda *_: (needed, tpu_plan.Compiled(3.0, needed.peak_bytes_per_chip))
+    )
+    monkeypatch.setattr(tpu_plan, "mesh_of", lambda *_: make_mesh({"fsdp": 8}))
     flags = ["--model", "llava-v1.5-7b", "--topology", "v5e:2x4", "--rows-per-chip", "4", "--remat", "dots"]
     status, out, err = run_cli(train_plan.main, *flags, "--json")
     assert status == 1

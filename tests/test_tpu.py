@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llava_jax import hlo, tpu
+from llava_jax.aot import hlo, tpu
 from llava_jax.console import InputError
 from llava_jax.sharding.mesh import fsdp_lines, make_mesh
 
@@ -198,7 +198,7 @@ class TestOnTpu:
             make_mesh({"fsdp": 8}, devices)
 
     def test_a_program_that_is_too_large_says_what_it_needs(self):
-        from llava_jax.plan import compile_for_tpu
+        from llava_jax.aot.tpu_plan import compile_for_tpu
 
         mesh = make_mesh({"fsdp": 4}, tpu.slice_devices("v5e:2x2"))
         x = jax.ShapeDtypeStruct((4, 2**33), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))

@@ -15,11 +15,11 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
+from llava_jax.aot.tpu_plan import model_of
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.conversations import read_rows
 from llava_jax.data.splice import IGNORE, IMAGE, TEXT
-from llava_jax.plan import model_of
 from train import data as train_data
 from train import packing, preview, scienceqa
 from train.__main__ import read_config

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from llava_jax.aot.programs import limit_programs
 from llava_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.checkpoints.hf_files import check_expressible
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, elapsed, note, plural, shorten
 from llava_jax.data.splice import Batch
-from llava_jax.programs import limit_programs
 from llava_jax.sharding.mesh import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
 from train.checkpoints import Checkpoints, RunProgress, SaveClock
 from train.config import TrainConfig, check_preset

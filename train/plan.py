@@ -23,7 +23,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from llava_jax import plan, tpu
+from llava_jax.aot import tpu, tpu_plan
+from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, note, ranges, run_main
@@ -32,7 +33,6 @@ from llava_jax.data.splice import Batch
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.models import llava
 from llava_jax.models.layers import REMAT
-from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
 from train.__main__ import add_fields, config_of
 from train.config import PRESETS, TrainConfig, check_preset
@@ -48,7 +48,7 @@ STEPS = 1000  # of the run whose schedule is compiled in; any number gives the s
 
 def parser() -> Parser:
     p = Parser(prog="python -m train.plan", description="What training needs of each chip of a TPU slice.")
-    plan.add_flags(p, model_is_needed=False)
+    tpu_plan.add_flags(p, model_is_needed=False)
     p.add_argument(
         "--preset", metavar="NAME",
         help=f"the stage: {', '.join(PRESETS)}; default: full fine-tuning of the model's version, with the "
@@ -95,8 +95,10 @@ def plan_step(
     rows *= row_multiple(mesh)
     batch = batch_shapes(model, mesh, rows, length, tiles)
     hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
-    parameters, optimizer = plan.per_chip((frozen, state.trained)), plan.per_chip(state.opt_state)
-    made = plan.too_large(batch, parameters + optimizer, hbm) or plan.compile_for_tpu(step.lower(frozen, state, batch))
+    parameters, optimizer = tpu_plan.per_chip((frozen, state.trained)), tpu_plan.per_chip(state.opt_state)
+    made = tpu_plan.too_large(batch, parameters + optimizer, hbm) or tpu_plan.compile_for_tpu(
+        step.lower(frozen, state, batch)
+    )
     return Plan(
         fits=made.memory is not None and made.peak <= hbm,
         peak_bytes_per_chip=made.peak,
@@ -211,14 +213,14 @@ def search(
     chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
     for mesh in tried:
         frozen, state, *_ = setup(llava.param_shapes(model), model, config, mesh, STEPS)
-        if plan.per_chip((frozen, state.trained, state.opt_state)) > chip.hbm:
-            note(f"mesh {plan.describe(mesh)}: parameters and optimizer alone are too large for a chip")
+        if tpu_plan.per_chip((frozen, state.trained, state.opt_state)) > chip.hbm:
+            note(f"mesh {tpu_plan.describe(mesh)}: parameters and optimizer alone are too large for a chip")
             continue
         more = rows
         for remat in policies:
             while more <= MOST_ROWS:
                 needs, made = plan_step(model, config.replace(remat=remat), mesh, topology, more, length, tiles)
-                choice = Choice(plan.describe(mesh), remat, more, needs)
+                choice = Choice(tpu_plan.describe(mesh), remat, more, needs)
                 if needs.fits and made.work:
                     bounds = tpu.roofline(made.work, topology)
                     bounds["between slices"] = between_slices(made, config, slices)
@@ -264,7 +266,7 @@ def main() -> int:
     check_flags(args)
     config = config_of(args)
     default = functools.partial(make_mesh, {DATA: args.slices, FSDP: -1})
-    mesh = plan.mesh_of(args.mesh, default, args.topology, args.slices)
+    mesh = tpu_plan.mesh_of(args.mesh, default, args.topology, args.slices)
     model, tokenizer = open_model(args.model, config)
     if not args.preset:
         args.preset = "v1.6-finetune" if model.aspect_ratio == "anyres" else "v1.5-finetune"
@@ -315,7 +317,7 @@ def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Toke
     elif config.data:
         raise InputError("--data needs --checkpoint, whose tokenizer tells how long its conversations are")
     if name:
-        model = plan.model_of(name)
+        model = tpu_plan.model_of(name)
         check_preset(config, model)
     return model, tokenizer
 
@@ -334,16 +336,16 @@ def plan_rows(args: argparse.Namespace, config: TrainConfig, model: LlavaConfig,
         found = search(model, config, tried, policies, args.topology, args.slices, rows, length, tiles)
         return show_search(found, args)
     title = (
-        f"{what}, {args.preset}, {slices}{args.topology}, mesh {plan.describe(mesh)}, remat {config.remat}; "
+        f"{what}, {args.preset}, {slices}{args.topology}, mesh {tpu_plan.describe(mesh)}, remat {config.remat}; "
         f"{args.rows_per_chip} x {row_multiple(mesh)} rows of {length:,} positions and {tiles} tiles"
     )
-    plan.note_compiling(title)
+    tpu_plan.note_compiling(title)
     needs, made = plan_step(model, config, mesh, args.topology, args.rows_per_chip, length, tiles)
     if args.json:
         print(json.dumps(dataclasses.asdict(needs)))
     else:
-        plan.show(needs, made, args.topology, title, more_bounds(made, config, args.slices))
-    plan.check_fits(needs, args.topology, advice(config, args, needs, mesh))
+        tpu_plan.show(needs, made, args.topology, title, more_bounds(made, config, args.slices))
+    tpu_plan.check_fits(needs, args.topology, advice(config, args, needs, mesh))
     return 0
 
 

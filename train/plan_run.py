@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llava_jax import plan, tpu
+from llava_jax.aot import tpu, tpu_plan
+from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.config import LlavaConfig
 from llava_jax.console import note, plural
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.plan import Compiled, Plan
 from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, row_multiple
 from train.config import TrainConfig
 from train.data import Data, check_batch, open_data
@@ -102,7 +102,7 @@ def plan_run(
         found = None if asked.needs.fits else what_fits(asked, plan_with, default, model, args.mesh, args.slices)
     show_run(args, asked, found)
     if not asked.needs.fits:
-        plan.check_fits(asked.needs, args.topology, advice(asked, found, args.slices))
+        tpu_plan.check_fits(asked.needs, args.topology, advice(asked, found, args.slices))
     return 0
 
 
@@ -120,8 +120,8 @@ def plan_choice(
     batch = plan_batch(data, config, mesh)
     rows = batch.rows // row_multiple(mesh)
     slices = f"{args.slices} x " if args.slices > 1 else ""
-    plan.note_compiling(
-        f"{args.model or config.checkpoint}, {args.preset}, {slices}{topology}, mesh {plan.describe(mesh)}, "
+    tpu_plan.note_compiling(
+        f"{args.model or config.checkpoint}, {args.preset}, {slices}{topology}, mesh {tpu_plan.describe(mesh)}, "
         f"remat {config.remat}, {rows} x {row_multiple(mesh)} rows of {batch.length:,} positions and "
         f"{plural(batch.tiles, 'tile')}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
     )
@@ -214,7 +214,7 @@ def what_fits(
         return found
     for sizes in other_meshes(model, mesh, slices):
         other = make_mesh(sizes, list(mesh.devices.flat))
-        flags = " ".join(filter(None, (asked.flags, f"--mesh {plan.describe(other)}")))
+        flags = " ".join(filter(None, (asked.flags, f"--mesh {tpu_plan.describe(other)}")))
         if config.global_batch_size % row_multiple(other) == 0:
             tried = dataclasses.replace(asked, flags=flags, mesh=other, made=None)
             if found := more_parts(tried, plan_with):
@@ -275,7 +275,7 @@ def larger_slice(asked: Choice, plan_with: PlanWith, default: Callable, slices: 
         _, sides = tpu.parse_topology(topology)
         if held / (math.prod(sides) * slices) + rest / 2 > needs.hbm_bytes_per_chip:
             continue
-        mesh = plan.mesh_of(None, default, topology, slices)
+        mesh = tpu_plan.mesh_of(None, default, topology, slices)
         if asked.config.global_batch_size % row_multiple(mesh) or tried == MOST_SLICES:
             return None
         found = plan_with(asked.flags, asked.config, mesh, topology)
@@ -297,7 +297,7 @@ def show_run(args: argparse.Namespace, asked: Choice, found: Choice | None) -> N
     config = asked.config
     what = args.model or config.checkpoint
     title = f"{what}, {args.preset}, {name_of(asked, args.slices)}, remat {config.remat}"
-    plan.show(asked.needs, asked.made, args.topology, title, more_bounds(asked.made, config, args.slices))
+    tpu_plan.show(asked.needs, asked.made, args.topology, title, more_bounds(asked.made, config, args.slices))
     for name, text in lines(asked, args.slices):
         print(f"  {name:36}{text}")
 
@@ -306,7 +306,7 @@ def name_of(choice: Choice, slices: int) -> str:
     """The slice, and its mesh."""
     name = tpu.slice_name(choice.topology)
     named = f" ({name})" if name else ""
-    return f"{f'{slices} x ' if slices > 1 else ''}{choice.topology}{named}, mesh {plan.describe(choice.mesh)}"
+    return f"{f'{slices} x ' if slices > 1 else ''}{choice.topology}{named}, mesh {tpu_plan.describe(choice.mesh)}"
 
 
 def lines(choice: Choice, slices: int) -> Iterator[tuple[str, str]]:
@@ -355,7 +355,7 @@ def describe(choice: Choice, slices: int) -> dict[str, Any]:
         "flags": choice.flags,
         "topology": choice.topology,
         "slice": tpu.slice_name(choice.topology),
-        "mesh": plan.describe(choice.mesh),
+        "mesh": tpu_plan.describe(choice.mesh),
         "accumulate": choice.config.accumulate,
         "batch": dataclasses.asdict(choice.batch),
         "least_hours": least_hours(choice, slices),

@@ -1,7 +1,7 @@
 """TPU slices on a machine without a TPU, and what a program compiled for one needs of a chip.
 
 `slice_devices` gives devices to compile for: libtpu is a wheel, and its compiler needs no TPU. Memory is exact, XLA's
-own assignment of buffers; what the program does is read by `llava_jax.hlo`. Nothing here is a measured second.
+own assignment of buffers; what the program does is read by `llava_jax.aot.hlo`. Nothing here is a measured second.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import os
 import re
 from typing import Any
 
+from llava_jax.aot.hlo import Work
 from llava_jax.console import InputError, first_line, shorten
-from llava_jax.hlo import Work
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from llava_jax import hlo, tpu
+from llava_jax.aot import hlo, tpu
 from llava_jax.config import LlavaConfig, preset
 from llava_jax.console import InputError, note
 from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, parse_mesh
