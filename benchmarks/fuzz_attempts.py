@@ -177,7 +177,7 @@ def questions(pick: random.Random) -> Attempt:
 
 
 def scienceqa(pick: random.Random) -> Attempt:
-    from train.scienceqa import convert
+    from train.datasets.scienceqa import convert
 
     bring("problems.json", "pid_splits.json")
     change(Path(pick.choice(["problems.json", "pid_splits.json"])), pick)
@@ -207,8 +207,8 @@ STARTS = (
     ("infer.generate", "--checkpoint v1.5 --questions questions.jsonl --answers answers.jsonl --max-new-tokens 2"),
     ("infer.evaluate", "--checkpoint v1.5 --data data.json --max-new-tokens 2"),
     ("train.preview", "--checkpoint v1.5 --data data.json --template v1"),
-    ("train.scienceqa", "--base-dir . --split train"),
-    ("train.shapes", "--output new --examples 4 --tests 2"),
+    ("train.datasets.scienceqa", "--base-dir . --split train"),
+    ("train.datasets.shapes", "--output new --examples 4 --tests 2"),
     ("convert", "to-orbax v1.5 new"),
     ("convert", "to-orbax adapter new --base v1.5"),
     ("convert", "to-hf original new"),

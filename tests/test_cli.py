@@ -144,7 +144,9 @@ def test_bad_input_is_one_line_and_status_1(answers, tmp_path, name):
     assert not re.search("x{101}|A{101}", lines[0])
 
 
-@pytest.mark.parametrize("module", ["infer.generate", "infer.evaluate", "convert", "train.preview", "train.shapes"])
+@pytest.mark.parametrize(
+    "module", ["infer.generate", "infer.evaluate", "convert", "train.preview", "train.datasets.shapes"]
+)
 @pytest.mark.parametrize("flags", [["--image"], ["to-orbax"], ["--nope", "1"]])
 def test_wrong_flags_are_one_line(module, flags, run_cli):
     main = importlib.import_module(f"{module}.__main__" if module == "convert" else module).main

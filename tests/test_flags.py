@@ -31,8 +31,9 @@ from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from train import __main__ as train
 from train import data as train_data
 from train import plan as train_plan
-from train import preview, scienceqa, shapes
+from train import preview
 from train.config import TrainConfig
+from train.datasets import scienceqa, shapes
 from train.drawn import drawn_data
 from train.loop import parse_profile_steps
 from train.mixture import read_parts

@@ -28,8 +28,9 @@ from llava_jax.console import InputError, printable
 from llava_jax.data.conversations import read_conversation
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.json_files import parse_json, read_json
-from train import output, scienceqa
+from train import output
 from train.checkpoints import Checkpoints, RunProgress
+from train.datasets import scienceqa
 from train.metrics import MetricsFiles
 from train.samples import BadSample, BadSamples
 

@@ -24,8 +24,8 @@ from llava_jax.models.vision import normalise, project, vision_features
 from train import loop
 from train.config import TrainConfig
 from train.data import open_data
-from train.questions import middle_of, place_of
-from train.scenes import COLOURS, draw, make_scene
+from train.datasets.scenes import COLOURS, draw, make_scene
+from train.datasets.shape_questions import middle_of, place_of
 
 SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
 

@@ -16,8 +16,8 @@ from llava_jax.checkpoints import outputs
 from llava_jax.checkpoints.outputs import new_directory, write_file
 from llava_jax.console import InputError
 from llava_jax.locks import LockedFile
-from train import shapes
 from train.config import TrainConfig
+from train.datasets import shapes
 from train.metrics import MetricsFiles
 from train.output import Output, fingerprint
 from train.samples import BadSamples

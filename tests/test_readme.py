@@ -39,9 +39,9 @@ def test_every_flag_in_the_documents_exists():
     from infer.generate import parser as generate
     from infer.plan import parser as infer_plan
     from train.__main__ import parser as train
+    from train.datasets.shapes import parser as shapes
     from train.plan import parser as train_plan
     from train.preview import parser as preview
-    from train.shapes import parser as shapes
 
     commands = [
         generate(),

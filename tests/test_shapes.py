@@ -11,8 +11,9 @@ from PIL import Image
 from llava_jax.config import tiny
 from llava_jax.data.conversations import read_conversation
 from llava_jax.data.images import layout
-from train import questions, shapes
-from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
+from train.datasets import shape_questions as questions
+from train.datasets import shapes
+from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,11 @@ from llava_jax.console import InputError
 from llava_jax.data.conversations import read_rows
 from llava_jax.data.splice import IGNORE, IMAGE, TEXT
 from train import data as train_data
-from train import packing, preview, scienceqa
+from train import packing, preview
 from train.__main__ import read_config
 from train.config import TrainConfig
 from train.data import Data, open_data
+from train.datasets import scienceqa
 from train.drawn import DrawnSamples
 from train.mixture import Part, checksum, read_parts
 from train.output import Output

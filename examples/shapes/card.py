@@ -11,10 +11,10 @@ bfloat16.
 
 ## Data
 
-`python -m train.shapes --output DIR --examples {examples} --test-examples {tests} --seed 0`: {examples:,} pictures with
-one to six objects (six shapes, eight colours, two sizes; plain, gradient or noisy backgrounds; sides from 1:3 to 3:1),
-captions, and conversations whose answers follow from what was drawn. All of it is made by rule; no data of anybody is
-in it.
+`python -m train.datasets.shapes --output DIR --examples {examples} --test-examples {tests} --seed 0`: {examples:,}
+images with one to six objects (six shapes, eight colours, two sizes; plain, gradient or noisy backgrounds; sides from
+1:3 to 3:1), captions, and conversations whose answers follow from what was drawn. All of it is made by rule, from no
+other data.
 
 ## Training
 

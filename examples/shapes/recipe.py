@@ -2,7 +2,7 @@
 
     python examples/shapes/recipe.py --output runs/shapes
 
-    data/      pictures and conversations (train.shapes)
+    data/      pictures and conversations (train.datasets.shapes)
     start/     the model before anything is learned
     tower/     its tower knows shapes (warm_up.py): there are no pretrained ones this small
     look/      its decoder looks for what a word names
@@ -45,12 +45,14 @@ from llava_jax.console import InputError, Parser, enable_compilation_cache, note
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import make_mesh
-from train import loop, questions, shapes
+from train import loop
 from train.config import TrainConfig
 from train.data import open_data
+from train.datasets import shape_questions as questions
+from train.datasets import shapes
+from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
+from train.datasets.shape_questions import plural
 from train.output import differences
-from train.questions import plural
-from train.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.step import setup
 
 EXAMPLES, TESTS, SEED = 20000, 2000, 0

@@ -33,9 +33,9 @@ from llava_jax.sharding.mesh import make_mesh, path_of
 from train import loop, step
 from train.config import TrainConfig
 from train.data import open_data
+from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene
+from train.datasets.shape_questions import ACROSS, DOWN, middle_of, place_of
 from train.metrics import MetricsFiles
-from train.questions import ACROSS, DOWN, middle_of, place_of
-from train.scenes import COLOURS, SHAPES, SIZES, Scene
 
 NAMES = [["background", *options] for options in (SHAPES, COLOURS, SIZES, DOWN, ACROSS)]
 LOUD = 4.0  # times as much of a row is words as it needs to be told from others

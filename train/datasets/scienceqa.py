@@ -1,6 +1,6 @@
 """ScienceQA as conversations to train on (scripts/convert_sqa_to_llava.py of the reference).
 
-    python -m train.scienceqa --base-dir ScienceQA/data/scienceqa --split train --prompt-format QCM-LEA
+    python -m train.datasets.scienceqa --base-dir ScienceQA/data/scienceqa --split train --prompt-format QCM-LEA
 
 reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-LEA.json` beside them. A split made so is
 evaluated with `python -m infer.evaluate --metric scienceqa`.
@@ -142,7 +142,7 @@ def _read(path: Path, schema: Any) -> dict[str, Any]:
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m train.scienceqa", description="ScienceQA as conversations to train on.")
+    p = Parser(prog="python -m train.datasets.scienceqa", description="ScienceQA as conversations to train on.")
     p.add_argument("--base-dir", required=True, metavar="DIR", help="where problems.json and pid_splits.json are")
     p.add_argument("--split", required=True, metavar="NAME", help="train, val, test, trainval, minival or minitest")
     p.add_argument(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from train.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
+from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 Turn = tuple[str, str]  # question, answer
 Rng = np.random.Generator

@@ -1,6 +1,6 @@
 """Draw pictures of shapes, and make conversations about them: a small data set to try things on.
 
-    python -m train.shapes --output shapes --examples 20000 --seed 0
+    python -m train.datasets.shapes --output shapes --examples 20000 --seed 0
 
     images/             PNG files: train-N.png, test-N.png
     captions.json       stage 1: how many objects of each size, shape and colour a picture shows, and what is where
@@ -24,9 +24,9 @@ import numpy as np
 
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import SEED, InputError, Parser, Progress, integer, note, run_main, shorten
-from train import questions
-from train.questions import Rng, Turn
-from train.scenes import Scene, draw, make_scene
+from train.datasets import shape_questions as questions
+from train.datasets.scenes import Scene, draw, make_scene
+from train.datasets.shape_questions import Rng, Turn
 
 PICTURE, PICTURES = "<image>\n", "<image>\n<image>\n"
 SPLITS = ("train", "test")
@@ -178,7 +178,7 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m train.shapes", description="Pictures of shapes, and questions.")
+    p = Parser(prog="python -m train.datasets.shapes", description="Pictures of shapes, and questions.")
     p.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     p.add_argument(
         "--examples", type=PICTURES_MADE, required=True, metavar="N", help=f"training pictures, at most {MOST:,}"

@@ -1,0 +1,1 @@
+"""Where training data comes from: each module writes a data file and its images."""
