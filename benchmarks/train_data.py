@@ -29,8 +29,8 @@ from llava_jax.data.prompts import encode_conversation
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
 from train.config import TrainConfig
-from train.data import WINDOW, open_data
 from train.drawn import draw_lengths
+from train.loader import WINDOW, open_data
 from train.packing import fill_rows
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError, Range, flag_of, ranges
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from train import __main__ as train
-from train import data as train_data
+from train import loader as train_data
 from train import plan as train_plan
 from train import preview
 from train.config import TrainConfig

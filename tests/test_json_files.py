@@ -28,11 +28,11 @@ from llava_jax.console import InputError, printable
 from llava_jax.data.conversations import read_conversation
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.json_files import parse_json, read_json
-from train import output
-from train.checkpoints import Checkpoints, RunProgress
+from train import run_directory as output
 from train.datasets import scienceqa
 from train.metrics import MetricsFiles
 from train.samples import BadSample, BadSamples
+from train.states import Checkpoints, RunProgress
 
 SHAPES = GOLDEN.parents[1] / "infer/shapes"
 MISTRAL, LLAMA = (GOLDEN / "checkpoints" / name for name in ("v1.6-mistral", "v1.5-llama"))

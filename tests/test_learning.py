@@ -23,9 +23,9 @@ from llava_jax.models import llava
 from llava_jax.models.vision import normalise, project, vision_features
 from train import loop
 from train.config import TrainConfig
-from train.data import open_data
 from train.datasets.scenes import COLOURS, draw, make_scene
 from train.datasets.shape_questions import middle_of, place_of
+from train.loader import open_data
 
 SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
 

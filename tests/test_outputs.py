@@ -19,7 +19,7 @@ from llava_jax.locks import LockedFile
 from train.config import TrainConfig
 from train.datasets import shapes
 from train.metrics import MetricsFiles
-from train.output import Output, fingerprint
+from train.run_directory import Output, fingerprint
 from train.samples import BadSamples
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"

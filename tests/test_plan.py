@@ -34,7 +34,7 @@ from train import __main__ as train_main
 from train import loop, plan_run
 from train import plan as train_plan
 from train.config import PRESETS, TrainConfig, check_preset
-from train.data import open_data
+from train.loader import open_data
 from train.step import TrainState
 
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,8 @@ from llava_jax.console import InputError
 from llava_jax.data.conversations import read_rows
 from llava_jax.data.images import image_size, open_image
 from llava_jax.data.tokenizer import load_tokenizer
-from train.checkpoints import Checkpoints
 from train.mixture import checksum, read_parts
+from train.states import Checkpoints
 
 TOKENIZER = GOLDEN / "checkpoints" / "v1.5-llama" / "tokenizer.model"
 

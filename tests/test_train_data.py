@@ -20,16 +20,16 @@ from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.conversations import read_rows
 from llava_jax.data.splice import IGNORE, IMAGE, TEXT
-from train import data as train_data
+from train import loader as train_data
 from train import packing, preview
 from train.__main__ import read_config
 from train.config import TrainConfig
-from train.data import Data, open_data
 from train.datasets import scienceqa
 from train.drawn import DrawnSamples
+from train.loader import Data, open_data
 from train.mixture import Part, checksum, read_parts
-from train.output import Output
 from train.packing import fill_rows, good_length
+from train.run_directory import Output
 from train.samples import BadSample, BadSamples, Samples
 
 SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]

@@ -24,14 +24,14 @@ from llava_jax.config import preset, tiny
 from llava_jax.console import InputError
 from llava_jax.sharding.mesh import make_mesh
 from train import __main__ as command
-from train import checkpoints as checkpoints_module
 from train import loop, step, tensorboard
-from train import output as output_module
-from train.checkpoints import LOOK_EVERY, Checkpoints, SaveClock
+from train import run_directory as output_module
+from train import states as checkpoints_module
 from train.config import PRESETS, TrainConfig, check_preset
-from train.export import export
 from train.metrics import MetricsFiles, device_peak, flops_of_batch
-from train.output import Output
+from train.results import export
+from train.run_directory import Output
+from train.states import LOOK_EVERY, Checkpoints, SaveClock
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = GOLDEN / "checkpoints/v1.5-llama"

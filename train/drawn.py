@@ -10,7 +10,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.data.images import layout
 from llava_jax.data.splice import Row, count_features
 from train.config import TrainConfig
-from train.data import WINDOW, Data
+from train.loader import WINDOW, Data
 from train.samples import BadSamples, Sample
 
 MIX665K, CAPTIONS = 665_298, 558_128  # rows of llava_v1_5_mix665k.json and of blip_laion_cc_sbu_558k.json
@@ -68,7 +68,7 @@ class DrawnSamples:
 
 
 def drawn_data(config: TrainConfig, model: LlavaConfig, rows_multiple: int, n: int | None = None) -> Data:
-    """As `train.data.open_data`, of n conversations that are not there; None: as many as the stage's data has."""
+    """As `train.loader.open_data`, of n conversations that are not there; None: as many as the stage's data has."""
     config = config.replace(workers=0)
     samples = DrawnSamples(config, model, n)
     return Data(config, samples, BadSamples(config, samples, None), rows_multiple, 0, 1, True)

@@ -24,14 +24,14 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, elapsed, note, plural, shorten
 from llava_jax.data.splice import Batch
 from llava_jax.sharding.mesh import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
-from train.checkpoints import Checkpoints, RunProgress, SaveClock
 from train.config import TrainConfig, check_preset
-from train.data import Data, check_batch, open_data
-from train.export import export
+from train.loader import Data, check_batch, open_data
 from train.metrics import MetricsFiles, device_memory, device_peak, flops_of_batch
 from train.optim import check_rates
-from train.output import Output
 from train.processes import AGAIN, StopSignal, share, together
+from train.results import export
+from train.run_directory import Output
+from train.states import Checkpoints, RunProgress, SaveClock
 from train.step import TrainState, load_dtype, setup
 
 AGREE_EVERY = 50  # updates after which processes tell each other which images of theirs are broken

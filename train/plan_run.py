@@ -23,8 +23,8 @@ from llava_jax.console import note, plural
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, row_multiple
 from train.config import TrainConfig
-from train.data import Data, check_batch, open_data
 from train.drawn import drawn_data
+from train.loader import Data, check_batch, open_data
 from train.optim import check_rates
 
 MOST_SLICES = 3  # larger slices that are compiled for

@@ -47,12 +47,12 @@ from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import make_mesh
 from train import loop
 from train.config import TrainConfig
-from train.data import open_data
 from train.datasets import shape_questions as questions
 from train.datasets import shapes
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.datasets.shape_questions import plural
-from train.output import differences
+from train.loader import open_data
+from train.run_directory import differences
 from train.step import setup
 
 EXAMPLES, TESTS, SEED = 20000, 2000, 0

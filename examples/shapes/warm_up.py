@@ -32,9 +32,9 @@ from llava_jax.models.vision import normalise, project, vision_features
 from llava_jax.sharding.mesh import make_mesh, path_of
 from train import loop, step
 from train.config import TrainConfig
-from train.data import open_data
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene
 from train.datasets.shape_questions import ACROSS, DOWN, middle_of, place_of
+from train.loader import open_data
 from train.metrics import MetricsFiles
 
 NAMES = [["background", *options] for options in (SHAPES, COLOURS, SIZES, DOWN, ACROSS)]

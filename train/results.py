@@ -19,7 +19,7 @@ from llava_jax.checkpoints.sources import Tensor
 from llava_jax.config import LlavaConfig
 from train import lora
 from train.config import TrainConfig
-from train.output import Output
+from train.run_directory import Output
 from train.step import TrainState, export_params
 
 
