@@ -1,4 +1,4 @@
-"""What an installation brings: every module that is imported, declared by name."""
+"""How the packages depend on each other and on others: in one direction only, and on what is declared."""
 
 import ast
 import importlib.metadata
@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
+PACKAGES = ("llava_jax", "convert", "train", "infer")
+ROOMS = ("data", "sharding", "models", "checkpoints", "aot")  # of llava_jax, each of which may import those before it
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -19,14 +20,15 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level modules that a file imports, anywhere in it, that are neither Python's own nor the project's."""
+    """What a file imports, anywhere in it: modules, and the names taken from them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module)
-    return {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {*PACKAGES}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -34,6 +36,33 @@ def test_what_is_imported_is_declared(package):
     declared = names(PROJECT["project"]["dependencies"])
     distributions = importlib.metadata.packages_distributions()
     for path in (ROOT / package).rglob("*.py"):
-        for module in imported(path):
+        for module in {name.partition(".")[0] for name in imported(path)} - sys.stdlib_module_names - {*PACKAGES}:
             provided = {name.lower().replace("_", "-") for name in distributions[module]}
             assert provided & declared, f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_the_library_alone(package):
+    others = {*PACKAGES} - {package, *(["llava_jax"] if package != "llava_jax" else [])}
+    for path in (ROOT / package).rglob("*.py"):
+        assert not {name for name in imported(path) if name.partition(".")[0] in others}, path.relative_to(ROOT)
+
+
+def room_of(name: str) -> int:
+    """The place of a module's room among the rooms; -1 for what all of them share."""
+    return next((i for i, room in enumerate(ROOMS) if name.startswith(f"llava_jax.{room}.")), -1)
+
+
+def test_rooms_import_earlier_ones_alone():
+    library = ROOT / "llava_jax"
+    assert {path.parent.name for path in library.glob("*/__init__.py")} == {*ROOMS}
+    for path in library.rglob("*.py"):
+        room = room_of(".".join(("llava_jax", *path.relative_to(library).parts)))
+        later = {name for name in imported(path) if room_of(f"{name}.") > room}
+        assert not later, f"{path.relative_to(ROOT)} imports {later}"
+
+
+def test_no_module_is_called_like_a_dependency():
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    for path in files:
+        assert path.stem not in {*names(PROJECT["project"]["dependencies"]), "orbax", "flax"}, path.relative_to(ROOT)
