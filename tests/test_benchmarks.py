@@ -2,17 +2,17 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
+from helpers import ROOT
 from llava_jax import config as c
 from llava_jax.data.splice import TEXT
 from llava_jax.sharding.mesh import make_mesh
 from train.config import PRESETS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 CONFIG = PRESETS["v1.6-finetune"].replace(tune="lora", lora_rank=4, dtype="float32")
 
 

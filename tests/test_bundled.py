@@ -6,9 +6,9 @@ from fnmatch import fnmatch
 
 import numpy as np
 import pytest
-from conftest import one_device
 from PIL import Image
 
+from helpers import one_device
 from infer import evaluate, generate
 from infer.engine import Engine, Request
 from infer.generate import BUNDLED

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, golden_tensors, write_checkpoint
 
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from helpers import GOLDEN, golden_tensors, write_checkpoint
 from infer import generate
 from llava_jax import config as c
 from llava_jax import limited

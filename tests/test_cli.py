@@ -8,12 +8,20 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, QUESTION, golden_engine, golden_json, golden_tensors, user_environment, write_checkpoint
 from PIL import Image
 
+from helpers import (
+    GOLDEN,
+    QUESTION,
+    ROOT,
+    golden_engine,
+    golden_json,
+    golden_tensors,
+    user_environment,
+    write_checkpoint,
+)
 from infer import generate
 from llava_jax import console
 
@@ -36,7 +44,7 @@ def test_as_a_new_user_runs_it():
     run = subprocess.run(
         [sys.executable, "-m", "infer.generate", "--checkpoint", CHECKPOINT, "--image", PICTURE, "--prompt", QUESTION,
          "--max-new-tokens", "24"],
-        capture_output=True, text=True, env=user_environment(), cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, env=user_environment(), cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     want = golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=24).text
@@ -172,7 +180,7 @@ def test_bad_checkpoint_is_one_line_too(answers, tmp_path):
 def test_no_traceback_in_a_process_of_its_own():
     run = subprocess.run(
         [sys.executable, "-m", "infer.generate", "--checkpoint", "nowhere", "--prompt", "hi"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert (run.returncode, run.stdout, run.stderr) == (1, "", "error: nowhere: no such directory\n")
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
 
+from helpers import GOLDEN
 from llava_jax import config as c
 from llava_jax.checkpoints import config_json, config_keys, image_processor, sources
 from llava_jax.checkpoints.config_json import read_config

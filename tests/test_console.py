@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
+from helpers import ROOT
 from llava_jax import console
 from llava_jax.console import InputError, Progress, note, print_json, run_main, shown
 
@@ -20,7 +20,7 @@ def command(*arguments, shell="", **environment):
     line = f'"$@" {shell}'
     return subprocess.run(
         ["sh", "-c", line, "sh", sys.executable, "-m", *map(str, arguments)],
-        capture_output=True, cwd=GOLDEN.parents[1], env=os.environ | environment,
+        capture_output=True, cwd=ROOT, env=os.environ | environment,
     )  # fmt: skip
 
 

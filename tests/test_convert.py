@@ -9,11 +9,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, GOLDEN, golden_tensors, load_golden, one_device, write_checkpoint
 
 from convert import __main__ as cli
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from helpers import CHECKPOINTS, GOLDEN, golden_tensors, load_golden, one_device, write_checkpoint
 from llava_jax import config as c
 from llava_jax.checkpoints import safetensors_files, tensor_names, torch_files
 from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint

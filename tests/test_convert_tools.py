@@ -10,12 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, GOLDEN, golden_tensors, read_damaged, write_checkpoint
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import load_file
 
@@ -23,6 +21,7 @@ from convert import __main__ as cli
 from convert.finite import is_finite
 from convert.to_orbax import to_orbax
 from convert.verify import compare
+from helpers import CHECKPOINTS, GOLDEN, ROOT, golden_tensors, read_damaged, write_checkpoint
 from llava_jax.checkpoints import safetensors_files
 from llava_jax.checkpoints.checkpoint import open_any
 from llava_jax.checkpoints.config_json import read_config
@@ -301,9 +300,6 @@ def test_an_index_that_names_what_is_not_there(tmp_path):
 
 def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "convert", *map(str, arguments)]
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):

@@ -7,8 +7,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import GOLDEN, QUESTION, golden_engine
 
+from helpers import GOLDEN, QUESTION, golden_engine
 from infer import evaluate
 from infer.evaluate import exact_match, read_option, read_questions, scienceqa
 from llava_jax.data.templates import get_template

@@ -11,12 +11,12 @@ import typing
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_engine
 
 from convert import __main__ as convert
 from convert.sizes import parse_size
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from helpers import GOLDEN, golden_engine
 from infer import evaluate, flags, generate
 from infer import plan as infer_plan
 from infer.engine import Engine, Request

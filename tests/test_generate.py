@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, load_golden, one_device
 from PIL import Image
 
 from convert.to_orbax import to_orbax
+from helpers import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, load_golden, one_device
 from infer.choosing import choose, row_keys
 from infer.compiled import decode_on
 from infer.engine import Answer, Buckets, Engine, Request

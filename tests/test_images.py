@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_json, load_golden
 from PIL import Image
 
+from helpers import GOLDEN, golden_json, load_golden
 from llava_jax import config as c
 from llava_jax.console import InputError, run_main
 from llava_jax.data import images, urls

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from etils import epath
-from json_mutations import mutations
 
 from convert.combine import merge_lora
+from helpers import GOLDEN, ROOT
 from infer import evaluate, questions
 from infer.answers import AnswersFile
+from json_mutations import mutations
 from llava_jax import config as c
 from llava_jax.checkpoints import safetensors_files, sources
 from llava_jax.checkpoints.chat_template import read_chat_template
@@ -34,7 +34,7 @@ from train.metrics import MetricsFiles
 from train.samples import BadSample, BadSamples
 from train.states import Checkpoints, RunProgress
 
-SHAPES = GOLDEN.parents[1] / "infer/shapes"
+SHAPES = ROOT / "infer/shapes"
 MISTRAL, LLAMA = (GOLDEN / "checkpoints" / name for name in ("v1.6-mistral", "v1.5-llama"))
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 ROW = {"id": 1, "image": "a.png", "conversations": TURNS, "system": "Be brief.", "kinds": ["what"]}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import one_device
 
+from helpers import ROOT, one_device
 from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions
 from llava_jax.checkpoints.checkpoint import open_checkpoint
@@ -27,7 +27,7 @@ from train.datasets.scenes import COLOURS, draw, make_scene
 from train.datasets.shape_questions import middle_of, place_of
 from train.loader import open_data
 
-SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
+SHAPES = ROOT / "examples" / "shapes"
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, load_golden, one_device
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from convert.to_orbax import to_orbax
+from helpers import GOLDEN, load_golden, one_device
 from llava_jax import config as c
 from llava_jax import limited
 from llava_jax.checkpoints.checkpoint import open_checkpoint

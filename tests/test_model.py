@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, GOLDEN, golden_json, load_golden, make_row, one_device
 
 from convert.to_orbax import to_orbax
+from helpers import CHECKPOINTS, GOLDEN, golden_json, load_golden, make_row, one_device
 from llava_jax import config as c
 from llava_jax.checkpoints import checkpoint
 from llava_jax.data.splice import IGNORE, splice

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import GOLDEN, files_of_at_most
 from etils import epath
 
 from convert import __main__ as convert
+from helpers import GOLDEN, files_of_at_most
 from infer.answers import AnswersFile, key_of
 from llava_jax.checkpoints import outputs
 from llava_jax.checkpoints.outputs import new_directory, write_file

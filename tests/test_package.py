@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("llava_jax", "convert", "train", "infer")
 ROOMS = ("data", "sharding", "models", "checkpoints", "aot")  # of llava_jax, each of which may import those before it

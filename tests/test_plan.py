@@ -12,17 +12,16 @@ import json
 import math
 import re
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from helpers import GOLDEN, ROOT
 from infer import plan as infer_plan
 from llava_jax import config as c
 from llava_jax.aot import hlo, tpu, tpu_plan
@@ -37,7 +36,6 @@ from train.config import PRESETS, TrainConfig, check_preset
 from train.loader import open_data
 from train.step import TrainState
 
-ROOT = Path(__file__).parents[1]
 compiles = pytest.mark.tpu_compile
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: no compiler for TPUs")
 

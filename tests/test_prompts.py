@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_json
 
+from helpers import GOLDEN, golden_json
 from llava_jax import config as c
 from llava_jax.console import InputError
 from llava_jax.data.prompts import encode, encode_conversation, prepare_tokenizer, with_images

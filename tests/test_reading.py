@@ -12,10 +12,10 @@ import socket
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, one_device
 from etils import epath
 
 from convert.to_orbax import to_orbax
+from helpers import GOLDEN, one_device
 from infer.questions import read_questions
 from llava_jax.checkpoints import safetensors_files, torch_files
 from llava_jax.checkpoints.chat_template import read_chat_template

@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from PIL import Image
 
+from helpers import GOLDEN
 from llava_jax.config import tiny
 from llava_jax.data.conversations import read_conversation
 from llava_jax.data.images import layout

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, QUESTION, golden_engine, load_golden, make_row
 from jax.sharding import PartitionSpec as P
 
+from helpers import GOLDEN, QUESTION, golden_engine, load_golden, make_row
 from infer.choosing import choose, row_keys
 from infer.engine import Engine, Request
 from infer.sampling import Sampling

@@ -9,8 +9,8 @@ import random
 import shutil
 
 import pytest
-from conftest import GOLDEN, damage
 
+from helpers import GOLDEN, damage
 from llava_jax.console import InputError
 from llava_jax.data.json_tokenizer import runner
 from llava_jax.data.prompts import encode

@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from PIL import Image
 
+from helpers import GOLDEN
 from llava_jax.aot.tpu_plan import model_of
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError

@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import GOLDEN, files_of_at_most, golden_tensors, write_checkpoint
-from train_processes import start, wait_for_updates
 
+from helpers import GOLDEN, ROOT, files_of_at_most, golden_tensors, write_checkpoint
 from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.checkpoints.orbax_files import open_ours
 from llava_jax.config import preset, tiny
@@ -32,8 +31,8 @@ from train.metrics import MetricsFiles, device_peak, flops_of_batch
 from train.results import export
 from train.run_directory import Output
 from train.states import LOOK_EVERY, Checkpoints, SaveClock
+from train_processes import start, wait_for_updates
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = GOLDEN / "checkpoints/v1.5-llama"
 NEXT = GOLDEN / "checkpoints/v1.6-mistral"
 WORDS = ("cat", "dog", "tree", "house", "street")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN, golden_json, load_golden, make_row, one_device
 from flax.traverse_util import flatten_dict
 
+from helpers import GOLDEN, golden_json, load_golden, make_row, one_device
 from llava_jax import config as c
 from llava_jax.console import InputError
 from llava_jax.data import images

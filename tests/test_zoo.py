@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_json
 from PIL import Image
 
 from convert.to_hf import to_hf
+from helpers import GOLDEN, golden_json
 from infer.engine import Engine, Request
 from llava_jax.checkpoints import tensor_names
 from llava_jax.checkpoints.checkpoint import open_checkpoint

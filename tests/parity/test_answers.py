@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 import transformers as tf
-from conftest import one_device
 
+from helpers import one_device
 from infer.engine import Engine, Request
 from infer.generate import BUNDLED
 from infer.sampling import Sampling

@@ -15,20 +15,20 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from conftest import CHECKPOINTS, GOLDEN, golden_tensors, load_golden, one_device, read_damaged
-from parity.test_transformers import make_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from convert.combine import fresh_tensors
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from helpers import CHECKPOINTS, GOLDEN, golden_tensors, load_golden, one_device, read_damaged
 from infer.engine import Engine
 from llava_jax import config as c
 from llava_jax.checkpoints import tensor_names, torch_files
 from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.templates import choose_template
+from parity.test_transformers import make_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPRESSIBLE = ("v1.5-llama", "v1.6-mistral")  # of the golden checkpoints, those that transformers' classes can hold

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import golden_tensors, load_golden, one_device
 from peft import PeftModel, get_peft_model_state_dict
 
+from helpers import golden_tensors, load_golden, one_device
 from llava_jax.data.splice import Batch
 from llava_jax.models import llava
 from train import lora

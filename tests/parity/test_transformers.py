@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import GOLDEN, one_device
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from helpers import GOLDEN, one_device
 from infer.engine import Engine
 from llava_jax.data.splice import IMAGE
 
