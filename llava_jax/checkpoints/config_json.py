@@ -4,7 +4,7 @@ Three dialects are understood:
 
 - ours (`"format": "llava-jax"`), written beside our Orbax checkpoints;
 - Hugging Face `LlavaConfig` and `LlavaNextConfig` (a `text_config` inside). Hub files are sparse: what they
-  leave out has the default of the transformers class they name, and so it has here (`tests/test_config.py`
+  leave out has the default of the transformers class they name, and so it has here (`tests/checkpoints/test_config.py`
   holds the tables against the classes);
 - the original's (`mm_vision_tower` and friends beside the fields of the language model).
 
