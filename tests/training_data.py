@@ -1,0 +1,141 @@
+"""Conversations and images to train on, and every way in which one may be broken; batches compared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+SAME = ("ids", "labels", "positions", "segments", "feature_rows", "tiles")
+PICTURE = {"image": "0.png"}
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def good_row(i: int) -> dict:
+    """A conversation, about one picture, two, or none; no two are alike."""
+    answer = f"{i} " + "the " * (i * 7 % 23)
+    if i % 10 == 3:
+        return {"id": f"row{i}", "conversations": turns(f"Say {i}", answer, "More?", "is and")}
+    if i % 10 == 7:
+        images = [f"{i % 12}.png", f"{i * 5 % 12}.png"]
+        return {"id": f"row{i}", "image": images, "conversations": turns("From <image> to <image>?", answer)}
+    return {"id": f"row{i}", "image": f"{i % 12}.png", "conversations": turns("<image>\nWhat?", answer)}
+
+
+def parts(*content, role="user"):
+    return {"role": role, "content": content}
+
+
+# What may be wrong with a line of the data file, and what is said about it.
+BROKEN = {
+    "{": "not JSON",
+    '"text"': "not a JSON object",
+    "[1]": "not a JSON object",
+    '{"id": 1}': "conversations must be a list",
+    '{"conversations": []}': "conversations must be a list",
+    '{"conversations": [1]}': "each turn of conversations must have from and value",
+    '{"conversations": [{"from": "human"}]}': "each turn of conversations must have from and value",
+    '{"conversations": [{"from": "human", "value": 3}]}': "each turn of conversations must have from and value",
+    json.dumps({"conversations": turns("\ud800", "x")}): "text that is no Unicode",
+    json.dumps({"conversations": [{"from": "human", "value": "a"}] * 2}): "speakers must take turns",
+    json.dumps({"conversations": [{"from": "system", "value": "a"}]}): "no answer",
+    json.dumps({"conversations": turns("a")}): "no answer",
+    json.dumps({"conversations": turns("a", "")}): "no answer",
+    json.dumps({"conversations": turns("<image>\na", "x")}): "1 <image> marks for 0 images",
+    json.dumps(PICTURE | {"conversations": turns("a", "x")}): "0 <image> marks for 1 images",
+    json.dumps(PICTURE | {"conversations": turns("<image>\na", "x", "<image>", "y")}): "2 <image> marks for 1 images",
+    json.dumps({"image": ["0.png"] * 2, "conversations": turns("<image>", "x")}): "1 <image> marks for 2 images",
+    json.dumps({"image": 3, "conversations": turns("<image>", "x")}): "image must be a file name",
+    json.dumps({"image": [""], "conversations": turns("<image>", "x")}): "image must be a file name",
+    json.dumps({"images": 3, "conversations": turns("<image>", "x")}): "images must be a file name",
+    json.dumps(PICTURE | {"images": ["0.png"], "conversations": turns("<image>", "x")}): "both image and images",
+    json.dumps({"messages": MESSAGES, "conversations": turns("a", "x")}): "both conversations and messages",
+    json.dumps({"messages": [MESSAGES[0] | {"from": "human"}, MESSAGES[1]]}): "both from and role",
+    json.dumps({"messages": [{"role": "user"}]}): "each turn of messages must have role and content",
+    json.dumps({"messages": [*MESSAGES, {"role": "tool", "content": "3"}]}): "a turn of 'tool'; known are human, user",
+    json.dumps({"messages": [*MESSAGES, {"role": "system", "content": "a"}]}): "a system message that is not",
+    json.dumps({"system": "a", "messages": [{"role": "system", "content": "a"}, *MESSAGES]}): "a system message both",
+    json.dumps({"system": ["a"], "messages": MESSAGES}): "system must be text",
+    json.dumps({"system": "\ud800", "messages": MESSAGES}): "text that is no Unicode",
+    json.dumps(PICTURE | {"system": "<image>", "messages": MESSAGES}): "the system message has an <image> mark",
+    json.dumps({"messages": [parts({"type": "video", "video": "a.mp4"}), MESSAGES[1]]}): "a part of type video;",
+    json.dumps({"messages": [parts({"type": "text"}), MESSAGES[1]]}): "a part of type text and no text",
+    json.dumps({"messages": [parts("a"), MESSAGES[1]]}): "a part of type unknown",
+    json.dumps({"messages": [parts({"type": "image"}), MESSAGES[1]]}): "an image part for image 0, and 0 are named",
+    json.dumps({"messages": [parts({"type": "image", "image": 3}), MESSAGES[1]]}): "an image part must name a file",
+    json.dumps(PICTURE | {"messages": [parts({"type": "image", "path": "1.png"}), MESSAGES[1]]}): "images named both",
+    json.dumps(PICTURE | {"messages": [parts({"type": "image", "index": 1}), MESSAGES[1]]}): "an image part for image",
+    json.dumps({"images": ["0.png", "1.png"], "messages": [parts({"type": "image"}), MESSAGES[1]]}):
+        "1 image parts for 2 images",
+    json.dumps({"images": ["0.png", "0.png"], "messages": [parts({"type": "image"}), MESSAGES[1]]}):
+        "1 image parts for 2 images: none shows image 1 of images, counted from 0",
+    json.dumps({"images": ["0.png"] * 2, "messages": [parts(*[{"type": "image", "index": 1}] * 2), MESSAGES[1]]}):
+        "2 image parts for 2 images: none shows image 0 of images, counted from 0",
+    json.dumps({"images": ["0.png", "1.png"],
+                "messages": [parts({"type": "image", "index": 1}, {"type": "image"}), MESSAGES[1]]}):
+        "image parts with an index and without",
+    json.dumps(PICTURE | {"messages": [parts({"type": "image", "index": False}), MESSAGES[1]]}):
+        "an image part for image False",
+    json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"tool_calls": [1]}]}): "tool calls are not supported",
+    json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}): "weight: weights of turns are not supported",
+    json.dumps({"messages": [MESSAGES[0] | {"images": ["0.png"]}, MESSAGES[1]]}): "images: not read in a turn",
+} | {
+    json.dumps({key: value, "messages": MESSAGES}): f"{key}: {says}"
+    for key, value, says in [
+        ("video", "a.mp4", "video is not supported"), ("videos", ["a.mp4"], "video is not supported"),
+        ("audio", "a.wav", "audio is not supported"), ("audios", ["a.wav"], "audio is not supported"),
+        ("tools", "[]", "tool calls"), ("functions", [1], "tool calls"), ("chosen", {"value": "x"}, "training on pref"),
+        ("rejected", "x", "training on pref"), ("kto_tag", False, "training on pref"),
+        ("image_url", "0.png", "not a key for images"), ("image_path", "0.png", "not a key for images"),
+    ]
+} | {
+    json.dumps({"image": name, "conversations": turns("<image>\nWhat?", "x")}): says
+    for name, says in {
+        "missing.png": "no such image",
+        "missing/0.png": "no such image",
+        "truncated.png": "broken image",
+        "truncated.jpg": "broken image",
+        "text.png": "not an image",
+        "empty.png": "not an image",
+        "directory.png": "a directory",
+        "thin.png": "cannot be looked at",
+        "/etc/passwd": "leads out of the image folder",
+        "../0.png": "leads out of the image folder",
+        "a/../../0.png": "leads out of the image folder",
+        "nul\0.png": "cannot be read",
+        "https://example.com/a.png": "a URL to download",
+        "HTTP://example.com/a.png": "a URL to download",
+        "file:///etc/passwd": "leads out of the image folder",
+        "file://host/0.png": "a file of host host",
+        "file:///../0.png": "leads out of the image folder",
+        "data:image/png;base64,????": "broken base64",
+        "data:image/png;base64,aGVsbG8=": "not an image",
+        "data:text/plain,hello": "not of an image",
+    }.items()
+}  # fmt: skip
+
+
+def write_rows(path: Path, rows: list) -> str:
+    """Conversations as a list, or as lines in a `.jsonl` file; lines may be given as they stand."""
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    else:
+        path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def take(data, n=None):
+    """The first n batches of the data, or all there are."""
+    found = [next(data) for _ in range(n)] if n else list(data)
+    data.close()
+    return found
+
+
+def assert_same_batches(ours, theirs):
+    assert [info["ids"] for _, info in ours] == [info["ids"] for _, info in theirs]
+    for (a, _), (b, _) in zip(ours, theirs, strict=True):
+        for name in SAME:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
