@@ -42,7 +42,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
     from llava_jax import config as c
     from llava_jax.checkpoints import safetensors_files, tensor_names
     from llava_jax.models.llava import param_shapes
-    from llava_jax.sharding.mesh import path_of
+    from llava_jax.sharding.partition import path_of
 
     width = max(128, round(2560 * (gigabytes / 6) ** 0.5 / 128) * 128)
     text = c.TextConfig(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from llava_jax import config as c
 from llava_jax.models import llava
-from llava_jax.sharding.mesh import param_shardings
+from llava_jax.sharding.partition import Partition
 
 SMALL = "513M"
 TRIES = 5
@@ -39,7 +39,7 @@ def model_config(name: str) -> c.LlavaConfig:
 def random_params(model: c.LlavaConfig, mesh: Mesh, dtype_of: Callable[[str], str]) -> llava.Params:
     """Random weights of deviation 0.02, made where they are to lie, in the type that each path's is to have."""
     shapes = llava.param_shapes(model)
-    places = flatten_dict(param_shardings(shapes, model, mesh), sep="/")
+    places = flatten_dict(Partition(model, mesh).shardings(shapes), sep="/")
     return unflatten_dict(
         {
             path: _random(jax.random.key(i), x.shape, dtype_of(path), places[path])

@@ -2,24 +2,26 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from llava_jax.sharding.mesh import BATCH, TENSOR, constrain
+from llava_jax.sharding.mesh import BATCH, TENSOR
+from llava_jax.sharding.partition import UNSHARDED, Partition
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array], mesh: Mesh | None = None) -> jax.Array:
+def choose(
+    logits_BV: jax.Array, keys_B: jax.Array, knobs: dict[str, jax.Array], partition: Partition = UNSHARDED
+) -> jax.Array:
     """The next token of each row, int32 [B].
 
     Args:
-      logits_BV: float32, their vocabulary cut along `tensor`: the likeliest is found where they are, to draw they are
-        gathered once (a compiler left to itself sorts over the network).
+      logits_BV: float32. With the vocabulary sharded along `tensor`, the likeliest token is found without a gather, and
+        drawing gathers the logits once (left to itself the compiler sorts over the network).
       keys_B: a random key for each row.
       knobs: `Sampling.knobs()`.
     """
-    logits_BV = constrain(logits_BV, mesh, BATCH, TENSOR)
+    logits_BV = partition.constrain(logits_BV, BATCH, TENSOR)
 
     def draw():
-        return jax.vmap(_draw, in_axes=(0, 0, None))(constrain(logits_BV, mesh, BATCH, None), keys_B, knobs)
+        return jax.vmap(_draw, in_axes=(0, 0, None))(partition.constrain(logits_BV, BATCH, None), keys_B, knobs)
 
     greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return jax.lax.cond(knobs["temperature"] > 0, draw, lambda: greedy)

@@ -14,11 +14,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from infer.choosing import choose
 from llava_jax.config import LlavaConfig
-from llava_jax.models import decoder, llava
+from llava_jax.models import llama, llava
+from llava_jax.sharding.partition import Partition
 
 
 @functools.partial(
@@ -37,36 +37,37 @@ class State:
     done: jax.Array  # [B]
     out: jax.Array  # [B, N] tokens chosen
     keys: jax.Array  # [B]
-    cache: decoder.Cache
+    cache: llama.Cache
     prompt_slots: int
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def encode(params, tiles_BTHW3, *, config: LlavaConfig, mesh: Mesh) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "partition"))
+def encode(params, tiles_BTHW3, *, config: LlavaConfig, partition: Partition) -> jax.Array:
     """Feature table [B, R, D]."""
-    return llava.encode_tiles(params, config, tiles_BTHW3, mesh)
+    return llava.encode_tiles(params, config, tiles_BTHW3, partition)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def splice(params, features_BRD, ids_BS, feature_rows_BS, *, config: LlavaConfig, mesh: Mesh) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "partition"))
+def splice(params, features_BRD, ids_BS, feature_rows_BS, *, config: LlavaConfig, partition: Partition) -> jax.Array:
     """Input embeddings [B, S, D]."""
-    return llava.splice_embeddings(params, config, features_BRD, ids_BS, feature_rows_BS, mesh)
+    return llava.splice_embeddings(params, config, features_BRD, ids_BS, feature_rows_BS, partition)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "eos_ids", "new_tokens", "int8_cache"))
+@functools.partial(jax.jit, static_argnames=("config", "partition", "eos_ids", "new_tokens", "int8_cache"))
 def prefill(
-    params, x_BSD, lengths, limits, keys, knobs, *, config, mesh, eos_ids, new_tokens, int8_cache=False
+    params, x_BSD, lengths, limits, keys, knobs, *, config, partition, eos_ids, new_tokens, int8_cache=False
 ) -> State:
     """The prompts into a fresh cache, and the first token of each answer."""
     B, S, _ = x_BSD.shape
-    x_BD, cache = decoder.prefill(params["decoder"], config, x_BSD, lengths, S + new_tokens, int8=int8_cache, mesh=mesh)
-    tokens = choose(decoder.logits(params["decoder"], config, x_BD, mesh), _fold(keys, 0), knobs, mesh)
+    decoder, slots = params["decoder"], S + new_tokens
+    x_BD, cache = llama.prefill(decoder, config, x_BSD, lengths, slots, int8=int8_cache, partition=partition)
+    tokens = choose(llama.logits(decoder, config, x_BD, partition), _fold(keys, 0), knobs, partition)
     out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
     done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
     return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
 
 
-def _decode(params, state: State, stopped, steps, knobs, *, config, mesh, eos_ids) -> State:
+def _decode(params, state: State, stopped, steps, knobs, *, config, partition, eos_ids) -> State:
     """Up to `steps` more tokens for the rows that are neither done nor `stopped` [B]."""
     last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
     slots_M = jnp.arange(state.cache[0][0].shape[3])
@@ -79,13 +80,13 @@ def _decode(params, state: State, stopped, steps, knobs, *, config, mesh, eos_id
         visible_BM = (slots_M < state.lengths[:, None]) | ((slots_M >= S) & (slots_M < slot))
         if config.text.sliding_window:
             visible_BM &= positions[:, None] - slot_positions < config.text.sliding_window
-        x_BD = decoder.embed(params["decoder"], config, state.tokens, mesh)
-        x_BD, cache = decoder.decode_one(
-            params["decoder"], config, x_BD, positions, visible_BM, slot, state.cache, mesh
+        x_BD = llama.embed(params["decoder"], config, state.tokens, partition)
+        x_BD, cache = llama.decode_step(
+            params["decoder"], config, x_BD, positions, visible_BM, slot, state.cache, partition
         )
         step = state.step + 1
-        logits_BV = decoder.logits(params["decoder"], config, x_BD, mesh)
-        tokens = choose(logits_BV, _fold(state.keys, step), knobs, mesh)
+        logits_BV = llama.logits(params["decoder"], config, x_BD, partition)
+        tokens = choose(logits_BV, _fold(state.keys, step), knobs, partition)
         tokens = jnp.where(state.done, state.tokens, tokens)
         out = jnp.where(
             state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))
@@ -106,7 +107,7 @@ def decode_on(platform: str):
     except Exception:  # not an option of this release
         options = {}
     return jax.jit(
-        _decode, static_argnames=("config", "mesh", "eos_ids"), donate_argnames="state", compiler_options=options
+        _decode, static_argnames=("config", "partition", "eos_ids"), donate_argnames="state", compiler_options=options
     )
 
 
@@ -118,11 +119,11 @@ def _fold(keys: jax.Array, step) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def logits(params, x_BSD, lengths, *, config: LlavaConfig, mesh: Mesh) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "partition"))
+def logits(params, x_BSD, lengths, *, config: LlavaConfig, partition: Partition) -> jax.Array:
     """Logits [B, S, V] of whole conversations, without a cache."""
     B, S, _ = x_BSD.shape
     positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
     segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)
-    x_BSD = decoder.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, mesh=mesh)
-    return decoder.logits(params["decoder"], config, x_BSD, mesh)
+    x_BSD = llama.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, partition=partition)
+    return llama.logits(params["decoder"], config, x_BSD, partition)

@@ -31,7 +31,8 @@ from llava_jax.data.templates import choose_template, get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import fetch
 from llava_jax.models import llava
-from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh, put_rows, row_multiple
+from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh, row_multiple
+from llava_jax.sharding.partition import Partition, put_rows
 
 STEPS = 64  # tokens between looks at the answers for a stop string
 STREAM_STEPS = 8  # the same while a person is watching
@@ -96,6 +97,7 @@ class Engine:
         buckets: Buckets | None = None,
     ):
         self.params, self.config, self.tokenizer, self.mesh = params, config, tokenizer, mesh
+        self.partition = Partition(config, mesh)
         self.int8_cache = int8_cache
         self.template_name = template or choose_template(config)
         self.template = get_template(self.template_name)
@@ -250,7 +252,7 @@ class Engine:
         item = self._prepare(Request(turns, tuple(images), system), reply=False)
         batch = self._batch([item], [self._pixels(item)])
         x_BSD, lengths = self._embed(batch), self._put(batch.lengths)
-        logits = compiled.logits(self.params, x_BSD, lengths, config=self.config, mesh=self.mesh)
+        logits = compiled.logits(self.params, x_BSD, lengths, config=self.config, partition=self.partition)
         ids = np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE)
         return np.asarray(logits)[0, : item.length], ids[: item.length]
 
@@ -332,22 +334,22 @@ class Engine:
     def _embed(self, batch: Batch) -> jax.Array:
         """Input embeddings [B, S, D]: the first thing that a batch asks of the devices."""
         limit_programs()
-        static = dict(config=self.config, mesh=self.mesh)
+        static = dict(config=self.config, partition=self.partition)
         features = compiled.encode(self.params, self._put(batch.tiles), **static) if batch.tiles.shape[1] else None
         return compiled.splice(self.params, features, self._put(batch.ids), self._put(batch.feature_rows), **static)
 
     def _start(self, batch: Batch, limits: np.ndarray, numbers: Sequence[int], sampling: Sampling) -> compiled.State:
         return compiled.prefill(
             self.params, self._embed(batch), self._put(batch.lengths), self._put(limits),
-            row_keys(sampling.seed, numbers), sampling.knobs(), config=self.config, mesh=self.mesh,
+            row_keys(sampling.seed, numbers), sampling.knobs(), config=self.config, partition=self.partition,
             eos_ids=self.eos_ids, int8_cache=self.int8_cache,
             new_tokens=self.buckets.up("new_tokens", min(sampling.max_new_tokens, self.context)),
         )  # fmt: skip
 
     def _continue(self, state: compiled.State, stopped: np.ndarray, steps: int, sampling: Sampling) -> compiled.State:
-        return compiled.decode_on(self.mesh.devices.flat[0].platform)(
+        return compiled.decode_on(self.partition.platform)(
             self.params, state, self._put(stopped), jnp.int32(steps), sampling.knobs(),
-            config=self.config, mesh=self.mesh, eos_ids=self.eos_ids,
+            config=self.config, partition=self.partition, eos_ids=self.eos_ids,
         )  # fmt: skip
 
     def _run(self, items: list[_Prepared], pixels: list, sampling: Sampling, *, steps: int) -> Iterator[list[Answer]]:

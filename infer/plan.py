@@ -29,7 +29,8 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, run_main
 from llava_jax.data.images import most_tiles
 from llava_jax.models import llava
-from llava_jax.sharding.mesh import FSDP, TENSOR, batch_sharding, inference_mesh, param_shardings, row_multiple
+from llava_jax.sharding.mesh import FSDP, TENSOR, inference_mesh, row_multiple
+from llava_jax.sharding.partition import Partition, batch_sharding
 
 NAMES = {"encode": "pictures", "prefill": "prefill", "decode": "a decoding step"}
 
@@ -71,10 +72,11 @@ def plan_generation(
     """
     rows = -(-batch // row_multiple(mesh)) * row_multiple(mesh)
     side, length = model.vision.image_size, context - new_tokens
-    static = dict(config=model, mesh=mesh)
+    partition = Partition(model, mesh)
+    static = dict(config=model, partition=partition)
     params = llava.param_shapes(model, jnp.bfloat16)
-    cuts = param_shardings(params, model, mesh)
-    params = jax.tree.map(lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), params, cuts)
+    shardings = partition.shardings(params)
+    params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
 
     def of_rows(dtype, *dims):
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=batch_sharding(mesh))

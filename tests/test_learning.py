@@ -20,7 +20,8 @@ from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import tiny
 from llava_jax.console import InputError
 from llava_jax.models import llava
-from llava_jax.models.vision import normalise, project, vision_features
+from llava_jax.models.clip import normalise, vision_features
+from llava_jax.models.projector import project
 from train import loop
 from train.config import TrainConfig
 from train.datasets.scenes import COLOURS, draw, make_scene

@@ -23,7 +23,8 @@ from llava_jax.checkpoints.hf_files import check_expressible
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress, elapsed, note, plural, shorten
 from llava_jax.data.splice import Batch
-from llava_jax.sharding.mesh import FSDP, batch_sharding, format_mesh, make_mesh, parse_mesh, row_multiple
+from llava_jax.sharding.mesh import FSDP, format_mesh, make_mesh, parse_mesh, row_multiple
+from llava_jax.sharding.partition import batch_sharding
 from train.config import TrainConfig, check_preset
 from train.loader import Data, check_batch, open_data
 from train.metrics import MetricsFiles, device_memory, device_peak, flops_of_batch

@@ -26,7 +26,7 @@ from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.checkpoints.tensor_names import write_name
 from llava_jax.config import LlavaConfig
 from llava_jax.models.llava import Params
-from llava_jax.sharding.mesh import row_index
+from llava_jax.sharding.fsdp import row_shard_index
 from train.config import TrainConfig
 
 FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # here, and in PEFT
@@ -75,7 +75,7 @@ def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
         (x,) = args
         if dense.has_variable("params", "lora_key"):
             key = dense.get_variable("params", "lora_key")
-            rows = row_index() * len(x) + jnp.arange(len(x))  # of all devices: so that every mesh drops the same
+            rows = row_shard_index() * len(x) + jnp.arange(len(x))  # of all devices: so that every mesh drops the same
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
             dropped = min(round(config.lora_dropout * 2**16), 2**16 - 1)
             kept = jax.lax.map(lambda key: jax.random.bits(key, x.shape[1:], "uint16") >= dropped, keys)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from llava_jax.console import InputError
-from llava_jax.sharding.mesh import path_of
+from llava_jax.sharding.partition import path_of
 from train.config import TrainConfig
 
 PARTS = ("decoder", "projector", "vision")  # LoRA's matrices are of the decoder

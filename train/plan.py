@@ -33,7 +33,8 @@ from llava_jax.data.splice import Batch
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.models import llava
 from llava_jax.models.layers import REMAT
-from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, batch_sharding, make_mesh, row_multiple
+from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, row_multiple
+from llava_jax.sharding.partition import batch_sharding
 from train.__main__ import add_fields, config_of
 from train.config import PRESETS, TrainConfig, check_preset
 from train.metrics import flops_of_batch

@@ -24,20 +24,11 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, Batch
-from llava_jax.models import decoder, llava
+from llava_jax.models import llama, llava
 from llava_jax.models.llava import Params
-from llava_jax.sharding.mesh import (
-    BATCH,
-    TENSOR,
-    Piece,
-    constrain,
-    gather,
-    gradient_options,
-    on_own_rows,
-    param_spec,
-    path_of,
-    row_multiple,
-)
+from llava_jax.sharding.fsdp import gradient_options, is_shard
+from llava_jax.sharding.mesh import BATCH, TENSOR, row_multiple
+from llava_jax.sharding.partition import Partition
 from train import lora
 from train.config import TrainConfig
 from train.optim import make_optimizer, part_of, peak, schedule
@@ -99,9 +90,10 @@ def setup(
     Raises:
       InputError: nothing would be trained; later, from `step_fn`, a batch whose rows the mesh does not divide.
     """
-    frozen, trained = _place(params, model, config, mesh)
+    partition = Partition(model, mesh)
+    frozen, trained = _place(params, config, partition)
     if config.tune == "lora":
-        trained |= _start_lora(frozen, model, config, mesh)
+        trained |= _start_lora(frozen, config, partition)
     if not trained:
         raise InputError(f"--tune {config.tune}: a model with projector {model.projector!r} has nothing to train there")
     top_rate = peak(part_of(min(trained)), config)
@@ -133,9 +125,9 @@ def setup(
         def loss_of_part(trained, part, number):
             params = union(frozen, trained)
             dropout = jax.random.fold_in(key, number) if config.tune == "lora" and config.lora_dropout else None
-            return loss_sum(params, part, model, config, mesh, dropout) / jnp.maximum(labelled, 1)
+            return loss_sum(params, part, model, config, partition, dropout) / jnp.maximum(labelled, 1)
 
-        loss, grads = _gradients(loss_of_part, state.trained, batch, config.accumulate, mesh, cuts)
+        loss, grads = _gradients(loss_of_part, state.trained, batch, config.accumulate, partition, cuts)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
@@ -153,9 +145,9 @@ def setup(
 
     def evaluate(frozen: Params, state: TrainState, batch: Batch) -> Metrics:
         params = union(frozen, state.trained)
-        sum_of_part = lambda part: loss_sum(params, part, model, config, mesh)  # noqa: E731
+        sum_of_part = lambda part: loss_sum(params, part, model, config, partition)  # noqa: E731
         return {
-            "loss_sum": jnp.sum(jax.lax.map(sum_of_part, _parts(batch, config.accumulate, mesh))),
+            "loss_sum": jnp.sum(jax.lax.map(sum_of_part, _parts(batch, config.accumulate, partition))),
             "labelled": jnp.sum(next_tokens(batch) != IGNORE),
         }
 
@@ -166,7 +158,7 @@ def setup(
     return frozen, state, step_fn, jax.jit(evaluate, out_shardings=whole)
 
 
-def _gradients(loss_of_part, trained: Params, batch: Batch, parts: int, mesh: Mesh, cuts: Any):
+def _gradients(loss_of_part, trained: Params, batch: Batch, parts: int, partition: Partition, cuts: Any):
     """Loss and gradient, summed over the parts that the batch's rows are computed in, one after the other."""
 
     def of_part(part, number):
@@ -176,25 +168,24 @@ def _gradients(loss_of_part, trained: Params, batch: Batch, parts: int, mesh: Me
     def add(total, part):
         return jax.tree.map(jnp.add, total, of_part(*part)), None
 
-    split = _parts(batch, parts, mesh)
+    split = _parts(batch, parts, partition)
     if parts == 1:
         return of_part(batch, 0)
     none = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
     return jax.lax.scan(add, none, (split, jnp.arange(parts)))[0]
 
 
-def _parts(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+def _parts(batch: Batch, parts: int, partition: Partition) -> Batch:
     """Leaves [B, ...] as [parts, B / parts, ...]: every device cuts up its own rows."""
-    rows = batch.ids.shape[0]
-    if rows % (row_multiple(mesh) * parts):
+    rows, shards = batch.ids.shape[0], row_multiple(partition.mesh)
+    if rows % (shards * parts):
         raise InputError(
-            f"a batch of {rows} rows does not go into {parts} equal parts for each of the mesh's {row_multiple(mesh)} "
-            "shards of rows"
+            f"a batch of {rows} rows does not divide into {parts} equal parts for each of the mesh's {shards} shards"
         )
 
     def split(x):
         x = x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, mesh, None, BATCH, *(None,) * (x.ndim - 2))
+        return partition.constrain(x, None, BATCH, *(None,) * (x.ndim - 2))
 
     return jax.tree.map(split, batch)
 
@@ -213,7 +204,7 @@ def loss_sum(
     batch: Batch,
     model: LlavaConfig,
     config: TrainConfig,
-    mesh: Mesh,
+    partition: Partition,
     dropout: jax.Array | None = None,
 ) -> jax.Array:
     """Cross entropy summed over all labelled positions, float32.
@@ -224,7 +215,7 @@ def loss_sum(
     """
 
     def compute_dtype(params: Params) -> Params:
-        return jax.tree.map(lambda x: x.astype(config.dtype), params, is_leaf=lambda x: isinstance(x, Piece))
+        return jax.tree.map(lambda x: x.astype(config.dtype), params, is_leaf=is_shard)
 
     def of_rows(params: Params, batch: Batch, dropout: jax.Array | None) -> jax.Array:
         params = compute_dtype(params)
@@ -232,21 +223,19 @@ def loss_sum(
             layers = lora.add_dropout(params["decoder"]["layers"], dropout)
             params = params | {"decoder": params["decoder"] | {"layers": layers}}
         with lora.adapted(config):
-            x_BSD = llava.embed_batch(params, model, batch, mesh, config.remat)
-            x_BSD = decoder.decode(
-                params["decoder"], model, x_BSD, batch.positions, batch.segments, mesh=mesh, remat=config.remat
-            )
+            x_BSD = llava.embed_batch(params, model, batch, partition, config.remat)
+            static = dict(partition=partition, remat=config.remat)
+            x_BSD = llama.decode(params["decoder"], model, x_BSD, batch.positions, batch.segments, **static)
         trained = is_trained("decoder/head/kernel", config)
-        return _head_loss(params["decoder"], x_BSD, next_tokens(batch), model, mesh, trained)
+        return _head_loss(params["decoder"], x_BSD, next_tokens(batch), model, partition, trained)
 
     if config.reduce_dtype in (None, config.dtype):
         params = compute_dtype(params)  # before they are each device's own: so gradients are summed in it
-    specs = jax.tree_util.tree_map_with_path(lambda path, x: _cut(path_of(path), x.shape, model, mesh).spec, params)
-    return on_own_rows(of_rows, params, specs, batch, dropout, mesh=mesh)
+    return partition.map_rows(of_rows, params, batch, dropout)
 
 
 def _head_loss(
-    params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: LlavaConfig, mesh: Mesh, trained: bool
+    params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: LlavaConfig, partition: Partition, trained: bool
 ) -> jax.Array:
     """Logits and their cross entropy, only where there is a label, and only a piece of them at a time.
 
@@ -257,7 +246,7 @@ def _head_loss(
     time; that of the head only if it is `trained`.
     """
     B, S = targets_BS.shape
-    logits_of_position = B * -(-model.text.vocab_size // mesh.shape[TENSOR])
+    logits_of_position = B * -(-model.text.vocab_size // partition.size(TENSOR))
     n = min(S, PIECE, max(128, PIECE_LOGITS // logits_of_position // 128 * 128))
     pieces = -(-S // n)
     order_BS = jnp.argsort(targets_BS == IGNORE, axis=1, stable=True)
@@ -270,10 +259,10 @@ def _head_loss(
 
     def pick(x_BSD, order_Bn):
         picked_BnD = jnp.take_along_axis(x_BSD, order_Bn[..., None], axis=1, mode="promise_in_bounds")
-        return constrain(picked_BnD, mesh, BATCH, None, None)
+        return partition.constrain(picked_BnD, BATCH, None, None)
 
     def loss_of_piece(params, picked_BnD, targets_Bn):
-        logits_BnV = constrain(decoder.logits(params, model, picked_BnD), mesh, BATCH, None, TENSOR)
+        logits_BnV = partition.constrain(llama.logits(params, model, picked_BnD), BATCH, None, TENSOR)
         wanted = jnp.arange(logits_BnV.shape[-1]) == targets_Bn[..., None]
         right_Bn = jnp.sum(jnp.where(wanted, logits_BnV, 0), axis=-1)
         return jnp.sum(jnp.where(targets_Bn != IGNORE, jax.nn.logsumexp(logits_BnV, axis=-1) - right_Bn, 0))
@@ -316,7 +305,7 @@ def _head_loss(
     # Gathered here, not in each piece.
     return loss(
         {
-            name: gather(params[name], f"decoder/{name}", model, mesh)
+            name: partition.gather(params[name], f"decoder/{name}")
             for name in ("norm", "embed" if model.text.tied_head else "head")
         },
         x_BSD,
@@ -337,7 +326,7 @@ def load_dtype(path: str, config: TrainConfig) -> str:
     return "float32" if is_trained(path, config) else config.dtype
 
 
-def _place(params: Params, model: LlavaConfig, config: TrainConfig, mesh: Mesh):
+def _place(params: Params, config: TrainConfig, partition: Partition):
     """Frozen and trained parameters by path: layers stacked, each cast and cut. Empties `params` on the way."""
     flat = flatten_dict(params, sep="/")
     params.clear()
@@ -347,7 +336,7 @@ def _place(params: Params, model: LlavaConfig, config: TrainConfig, mesh: Mesh):
         stacked, dtype = "/layers/" in path, jnp.dtype(load_dtype(path, config))
         leaves = [flat.pop(path.replace("/layers/", f"/layers/{i}/")) for i in range(layers)]
         shape = ((len(leaves),) if stacked else ()) + leaves[0].shape
-        cut = _cut(path, shape, model, mesh)
+        cut = partition.stacked_sharding(path, shape)
         if isinstance(leaves[0], jax.ShapeDtypeStruct):
             placed = jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
         else:
@@ -370,17 +359,10 @@ def _made(make: Callable, cuts: Any, *args: Any) -> Any:
     return jax.jit(make, out_shardings=cuts)(*args)
 
 
-def _cut(path: str, shape: tuple[int, ...], model: LlavaConfig, mesh: Mesh) -> NamedSharding:
-    """Where a parameter of these trees lies: as `sharding.param_spec` has it, the axis of layers whole."""
-    if "/layers/" in path:
-        return NamedSharding(mesh, P(None, *param_spec(path, shape[1:], model, mesh)))
-    return NamedSharding(mesh, param_spec(path, shape, model, mesh))
-
-
-def _start_lora(frozen: dict[str, jax.Array], model: LlavaConfig, config: TrainConfig, mesh: Mesh):
+def _start_lora(frozen: dict[str, jax.Array], config: TrainConfig, partition: Partition):
     kernels = {path: frozen[path] for path in lora.adapted_kernels(frozen, config)}
     make = functools.partial(lora.init_lora, config=config)
-    cuts = {path: _cut(path, x.shape, model, mesh) for path, x in jax.eval_shape(make, kernels).items()}
+    cuts = {path: partition.stacked_sharding(path, x.shape) for path, x in jax.eval_shape(make, kernels).items()}
     return _made(make, cuts, kernels)
 
 

@@ -26,10 +26,12 @@ from llava_jax.console import Progress
 from llava_jax.data import images
 from llava_jax.data.images import TileLayout
 from llava_jax.data.splice import IGNORE
-from llava_jax.models import decoder, llava
+from llava_jax.models import llama, llava
+from llava_jax.models.clip import normalise, vision_features
 from llava_jax.models.llava import Params
-from llava_jax.models.vision import normalise, project, vision_features
-from llava_jax.sharding.mesh import make_mesh, path_of
+from llava_jax.models.projector import project
+from llava_jax.sharding.mesh import make_mesh
+from llava_jax.sharding.partition import Partition, path_of
 from train import loop, step
 from train.config import TrainConfig
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene
@@ -288,22 +290,23 @@ def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> 
     config, mesh = configs[0], make_mesh({}, jax.devices()[:1])
     found = open_checkpoint(config.checkpoint)
     opened = {c: open_data(c, found.config, found.tokenizer) for c in configs}
+    partition = Partition(found.config, mesh)
     params = found.load(mesh, lambda path: step.load_dtype(path, config))
     frozen, state, *_ = step.setup(params, found.config, config, mesh, steps)
 
     def loss_of(trained, frozen, batch):
         labelled = jnp.sum(step.next_tokens(batch) != IGNORE)
-        return step.loss_sum(step.union(frozen, trained), batch, found.config, config, mesh) / labelled
+        return step.loss_sum(step.union(frozen, trained), batch, found.config, config, partition) / labelled
 
     held_out = open_data(config, found.config, found.tokenizer, path=config.eval_data, train=False)
 
     @jax.jit
     def wrong(trained, frozen, batch):
         params = step.union(frozen, trained)
-        x = llava.embed_batch(params, found.config, batch, mesh)
-        x = decoder.decode(params["decoder"], found.config, x, batch.positions, batch.segments, mesh=mesh)
+        x = llava.embed_batch(params, found.config, batch, partition)
+        x = llama.decode(params["decoder"], found.config, x, batch.positions, batch.segments, partition=partition)
         targets = step.next_tokens(batch)
-        return (targets != IGNORE) & (decoder.logits(params["decoder"], found.config, x, mesh).argmax(-1) != targets)
+        return (targets != IGNORE) & (llama.logits(params["decoder"], found.config, x, partition).argmax(-1) != targets)
 
     def accuracy(trained) -> float:
         right = asked = 0

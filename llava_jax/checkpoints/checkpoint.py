@@ -21,7 +21,7 @@ from llava_jax.console import InputError, Progress
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import Params, param_shapes
-from llava_jax.sharding.mesh import param_shardings, path_of
+from llava_jax.sharding.partition import Partition, path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _load_ours(directory: Path, config: LlavaConfig, mesh: Mesh, dtype=None) -> 
 def _load_source(source: Source, mesh: Mesh, dtype=None) -> Params:
     """Stream tensors one at a time from their files to their place on the mesh."""
     dtype_of = _dtype_of(dtype, mesh)
-    shardings = param_shardings(param_shapes(source.config), source.config, mesh)
+    shardings = Partition(source.config, mesh).shardings(param_shapes(source.config))
     places = {path_of(path): sharding for path, sharding in jax.tree_util.tree_flatten_with_path(shardings)[0]}
     tensors = [source.tensors[path] for path in places]
     loaded = {}

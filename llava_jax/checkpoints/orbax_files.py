@@ -34,7 +34,7 @@ from llava_jax.data.templates import choose_template
 from llava_jax.files import check_tree
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import Params, param_shapes
-from llava_jax.sharding.mesh import param_shardings, path_of
+from llava_jax.sharding.partition import Partition, path_of
 
 CHUNK_BYTES = 64 * 2**20  # of a stored array, so that a host that wants a slice reads little more than that
 GROUP_BYTES = 2**30  # restored at a time
@@ -56,7 +56,7 @@ def load_params(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype_of
     import orbax.checkpoint as ocp
 
     shapes = param_shapes(config)
-    shardings = param_shardings(shapes, config, mesh)
+    shardings = Partition(config, mesh).shardings(shapes)
     wanted = {
         path_of(path): jax.ShapeDtypeStruct(shape.shape, dtype_of(path_of(path)), sharding=sharding)
         for (path, shape), sharding in zip(

@@ -29,7 +29,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.json_files import read_json
 from llava_jax.models.llava import param_shapes
-from llava_jax.sharding.mesh import path_of
+from llava_jax.sharding.partition import path_of
 
 MOST = 8  # tensors of a kind of mistake that are named
 ROOM = 190  # characters for their names in a line

@@ -8,7 +8,7 @@ The reference (llava/mm_utils.py `process_images`, and the CLIP image processor 
              into one tile
 
 All arithmetic on pixels happens in Pillow on uint8, so tiles are uint8 here and the subtraction of the mean
-waits for the device (`vision.normalise`): a quarter of the bytes to send.
+waits for the device (`clip.normalise`): a quarter of the bytes to send.
 
 Which pixels a file holds is decided in `open_image`:
 

@@ -10,13 +10,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
 from llava_jax.data.splice import TEXT, Batch
-from llava_jax.models import decoder, vision
-from llava_jax.models.layers import LayerNorm, RMSNorm
-from llava_jax.sharding.mesh import BATCH, constrain
+from llava_jax.models import clip, llama
+from llava_jax.models.layers import init_module
+from llava_jax.models.projector import Projector, project
+from llava_jax.sharding.mesh import BATCH
+from llava_jax.sharding.partition import UNSHARDED, Partition
 
 Params = dict
 
@@ -24,7 +25,7 @@ jax.tree_util.register_dataclass(Batch, [field.name for field in dataclasses.fie
 
 
 def encode_tiles(
-    params: Params, config: LlavaConfig, tiles_BTHW3: jax.Array, mesh: Mesh | None = None, remat: str = "none"
+    params: Params, config: LlavaConfig, tiles_BTHW3: jax.Array, partition: Partition = UNSHARDED, remat: str = "none"
 ) -> jax.Array:
     """The feature table of each row: [B, R, D], tile after tile, then the newline if the model has one.
 
@@ -36,11 +37,11 @@ def encode_tiles(
     """
     B, T = tiles_BTHW3.shape[:2]
     dtype = params["decoder"]["embed"]["embedding"].dtype
-    pixels = vision.normalise(tiles_BTHW3.reshape(B * T, *tiles_BTHW3.shape[2:]), config.vision, dtype)
-    pixels = constrain(pixels, mesh, BATCH, None, None, None)
-    features = vision.vision_features(params["vision"], config, pixels, mesh, remat)
-    features = vision.project(params.get("projector", {}), config, features, mesh)
-    table_BRD = constrain(features.reshape(B, -1, features.shape[-1]), mesh, BATCH, None, None)
+    pixels = clip.normalise(tiles_BTHW3.reshape(B * T, *tiles_BTHW3.shape[2:]), config.vision, dtype)
+    pixels = partition.constrain(pixels, BATCH, None, None, None)
+    features = clip.vision_features(params["vision"], config, pixels, partition, remat)
+    features = project(params.get("projector", {}), config, features, partition)
+    table_BRD = partition.constrain(features.reshape(B, -1, features.shape[-1]), BATCH, None, None)
     if config.has_newline:
         newline = jnp.broadcast_to(params["newline"].astype(table_BRD.dtype), (B, 1, table_BRD.shape[-1]))
         table_BRD = jnp.concatenate([table_BRD, newline], axis=1)
@@ -53,13 +54,13 @@ def splice_embeddings(
     features_BRD: jax.Array | None,
     ids_BS: jax.Array,
     feature_rows_BS: jax.Array,
-    mesh: Mesh | None = None,
+    partition: Partition = UNSHARDED,
 ) -> jax.Array:
     """Input embeddings [B, S, D]: a token's, or the feature row that `splice.splice` put there.
 
     `features_BRD` None means that no row has an image.
     """
-    x_BSD = constrain(decoder.embed(params["decoder"], config, ids_BS, mesh), mesh, BATCH, None, None)
+    x_BSD = partition.constrain(llama.embed(params["decoder"], config, ids_BS, partition), BATCH, None, None)
     if features_BRD is None:
         return x_BSD
     rows = jnp.maximum(feature_rows_BS, 0)[..., None]
@@ -68,54 +69,29 @@ def splice_embeddings(
 
 
 def embed_batch(
-    params: Params, config: LlavaConfig, batch: Batch, mesh: Mesh | None = None, remat: str = "none"
+    params: Params, config: LlavaConfig, batch: Batch, partition: Partition = UNSHARDED, remat: str = "none"
 ) -> jax.Array:
     """Input embeddings [B, S, D] of a whole batch."""
-    features = encode_tiles(params, config, batch.tiles, mesh, remat) if batch.tiles.shape[1] else None
-    return splice_embeddings(params, config, features, batch.ids, batch.feature_rows, mesh)
+    features = encode_tiles(params, config, batch.tiles, partition, remat) if batch.tiles.shape[1] else None
+    return splice_embeddings(params, config, features, batch.ids, batch.feature_rows, partition)
 
 
-def forward(params: Params, config: LlavaConfig, batch: Batch, mesh: Mesh | None = None) -> jax.Array:
+def forward(params: Params, config: LlavaConfig, batch: Batch, partition: Partition = UNSHARDED) -> jax.Array:
     """Logits [B, S, V] in float32 for every position of a batch."""
-    x_BSD = embed_batch(params, config, batch, mesh)
-    x_BSD = decoder.decode(params["decoder"], config, x_BSD, batch.positions, batch.segments, mesh=mesh)
-    return decoder.logits(params["decoder"], config, x_BSD, mesh)
+    x_BSD = embed_batch(params, config, batch, partition)
+    x_BSD = llama.decode(params["decoder"], config, x_BSD, batch.positions, batch.segments, partition=partition)
+    return llama.logits(params["decoder"], config, x_BSD, partition)
 
 
 def init_params(config: LlavaConfig, key: jax.Array, dtype=jnp.float32) -> Params:
     """Random parameters; with `jax.eval_shape` the shapes that a checkpoint must have."""
-    c, t = config.vision, config.text
-    keys = iter(jax.random.split(key, 8 + c.layers_used + t.layers))
-    x_1PC = jnp.zeros((1, c.patches_per_side**2 + 1, c.width))
-    x_11D = jnp.zeros((1, 1, t.width))
-
-    def made(module, *args):
-        return module.init(next(keys), *args).get("params", {})
-
-    def layers(number, module, *args):
-        init = jax.jit(lambda key: module.init(key, *args)["params"])  # traced for the first layer alone
-        return {str(i): init(next(keys)) for i in range(number)}
-
-    def first_of_three(q, k, v):
-        return q
-
-    tower = {
-        "embed": made(vision.Embedding(c), jnp.zeros((1, c.image_size, c.image_size, 3))),
-        "pre_norm": made(LayerNorm(c.norm_eps), x_1PC),
-        "layers": layers(c.layers_used, vision.Block(c), x_1PC),
-    }
-    text = {
-        "embed": {"embedding": 0.02 * jax.random.normal(next(keys), (t.vocab_size, t.width))},
-        "layers": layers(t.layers, decoder.Block(t), x_11D, first_of_three),
-        "norm": made(RMSNorm(t.norm_eps), x_11D),
-    }
-    if not t.tied_head:
-        text["head"] = {"kernel": 0.02 * jax.random.normal(next(keys), (t.width, t.vocab_size))}
-    params = {"vision": tower, "decoder": text}
-    if projector := made(vision.Projector(config), jnp.zeros((1, config.projector_in))):
+    keys = iter(jax.random.split(key, 8 + config.vision.layers_used + config.text.layers))
+    params = {"vision": clip.init_params(config.vision, keys), "decoder": llama.init_params(config.text, keys)}
+    if projector := init_module(Projector(config), keys, jnp.zeros((1, config.projector_in))):
         params["projector"] = projector
     if config.has_newline:
-        params["newline"] = jax.random.normal(next(keys), (t.width,)) / t.width**0.5
+        width = config.text.width
+        params["newline"] = jax.random.normal(next(keys), (width,)) / width**0.5
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 

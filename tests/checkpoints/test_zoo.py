@@ -23,7 +23,7 @@ from llava_jax.console import InputError
 from llava_jax.data.splice import IMAGE
 from llava_jax.data.templates import choose_template, get_template, render
 from llava_jax.models.llava import param_shapes
-from llava_jax.sharding.mesh import path_of
+from llava_jax.sharding.partition import path_of
 
 # llava-hf/llava-1.5-7b-hf's chat template: no system message, `USER:` and `ASSISTANT:`.
 USER_ASSISTANT = (

@@ -21,7 +21,8 @@ from llava_jax.checkpoints.orbax_files import save
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError
 from llava_jax.models.llava import param_shapes
-from llava_jax.sharding.mesh import make_mesh, path_of
+from llava_jax.sharding.mesh import make_mesh
+from llava_jax.sharding.partition import path_of
 
 
 def leaves(params) -> dict[str, np.ndarray]:

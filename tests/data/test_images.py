@@ -20,7 +20,7 @@ from llava_jax.console import InputError, run_main
 from llava_jax.data import images, urls
 from llava_jax.data.images import ImageFolder, TileLayout, image_size, layout, open_image, read_tiles, tiles
 from llava_jax.data.splice import NEWLINE, count_features, merge_rows
-from llava_jax.models.vision import normalise
+from llava_jax.models.clip import normalise
 
 PICTURES = sorted((GOLDEN / "images").iterdir())
 

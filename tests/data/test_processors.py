@@ -13,7 +13,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from llava_jax.checkpoints.config_json import read_config
 from llava_jax.checkpoints.image_processor import read_preprocessor
 from llava_jax.data.images import layout, tiles
-from llava_jax.models.vision import normalise
+from llava_jax.models.clip import normalise
 
 SIDE = 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.models import layers
-from llava_jax.models.layers import attention, splash_attention, splash_block
+from llava_jax import config as c
+from llava_jax.models import attention as attention_module
+from llava_jax.models.attention import attention, splash_attention, splash_block
 from llava_jax.sharding.mesh import make_mesh
+from llava_jax.sharding.partition import Partition
 
 
 def inputs(dtype, length: int, rows: int = 1, heads: int = 2, kv_heads: int = 1):
@@ -62,9 +64,9 @@ def test_kernels_give_what_plain_attention_gives(dtype, most, most_backward, seg
 @pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}])
 def test_kernels_run_on_each_devices_rows_and_heads(mesh):
     q, k, v, _ = inputs("float32", 128, rows=2, heads=4, kv_heads=2)
-    mesh = make_mesh(mesh, jax.devices()[:4])
+    partition = Partition(c.tiny(), make_mesh(mesh, jax.devices()[:4]))
     ids = jnp.ones((2, 128), jnp.int32)
-    got = jax.jit(lambda q, k, v: splash_attention(q, k, v, ids, mesh=mesh, interpret=True))(q, k, v)
+    got = jax.jit(lambda q, k, v: splash_attention(q, k, v, ids, partition=partition, interpret=True))(q, k, v)
     assert error(got, attention(q, k, v, causal=True)) < 1e-5
 
 
@@ -90,6 +92,6 @@ def test_what_cudnn_is_asked_for(monkeypatch, segments, causal, window):
         lambda *args, implementation, **how: asked.append(implementation) or ours(*args, implementation="xla", **how),
     )
     used = slice(None) if ids is None else np.array(segments) > 0
-    got = layers._cudnn_attention(q, k, v, ids, causal, window)[:, used]
+    got = attention_module._cudnn_attention(q, k, v, ids, causal, window)[:, used]
     assert error(got, attention(q, k, v, segments_BS=ids, causal=causal, window=window)[:, used]) < 1e-5
     assert asked == ["cudnn"]

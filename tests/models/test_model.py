@@ -14,8 +14,10 @@ from llava_jax import config as c
 from llava_jax.checkpoints import checkpoint
 from llava_jax.data.splice import IGNORE, splice
 from llava_jax.data.templates import choose_template
-from llava_jax.models import decoder, llava
-from llava_jax.models.layers import attention, cached_attention
+from llava_jax.models import llama, llava
+from llava_jax.models.attention import attention, cached_attention
+from llava_jax.sharding.mesh import make_mesh
+from llava_jax.sharding.partition import Partition
 
 TOLERANCE = 1e-4
 
@@ -114,8 +116,6 @@ def naive_attention(q, k, v, mask):
 @pytest.mark.parametrize("S", [5, 300, 700])
 def test_attention_equals_the_definition(S, segments, window, devices):
     """Both ways of running plain attention, whole blocks and pieces of them."""
-    from llava_jax.sharding.mesh import make_mesh
-
     q, k, v = random_heads(S=S)
     ids = np.ones((2, S), np.int32)
     if segments:
@@ -124,8 +124,9 @@ def test_attention_equals_the_definition(S, segments, window, devices):
     i, j = np.ogrid[:S, :S]
     mask = (j <= i)[None] & (ids[:, :, None] == ids[:, None])
     mask = mask & (i - j < window) if window else mask
-    mesh = make_mesh({"data": devices}, jax.devices()[:devices])
-    got = attention(q, k, v, segments_BS=jnp.array(ids) if segments else None, causal=True, window=window, mesh=mesh)
+    partition = Partition(c.tiny(), make_mesh({"data": devices}, jax.devices()[:devices]))
+    segments_BS = jnp.array(ids) if segments else None
+    got = attention(q, k, v, segments_BS=segments_BS, causal=True, window=window, partition=partition)
     np.testing.assert_allclose(got, naive_attention(*map(np.asarray, (q, k, v)), mask), atol=2e-6)
 
 
@@ -156,8 +157,8 @@ def test_prefill_gives_what_a_whole_pass_gives(window):
     x_BSD = jax.random.normal(jax.random.key(1), (3, 20, 32))
     lengths = jnp.array([20, 11, 1])
     positions = jnp.broadcast_to(jnp.arange(20), (3, 20))
-    whole = decoder.decode(params, config, x_BSD, positions, (positions < lengths[:, None]).astype(int))
-    last, cache = decoder.prefill(params, config, x_BSD, lengths, 32)
+    whole = llama.decode(params, config, x_BSD, positions, (positions < lengths[:, None]).astype(int))
+    last, cache = llama.prefill(params, config, x_BSD, lengths, 32)
     np.testing.assert_allclose(last, whole[jnp.arange(3), lengths - 1], atol=1e-5)
     assert [(k.shape, v.shape) for k, v in cache] == [((3, 2, 8, 32), (3, 2, 32, 8))] * 3
 
@@ -170,11 +171,11 @@ def test_a_cache_in_int8():
     lengths, slots = jnp.array([20, 11, 1]), jnp.arange(32)
     results = {}
     for int8 in (False, True):
-        x_BD, cache = decoder.prefill(params, config, x_BSD, lengths, 32, int8=int8)
+        x_BD, cache = llama.prefill(params, config, x_BSD, lengths, 32, int8=int8)
         for step in range(4):
             visible = (slots < lengths[:, None]) | ((slots >= 20) & (slots < 20 + step))
             more = jax.random.normal(jax.random.key(2 + step), (3, 32))
-            x_BD, cache = decoder.decode_one(params, config, more, lengths + step, visible, 20 + step, cache)
+            x_BD, cache = llama.decode_step(params, config, more, lengths + step, visible, 20 + step, cache)
         results[int8] = x_BD, cache
     (exact, plain), (near, small) = results[False], results[True]
     assert [[x.dtype.name for x in layer] for layer in small] == [["int8", "int8", "float32", "float32"]] * len(plain)
@@ -226,7 +227,7 @@ def test_tied_head_and_biases():
     x = jnp.ones((1, 32))
     normed = x / jnp.sqrt((x * x).mean() + 1e-5)
     np.testing.assert_allclose(
-        decoder.logits(params["decoder"], config.replace(text=text), x),
+        llama.logits(params["decoder"], config.replace(text=text), x),
         normed @ params["decoder"]["embed"]["embedding"].T,
         atol=1e-5,
     )

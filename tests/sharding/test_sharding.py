@@ -16,18 +16,10 @@ from infer.sampling import Sampling
 from llava_jax import config as c
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch, splice
-from llava_jax.models import decoder, llava
-from llava_jax.sharding.mesh import (
-    gather,
-    inference_mesh,
-    make_mesh,
-    on_own_rows,
-    param_shardings,
-    param_spec,
-    parse_mesh,
-    path_of,
-    put_rows,
-)
+from llava_jax.models import llama, llava
+from llava_jax.sharding.fsdp import map_rows
+from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh
+from llava_jax.sharding.partition import Partition, path_of, put_rows
 
 MESHES = [
     "data=8", "fsdp=8", "tensor=8", "data=2,fsdp=4", "data=4,tensor=2", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2",
@@ -51,7 +43,7 @@ def mixed_batch(name: str) -> Batch:
 
 def place(name: str, mesh):
     found, params = load_golden(name)
-    params = jax.device_put(params, param_shardings(params, found.config, mesh))
+    params = jax.device_put(params, Partition(found.config, mesh).shardings(params))
     batch = jax.tree.map(lambda x: put_rows(x, mesh), mixed_batch(name))
     return found.config, params, batch
 
@@ -61,10 +53,10 @@ def place(name: str, mesh):
 def test_every_mesh_gives_the_logits_of_one_device(name, mesh):
     found, params = load_golden(name)
     forward = jax.jit(llava.forward, static_argnums=(1, 3))
-    want = np.asarray(forward(params, found.config, mixed_batch(name), None))
+    want = np.asarray(forward(params, found.config, mixed_batch(name)))
     mesh = make_mesh(parse_mesh(mesh))
     config, params, batch = place(name, mesh)
-    got = np.asarray(forward(params, config, batch, mesh))
+    got = np.asarray(forward(params, config, batch, Partition(config, mesh)))
     used = mixed_batch(name).segments > 0
     np.testing.assert_allclose(got[used], want[used], atol=1e-5)
 
@@ -91,11 +83,12 @@ def test_every_mesh_quantizes_the_same(mesh):
     mesh = make_mesh(parse_mesh(mesh))
     x_BSD = np.random.default_rng(0).standard_normal((8, 12, found.config.text.width), np.float32)
 
-    def cache(params, mesh):
-        prefill = jax.jit(decoder.prefill, static_argnums=(1, 4), static_argnames=("int8", "mesh"))
-        return prefill(params["decoder"], found.config, x_BSD, jnp.full(8, 12), 16, int8=True, mesh=mesh)[1]
+    def cache(params, mesh=None):
+        prefill = jax.jit(llama.prefill, static_argnums=(1, 4), static_argnames=("int8", "partition"))
+        static = dict(int8=True, partition=Partition(found.config, mesh))
+        return prefill(params["decoder"], found.config, x_BSD, jnp.full(8, 12), 16, **static)[1]
 
-    alone, cut = cache(load_golden("v1.6-mistral")[1], None), cache(place("v1.6-mistral", mesh)[1], mesh)
+    alone, cut = cache(load_golden("v1.6-mistral")[1]), cache(place("v1.6-mistral", mesh)[1], mesh)
     assert sum(x.dtype == "int8" for x in jax.tree.leaves(alone)) == 2 * found.config.text.layers
     for want, got in zip(jax.tree.leaves(alone), jax.tree.leaves(cut), strict=True):
         assert got.dtype == want.dtype
@@ -112,13 +105,14 @@ def test_only_drawing_gathers_logits():
     keys, knobs = row_keys(0, range(8)), Sampling().knobs()
     cut = jax.NamedSharding(mesh, P(None, "tensor"))
     logits = jax.device_put(np.random.default_rng(0).standard_normal((8, 4096), np.float32), cut)
-    chosen = jax.jit(choose, static_argnums=3).lower(logits, keys, knobs, mesh).compile()
+    partition = Partition(c.tiny(), mesh)
+    chosen = jax.jit(choose, static_argnums=3).lower(logits, keys, knobs, partition).compile()
     computations = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%|ENTRY)", chosen.as_text())}
     gathering = {name for name, part in computations.items() if re.search(r"f32\[8,4096\]\S* all-gather\(", part)}
     branches = re.findall(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.]+)", chosen.as_text())
     assert gathering and gathering <= {name for pair in branches for group in pair for name in group.split(", ")}
     odd = np.random.default_rng(1).standard_normal((8, 4097), np.float32)
-    np.testing.assert_array_equal(jax.jit(choose, static_argnums=3)(odd, keys, knobs, mesh), odd.argmax(-1))
+    np.testing.assert_array_equal(jax.jit(choose, static_argnums=3)(odd, keys, knobs, partition), odd.argmax(-1))
 
 
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?\(")
@@ -133,7 +127,7 @@ def test_the_compiled_splice_holds_no_collective(mesh):
     features = put_rows(np.ones((8, batch.tiles.shape[1] * 16 + 1, 64), np.float32), mesh)
 
     def spliced(features, batch):
-        return llava.splice_embeddings(params, config, features, batch.ids, batch.feature_rows, mesh)
+        return llava.splice_embeddings(params, config, features, batch.ids, batch.feature_rows, Partition(config, mesh))
 
     whole = jax.jit(spliced).lower(features, batch).compile().as_text()
     assert "gather" in whole
@@ -147,7 +141,8 @@ def test_with_fsdp_the_embedding_table_is_gathered_and_nothing_that_grows_with_t
     config, params, batch = place("v1.6-mistral", mesh)
     features = put_rows(np.ones((8, batch.tiles.shape[1] * 16 + 1, 64), np.float32), mesh)
     spliced = jax.jit(llava.splice_embeddings, static_argnums=(1, 5))
-    text = spliced.lower(params, config, features, batch.ids, batch.feature_rows, mesh).compile().as_text()
+    args = params, config, features, batch.ids, batch.feature_rows, Partition(config, mesh)
+    text = spliced.lower(*args).compile().as_text()
     moved = [line.split(" = ")[1] for line in text.splitlines() if COLLECTIVES.search(line)]
     assert len(moved) == 1
     assert moved[0].startswith("f32[1000,64]")
@@ -157,15 +152,14 @@ def test_with_fsdp_the_embedding_table_is_gathered_and_nothing_that_grows_with_t
 def test_along_one_side_of_a_slice_after_the_other_the_same_is_gathered_and_scattered(sides, monkeypatch):
     mesh, numbers = make_mesh({"fsdp": 8}), np.arange(8).reshape(sides)
     lines = tuple(tuple(map(tuple, np.moveaxis(numbers, k, -1).reshape(-1, n).tolist())) for k, n in enumerate(sides))
-    monkeypatch.setattr("llava_jax.sharding.mesh.fsdp_lines", lambda mesh: lines)
+    monkeypatch.setattr("llava_jax.sharding.fsdp.fsdp_lines", lambda mesh: lines)
     x = np.arange(24 * 3, dtype=np.float32).reshape(24, 3)
 
-    def loss(pieces, rows):
-        whole = gather(pieces, "", c.tiny(), mesh)["x"]
-        return jnp.sum(rows @ whole)  # rows: the device's own
+    def loss(shards, rows):  # on each device's own rows
+        return jnp.sum(rows @ Partition(c.tiny(), mesh).gather(shards, "")["x"])
 
     rows = np.random.default_rng(0).integers(0, 9, (8, 24)).astype(np.float32)
-    f = jax.value_and_grad(lambda x: on_own_rows(loss, {"x": x}, {"x": P("fsdp", None)}, rows, mesh=mesh))
+    f = jax.value_and_grad(lambda x: map_rows(loss, {"x": x}, {"x": P("fsdp", None)}, rows, mesh=mesh))
     value, gradient = jax.jit(f)(x)
     assert float(value) == (rows @ x).sum()
     np.testing.assert_array_equal(gradient, np.repeat(rows.sum(0)[:, None], 3, axis=1))
@@ -178,7 +172,7 @@ def test_specs():
     config = c.preset("v1.6-mistral-7b")
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     shapes = {path_of(k): x.shape for k, x in jax.tree_util.tree_flatten_with_path(llava.param_shapes(config))[0]}
-    spec = lambda path: param_spec(path, shapes[path], config, mesh)  # noqa: E731
+    spec = lambda path: Partition(config, mesh).spec(path, shapes[path])  # noqa: E731
     assert spec("decoder/layers/0/attention/q/kernel") == P("fsdp", "tensor")
     assert spec("decoder/layers/0/attention/o/kernel") == P("tensor", "fsdp")
     assert spec("decoder/layers/31/mlp/down/kernel") == P("tensor", "fsdp")
@@ -195,18 +189,18 @@ def test_specs():
 def test_rows_are_cut_rather_than_columns_where_either_will_do():
     config = c.preset("v1.5-7b")
     down, table = "decoder/layers/0/mlp/down/kernel", "decoder/embed/embedding"
-    assert param_spec(down, (11008, 4096), config, make_mesh({"fsdp": 8})) == P("fsdp", None)
-    assert param_spec(table, (32000, 4096), config, make_mesh({"fsdp": 8})) == P("fsdp", None)
-    assert param_spec(table, (32003, 4096), config, make_mesh({"fsdp": 8})) == P(None, "fsdp")
+    assert Partition(config, make_mesh({"fsdp": 8})).spec(down, (11008, 4096)) == P("fsdp", None)
+    assert Partition(config, make_mesh({"fsdp": 8})).spec(table, (32000, 4096)) == P("fsdp", None)
+    assert Partition(config, make_mesh({"fsdp": 8})).spec(table, (32003, 4096)) == P(None, "fsdp")
 
 
 def test_heads_are_not_cut_through():
     config = c.preset("v1.6-mistral-7b")  # 8 key/value heads
     mesh = make_mesh({"tensor": 8})
-    assert param_spec("decoder/layers/0/attention/k/kernel", (4096, 1024), config, mesh) == P("fsdp", "tensor")
+    assert Partition(config, mesh).spec("decoder/layers/0/attention/k/kernel", (4096, 1024)) == P("fsdp", "tensor")
     wide = config.replace(text=c.TextConfig(heads=32, kv_heads=4))
-    assert param_spec("decoder/layers/0/attention/k/kernel", (4096, 512), wide, mesh) == P("fsdp", None)
-    assert param_spec("decoder/layers/0/attention/q/kernel", (4096, 4096), wide, mesh) == P("fsdp", "tensor")
+    assert Partition(wide, mesh).spec("decoder/layers/0/attention/k/kernel", (4096, 512)) == P("fsdp", None)
+    assert Partition(wide, mesh).spec("decoder/layers/0/attention/q/kernel", (4096, 4096)) == P("fsdp", "tensor")
 
 
 def test_default_mesh_for_generation():

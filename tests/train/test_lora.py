@@ -21,7 +21,8 @@ from llava_jax.console import InputError
 from llava_jax.data.splice import Batch
 from llava_jax.models import llava
 from llava_jax.models.layers import REMAT, Dense
-from llava_jax.sharding.mesh import make_mesh, param_spec, parse_mesh
+from llava_jax.sharding.mesh import make_mesh, parse_mesh
+from llava_jax.sharding.partition import Partition
 from train import lora
 from train.config import TrainConfig
 from train.step import export_params, loss_sum, setup
@@ -132,7 +133,7 @@ def test_merged_weights_and_every_mesh_give_the_same_loss():
     assert frozen["decoder"]["layers"]["mlp"]["down"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
     assert state.trained["decoder"]["layers"]["mlp"]["down"]["lora_a"].sharding.spec == P(None, "tensor", "fsdp")
     both = unflatten_dict(flatten_dict(frozen, sep="/") | flatten_dict(state.trained, sep="/"), sep="/")
-    assert float(loss(both, batch, model, CONFIG, mesh, dropout)) == pytest.approx(want, rel=1e-6)
+    assert float(loss(both, batch, model, CONFIG, Partition(model, mesh), dropout)) == pytest.approx(want, rel=1e-6)
 
 
 def test_full_remat_keeps_the_narrow_products(monkeypatch):
@@ -165,7 +166,7 @@ def test_dropout_is_one_operation_for_each_adapter():
 def test_factors_are_cut_by_rows(rank):
     mesh = make_mesh({"fsdp": 8})
     for name in ("attention/o", "mlp/down"):
-        assert param_spec(f"decoder/layers/0/{name}/lora_a", (64, rank), c.tiny(), mesh) == P("fsdp", None)
+        assert Partition(c.tiny(), mesh).spec(f"decoder/layers/0/{name}/lora_a", (64, rank)) == P("fsdp", None)
 
 
 def test_files_of_an_adapter(tmp_path):

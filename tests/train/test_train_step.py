@@ -16,9 +16,10 @@ from llava_jax import config as c
 from llava_jax.console import InputError
 from llava_jax.data import images
 from llava_jax.data.splice import IGNORE, IMAGE, Batch, Row, pack, splice
-from llava_jax.models import decoder, llava
+from llava_jax.models import llama, llava
 from llava_jax.models.layers import REMAT
-from llava_jax.sharding.mesh import make_mesh, parse_mesh, put_rows
+from llava_jax.sharding.mesh import make_mesh, parse_mesh
+from llava_jax.sharding.partition import Partition, put_rows
 from train import optim
 from train import step as step_module
 from train.config import PRESETS, TrainConfig
@@ -220,13 +221,15 @@ def test_pieces_of_the_head_add_up(monkeypatch, tied, trained):
     params = {name: random_params(model)["decoder"][name] for name in ("norm", "embed" if tied else "head")}
 
     def naive(params, x_BSD):
-        logits = jax.nn.log_softmax(decoder.logits(params, model, x_BSD))
+        logits = jax.nn.log_softmax(llama.logits(params, model, x_BSD))
         picked = jnp.take_along_axis(logits, np.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
         return -0.37 * jnp.sum(jnp.where(targets_BS != IGNORE, picked, 0))
 
     @jax.jit
     def ours(params, x_BSD):
-        return 0.37 * step_module._head_loss(params, x_BSD, jnp.array(targets_BS), model, one_device(), trained)
+        return 0.37 * step_module._head_loss(
+            params, x_BSD, jnp.array(targets_BS), model, Partition(model, one_device()), trained
+        )
 
     monkeypatch.setattr(step_module, "PIECE_LOGITS", 128 * 3 * 512)
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x_BSD) for f in (ours, naive))
@@ -244,7 +247,9 @@ def test_logits_are_computed_once(trained, products):
     params = {name: random_params(model)["decoder"][name] for name in ("norm", "head")}
 
     def loss(params, x_BSD):
-        return step_module._head_loss(params, x_BSD, jnp.zeros((2, n), int), model, one_device(), trained)
+        return step_module._head_loss(
+            params, x_BSD, jnp.zeros((2, n), int), model, Partition(model, one_device()), trained
+        )
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, jnp.zeros((2, n, D))).compile()
     product = 2 * 2 * n * D * model.text.vocab_size
@@ -359,7 +364,7 @@ def test_remat_policies_trade_memory_for_work():
     x_BSD, ids_BS = jax.ShapeDtypeStruct((2, 64, 32), np.float32), jax.ShapeDtypeStruct((2, 64), np.int32)
 
     def loss(layers, x_BSD, ids_BS, remat):
-        return jnp.sum(decoder.decode({"layers": layers}, model, x_BSD, ids_BS, ids_BS, remat=remat) ** 2)
+        return jnp.sum(llama.decode({"layers": layers}, model, x_BSD, ids_BS, ids_BS, remat=remat) ** 2)
 
     gradient = jax.jit(jax.grad(loss), static_argnums=3)
     count = [gradient.lower(layers, x_BSD, ids_BS, remat).cost_analysis()["flops"] for remat in REMAT]

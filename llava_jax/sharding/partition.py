@@ -1,0 +1,195 @@
+"""One object that says how a model is sharded over a mesh: parameters by a table of paths, activations where named.
+
+An axis that does not divide a dimension is left out of its spec (heads count whole), so that every mesh runs every
+model; `tensor` beyond the number of key/value heads replicates those.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax.config import LlavaConfig
+from llava_jax.sharding import fsdp
+from llava_jax.sharding.mesh import AXES, BATCH, FSDP, TENSOR, row_multiple
+
+# (last parts of a path, spec). Kernels of q, k, v and o are sharded by whole heads (`_divides`). LoRA's two factors of
+# a kernel are sharded as the kernel is, and along their rank. Columns are sharded along `fsdp` only where rows cannot
+# be (`Partition.spec`).
+RULES: tuple[tuple[str, P], ...] = (
+    ("embed/embedding", P(None, FSDP)),
+    ("head/kernel", P(FSDP, TENSOR)),
+    ("q/kernel", P(FSDP, TENSOR)),
+    ("k/kernel", P(FSDP, TENSOR)),
+    ("v/kernel", P(FSDP, TENSOR)),
+    ("o/kernel", P(TENSOR, FSDP)),
+    ("gate/kernel", P(FSDP, TENSOR)),
+    ("up/kernel", P(FSDP, TENSOR)),
+    ("down/kernel", P(TENSOR, FSDP)),
+    ("q/bias", P(TENSOR)),
+    ("k/bias", P(TENSOR)),
+    ("v/bias", P(TENSOR)),
+    ("gate/bias", P(TENSOR)),
+    ("up/bias", P(TENSOR)),
+    *((f"{name}/lora_a", P(FSDP, None)) for name in ("q", "k", "v", "gate", "up")),
+    *((f"{name}/lora_b", P(FSDP, TENSOR)) for name in ("q", "k", "v", "gate", "up")),
+    *((f"{name}/lora_a", P(TENSOR, FSDP)) for name in ("o", "down")),
+    *((f"{name}/lora_b", P(None, FSDP)) for name in ("o", "down")),
+    ("linear_0/kernel", P(FSDP, TENSOR)),
+    ("linear_0/bias", P(TENSOR)),
+    ("linear_1/kernel", P(TENSOR, FSDP)),
+    ("embed/patch", P(None, None, None, FSDP)),
+    ("embed/position", P(None, FSDP)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """A model's place on a mesh. `Partition()` is one device: it shards nothing, and its methods return what they get.
+
+    Hashable, so that it can be a static argument of `jax.jit`.
+    """
+
+    config: LlavaConfig | None = None
+    mesh: Mesh | None = None
+
+    def size(self, axis: str) -> int:
+        """Devices along an axis of the mesh."""
+        return self.mesh.shape[axis] if self.mesh else 1
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size if self.mesh else 1
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend()
+
+    # ---------------------------------------------------------------- parameters
+
+    def spec(self, path: str, shape: tuple[int, ...]) -> P:
+        """How the parameter at `path` (`decoder/layers/0/attention/q/kernel`) is sharded; replicated if no rule fits.
+
+        Rows take the place of columns along `fsdp` where they divide and `tensor` does not shard them: XLA's TPU
+        compiler turns the reduce-scatter of narrow columns into an all-reduce, which sends twice as much.
+        """
+        spec = next((spec for tail, spec in RULES if path.endswith("/" + tail)), None)
+        if spec is None or self.mesh is None:
+            return P()
+        if path.startswith("projector/") and self.config.projector == "linear":
+            spec = P(FSDP, None) if len(shape) == 2 else P(None)  # a single layer: its output is replicated
+        axes = [axis if axis and self._divides(path, n, axis) else None for axis, n in zip(spec, shape, strict=True)]
+        rows_are_free = len(axes) == 2 and (axes[0] is None or self.size(axes[0]) == 1)
+        if rows_are_free and spec[1] == FSDP and self._divides(path, shape[0], FSDP):
+            axes = [FSDP, None]
+        return P(*axes)
+
+    def _divides(self, path: str, n: int, axis: str) -> bool:
+        part, *_, layer, _ = path.split("/")
+        if axis == TENSOR and layer in ("q", "k", "v", "o"):
+            text, vision = self.config.text, self.config.vision
+            n = vision.heads if part == "vision" else text.kv_heads if layer in ("k", "v") else text.heads
+        return n % self.size(axis) == 0
+
+    def stacked_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """The sharding of the parameter at `path` in a tree whose layers are stacked along a leading axis, which is not
+        sharded."""
+        stacked = "/layers/" in path
+        return NamedSharding(self.mesh, P(None, *self.spec(path, shape[1:])) if stacked else self.spec(path, shape))
+
+    def shardings(self, params: Any) -> Any:
+        """A tree like `params` (arrays or shapes) of `NamedSharding`."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: NamedSharding(self.mesh, self.spec(path_of(path), x.shape)), params
+        )
+
+    def gather(self, params: Any, path: str) -> Any:
+        """The parameters below `path`, all-gathered along `fsdp` for use.
+
+        Without this constraint the compiler may send activations, which grow with the sequence, instead.
+        """
+        if self.size(FSDP) == 1:
+            return params
+
+        def gathered(tail, x):
+            if fsdp.is_shard(x):
+                x = fsdp.gather_shard(x, self.mesh)
+            elif not fsdp.in_map_rows():
+                spec = self.spec("/".join(filter(None, (path, path_of(tail)))), x.shape)
+                x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, fsdp.without(spec, FSDP)))
+            return checkpoint_name(x, "gathered")
+
+        return jax.tree_util.tree_map_with_path(gathered, params, is_leaf=fsdp.is_shard)
+
+    def map_rows(self, f: Callable, params: Any, rows: Any, *others: Any) -> jax.Array:
+        """`fsdp.map_rows` for parameters whose layers are stacked."""
+        specs = jax.tree_util.tree_map_with_path(
+            lambda path, x: self.stacked_sharding(path_of(path), x.shape).spec, params
+        )
+        return fsdp.map_rows(f, params, specs, rows, *others, mesh=self.mesh)
+
+    # ---------------------------------------------------------------- activations
+
+    def constrain(self, x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+        """Shard an activation as named, one entry for each dimension: `BATCH`, `TENSOR` or None.
+
+        Axes that do not divide their dimension are left out.
+        """
+        mesh = self.mesh
+        if self.devices == 1:
+            return x
+        if fsdp.in_map_rows():
+            if self.size(TENSOR) == 1:
+                return x
+            mesh, axes = jax.sharding.get_abstract_mesh(), [axis if axis == TENSOR else None for axis in axes]
+
+        def divides(axis, n):
+            return n % math.prod(map(self.size, axis if isinstance(axis, tuple) else (axis,))) == 0
+
+        spec = P(*(axis if axis and divides(axis, n) else None for axis, n in zip(axes, x.shape, strict=True)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def map_heads(self, f: Callable, *heads_BSHN: jax.Array, rows_BS: tuple[jax.Array, ...] = ()) -> jax.Array:
+        """`f(*heads_BSHN, *rows_BS)` [B, S, H, N], each device on its own rows and heads.
+
+        Rows are replicated where the mesh does not divide them; `tensor` must divide the heads.
+        """
+        arrays, in_rows = (*heads_BSHN, *rows_BS), fsdp.in_map_rows()
+        if self.devices == 1:
+            return f(*arrays)
+        rows = BATCH if not in_rows and arrays[0].shape[0] % row_multiple(self.mesh) == 0 else None
+        return jax.shard_map(
+            f,
+            mesh=jax.sharding.get_abstract_mesh() if in_rows else self.mesh,
+            axis_names={TENSOR} if in_rows else set(AXES),
+            in_specs=(P(rows, None, TENSOR),) * len(heads_BSHN) + (P(rows),) * len(rows_BS),
+            out_specs=P(rows, None, TENSOR),
+            check_vma=False,
+        )(*arrays)
+
+
+UNSHARDED = Partition()
+
+
+def path_of(keys) -> str:
+    """`decoder/layers/0/...` for a key path of `jax.tree_util`."""
+    return "/".join(str(getattr(k, "key", k)) for k in keys)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays whose first dimension is rows."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A host array [B, ...], the same on all processes, sharded by rows over the mesh."""
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
