@@ -27,8 +27,8 @@ from llava_jax.data.splice import IGNORE, Batch
 from llava_jax.models import llama, llava
 from llava_jax.models.llava import Params
 from llava_jax.sharding.fsdp import gradient_options, is_shard
-from llava_jax.sharding.mesh import BATCH, TENSOR, row_multiple
-from llava_jax.sharding.partition import Partition
+from llava_jax.sharding.mesh import BATCH, TENSOR
+from llava_jax.sharding.partition import UNSHARDED, Partition
 from train import lora
 from train.config import TrainConfig
 from train.optim import make_optimizer, part_of, peak, schedule
@@ -177,7 +177,7 @@ def _gradients(loss_of_part, trained: Params, batch: Batch, parts: int, partitio
 
 def _parts(batch: Batch, parts: int, partition: Partition) -> Batch:
     """Leaves [B, ...] as [parts, B / parts, ...]: every device cuts up its own rows."""
-    rows, shards = batch.ids.shape[0], row_multiple(partition.mesh)
+    rows, shards = batch.ids.shape[0], partition.row_shards
     if rows % (shards * parts):
         raise InputError(
             f"a batch of {rows} rows does not divide into {parts} equal parts for each of the mesh's {shards} shards"
@@ -204,7 +204,7 @@ def loss_sum(
     batch: Batch,
     model: LlavaConfig,
     config: TrainConfig,
-    partition: Partition,
+    partition: Partition = UNSHARDED,
     dropout: jax.Array | None = None,
 ) -> jax.Array:
     """Cross entropy summed over all labelled positions, float32.

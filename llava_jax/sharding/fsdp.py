@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from llava_jax.sharding.mesh import BATCH, FSDP, TENSOR, fsdp_lines, row_multiple
+from llava_jax.sharding.mesh import BATCH, FSDP, TENSOR, fsdp_lines
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +45,7 @@ def map_rows(f: Callable, params: Any, specs: Any, rows: Any, *others: Any, mesh
 
     Args:
       specs: a tree like `params` of `PartitionSpec`. Parameters that are sharded along `fsdp` reach `f` as `Shard`.
-      rows: arrays whose first dimension is rows, a multiple of `row_multiple`.
+      rows: arrays whose first dimension is rows, which the mesh must divide.
       others: replicated arrays, or None.
     """
 
@@ -56,8 +56,6 @@ def map_rows(f: Callable, params: Any, specs: Any, rows: Any, *others: Any, mesh
 
         return f(jax.tree.map(shard, params, specs), rows, *others)[None]
 
-    if row_multiple(mesh) == 1:
-        return f(params, rows, *others)
     mapped = jax.shard_map(
         local,
         mesh=mesh,

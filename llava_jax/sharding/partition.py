@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax.config import LlavaConfig
 from llava_jax.sharding import fsdp
-from llava_jax.sharding.mesh import AXES, BATCH, FSDP, TENSOR, row_multiple
+from llava_jax.sharding.mesh import AXES, BATCH, DATA, FSDP, TENSOR
 
 # (last parts of a path, spec). Kernels of q, k, v and o are sharded by whole heads (`_divides`). LoRA's two factors of
 # a kernel are sharded as the kernel is, and along their rank. Columns are sharded along `fsdp` only where rows cannot
@@ -66,6 +66,11 @@ class Partition:
     @property
     def devices(self) -> int:
         return self.mesh.size if self.mesh else 1
+
+    @property
+    def row_shards(self) -> int:
+        """The number of shards of a dimension of rows."""
+        return self.size(DATA) * self.size(FSDP)
 
     @property
     def platform(self) -> str:
@@ -129,6 +134,8 @@ class Partition:
 
     def map_rows(self, f: Callable, params: Any, rows: Any, *others: Any) -> jax.Array:
         """`fsdp.map_rows` for parameters whose layers are stacked."""
+        if self.row_shards == 1:
+            return f(params, rows, *others)
         specs = jax.tree_util.tree_map_with_path(
             lambda path, x: self.stacked_sharding(path_of(path), x.shape).spec, params
         )
@@ -163,7 +170,7 @@ class Partition:
         arrays, in_rows = (*heads_BSHN, *rows_BS), fsdp.in_map_rows()
         if self.devices == 1:
             return f(*arrays)
-        rows = BATCH if not in_rows and arrays[0].shape[0] % row_multiple(self.mesh) == 0 else None
+        rows = BATCH if not in_rows and arrays[0].shape[0] % self.row_shards == 0 else None
         return jax.shard_map(
             f,
             mesh=jax.sharding.get_abstract_mesh() if in_rows else self.mesh,

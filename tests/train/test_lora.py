@@ -22,7 +22,7 @@ from llava_jax.data.splice import Batch
 from llava_jax.models import llava
 from llava_jax.models.layers import REMAT, Dense
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
-from llava_jax.sharding.partition import Partition
+from llava_jax.sharding.partition import UNSHARDED, Partition
 from train import lora
 from train.config import TrainConfig
 from train.step import export_params, loss_sum, setup
@@ -109,11 +109,11 @@ def test_merged_weights_and_every_mesh_give_the_same_loss():
     model, batch = c.tiny(), some_batch()
     loss = jax.jit(loss_sum, static_argnums=(2, 3, 4))
     frozen, state = start()
-    untouched = float(loss(frozen | {"projector": state.trained["projector"]}, batch, model, CONFIG, one_device()))
+    untouched = float(loss(frozen | {"projector": state.trained["projector"]}, batch, model, CONFIG))
     state = trained_a_while(state)
     flat = flatten_dict(frozen, sep="/") | flatten_dict(state.trained, sep="/")
     both = unflatten_dict(flat, sep="/")
-    want = float(loss(both, batch, model, CONFIG, one_device()))
+    want = float(loss(both, batch, model, CONFIG))
     assert abs(want - untouched) > 1
 
     for path in list(flat):
@@ -121,11 +121,11 @@ def test_merged_weights_and_every_mesh_give_the_same_loss():
             base = path.removesuffix("lora_a")
             factors = (np.asarray(flat.pop(base + name)) for name in lora.FACTORS)
             flat[base + "kernel"] = lora.merged(np.asarray(flat[base + "kernel"]), *factors, CONFIG)
-    got = float(loss(unflatten_dict(flat, sep="/"), batch, model, CONFIG, one_device()))
+    got = float(loss(unflatten_dict(flat, sep="/"), batch, model, CONFIG))
     assert got == pytest.approx(want, rel=1e-6)
 
     dropout = jax.random.key(1, impl="rbg")
-    want = float(loss(both, batch, model, CONFIG, one_device(), dropout))
+    want = float(loss(both, batch, model, CONFIG, UNSHARDED, dropout))
     assert abs(got - want) > 0.1
     mesh = make_mesh(parse_mesh("fsdp=4,tensor=2"))
     frozen, state = start(mesh=mesh)
@@ -143,7 +143,7 @@ def test_full_remat_keeps_the_narrow_products(monkeypatch):
     def flops() -> float:
         def f(trained):
             both = unflatten_dict(flatten_dict(frozen, sep="/") | flatten_dict(trained, sep="/"), sep="/")
-            return loss_sum(both, batch, c.tiny(), CONFIG, one_device())
+            return loss_sum(both, batch, c.tiny(), CONFIG)
 
         return jax.jit(jax.grad(f)).lower(state.trained).cost_analysis()["flops"]
 

@@ -405,7 +405,7 @@ def test_a_projector_without_parameters_cannot_be_trained_alone():
 
 def test_rows_that_do_not_go_into_the_parts():
     batch = splice(conversations(c.tiny())[:3], c.tiny())
-    with pytest.raises(InputError, match="3 rows does not go into 2 equal parts"):
+    with pytest.raises(InputError, match="3 rows does not divide into 2 equal parts"):
         start(PLAIN.replace(tune="projector", accumulate=2), batch)
 
 
