@@ -1,7 +1,6 @@
-"""What the engine runs on the device.
+"""What the engine runs on the device: four compiled functions, one after the other, for a batch of questions.
 
-A batch of questions goes through four compiled functions, each with static shapes that depend only on
-(B rows, S positions, T tiles, N new tokens):
+Their static shapes depend on nothing but (B rows, S positions, T tiles, N new tokens):
 
     encode   (B, T)      uint8 tiles -> feature table
     splice   (B, S, T)   token ids, feature table -> input embeddings: one gather
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from infer.choosing import choose
-from llava_jax.config import LlavaConfig
 from llava_jax.models import llama, llava
 from llava_jax.sharding.partition import Partition
 
@@ -28,7 +26,8 @@ from llava_jax.sharding.partition import Partition
 )
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Decoding under way. The first `prompt_slots` cache slots are the padded prompt, then one for each step."""
+    """A batch that is being decoded. The cache has `prompt_slots` slots for the padded prompt, then one for each decode
+    step."""
 
     tokens: jax.Array  # [B] chosen, not yet in the cache
     lengths: jax.Array  # [B] of the prompts
@@ -41,24 +40,22 @@ class State:
     prompt_slots: int
 
 
-@functools.partial(jax.jit, static_argnames=("config", "partition"))
-def encode(params, tiles_BTHW3, *, config: LlavaConfig, partition: Partition) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="partition")
+def encode(params, tiles_BTHW3, *, partition: Partition) -> jax.Array:
     """Feature table [B, R, D]."""
-    return llava.encode_tiles(params, config, tiles_BTHW3, partition)
+    return llava.encode_tiles(params, partition.config, tiles_BTHW3, partition)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "partition"))
-def splice(params, features_BRD, ids_BS, feature_rows_BS, *, config: LlavaConfig, partition: Partition) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="partition")
+def splice(params, features_BRD, ids_BS, feature_rows_BS, *, partition: Partition) -> jax.Array:
     """Input embeddings [B, S, D]."""
-    return llava.splice_embeddings(params, config, features_BRD, ids_BS, feature_rows_BS, partition)
+    return llava.splice_embeddings(params, partition.config, features_BRD, ids_BS, feature_rows_BS, partition)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "partition", "eos_ids", "new_tokens", "int8_cache"))
-def prefill(
-    params, x_BSD, lengths, limits, keys, knobs, *, config, partition, eos_ids, new_tokens, int8_cache=False
-) -> State:
-    """The prompts into a fresh cache, and the first token of each answer."""
-    B, S, _ = x_BSD.shape
+@functools.partial(jax.jit, static_argnames=("partition", "eos_ids", "new_tokens", "int8_cache"))
+def prefill(params, x_BSD, lengths, limits, keys, knobs, *, partition, eos_ids, new_tokens, int8_cache=False) -> State:
+    """Fill a new cache with the prompts, and choose the first token of each answer."""
+    config, (B, S, _) = partition.config, x_BSD.shape
     decoder, slots = params["decoder"], S + new_tokens
     x_BD, cache = llama.prefill(decoder, config, x_BSD, lengths, slots, int8=int8_cache, partition=partition)
     tokens = choose(llama.logits(decoder, config, x_BD, partition), _fold(keys, 0), knobs, partition)
@@ -67,8 +64,9 @@ def prefill(
     return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
 
 
-def _decode(params, state: State, stopped, steps, knobs, *, config, partition, eos_ids) -> State:
-    """Up to `steps` more tokens for the rows that are neither done nor `stopped` [B]."""
+def _decode(params, state: State, stopped, steps, knobs, *, partition, eos_ids) -> State:
+    """Up to `steps` decode steps, for the rows that are neither done nor `stopped` [B]."""
+    config = partition.config
     last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
     slots_M = jnp.arange(state.cache[0][0].shape[3])
     S = state.prompt_slots
@@ -100,15 +98,13 @@ def _decode(params, state: State, stopped, steps, knobs, *, config, partition, e
 
 @functools.cache
 def decode_on(platform: str):
-    """`_decode`, jitted. On CPUs XLA copies the whole cache at each step unless told to look closer."""
+    """`_decode`, jitted. On CPUs XLA copies the whole cache at each decode step without this option."""
     options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
-    except Exception:  # not an option of this release
+    except Exception:  # this release has no such option
         options = {}
-    return jax.jit(
-        _decode, static_argnames=("config", "partition", "eos_ids"), donate_argnames="state", compiler_options=options
-    )
+    return jax.jit(_decode, static_argnames=("partition", "eos_ids"), donate_argnames="state", compiler_options=options)
 
 
 def _is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
@@ -119,10 +115,10 @@ def _fold(keys: jax.Array, step) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "partition"))
-def logits(params, x_BSD, lengths, *, config: LlavaConfig, partition: Partition) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="partition")
+def logits(params, x_BSD, lengths, *, partition: Partition) -> jax.Array:
     """Logits [B, S, V] of whole conversations, without a cache."""
-    B, S, _ = x_BSD.shape
+    config, (B, S, _) = partition.config, x_BSD.shape
     positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
     segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)
     x_BSD = llama.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, partition=partition)

@@ -1,7 +1,7 @@
-"""The engine: questions about images in, answers out, with every shape from a short ladder.
+"""The engine: answers questions about images in batches, with every shape rounded up to one of a few buckets.
 
-A batch of questions goes through the functions of `infer.compiled`, whose static shapes are all rounded up to a ladder
-(`Buckets`). Once a shape has been compiled, no image and no prompt compiles anything again.
+A batch goes through the functions of `infer.compiled`, whose static shapes all come from `Buckets`. After warm-up no
+image and no prompt compiles anything.
 """
 
 import bisect
@@ -31,22 +31,22 @@ from llava_jax.data.templates import choose_template, get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import fetch
 from llava_jax.models import llava
-from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh, row_multiple
+from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh
 from llava_jax.sharding.partition import Partition, put_rows
 
-STEPS = 64  # tokens between looks at the answers for a stop string
-STREAM_STEPS = 8  # the same while a person is watching
+STEPS = 64  # decode steps between checks for a stop string
+STREAM_STEPS = 8  # the same when streaming
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A question. `turns` is question, answer, ..., question; `images` are paths, URLs, bytes or Pillow images."""
+    """A prompt. `turns` is question, answer, ..., question; `images` are paths, URLs, bytes or Pillow images."""
 
     turns: tuple[str, ...]
     images: tuple = ()
     system: str | None = None
     name: str = ""  # for errors
-    number: int = 0  # takes part in the randomness
+    number: int = 0  # the row's own random seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A request measured: its row has everything but pixels."""
+    """A request, tokenized: its row has everything but pixels."""
 
     request: Request
     row: Row
@@ -79,10 +79,10 @@ class _Prepared:
 
 
 class Engine:
-    """A model ready to answer.
+    """A model on its devices, and what it needs to answer questions.
 
     >>> engine = Engine.load("llava-v1.5-7b")
-    >>> engine.ask("What is in this picture?", ["photo.jpg"]).text
+    >>> engine.ask("What is in this image?", ["photo.jpg"]).text
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class Engine:
           mesh: `"data=1,fsdp=1,tensor=4"` or a mesh of those axes; None for as much `tensor` as whole key/value
             heads allow.
           dtype: of weights and activations; None for bfloat16 on accelerators and float32 on CPUs.
-          int8_cache: quantize the KV cache: half of bfloat16's memory; answers may change.
+          int8_cache: quantize the KV cache, which takes half the memory of bfloat16; answers may change.
           template: a conversation template by name; None for the checkpoint's own.
           vision_tower: a CLIP directory, for originals that come without their tower.
-          image_rules: "original" or "transformers", where the two differ in how an image is cut.
+          image_rules: "original" or "transformers", which differ in how they tile some images.
 
         Raises:
-          InputError: whatever is wrong with any of these.
+          InputError: any of these is invalid.
         """
         found = open_checkpoint(checkpoint, vision_tower=vision_tower)
         config = found.config.with_image_rules(image_rules) if image_rules else found.config
@@ -144,7 +144,7 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """Positions that the decoder knows."""
+        """The decoder's maximum number of positions."""
         return self.config.text.max_positions
 
     # ------------------------------------------------------------ asking
@@ -155,14 +155,14 @@ class Engine:
         """Answer one question.
 
         Args:
-          prompt: the question, or a conversation: question, answer, ..., question. Images stand where it has
-            `<image>` marks; without any they come first.
+          prompt: the question, or a conversation: question, answer, ..., question. Images are placed at its `<image>`
+            marks, or, without marks, before it.
           images: paths, `http(s):`, `data:` or `file:` URLs, bytes of files, or Pillow images.
           system: a system message instead of the template's.
           **sampling: fields of `Sampling`.
 
         Raises:
-          InputError: an image cannot be read, marks and images do not agree, the prompt is too long.
+          InputError: an image cannot be read, the numbers of marks and images differ, or the prompt is too long.
         """
         request = _request(prompt, images, system)
         [(_, answer)] = self.generate([request], Sampling(**sampling), rows=1)
@@ -171,7 +171,7 @@ class Engine:
         return answer
 
     def stream(self, prompt, images: Sequence = (), *, system: str | None = None, **sampling) -> Iterator[str | Answer]:
-        """As `ask`, but yields the text in pieces as it comes, and the whole `Answer` at the end."""
+        """Like `ask`, but yields the text as it is generated, and the whole `Answer` at the end."""
         settings = Sampling(**sampling)
         prepared = self._prepare(_request(prompt, images, system))
         shown = ""
@@ -203,13 +203,13 @@ class Engine:
         While the device works on a batch, threads read the images of the next.
 
         Args:
-          rows: of a batch, at most; no more than the ladder's highest rung.
+          rows: the maximum batch size, up to the largest bucket.
 
         Raises:
-          InputError: `rows` is not from 1 to that.
+          InputError: `rows` is out of range.
 
         Yields:
-          The question's index and its answer, or what is wrong with the question; the others go on.
+          The index of a question and its answer, or the error that made it fail; other questions are not affected.
         """
         integer(1, self.buckets.rows[-1]).check("--batch-size", rows)
         prepared: list[tuple[int, _Prepared]] = []
@@ -243,16 +243,16 @@ class Engine:
         """Logits for every position of a conversation.
 
         Args:
-          turns: question, answer, ...; end with None for a prompt that the model is to continue.
+          turns: question, answer, ...; None at the end for a prompt that the model would continue.
 
         Returns:
-          logits float32 [n, V], and int32 [n] what stands at each position: a token id, or `splice.IMAGE`.
+          The logits, float32 [n, V], and for each position, int32 [n], a token id or `splice.IMAGE`.
         """
         turns = (turns, None) if isinstance(turns, str) else tuple(turns)
         item = self._prepare(Request(turns, tuple(images), system), reply=False)
         batch = self._batch([item], [self._pixels(item)])
         x_BSD, lengths = self._embed(batch), self._put(batch.lengths)
-        logits = compiled.logits(self.params, x_BSD, lengths, config=self.config, partition=self.partition)
+        logits = compiled.logits(self.params, x_BSD, lengths, partition=self.partition)
         ids = np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE)
         return np.asarray(logits)[0, : item.length], ids[: item.length]
 
@@ -276,10 +276,10 @@ class Engine:
             self._continue(state, np.zeros(len(batch.ids), bool), 1, sampling).done.block_until_ready()
         return compilations() - before
 
-    # ------------------------------------------------------------ the steps of a batch
+    # ------------------------------------------------------------ a batch
 
     def _prepare(self, request: Request, *, reply: bool = True) -> _Prepared:
-        """Tokenize a request and lay its images out, from their sizes alone."""
+        """Tokenize a request and lay out its images, from their sizes alone."""
         try:
             request = dataclasses.replace(request, images=tuple(fetch(image) for image in request.images))
             turns = with_images(request.turns, len(request.images), self.config)
@@ -288,8 +288,8 @@ class Engine:
             )
             if (highest := int(ids.max(initial=0))) >= self.config.text.vocab_size:
                 raise InputError(
-                    f"the tokenizer gives id {highest}, and the model has {self.config.text.vocab_size} embeddings: "
-                    "they do not belong together"
+                    f"the tokenizer returns the id {highest}, but the model has {self.config.text.vocab_size} "
+                    "embeddings: the tokenizer is not the model's"
                 )
             layouts = tuple(layout(image_size(image), self.config) for image in request.images)
             row = Row(ids, layouts, name=request.name)
@@ -300,7 +300,7 @@ class Engine:
                     f"the prompt is {length} positions long ({length - int((ids != IMAGE).sum())} of them image), "
                     f"{length - room} more than fit the model's context of {self.context}"
                 )
-            self.buckets.up("lengths", length), self.buckets.up("tiles", row.tile_count)  # or complain
+            self.buckets.up("lengths", length), self.buckets.up("tiles", row.tile_count)  # raises beyond the largest
             return _Prepared(request, row, length)
         except InputError as error:
             raise InputError(f"{request.name}: {error}" if request.name else str(error)) from None
@@ -315,9 +315,9 @@ class Engine:
             raise InputError(f"{item.request.name}: {error}" if item.request.name else str(error)) from None
 
     def _rows(self, n: int) -> int:
-        """B for a batch of `n`: a rung of the ladder that the mesh can cut."""
-        multiple = row_multiple(self.mesh)
-        return self.buckets.up("rows", -(-n // multiple)) * multiple
+        """B for a batch of `n`: a bucket that the mesh divides."""
+        shards = self.partition.row_shards
+        return self.buckets.up("rows", -(-n // shards)) * shards
 
     def _batch(self, items: list[_Prepared], pixels: list[tuple[np.ndarray, ...]]) -> Batch:
         return splice(
@@ -332,16 +332,16 @@ class Engine:
         return put_rows(np.asarray(rows), self.mesh)
 
     def _embed(self, batch: Batch) -> jax.Array:
-        """Input embeddings [B, S, D]: the first thing that a batch asks of the devices."""
+        """Input embeddings [B, S, D]."""
         limit_programs()
-        static = dict(config=self.config, partition=self.partition)
+        static = dict(partition=self.partition)
         features = compiled.encode(self.params, self._put(batch.tiles), **static) if batch.tiles.shape[1] else None
         return compiled.splice(self.params, features, self._put(batch.ids), self._put(batch.feature_rows), **static)
 
     def _start(self, batch: Batch, limits: np.ndarray, numbers: Sequence[int], sampling: Sampling) -> compiled.State:
         return compiled.prefill(
             self.params, self._embed(batch), self._put(batch.lengths), self._put(limits),
-            row_keys(sampling.seed, numbers), sampling.knobs(), config=self.config, partition=self.partition,
+            row_keys(sampling.seed, numbers), sampling.knobs(), partition=self.partition,
             eos_ids=self.eos_ids, int8_cache=self.int8_cache,
             new_tokens=self.buckets.up("new_tokens", min(sampling.max_new_tokens, self.context)),
         )  # fmt: skip
@@ -349,11 +349,11 @@ class Engine:
     def _continue(self, state: compiled.State, stopped: np.ndarray, steps: int, sampling: Sampling) -> compiled.State:
         return compiled.decode_on(self.partition.platform)(
             self.params, state, self._put(stopped), jnp.int32(steps), sampling.knobs(),
-            config=self.config, partition=self.partition, eos_ids=self.eos_ids,
+            partition=self.partition, eos_ids=self.eos_ids,
         )  # fmt: skip
 
     def _run(self, items: list[_Prepared], pixels: list, sampling: Sampling, *, steps: int) -> Iterator[list[Answer]]:
-        """Answer a batch, yielding the answers so far after every few steps; the last ones are whole."""
+        """Answer a batch, yielding the answers so far after every `steps` decode steps; the last are complete."""
         before, start = compilations(), time.perf_counter()
         batch = self._batch(items, pixels)
         B, S = batch.ids.shape
@@ -388,7 +388,7 @@ class Engine:
             state = self._continue(state, stopped, steps, sampling)
 
     def _read(self, out: np.ndarray, limit: int) -> tuple[str, list[int], str]:
-        """Text and ids of the tokens of a row so far, and what ended it ("" if nothing yet)."""
+        """Text and token ids of a row so far, and why it stopped ("" if it has not)."""
         ids, by = out.tolist(), "length" if len(out) == limit else ""
         if ends := [i for i, token in enumerate(ids) if token in self.eos_ids]:
             ids, by = ids[: ends[0] + 1], "end"

@@ -73,7 +73,7 @@ def plan_generation(
     rows = -(-batch // row_multiple(mesh)) * row_multiple(mesh)
     side, length = model.vision.image_size, context - new_tokens
     partition = Partition(model, mesh)
-    static = dict(config=model, partition=partition)
+    static = dict(partition=partition)
     params = llava.param_shapes(model, jnp.bfloat16)
     shardings = partition.shardings(params)
     params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
