@@ -55,6 +55,6 @@ def test_every_flag_in_the_documents_exists():
     known |= {"--help", "--check", "--logdir", "--write"}
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train" / "datasets" / "scienceqa.py").read_text()))
     pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}
-    for page in pages - {ROOT / "docs" / "tpu-pod.md"}:  # most flags there are Google's; ours: test_train_run.py
+    for page in pages - {ROOT / "docs" / "tpu-pod.md"}:  # most flags there are Google's; ours: test_train_command.py
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()):
             assert flag in known, (page.name, flag)

@@ -8,7 +8,7 @@ import pytest
 
 from llava_jax.console import InputError
 from llava_jax.data.conversations import read_rows
-from training_data import good_row, write_rows
+from training import good_row, write_rows
 
 
 def test_lists_and_lines_are_read_alike(tmp_path):

@@ -1,4 +1,7 @@
-"""Images, checkpoints and settings for tests of training."""
+"""Data and runs that the tests of training share."""
+
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,8 +9,12 @@ from PIL import Image
 
 from helpers import GOLDEN
 from llava_jax.checkpoints.checkpoint import open_checkpoint
+from train import __main__ as command
+from train import loop
 from train.config import TrainConfig
-from training_data import write_rows
+from training import flags, mesh_of_one, write_rows
+
+# ---------------------------------------------------------------- data
 
 SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]
 
@@ -57,3 +64,52 @@ def config(folder, tmp_path):
         return TrainConfig(**kept | changes)
 
     return config
+
+
+# ---------------------------------------------------------------- runs
+
+WORDS = ("cat", "dog", "tree", "house", "street")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Twenty conversations; those with a picture, as stage 1 wants them; half of these for evaluation."""
+    directory = tmp_path_factory.mktemp("data")
+    shutil.copytree(GOLDEN / "images", directory / "images")
+    names = sorted(path.name for path in (directory / "images").iterdir())
+    rows = []
+    for i in range(20):
+        question = "What is this?" if i % 5 == 0 else "<image>\nWhat is this?"
+        answer = " ".join(WORDS[(i * k) % 5] for k in range(1, 3 + i % 4))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append({"id": f"r{i}", "conversations": turns} | ({"image": names[i % len(names)]} if i % 5 else {}))
+    (directory / "data.json").write_text(json.dumps(rows))
+    pictured = [row for row in rows if "image" in row]
+    (directory / "plain.json").write_text(json.dumps(pictured))
+    (directory / "eval.json").write_text(json.dumps(pictured[::2]))
+    return directory
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    """Runs in this process use one of its eight devices: that compiles faster."""
+    monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
+
+
+@pytest.fixture
+def train(run_cli, data):
+    """Run the command: (exit status, standard output, standard error)."""
+    return lambda output, *more: run_cli(command.main, *flags(data, output, *more))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data):
+    """An undisturbed run, evaluated and traced on the way: its directory, and what it said."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    more = ("--eval-data", data / "eval.json", "--eval-every", 5, "--keep", 1, "--profile-steps", "2:3")
+    with pytest.MonkeyPatch.context() as patch, open(output.parent / "said", "w+") as said:
+        patch.setattr(loop, "make_mesh", mesh_of_one)
+        patch.setattr("sys.stderr", said)
+        _, config = command.read_config(flags(data, output, *more))
+        assert loop.train(loop.prepare(config)) == 0
+    return output, (output.parent / "said").read_text()

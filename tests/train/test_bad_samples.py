@@ -8,7 +8,7 @@ import pytest
 from llava_jax.console import InputError
 from train.loader import open_data
 from train.samples import Samples
-from training_data import BROKEN, assert_same_batches, good_row, take, turns
+from training import BROKEN, assert_same_batches, good_row, take, turns
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])

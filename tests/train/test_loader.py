@@ -9,7 +9,7 @@ from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, TEXT
 from train import loader as train_data
 from train.loader import open_data
-from training_data import MESSAGES, assert_same_batches, good_row, parts, take, turns
+from training import MESSAGES, assert_same_batches, good_row, parts, take, turns
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from train.config import TrainConfig
 from train.drawn import DrawnSamples
 from train.loader import Data, open_data
 from train.samples import BadSamples
-from training_data import SAME, assert_same_batches, good_row, take
+from training import SAME, assert_same_batches, good_row, take
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])

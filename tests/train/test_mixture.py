@@ -14,7 +14,7 @@ from train.__main__ import read_config
 from train.loader import open_data
 from train.mixture import Part, checksum, read_parts
 from train.run_directory import Output
-from training_data import assert_same_batches, good_row, take
+from training import assert_same_batches, good_row, take
 
 
 def test_weights_take_a_share_of_a_file_or_repeat_it():

@@ -9,7 +9,7 @@ from helpers import GOLDEN
 from llava_jax.data.splice import IGNORE, IMAGE, TEXT
 from train import preview
 from train.loader import open_data
-from training_data import good_row, take, turns
+from training import good_row, take, turns
 
 
 def test_preview_of_several_files(write, folder, run_cli):

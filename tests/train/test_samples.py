@@ -8,7 +8,7 @@ import pytest
 
 from llava_jax.data.splice import IGNORE, IMAGE
 from train.samples import BadSample, Samples
-from training_data import BROKEN, MESSAGES, PICTURE, parts, turns
+from training import BROKEN, MESSAGES, PICTURE, parts, turns
 
 
 @pytest.mark.parametrize("line", BROKEN)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from train.datasets import scienceqa
 from train.samples import Samples
-from training_data import turns
+from training import turns
 
 PROBLEM = {
     "question": "Which is  a cat?", "choices": ["a dog", "a cat"], "answer": 1, "hint": "Look at the picture.",

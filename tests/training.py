@@ -1,9 +1,15 @@
-"""Conversations and images to train on, and every way in which one may be broken; batches compared."""
+"""What tests of training share: conversations, every way in which one may be broken, batches, and runs."""
 
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
+
+from helpers import GOLDEN
+from llava_jax.sharding.mesh import make_mesh
+
+# ---------------------------------------------------------------- data
 
 SAME = ("ids", "labels", "positions", "segments", "feature_rows", "tiles")
 PICTURE = {"image": "0.png"}
@@ -139,3 +145,32 @@ def assert_same_batches(ours, theirs):
     for (a, _), (b, _) in zip(ours, theirs, strict=True):
         for name in SAME:
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+# ---------------------------------------------------------------- runs
+
+CHECKPOINT = GOLDEN / "checkpoints/v1.5-llama"
+
+
+def mesh_of_one(sizes):
+    """Whatever was asked for: one of the eight devices."""
+    return make_mesh({}, jax.devices()[:1])
+
+
+def flags(data, output, *more) -> list[str]:
+    """A short stage 1; a later flag wins, but for `--data`, of which there may be several."""
+    own = () if "--data" in more else ("--data", data / "plain.json")
+    return [str(part) for part in (
+        "--preset", "v1.5-pretrain", "--checkpoint", CHECKPOINT, *own, "--image-folder", data / "images",
+        "--output", output, "--global-batch-size", 16, "--max-length", 128, "--dtype", "float32",
+        "--learning-rate", 1e-2, "--workers", 1, "--steps", 10, "--save-every", 2, *more,
+    )]  # fmt: skip
+
+
+def read_metrics(output) -> list[dict]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_and_losses(output) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(output)]
