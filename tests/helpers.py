@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from infer.engine import Engine
@@ -27,6 +29,7 @@ from llava_jax.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+TOKENIZERS = GOLDEN / "tokenizers"
 CHECKPOINTS = ("v1-linear-llama", "v1.5-llama", "v1.6-mistral", "v1.6-spatial-llama")
 QUESTION = "Is there any person in this photo?"
 
@@ -131,3 +134,18 @@ def read_damaged(File, whole: Path) -> tuple[int, int]:
             assert "\n" not in str(error)
             refused += 1
     return read, refused
+
+
+def image_file(image: Image.Image, format: str, **options) -> bytes:
+    """The bytes of a file with an image."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def copy_tokenizer(kind: str, directory, **settings):
+    """A golden tokenizer with other settings: its directory."""
+    shutil.copytree(TOKENIZERS / kind, directory)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return directory

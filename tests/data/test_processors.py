@@ -10,6 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from helpers import load_golden
 from llava_jax.checkpoints.config_json import read_config
 from llava_jax.checkpoints.image_processor import read_preprocessor
 from llava_jax.data.images import layout, tiles
@@ -99,3 +100,24 @@ def test_the_originals_grids_are_bicubic_whatever_the_processor_says():
     bicubic, bilinear = (read_config(model, preprocessor=PLAIN | {"resample": n}) for n in (3, 2))
     assert (cut(bicubic) == cut(bilinear)).all()
     assert (cut(bicubic) != cut(bilinear.with_image_rules("transformers"))).any()
+
+
+def test_transformers_rules_agree_with_its_processors():
+    """Pixels, chosen resolution and number of features, over sizes on both sides of every rule."""
+    random = np.random.default_rng(0)
+    config = load_golden("v1.6-mistral")[0].config.replace(image_rules="transformers")
+    size = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, return_tensors="np")
+    pinpoints = [list(p) for p in config.grid_pinpoints]
+    for _ in range(40):
+        w, h = (int(x) for x in random.integers(8, 120, 2))
+        image = Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        theirs = LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints)(image, **size)["pixel_values"][0]
+        place = layout((w, h), config)
+        ours = normalise(tiles(image, place, config), config.vision).transpose(0, 3, 1, 2)
+        assert ours.shape == theirs.shape, (w, h)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=str((w, h)))
+
+        padded = config.replace(aspect_ratio="pad", merge="flat")
+        theirs = LlavaImageProcessorPil(do_pad=True)(image, **size)["pixel_values"][0]
+        ours = normalise(tiles(image, layout((w, h), padded), padded), config.vision)[0].transpose(2, 0, 1)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=str((w, h)))
