@@ -26,6 +26,7 @@ from llava_jax.data import images, splice
 from llava_jax.data.prompts import encode_conversation
 from llava_jax.data.templates import get_template
 from llava_jax.sharding.mesh import make_mesh
+from llava_jax.sharding.partition import path_of
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -149,3 +150,30 @@ def copy_tokenizer(kind: str, directory, **settings):
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return directory
+
+
+def leaves(params) -> dict[str, np.ndarray]:
+    """Arrays of a tree by their paths."""
+    return {path_of(k): np.asarray(x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def assert_same_params(a, b) -> None:
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def contents(directory):
+    """Every path below a directory, with what a file holds and where a link leads."""
+
+    def content(path):
+        return os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+
+    return {str(path.relative_to(directory)): content(path) for path in directory.rglob("*")}
+
+
+def put_file(path, text="precious"):
+    """A file with a text, and the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
