@@ -33,6 +33,33 @@ GOLDEN = ROOT / "tests" / "golden"
 TOKENIZERS = GOLDEN / "tokenizers"
 CHECKPOINTS = ("v1-linear-llama", "v1.5-llama", "v1.6-mistral", "v1.6-spatial-llama")
 QUESTION = "Is there any person in this photo?"
+# config.json as the originals have it, and as the hub has it, where what has a default is left out.
+ORIGINAL_CONFIG = {
+    "model_type": "llava_llama",
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32000,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "image_aspect_ratio": "anyres",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_grid_pinpoints": "[[336, 672], [672, 336]]",
+}
+HUB_CONFIG = {
+    "model_type": "llava",
+    "text_config": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "patch_size": 14, "image_size": 336,
+    },
+    "image_token_index": 32000,
+}  # fmt: skip
 
 
 def user_environment() -> dict[str, str]:
