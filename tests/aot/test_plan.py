@@ -160,29 +160,29 @@ def test_a_search_stops_where_a_chip_is_full(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tpu_plan():
+def published():
     """The command that compiles them."""
-    found = importlib.util.spec_from_file_location("tpu_plan", ROOT / "benchmarks" / "tpu_plan.py")
+    found = importlib.util.spec_from_file_location("published", ROOT / "benchmarks" / "tpu_plan.py")
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def plans(tpu_plan):
-    found = json.loads(tpu_plan.PLANS.read_text())
+def plans(published):
+    found = json.loads(published.PLANS.read_text())
     fields = [field.name for field in dataclasses.fields(tpu_plan.Plan)]
     return {command: tpu_plan.Plan(**{name: needs[name] for name in fields}) for command, needs in found.items()}
 
 
-def test_the_page_shows_all_of_them(tpu_plan, plans):
-    assert list(plans) == tpu_plan.commands()
-    rows = tpu_plan.table(json.loads(tpu_plan.PLANS.read_text()))
-    assert f"<!-- table -->\n{rows}\n<!-- end -->" in tpu_plan.PAGE.read_text()
+def test_the_page_shows_all_of_them(published, plans):
+    assert list(plans) == published.commands()
+    rows = published.table(json.loads(published.PLANS.read_text()))
+    assert f"<!-- table -->\n{rows}\n<!-- end -->" in published.PAGE.read_text()
 
 
-def test_none_of_them_is_refused(tpu_plan):
-    for command in tpu_plan.commands():
+def test_none_of_them_is_refused(published):
+    for command in published.commands():
         if command.startswith("train.plan"):
             args = train_plan.parser().parse_args(command.split()[1:])
             train_plan.open_model(args.model, train_main.config_of(args))
