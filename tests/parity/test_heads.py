@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from helpers import one_device
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
-from parity.test_transformers import make_model
+from torch_models import make_model
 
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
