@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import math
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,7 +16,6 @@ from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_appended
 from train.config import TrainConfig
-from train.tensorboard import EventWriter
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
 START = '{"step": '  # how each line of it starts
@@ -80,7 +81,7 @@ class MetricsFiles:
             written.write_text("".join(json.dumps(line) + "\n" for line in kept))
             written.replace(self.path)
             self.file = self.path.open("a")
-            self.events = EventWriter(directory / "events", step + 1)
+            self.events = Events(directory / "events", step + 1)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
 
@@ -109,6 +110,48 @@ class MetricsFiles:
                 reason = error.strerror or error
                 note(f"warning: {self.path.parent}: metrics cannot be written ({reason}); the run goes on")
             self.told = True
+
+
+class Events:
+    """Scalars in a new TensorBoard event file in `directory`; TensorBoard shows all files there as one run.
+
+    Where steps are written again, after a resume, TensorBoard drops what it had from `restart_step` on.
+
+    This is tensorboardX's file writer, not its `SummaryWriter`: that one writes in a thread, where a full disk ends the
+    thread and then, once its queue is full, stops the run.
+    """
+
+    def __init__(self, directory: Path, restart_step: int):
+        from tensorboardX.event_file_writer import EventsWriter  # here, as it imports torch where there is one
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(parents=True, exist_ok=True)
+        suffix = f".{time.time_ns()}"  # the name has seconds, and a file of the same name would be written over
+        self.file = EventsWriter(str(directory / "events"), suffix)
+        self.pending = [
+            Event(step=restart_step, session_log=SessionLog(status=SessionLog.START), wall_time=time.time())
+        ]
+        self._write_pending()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Raises:
+        OSError: the disk is full, for example; the next call writes what could not be written.
+        """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self.pending.append(Event(step=step, summary=Summary(value=values), wall_time=time.time()))
+        self._write_pending()
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _write_pending(self) -> None:
+        while self.pending:
+            self.file.flush()  # a record is several writes: all of them go into an empty buffer, or none is made
+            self.file.write_event(self.pending.pop(0))
+        self.file.flush()
 
 
 def _numbered(path: Path, n: int) -> Path:

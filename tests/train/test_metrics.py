@@ -1,14 +1,19 @@
 """The metrics of a run: shares of a chip's peak, and the events that TensorBoard reads."""
 
-import struct
+import collections
+import contextlib
+import itertools
+import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from helpers import files_of_at_most
 from llava_jax.config import tiny
-from train import tensorboard
 from train.config import TrainConfig
-from train.metrics import MetricsFiles, device_peak, flops_of_batch
+from train.metrics import Events, MetricsFiles, device_peak, flops_of_batch
 from training import read_metrics
 
 
@@ -30,73 +35,55 @@ def test_peak_share():
     assert got == 4 * weights * 300 + 3 * attention + tower
 
 
-def read_records(path: Path) -> list[bytes]:
-    data, records = path.read_bytes(), []
-    while data:
-        (n,) = struct.unpack("<Q", data[:8])
-        assert struct.unpack("<I", data[8:12])[0] == tensorboard.masked_crc32c(data[:8])
-        assert struct.unpack("<I", data[12 + n : 16 + n])[0] == tensorboard.masked_crc32c(data[12 : 12 + n])
-        records.append(data[12 : 12 + n])
-        data = data[16 + n :]
-    return records
-
-
-def parse_message(data: bytes) -> list[tuple[int, object]]:
-    """Fields of a protobuf message: (number, value); bytes where it has a length."""
-
-    def varint():
-        nonlocal data
-        n = shift = 0
-        while True:
-            byte, data = data[0], data[1:]
-            n, shift = n | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                return n
-
-    fields = []
-    while data:
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            value = varint()
-        elif kind == 2:
-            n = varint()
-            value, data = data[:n], data[n:]
-        else:
-            n, code = {1: (8, "<d"), 5: (4, "<f")}[kind]
-            (value,), data = struct.unpack(code, data[:n]), data[n:]
-        fields.append((number, value))
-    return fields
+def read_events(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a directory: (step, value) by tag."""
+    shown = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
 
 
 def test_tensorboard_events_say_what_the_metrics_say(finished):
     output, _ = finished
-    [file] = (output / "events").iterdir()
-    version, start, *events = (dict(parse_message(record)) for record in read_records(file))
-    assert (version[3], start[2], start[7]) == (b"brain.Event:2", 1, b"\x08\x01")
-    for event, line in zip(events, read_metrics(output), strict=True):
-        assert event[2] == line["step"]
-        values = [dict(parse_message(value)) for _, value in parse_message(event[5])]
-        got = {value[1].decode(): value[2] for value in values}
-        assert got == {name: pytest.approx(value, rel=1e-6) for name, value in line.items() if name != "step"}
+    want = collections.defaultdict(list)
+    for line in read_metrics(output):
+        for name in line.keys() - {"step"}:
+            want[name].append((line["step"], pytest.approx(line[name], rel=1e-6)))
+    assert read_events(output / "events") == want
+
+
+def test_a_resumed_run_replaces_its_events(tmp_path):
+    for first, last in ((1, 5), (3, 4)):
+        files = MetricsFiles(tmp_path, first - 1)
+        for number in range(first, last + 1):
+            files.write({"step": number, "loss": float(10 * first + number)})
+        files.close()
+    assert read_events(tmp_path / "events") == {"loss": [(1, 11.0), (2, 12.0), (3, 33.0), (4, 34.0)]}
 
 
 def test_events_are_whole_whatever_the_clock_says(monkeypatch, tmp_path):
     """It is the one place that asks for the time of day; all that waits or saves asks how much of it has passed."""
-    times = iter([1e9, 2e9, -5.0, 0.0, 4e9, 1e9, 1e9])
-    monkeypatch.setattr(tensorboard.time, "time", lambda: next(times))
+    times = itertools.cycle([1e9, 2e9, -5.0, 0.0, 4e9, 1e9, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(times))
     for first in (1, 3):
-        events = tensorboard.EventWriter(tmp_path, first)
+        events = Events(tmp_path, first)
         for number in (first, first + 1):
             events.write(number, {"loss": 1.0})
         events.close()
-    steps = [dict(parse_message(record)).get(2) for path in tmp_path.iterdir() for record in read_records(path)]
-    assert sorted(filter(None, steps)) == [1, 1, 2, 3, 3, 4]
+    steps = {event.step for path in tmp_path.iterdir() for event in EventFileLoader(str(path)).Load()}
+    assert steps == {0, 1, 2, 3, 4}
 
 
-def test_crc32c():
-    """RFC 3720, B.4, masked as TFRecord does."""
-    crc = 0x8A9136AA  # of 32 zero bytes
-    assert tensorboard.masked_crc32c(bytes(32)) == ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+def test_events_follow_when_a_full_disk_has_room_again(tmp_path):
+    events = Events(tmp_path, 1)
+    events.write(1, {"loss": 1.0})
+    [file] = tmp_path.iterdir()
+    with files_of_at_most(file.stat().st_size + 100):
+        for number in range(2, 400):
+            with contextlib.suppress(OSError):
+                events.write(number, {"loss": float(number)})
+    assert file.stat().st_size < 400
+    events.write(400, {"loss": 400.0})
+    events.close()
+    assert read_events(tmp_path) == {"loss": [(number, float(number)) for number in range(1, 401)]}
 
 
 def test_metrics_on_a_full_disk_end_no_run(capsys, tmp_path):
