@@ -9,7 +9,6 @@ import logging
 import numbers
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import tqdm
 
 
 class InputError(Exception):
@@ -286,7 +286,7 @@ def shorten_words(text: str) -> str:
 
 def note(message: str) -> None:
     """A line for the user that is not the result."""
-    if _hushed:
+    if _hushed or sys.stderr is None:
         return
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar that may stand there, and will be drawn anew
     print(clear + printable(message), file=sys.stderr, flush=True)
@@ -315,8 +315,8 @@ def elapsed(what: str, every: float = 10.0) -> Iterator[None]:
         thread.join()
 
 
-class Progress:
-    """A progress bar on a terminal, a plain line every few seconds elsewhere; nothing if all is done in `quiet` s.
+class Progress(tqdm.tqdm):
+    """tqdm's bar on a terminal, a plain line every few seconds elsewhere; nothing if all is done in `quiet` seconds.
 
     `done` is what had been done before. `advance` may say more about how it goes.
 
@@ -324,67 +324,40 @@ class Progress:
     ...     bar.advance(2**20)
     """
 
+    monitor_interval = 0  # no thread that adjusts `miniters`, which is fixed here
+
     def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0, done: int = 0):
-        self.what, self.total, self.unit = what, total, unit
-        self.terminal = sys.stderr is not None and sys.stderr.isatty()
-        self.every = 0.1 if self.terminal else every
-        self.done = self.first = done
-        self.more = ""
-        self.start = time.monotonic()
-        self.next = self.start + (quiet if self.terminal else every)
-        self.shown = False
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.shown:
-            self._show(last=True)
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        before = "{l_bar}{bar}|" if terminal else "{desc}: {percentage:3.0f}% "
+        super().__init__(
+            desc=printable(what),
+            total=total,
+            initial=done,
+            unit=unit if unit == "B" else f" {unit.removesuffix('s') if total == 1 else unit}",
+            unit_scale=unit == "B",
+            file=sys.stderr if terminal else _Lines(),
+            bar_format=before + " {n_fmt} of {total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
+            mininterval=0.1 if terminal else every,
+            delay=quiet if terminal else every,
+            miniters=1,
+            dynamic_ncols=terminal,
+            disable=_hushed,
+        )
 
     def advance(self, amount: int = 1, more: str = "") -> None:
-        self.done += amount
-        self.more = more
-        now = time.monotonic()
-        if now >= self.next:
-            self.next = now + self.every
-            self._show()
+        self.set_postfix_str(printable(more), refresh=False)
+        self.update(amount)
 
-    def _amount(self, n: float) -> str:
-        if self.unit != "B":
-            return f"{n:.0f}"
-        for unit in ("B", "kB", "MB", "GB", "TB"):
-            if n < 1000 or unit == "TB":
-                return f"{n:.1f} {unit}" if unit != "B" else f"{n:.0f} B"
-            n /= 1000
 
-    def _show(self, last: bool = False) -> None:
-        if _hushed:
-            return
-        self.shown = True
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rate = (self.done - self.first) / seconds
-        share = self.done / max(self.total, 1)
-        left = (self.total - self.done) / rate if rate else 0.0
-        tail = f"{_clock(seconds)}" if last else f"{_clock(left)} left"
-        unit = "" if self.unit == "B" else f" {self.unit.removesuffix('s') if self.total == 1 else self.unit}"
-        text = (
-            f"{self.what} {share:4.0%}  {self._amount(self.done)} of {self._amount(self.total)}{unit}"
-            f"  {self._amount(rate) if self.unit == 'B' else f'{rate:.2f}'}/s  {tail}"
-            f"{'  ' + self.more if self.more else ''}"
-        )
-        text = printable(text)
-        if self.terminal:
-            width = 24
-            text = text[: max(shutil.get_terminal_size().columns - width - 2, 0)]  # a line of its own, never two
-            full = min(width, int(share * width))
-            print(
-                f"\r\x1b[K{'█' * full}{'░' * (width - full)} {text}",
-                end="\n" if last else "",
-                file=sys.stderr,
-            )
-            sys.stderr.flush()
-        else:
-            note(text)
+class _Lines:
+    """A file that gets lines where tqdm draws over its bar."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            note(line)
+
+    def flush(self) -> None:
+        pass
 
 
 def _clock(seconds: float) -> str:

@@ -43,6 +43,49 @@ def test_notes_and_errors_are_lines_that_control_nothing(stream, monkeypatch):
     assert not any(line.startswith("error: forged") for line in written.splitlines())
 
 
+@pytest.mark.parametrize(("encoding", "full"), [("utf-8", "████"), ("ascii", "####")])
+def test_a_bar_is_drawn_in_what_the_terminal_shows(encoding, full, monkeypatch):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("reading", 10, "rows", quiet=-1.0) as bar:
+        bar.advance(10)
+    note("done")
+    assert full in raw.getvalue().decode(encoding) and raw.getvalue().endswith(b"\n\r\x1b[Kdone\n")
+
+
+def test_elsewhere_progress_is_lines_of_their_own(capsys):
+    with Progress("reading", 10**9, "B", every=0.0, done=10**8) as bar:
+        for _ in range(3):
+            note("a note")
+            bar.advance(3 * 10**8, "loss 1.0")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("a note") == 3
+    assert lines[-1].startswith("reading: 100%  1.00G of 1.00GB [00:00<00:00, ") and lines[-1].endswith(
+        "B/s, loss 1.0]"
+    )
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_what_is_quick_or_hushed_has_no_progress(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    with Progress("reading", 2) as bar:
+        bar.advance()
+    assert sys.stderr.getvalue() == ""
+    monkeypatch.setattr(console, "_hushed", True)
+    with Progress("reading", 2, quiet=-1.0, every=-1.0) as bar:
+        bar.advance(2, "more")
+    assert sys.stderr.getvalue() == ""
+
+
+def test_without_standard_error_there_is_no_progress(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress("reading", 2, every=-1.0) as bar:
+        note("a note")
+        bar.advance(2)
+
+
 def test_on_a_terminal_text_controls_nothing_and_elsewhere_it_is_as_it_is(monkeypatch):
     assert shown(FORGED) == FORGED
     monkeypatch.setattr(sys, "stdout", Terminal())

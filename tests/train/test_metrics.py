@@ -60,7 +60,7 @@ def test_a_resumed_run_replaces_its_events(tmp_path):
 
 
 def test_events_are_whole_whatever_the_clock_says(monkeypatch, tmp_path):
-    """It is the one place that asks for the time of day; all that waits or saves asks how much of it has passed."""
+    """What waits or saves asks how much time has passed, not for the time of day."""
     times = itertools.cycle([1e9, 2e9, -5.0, 0.0, 4e9, 1e9, 1e9])
     monkeypatch.setattr(time, "time", lambda: next(times))
     for first in (1, 3):
