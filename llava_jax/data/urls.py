@@ -1,12 +1,18 @@
 """Images behind URLs: `http:` and `https:` ones are downloaded, `data:` ones decoded, `file:` ones become paths.
 
 A download has bounds on its size and on its time as a whole: a server that sends a byte now and then is given up as
-soon as one that sends nothing.
+soon as one that sends nothing. Within that time a connection that breaks, or a busy server, is tried again.
+
+Downloads use the standard library. httpx, which huggingface_hub uses, and urllib3 have timeouts for each read but none
+for the whole, and none for finding a server's address: the thread, the deadline, the bound on the size and the rules
+for redirects below would be the same on top of them.
 """
 
 import base64
 import http.client
+import math
 import os
+import re
 import string
 import threading
 import time
@@ -22,6 +28,9 @@ PATIENCE = 8.0  # seconds until the first byte, and that a download may fall beh
 SLOWEST = 50_000  # bytes a second
 DEADLINE = 300.0  # seconds for all of it
 REDIRECTS = (301, 302, 303, 307, 308)
+TRANSIENT = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, http.client.IncompleteRead)
+BUSY = (429, 502, 503, 504)  # statuses of servers that may answer a little later
+WAITS = (0.5, 1.0, 2.0)  # seconds before a download is tried again, unless the server asks for more by Retry-After
 
 
 class Fetched(bytes):
@@ -65,34 +74,45 @@ def label(name: str) -> str:
 
 def _download(url: str) -> bytes:
     """What a server answers, within `DEADLINE` seconds, or `PATIENCE` if it sends next to nothing."""
-    download = _Download(url)
-    download.start()
-    start = time.monotonic()
-    while download.is_alive():
-        seconds = min(DEADLINE, PATIENCE + download.received / SLOWEST)
-        left = start + seconds - time.monotonic()
-        if left <= 0:
-            download.abandoned = True
-            raise InputError(
-                f"{shorten(url)}: cannot be fetched ({download.received:,} bytes in {seconds:.0f} seconds: too slow)"
-            )
-        download.join(left)
-    if download.error:
-        raise download.error
-    return bytes(download.data)
+    deadline = time.monotonic() + DEADLINE
+    for wait in (*WAITS, math.inf):
+        attempt = _Attempt(url)
+        attempt.start()
+        attempt.wait(deadline)
+        if not attempt.error:
+            return bytes(attempt.data)
+        wait = max(wait, attempt.retry_after)
+        if not attempt.is_transient or time.monotonic() + wait > deadline:
+            break
+        time.sleep(wait)
+    raise attempt.error
 
 
-class _Download(threading.Thread):
+class _Attempt(threading.Thread):
     """A download in a thread, which can be left behind: finding the server's address, TLS and headers have no deadline
     of their own."""
 
     def __init__(self, url: str):
         super().__init__(daemon=True)
-        self.url, self.data, self.error, self.abandoned = url, bytearray(), None, False
+        self.url, self.data, self.abandoned = url, bytearray(), False
+        self.error: InputError | None = None
+        self.is_transient, self.retry_after = False, 0.0  # whether the error may pass, and when at the earliest
 
-    @property
-    def received(self) -> int:
-        return len(self.data)
+    def wait(self, deadline: float) -> None:
+        """Wait for the end of the attempt.
+
+        Raises:
+          InputError: it takes too long.
+        """
+        start = time.monotonic()
+        while self.is_alive():
+            received = len(self.data)
+            end = min(deadline, start + PATIENCE + received / SLOWEST)
+            if time.monotonic() >= end:
+                self.abandoned = True
+                reason = f"{received:,} bytes in {end - start:.0f} seconds: too slow"
+                raise InputError(f"{shorten(self.url)}: cannot be fetched ({reason})")
+            self.join(end - time.monotonic())
 
     def run(self) -> None:
         name = shorten(self.url)
@@ -105,14 +125,17 @@ class _Download(threading.Thread):
                     if len(self.data) > MAX_DOWNLOAD:
                         raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
                 if answer.length:
+                    self.is_transient = True
                     raise InputError(f"{name}: cannot be fetched (it ends {answer.length:,} bytes too soon)")
         except InputError as error:
             self.error = error
         except urllib.error.HTTPError as error:
+            self.is_transient, self.retry_after = error.code in BUSY, _seconds(error.headers.get("Retry-After"))
             self.error = InputError(f"{name}: the server answers {error.code} {shorten(error.reason)}")
             error.close()
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
+            self.is_transient = isinstance(reason, TRANSIENT)
             reason = first_line(reason) if isinstance(reason, BaseException) else shorten(reason)
             self.error = InputError(f"{name}: cannot be fetched ({shorten(reason)})")
         except Exception as error:  # whatever else a server can make of Python's HTTP client
@@ -136,8 +159,13 @@ class _Download(threading.Thread):
         raise InputError(f"{shorten(self.url)}: redirects more than {MAX_REDIRECTS} times")
 
 
+def _seconds(text: str | None) -> float:
+    """What a `Retry-After` header asks for; 0 if it has none, or a date."""
+    return float(text) if text and re.fullmatch("[0-9]+", text) else 0.0
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to `_Download`: urllib reads their bodies whole, and follows them to `ftp:`."""
+    """Leaves redirects to `_Attempt`: urllib reads their bodies whole, and follows them to `ftp:`."""
 
     def http_error_302(self, request, file, code, message, headers):
         return None

@@ -1,10 +1,14 @@
 """Images from URLs: downloads from servers of every kind, `data:` and `file:`."""
 
 import base64
+import collections
+import socket
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import quote
+from types import SimpleNamespace
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from llava_jax.data.images import ImageFolder, image_size, open_image
 
 @pytest.fixture
 def server(scene):
-    png = image_file(scene, "PNG")
+    png, asked = image_file(scene, "PNG"), collections.Counter()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -62,6 +66,21 @@ def server(scene):
         def short(self):
             self.answer(body=png[:50], Content_Length=len(png))
 
+        def busy(self):
+            """The answers, or hang-ups, of the query, one each time; then the image."""
+            query = unquote(self.path.partition("?")[2])
+            fates, asked[query] = query.split("&"), asked[query] + 1
+            if asked[query] > len(fates):
+                return self.image()
+            fate, _, seconds = fates[asked[query] - 1].partition("=")
+            if fate == "short":
+                return self.short()
+            if fate.isdigit():
+                return self.answer(int(fate), b"busy", **({"Retry_After": seconds} if seconds else {}))
+            linger = struct.pack("ii", 1, 0)  # closing is a reset then
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.close()
+
         def to(self):
             self.answer(302, b"x" * 10_000, Location=self.path.partition("?")[2])
 
@@ -98,10 +117,37 @@ def test_urls(server, scene):
 )
 def test_servers_that_nobody_can_wait_for(server, monkeypatch, path, says):
     monkeypatch.setattr(urls, "PATIENCE", 0.3)
+    monkeypatch.setattr(urls, "WAITS", ())
     monkeypatch.setattr(urls, "MAX_DOWNLOAD", 5000)
     with pytest.raises(InputError, match=says) as error:
         open_image(f"{server}/{path}")
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fates", ["503", "429=1&502", "reset", "reset&short&504"])
+def test_what_may_pass_is_tried_again(server, scene, monkeypatch, fates):
+    waited = []
+    monkeypatch.setattr(urls, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waited.append))
+    np.testing.assert_array_equal(open_image(f"{server}/busy?{fates}"), scene)
+    assert waited == {"429=1&502": [1.0, 1.0]}.get(fates, [0.5, 1.0, 2.0][: 1 + fates.count("&")])
+
+
+@pytest.mark.parametrize(
+    ("fates", "times", "says"),
+    [
+        ("503&503&503&503&503", 3, "the server answers 503"),
+        ("404&404", 0, "the server answers 404"),
+        ("503=30&503=400", 1, "the server answers 503"),  # 400 s are more than are left
+        ("429=" + "9" * 400, 0, "the server answers 429"),
+        ("503=Fri, 31 Dec 1999 23:59:59 GMT&404", 1, "the server answers 404"),
+    ],
+)
+def test_what_does_not_pass_is_given_up(server, monkeypatch, fates, times, says):
+    waited = []
+    monkeypatch.setattr(urls, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waited.append))
+    with pytest.raises(InputError, match=says):
+        open_image(f"{server}/busy?{quote(fates, safe='&=')}")
+    assert len(waited) == times
 
 
 @pytest.mark.parametrize("url", ["http://h:1/a b.png", "http://[::1", "http://127.0.0.1:1/x.png"])
