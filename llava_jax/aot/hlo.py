@@ -3,6 +3,9 @@ and libtpu writes down while it compiles.
 
 Exact are trip counts of loops, floating-point operations of matrix products, bytes of collectives. Bytes to and from
 memory are counted at the edges of fused operations.
+
+JAX's `compiled.cost_analysis()` counts the body of a loop once, whatever its trip count, and knows no collectives; the
+protobuf of a module can be had from JAX, but not the message types to read it with.
 """
 
 import dataclasses

@@ -4,6 +4,8 @@ Such a file is a zip archive (stored, never compressed) of `data.pkl`, a pickle 
 and `data/0`, `data/1`, ..., the bytes of their storages (torch/serialization.py). A pickle is a program. This reads
 its few harmless instructions itself, with a table of the only callables that it knows; a file that names another is
 refused, and nothing of it runs. Tensors are read one at a time, when asked for.
+
+The library for it is torch itself, gigabytes that nothing else here needs.
 """
 
 import io
