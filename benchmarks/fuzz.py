@@ -286,8 +286,8 @@ def contents(scratch: Path) -> dict[str, str]:
     found = {}
     for place in ("work", "home", "tmp"):
         for folder, folders, files in os.walk(scratch / place):
-            if place == "home" and ".cache" in folders:
-                folders.remove(".cache")
+            if place == "home":  # where libraries keep what they like
+                folders[:] = [name for name in folders if name not in (".cache", ".config")]
             for name in (*folders, *files):
                 path = os.path.join(folder, name)
                 if os.path.islink(path):

@@ -7,6 +7,7 @@ import argparse
 import base64
 import functools
 import importlib
+import itertools
 import os
 import random
 import re
@@ -198,7 +199,8 @@ GIVEN = (
 )
 PATHS = (
     *("original", "v1.5", "orbax", "transformers", "adapter", "images", "data.json", "data.jsonl", "mix.yaml"),
-    *("questions.jsonl", "answers.jsonl", "images/rgb.png", "images/16.png", "original/config.json", "nowhere"),
+    *("questions.jsonl", "answers.jsonl", "metrics.jsonl", "images/rgb.png", "images/16.png"),
+    *("original/config.json", "nowhere"),
     *("fifo", "loop", "data.json/x", "..", "v1.5/model.safetensors", "v1.5/vision_tower", "new", "new/new"),
 )
 DEVICES = ("/dev/full", "/dev/zero", "/dev/null", "file:///dev/zero", "http://127.0.0.1:9/x", "data:,x", "/", "/root")
@@ -207,6 +209,7 @@ STARTS = (
     ("infer.generate", "--checkpoint v1.5 --questions questions.jsonl --answers answers.jsonl --max-new-tokens 2"),
     ("infer.evaluate", "--checkpoint v1.5 --data data.json --max-new-tokens 2"),
     ("train.preview", "--checkpoint v1.5 --data data.json --template v1"),
+    ("train.plot", "metrics.jsonl --metrics loss --output new.png"),
     ("train.datasets.scienceqa", "--base-dir . --split train"),
     ("train.datasets.shapes", "--output new --examples 4 --tests 2"),
     ("convert", "to-orbax v1.5 new"),
@@ -230,6 +233,8 @@ def command(pick: random.Random) -> Attempt:
     own = owned(arguments) + ["answers.jsonl"] * (module == "infer.generate")
     if module == "convert" and "--overwrite" in arguments and "transformers" not in arguments[:2]:
         own.append("transformers")
+    if module == "train.plot" and "--overwrite" in arguments:
+        own += [given for flag, given in itertools.pairwise(arguments) if flag == "--output"]
     if pick.random() < 0.5:
         change_one(".", pick, (".json", ".jsonl", ".png"))
 

@@ -77,6 +77,7 @@ def make(base: Path) -> None:
         "mix.yaml": "datasets:\n  - json_path: data.json\n    sampling_strategy: first:50%\n",
         "questions.jsonl": "".join(json.dumps(row) + "\n" for row in asked),
         "answers.jsonl": "".join(json.dumps(row) + "\n" for row in answered),
+        "metrics.jsonl": "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3)),
         "problems.json": json.dumps({str(i): problem for i in range(3)}),
         "pid_splits.json": json.dumps({"train": ["0", "1"], "test": ["2"]}),
     }

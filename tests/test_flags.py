@@ -31,7 +31,7 @@ from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from train import __main__ as train
 from train import loader as train_data
 from train import plan as train_plan
-from train import preview
+from train import plot, preview
 from train.config import TrainConfig
 from train.datasets import scienceqa, shapes
 from train.drawn import drawn_data
@@ -59,6 +59,7 @@ COMMANDS = {
         ["--image-folder", "--output", "--eval-data", "--profile-steps", "--vision-tower"],
     ),
     "preview": (preview.main, preview.parser, [*MODEL, "--data", "DATA"], []),
+    "plot": (plot.main, plot.parser, ["none", "--output", "x.png"], []),
     "scienceqa": (scienceqa.main, scienceqa.parser, ["--base-dir", "none", "--split", "train"], []),
     "shapes": (shapes.main, shapes.parser, ["--output", "OUTPUT", "--examples", "1"], []),
     **{

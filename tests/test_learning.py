@@ -198,6 +198,19 @@ def test_the_decoder_is_trained_on_batches_of_all_data_in_turn(modules, tmp_path
         np.testing.assert_array_equal(got.ids, next(source)[0].ids)
 
 
+def test_the_curves_of_all_phases_are_drawn(modules, tmp_path):
+    recipe = modules("recipe")
+    for name in (*recipe.WARM_UPS, *recipe.STAGES):
+        folder = tmp_path / "log" / name if name in recipe.WARM_UPS else tmp_path / name
+        folder.mkdir(parents=True)
+        lines = [{"step": i, "loss": 1 / i} | ({"accuracy": 0.1 * i} if "log" in folder.parts else {}) for i in (1, 2)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = recipe.draw_curves(tmp_path).axes
+    assert len(axes) == 2 * len(recipe.WARM_UPS) + len(recipe.STAGES)
+    assert [axes[i].get_title() for i in (0, 1, -1)] == ["tower: loss", "tower: held-out patches", "stage-2: loss"]
+    assert list(axes[1].get_lines()[0].get_ydata()) == [0.1, 0.2]
+
+
 def test_a_run_goes_on_only_with_the_settings_that_it_was_begun_with(modules, tmp_path, run_cli):
     recipe, run = modules("recipe"), tmp_path / "run"
     settings = {"share": 1.0, "tower": {"steps": 2}, "grid": ((1, 2),)}

@@ -13,6 +13,7 @@ from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("llava_jax", "convert", "train", "infer")
+EXTRAS = ("plots",)  # whose packages are imported, where they are there
 ROOMS = ("data", "sharding", "models", "checkpoints", "aot")  # of llava_jax, each of which may import those before it
 
 
@@ -20,10 +21,13 @@ def names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in requirements}
 
 
-def imported(path: Path) -> set[str]:
-    """What a file imports, anywhere in it: modules, and the names taken from them."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path: Path, *, always: bool = False) -> set[str]:
+    """What a file imports, anywhere in it: modules, and the names taken from them. With `always`, outside functions."""
+    found, nodes = set(), [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if not (always and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -34,12 +38,16 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_is_imported_is_declared(package):
-    declared = names(PROJECT["project"]["dependencies"])
+    """What users need not install, those of `EXTRAS`, is imported inside functions alone."""
+    required = names(PROJECT["project"]["dependencies"])
+    optional = names([line for extra in EXTRAS for line in PROJECT["project"]["optional-dependencies"][extra]])
     distributions = importlib.metadata.packages_distributions()
     for path in (ROOT / package).rglob("*.py"):
-        for module in {name.partition(".")[0] for name in imported(path)} - sys.stdlib_module_names - {*PACKAGES}:
-            provided = {name.lower().replace("_", "-") for name in distributions[module]}
-            assert provided & declared, f"{path.relative_to(ROOT)} imports {module}"
+        for always, declared in ((True, required), (False, required | optional)):
+            modules = {name.partition(".")[0] for name in imported(path, always=always)}
+            for module in modules - sys.stdlib_module_names - {*PACKAGES}:
+                provided = {name.lower().replace("_", "-") for name in distributions[module]}
+                assert provided & declared, f"{path.relative_to(ROOT)} imports {module}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -39,6 +39,7 @@ def test_every_flag_in_the_documents_exists():
     from train.__main__ import parser as train
     from train.datasets.shapes import parser as shapes
     from train.plan import parser as train_plan
+    from train.plot import parser as plot
     from train.preview import parser as preview
 
     commands = [
@@ -49,6 +50,7 @@ def test_every_flag_in_the_documents_exists():
         shapes(),
         train_plan(),
         infer_plan(),
+        plot(),
         *convert()._subparsers._group_actions[0].choices.values(),
     ]
     known = {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]+", command.format_help())}

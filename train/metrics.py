@@ -76,7 +76,7 @@ class MetricsFiles:
                 self.path.rename(
                     next(path for n in itertools.count(1) if not (path := _numbered(self.path, n)).exists())
                 )
-            kept = [line for line in _lines(self.path) if line["step"] <= step]
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             written = self.path.with_suffix(".new")
             written.write_text("".join(json.dumps(line) + "\n" for line in kept))
             written.replace(self.path)
@@ -166,7 +166,7 @@ class _Line(TypedDict):
     step: int
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """What is in the file, but for a last line that was cut off as its process died.
 
     Raises:

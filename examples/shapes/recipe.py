@@ -33,7 +33,6 @@ import numpy as np
 import warm_up
 from card import write_card
 from cpu import quick_gradients
-from curves import Curve, Panel, draw_panels, smooth
 from model import CONFIG, PATCH, TILE, ids_of, save, start
 from PIL import Image
 
@@ -52,6 +51,7 @@ from train.datasets import shapes
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.datasets.shape_questions import plural
 from train.loader import open_data
+from train.plot import new_figure, points, read_run, save_figure, smooth
 from train.run_directory import differences
 from train.step import setup
 
@@ -292,27 +292,27 @@ def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]
     }
 
 
-def draw_curves(output: Path) -> Image.Image:
-    """Loss and accuracy of the warm-ups, loss of the stages."""
-    panels = []
-    for name in (*WARM_UPS, *STAGES):
-        lines = read_metrics(output / "log" / name if name in WARM_UPS else output / name)
-        losses = smooth([line["loss"] for line in lines])
-        panels.append(Panel(f"{name}: loss", "updates", [Curve("", points(lines, losses))]))
-        measured = [line for line in lines if "accuracy" in line]
-        if measured:
-            curve = Curve("", points(measured, [line["accuracy"] for line in measured]), dots=True)
-            what = "patches" if name == "tower" else "questions"
-            panels.append(Panel(f"{name}: held-out {what}", "updates", [curve], high=1.0, percent=True))
-    return draw_panels(panels, across=3)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def points(lines: list[dict[str, Any]], values: list[float]) -> list[tuple[float, float]]:
-    return [(line["step"], value) for line, value in zip(lines, values, strict=True)]
+def draw_curves(output: Path) -> Any:
+    """A figure: loss and accuracy of the warm-ups, loss of the stages."""
+    runs = {name: read_run(str(output / "log" / name)) for name in WARM_UPS}
+    runs |= {name: read_run(str(output / name)) for name in STAGES}
+    measured = [name for name, run in runs.items() if any("accuracy" in line for line in run)]
+    figure, axes = new_figure(len(runs) + len(measured))
+    panels = iter(axes)
+    for name, run in runs.items():
+        steps, losses = points(run, "loss", name)
+        ax = next(panels)
+        ax.plot(steps, list(smooth(losses, 0.9)))
+        ax.set(title=f"{name}: loss", xlabel="updates", ylim=(0, None))
+        if name in measured:
+            ax = next(panels)
+            ax.plot(*points(run, "accuracy", name), "o-")
+            ax.set(title=f"{name}: held-out {'patches' if name == 'tower' else 'questions'}", xlabel="updates")
+            ax.set(ylim=(0, 1.02))
+            ax.yaxis.set_major_formatter("{x:.0%}")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return figure
 
 
 # ---------------------------------------------------------------- the command
@@ -357,6 +357,7 @@ def main() -> None:
     if not 0 < args.share < math.inf:
         raise InputError(f"--share {args.share}: must be above 0")
     output, data = Path(args.output).absolute(), Path(args.output).absolute() / "data"
+    new_figure(1)  # an error now, not after an hour, if there is no matplotlib
     flags = dict(examples=args.examples, tests=args.tests, share=args.share)
     begin(output, flags | WARM_UPS | STAGES | dict(common=asdict(COMMON), model=asdict(CONFIG)))
     enable_compilation_cache()
@@ -384,7 +385,7 @@ def main() -> None:
         name: captions_loss(output, data, path) for name, path in (("reset", output / "reset"), ("stage-1", first))
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    draw_curves(output).save(output / "bundle" / "curves.png")
+    save_figure(draw_curves(output), output / "bundle" / "curves.png")
     facts = dict(examples=args.examples, tests=args.tests, tile=TILE, patch=PATCH, vocab=CONFIG.text.vocab_size)
     facts["parameters"] = sum(x.size for x in jax.tree.leaves(load(second)))
     (output / "bundle" / "README.md").write_text(write_card(results, **facts))

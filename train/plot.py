@@ -1,0 +1,157 @@
+"""Plot what runs wrote to their metrics.jsonl.
+
+    python -m train.plot runs/stage1 runs/stage2 --output curves.png
+
+Loss, learning rate and throughput over steps, a curve for each run; `--metrics` names others. The loss is shown as it
+is, faint, and as a running mean; `eval_loss` is shown beside it, as dots.
+"""
+
+import argparse
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_jax.checkpoints.outputs import write_file
+from llava_jax.console import InputError, Parser, note, number, printable, run_main, shorten
+from train.metrics import read_metrics
+
+METRICS = ("loss", "learning_rate", "tokens_per_second")
+FORMATS = (".png", ".svg", ".pdf")
+ACROSS, WIDTH, HEIGHT = 3, 4.6, 3.0  # panels in a line; inches of one
+
+Run = list[dict[str, Any]]  # the lines of a metrics.jsonl
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="python -m train.plot", description="Plot the metrics of runs over their steps.")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run, or a metrics.jsonl")
+    p.add_argument("--output", required=True, metavar="FILE", help="an image: .png, .svg or .pdf")
+    p.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    p.add_argument(
+        "--metrics",
+        default=",".join(METRICS),
+        metavar="NAMES",
+        help=f"keys of metrics.jsonl (default {','.join(METRICS)})",
+    )
+    p.add_argument(
+        "--smooth", type=number(0.0, 0.999), default=0.9, metavar="SHARE",
+        help="what the running mean of the loss keeps from step to step (default 0.9; 0 for none)",
+    )  # fmt: skip
+    return p
+
+
+def read_run(path: str) -> Run:
+    """The metrics of a run.
+
+    Raises:
+      InputError: there are none, or they are damaged.
+    """
+    file = Path(path)
+    file = file if file.suffix == ".jsonl" else file / "metrics.jsonl"
+    if not (lines := read_metrics(file)):
+        raise InputError(f"{shorten(path)}: no metrics.jsonl, or an empty one; is it the --output of a run?")
+    return lines
+
+
+def points(run: Run, name: str, path: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, where it was measured; a loss that is not finite is NaN.
+
+    Raises:
+      InputError: a value is no number.
+    """
+    lines = [line for line in run if name in line]
+    for line in lines:
+        if not isinstance(line[name], int | float | None):
+            raise InputError(f"{shorten(path)}: {shorten(name)} of step {line['step']} is not a number")
+    return [line["step"] for line in lines], [math.nan if line[name] is None else line[name] for line in lines]
+
+
+def smooth(values: Sequence[float], share: float) -> Iterator[float]:
+    """A running mean that keeps `share` of itself at each value, without a bias towards the first; NaN is left out."""
+    total = weight = 0.0
+    for value in values:
+        if math.isfinite(value):
+            total, weight = share * total + (1 - share) * value, share * weight + (1 - share)
+        yield total / weight if weight else math.nan
+
+
+def new_figure(panels: int) -> tuple[Any, list[Any]]:
+    """A matplotlib figure, and the axes of its panels.
+
+    Raises:
+      InputError: there is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install matplotlib") from None
+    across, lines = min(ACROSS, panels), -(-panels // ACROSS)
+    figure = Figure(figsize=(WIDTH * across, HEIGHT * lines), layout="constrained")
+    axes = list(figure.subplots(lines, across, squeeze=False).flat)
+    for spare in axes[panels:]:
+        spare.remove()
+    return figure, axes[:panels]
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure in the format that the file's name ends in."""
+    import matplotlib
+
+    data = io.BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
+        warnings.simplefilter("ignore")  # letters of a name that the font lacks
+        figure.savefig(data, format=Path(path).suffix[1:].lower(), dpi=100)
+    write_file(path, data.getvalue())
+
+
+def draw(runs: dict[str, Run], metrics: Sequence[str], share: float) -> Any:
+    """A panel for each metric, a curve for each run.
+
+    Raises:
+      InputError: no run has a metric, or a value is no number.
+    """
+    for name in metrics:
+        if not any(name in line for run in runs.values() for line in run):
+            known = sorted({key for run in runs.values() for line in run for key in line} - {"step"})
+            raise InputError(f"--metrics {shorten(name)}: no run has it; they have {shorten(', '.join(known), 400)}")
+    figure, axes = new_figure(len(metrics))
+    for ax, name in zip(axes, metrics, strict=True):
+        for i, (path, run) in enumerate(runs.items()):
+            steps, values = points(run, name, path)
+            style = {"color": f"C{i}"}
+            if name == "loss":
+                ax.plot(steps, values, alpha=0.3, **style)
+                ax.plot(*points(run, "eval_loss", path), "o", **style)
+                values = list(smooth(values, share))
+            ax.plot(steps, values, "." if len(steps) == 1 else "-", label=_label(path), **style)
+        ax.set(title=name.replace("_", " "), xlabel="step")
+        ax.grid(alpha=0.3)
+        if name.endswith("per_second"):
+            ax.set_ylim(bottom=0)
+    if len(runs) > 1:
+        axes[0].legend(fontsize="small")
+    return figure
+
+
+def _label(path: str) -> str:
+    """A path in a legend, which leaves out what starts with an underscore."""
+    return shorten(printable(f"./{path}" if path.startswith("_") else path), 60)
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if Path(args.output).suffix.lower() not in FORMATS:
+        raise InputError(f"--output {shorten(args.output)}: must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    if Path(args.output).exists() and not args.overwrite:
+        raise InputError(f"--output {shorten(args.output)}: exists; --overwrite replaces it")
+    figure = draw({path: read_run(path) for path in args.runs}, args.metrics.split(","), args.smooth)
+    save_figure(figure, args.output)
+    note(f"the plot is in {shorten(args.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
