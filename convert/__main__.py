@@ -147,5 +147,10 @@ def main() -> int | None:
     return args.run(args)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `llava-convert`."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -272,5 +272,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `llava-evaluate`."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    run()

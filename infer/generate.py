@@ -138,5 +138,10 @@ def check_images(images: list[str]) -> list:
     return fetched
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `llava-generate`."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    run()

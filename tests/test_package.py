@@ -1,6 +1,7 @@
 """How the packages depend on each other and on others: in one direction only, and on what is declared."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -69,6 +70,21 @@ def test_rooms_import_earlier_ones_alone():
         room = room_of(".".join(("llava_jax", *path.relative_to(library).parts)))
         later = {name for name in imported(path) if room_of(f"{name}.") > room}
         assert not later, f"{path.relative_to(ROOT)} imports {later}"
+
+
+@pytest.mark.parametrize("name", PROJECT["project"]["scripts"])
+def test_commands_are_installed_by_name(name, monkeypatch, capsys):
+    module, _, function = PROJECT["project"]["scripts"][name].partition(":")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        getattr(importlib.import_module(module), function)()
+    assert stopped.value.code in (0, None) and "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_say_that_they_are_typed(package):
+    assert (ROOT / package / "py.typed").exists()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["*"]
 
 
 def test_no_module_is_called_like_a_dependency():

@@ -199,5 +199,10 @@ def main() -> int:
     return train(run)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `llava-train`."""
     run_main(lambda: watched(main) if are_several(sys.argv[1:]) else main())
+
+
+if __name__ == "__main__":
+    run()
