@@ -9,4 +9,4 @@ Letters in the names of arrays, one per axis (`features_BRD` is rows x feature r
     N width of one head    L layers                 M cache slots (keys)
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
