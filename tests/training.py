@@ -8,6 +8,7 @@ import numpy as np
 
 from helpers import GOLDEN
 from llava_jax.sharding.mesh import make_mesh
+from train.config import TrainConfig
 
 # ---------------------------------------------------------------- data
 
@@ -145,6 +146,15 @@ def assert_same_batches(ours, theirs):
     for (a, _), (b, _) in zip(ours, theirs, strict=True):
         for name in SAME:
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+# ---------------------------------------------------------------- steps
+
+# A step that is easily computed again: no warm-up, no clipping, float32.
+PLAIN = TrainConfig(
+    learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0, dtype="float32", lora_rank=4,
+    lora_alpha=8.0,
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- runs

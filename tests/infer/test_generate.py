@@ -11,7 +11,6 @@ from PIL import Image
 
 from convert.to_orbax import to_orbax
 from helpers import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, load_golden, one_device
-from infer.choosing import choose, row_keys
 from infer.compiled import decode_on
 from infer.engine import Answer, Buckets, Engine, Request
 from infer.sampling import Sampling
@@ -129,44 +128,6 @@ def test_sliding_window_in_generation():
 # ---------------------------------------------------------------- sampling
 
 
-def draw(n: int, logits, **settings):
-    sampling = Sampling(temperature=1.0, **settings)
-    return np.asarray(choose(jnp.tile(jnp.array(logits, jnp.float32), (n, 1)), row_keys(0, range(n)), sampling.knobs()))
-
-
-def test_draws_follow_the_distribution():
-    p = np.array([0.5, 0.05, 0.3, 0.15])
-    shares = np.bincount(draw(20000, np.log(p)), minlength=4) / 20000
-    np.testing.assert_allclose(shares, p, atol=0.015)
-
-
-@pytest.mark.parametrize(
-    ("settings", "kept"),
-    [
-        (dict(top_k=2), [0, 2]),
-        (dict(top_k=1), [0]),
-        (dict(top_p=0.5), [0]),  # the first has half already
-        (dict(top_p=0.51), [0, 2]),
-        (dict(top_p=0.9), [0, 2, 3]),
-        (dict(top_k=3, top_p=0.6), [0, 2]),  # of the three, the first two have 0.84
-        (dict(top_p=1e-9), [0]),
-    ],
-)
-def test_top_k_and_top_p(settings, kept):
-    p = np.array([0.5, 0.05, 0.3, 0.15])
-    draws = draw(5000, np.log(p), **settings)
-    assert sorted(set(draws.tolist())) == kept
-    shares = np.bincount(draws, minlength=4)[kept] / 5000
-    np.testing.assert_allclose(shares, p[kept] / p[kept].sum(), atol=0.03)
-
-
-def test_temperature():
-    p = np.array([0.5, 0.05, 0.3, 0.15])
-    sampling = Sampling(temperature=0.5)
-    draws = choose(jnp.tile(jnp.log(jnp.array(p)), (20000, 1)), row_keys(3, range(20000)), sampling.knobs())
-    np.testing.assert_allclose(np.bincount(draws) / 20000, p**2 / (p**2).sum(), atol=0.015)
-
-
 def test_an_answer_depends_on_seed_and_question_not_on_its_batch():
     engine = golden_engine("v1.5-llama")
     requests = [Request((QUESTION,), (picture(i % 7),), number=i) for i in range(9)]
@@ -177,23 +138,6 @@ def test_an_answer_depends_on_seed_and_question_not_on_its_batch():
     assert together[0].token_ids != together[7].token_ids  # the same question with another number
     other = dict(engine.generate(requests, dataclasses.replace(hot, seed=6), rows=8))
     assert together[0].token_ids != other[0].token_ids
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (dict(temperature=-1), "temperature"),
-        (dict(temperature=float("nan")), "temperature"),
-        (dict(top_p=0), "top-p"),
-        (dict(top_p=1.1), "top-p"),
-        (dict(top_k=-1), "top-k"),
-        (dict(seed=-1), "seed"),
-        (dict(max_new_tokens=0), "max-new-tokens"),
-    ],
-)
-def test_settings_out_of_range(settings, says):
-    with pytest.raises(InputError, match=says):
-        Sampling(**settings)
 
 
 # ---------------------------------------------------------------- stopping and streaming
@@ -260,9 +204,6 @@ def test_token_by_token_streaming_shows_no_half_characters(monkeypatch):
     assert shown == want
 
 
-# ---------------------------------------------------------------- logits
-
-
 def test_streams_of_single_bytes_never_take_back_what_was_shown():
     """Byte tokens turn into other characters as more of them come: they wait until their run has ended."""
     engine = golden_engine("v1.5-llama")
@@ -316,6 +257,9 @@ def test_one_picture_is_held_at_a_time(monkeypatch):
     monkeypatch.setattr(images, "_decode", watched)
     golden_engine("v1.5-llama").ask("Hi", [picture(0), picture(1), picture(2)], max_new_tokens=1)
     assert alive == [0, 0, 0]
+
+
+# ---------------------------------------------------------------- logits
 
 
 def test_logits_for_a_conversation():
