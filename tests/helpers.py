@@ -204,3 +204,8 @@ def put_file(path, text="precious"):
     """A file with a text, and the directories above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def turns(*values) -> list[dict]:
+    """The turns of a conversation, as a data file has them."""
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]

@@ -16,7 +16,7 @@ from convert import __main__ as convert
 from convert.sizes import parse_size
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from helpers import GOLDEN, golden_engine
+from helpers import GOLDEN, golden_engine, turns
 from infer import evaluate, flags, generate
 from infer import plan as infer_plan
 from infer.engine import Engine, Request
@@ -332,7 +332,7 @@ def test_more_new_tokens_than_the_model_has_positions(monkeypatch, capsys):
         assert says in err and ("warning" in err) == bool(says)
 
 
-TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+TURNS = turns("Hi", "Hello.")
 TOO_MUCH = {
     "batch": (["--global-batch-size", 10**8], "--global-batch-size 100000000: must be a whole number from 1 to"),
     "parts": (["--accumulate", 8, "--global-batch-size", 4], "must be at most --global-batch-size, 4"),

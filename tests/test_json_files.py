@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from convert.combine import merge_lora
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, turns
 from infer import evaluate, questions
 from infer.answers import AnswersFile
 from json_mutations import mutations
@@ -36,7 +36,7 @@ from train.states import Checkpoints, RunProgress
 
 SHAPES = ROOT / "infer/shapes"
 MISTRAL, LLAMA = (GOLDEN / "checkpoints" / name for name in ("v1.6-mistral", "v1.5-llama"))
-TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+TURNS = turns("<image>\nWhat?", "A cat.")
 ROW = {"id": 1, "image": "a.png", "conversations": TURNS, "system": "Be brief.", "kinds": ["what"]}
 PARTS = [{"type": "image", "index": 0}, {"type": "text", "text": "Why?"}]
 MESSAGES = {

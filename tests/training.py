@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from helpers import GOLDEN
+from helpers import GOLDEN, turns
 from llava_jax.sharding.mesh import make_mesh
 from train.config import TrainConfig
 
@@ -15,10 +15,6 @@ from train.config import TrainConfig
 SAME = ("ids", "labels", "positions", "segments", "feature_rows", "tiles")
 PICTURE = {"image": "0.png"}
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
-
-
-def turns(*values):
-    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
 
 
 def good_row(i: int) -> dict:

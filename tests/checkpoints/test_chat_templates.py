@@ -11,7 +11,7 @@ import pytest
 
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from helpers import GOLDEN, golden_tensors, write_checkpoint
+from helpers import GOLDEN, golden_tensors, turns, write_checkpoint
 from infer import generate
 from llava_jax import config as c
 from llava_jax import limited
@@ -137,8 +137,8 @@ def test_a_template_of_text_only_is_given_text(name, tmp_path):
     assert resolved(directory).template == name
     tokens = "{%- set bos_token, eos_token = '', '</s>' -%}"
     template = get_template(tokens + TEXT_ONLY[name])
-    for turns in (["Hi", None], ["Look: <image> there", None], ["<image>\nHi", "Yes.", "Why?", None]):
-        assert render(template, turns) == (render(get_template(name), turns)[0], [])
+    for said in (["Hi", None], ["Look: <image> there", None], ["<image>\nHi", "Yes.", "Why?", None]):
+        assert render(template, said) == (render(get_template(name), said)[0], [])
 
 
 def test_bos_is_there_once_whoever_writes_it(tmp_path):
@@ -291,9 +291,7 @@ def test_inference_runs_it_and_says_so(checkpoint, run_cli):
 def test_training_asks_for_a_template(checkpoint, tmp_path):
     found = open_checkpoint(checkpoint)
     data = tmp_path / "data.json"
-    data.write_text(
-        json.dumps([{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]}])
-    )
+    data.write_text(json.dumps([{"conversations": turns("Hi", "Yes.")}]))
     with pytest.raises(InputError, match=r"chat template of its own \(chat_template.jinja\).*--template"):
         Samples(str(data), str(tmp_path), found.config, found.tokenizer)
     assert len(Samples(str(data), str(tmp_path), found.config, found.tokenizer, template="v1")) == 1

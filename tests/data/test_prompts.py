@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from helpers import GOLDEN, golden_json
+from helpers import GOLDEN, golden_json, turns
 from llava_jax import config as c
 from llava_jax.console import InputError
 from llava_jax.data.prompts import encode, encode_conversation, prepare_tokenizer, with_images
@@ -261,10 +261,6 @@ def test_broken_tokenizers(tmp_path, file, data, says):
 
 
 # ---------------------------------------------------------------- training text
-
-
-def turns(*values):
-    return [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
 
 
 def test_marks_of_one_image_go_to_the_front_and_those_of_several_stay(tokenizers):

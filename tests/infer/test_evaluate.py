@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import GOLDEN, QUESTION, golden_engine
+from helpers import GOLDEN, QUESTION, golden_engine, turns
 from infer import evaluate
 from infer.evaluate import exact_match, read_option, read_questions, scienceqa
 from llava_jax.data.templates import get_template
@@ -23,9 +23,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def row(turns, kinds=None, image=None) -> dict:
-    said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
-    return {"conversations": said} | ({"kinds": kinds} if kinds else {}) | ({"image": image} if image else {})
+def row(said, kinds=None, image=None) -> dict:
+    return {"conversations": turns(*said)} | ({"kinds": kinds} if kinds else {}) | ({"image": image} if image else {})
 
 
 def write(folder, rows):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import GOLDEN
+from helpers import GOLDEN, turns
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from train import __main__ as command
 from train import loop
@@ -81,8 +81,8 @@ def data(tmp_path_factory):
     for i in range(20):
         question = "What is this?" if i % 5 == 0 else "<image>\nWhat is this?"
         answer = " ".join(WORDS[(i * k) % 5] for k in range(1, 3 + i % 4))
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        rows.append({"id": f"r{i}", "conversations": turns} | ({"image": names[i % len(names)]} if i % 5 else {}))
+        talk = turns(question, answer)
+        rows.append({"id": f"r{i}", "conversations": talk} | ({"image": names[i % len(names)]} if i % 5 else {}))
     (directory / "data.json").write_text(json.dumps(rows))
     pictured = [row for row in rows if "image" in row]
     (directory / "plain.json").write_text(json.dumps(pictured))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers import turns
 from llava_jax.console import InputError
 from train.loader import open_data
 from train.samples import Samples
-from training import BROKEN, assert_same_batches, good_row, take, turns
+from training import BROKEN, assert_same_batches, good_row, take
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])

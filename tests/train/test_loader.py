@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
+from helpers import turns
 from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, TEXT
 from train import loader as train_data
 from train.loader import open_data
-from training import MESSAGES, assert_same_batches, good_row, parts, take, turns
+from training import MESSAGES, assert_same_batches, good_row, parts, take
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from helpers import GOLDEN
+from helpers import GOLDEN, turns
 from infer import plan as infer_plan
 from llava_jax import config as c
 from llava_jax.aot import hlo, tpu, tpu_plan
@@ -188,10 +188,7 @@ def test_a_plan_says_what_would_fit(run_plan, flags, held, row, says, compiled):
 
 
 def test_a_plan_of_a_data_file_is_what_training_makes_of_it(run_plan, tmp_path):
-    rows = [
-        {"id": i, "conversations": [{"from": "human", "value": "Say"}, {"from": "gpt", "value": "the " * n}]}
-        for i, n in enumerate([*range(5, 65)] * 5)
-    ]
+    rows = [{"id": i, "conversations": turns("Say", "the " * n)} for i, n in enumerate([*range(5, 65)] * 5)]
     path, directory = tmp_path / "data.json", GOLDEN / "checkpoints" / "v1.5-llama"
     path.write_text(json.dumps(rows))
     flags = ["--data", path, "--checkpoint", directory, "--max-length", 256, "--global-batch-size", 64, "--epochs", 2]

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from helpers import GOLDEN
+from helpers import GOLDEN, turns
 from llava_jax.data.splice import IGNORE, IMAGE, TEXT
 from train import preview
 from train.loader import open_data
-from training import good_row, take, turns
+from training import good_row, take
 
 
 def test_preview_of_several_files(write, folder, run_cli):

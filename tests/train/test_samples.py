@@ -6,9 +6,10 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
+from helpers import turns
 from llava_jax.data.splice import IGNORE, IMAGE
 from train.samples import BadSample, Samples
-from training import BROKEN, MESSAGES, PICTURE, parts, turns
+from training import BROKEN, MESSAGES, PICTURE, parts
 
 
 @pytest.mark.parametrize("line", BROKEN)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers import turns
 from train.datasets import scienceqa
 from train.samples import Samples
-from training import turns
 
 PROBLEM = {
     "question": "Which is  a cat?", "choices": ["a dog", "a cat"], "answer": 1, "hint": "Look at the picture.",

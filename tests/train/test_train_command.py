@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, turns
 from llava_jax.config import preset
 from llava_jax.console import InputError
 from train import __main__ as command
@@ -28,8 +28,9 @@ def broken_lines(directory) -> Path:
 
 
 def without_images(directory) -> Path:
-    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "cat"}]
-    (directory / "eval.json").write_text(json.dumps([{"image": "none.png", "conversations": turns}]))
+    (directory / "eval.json").write_text(
+        json.dumps([{"image": "none.png", "conversations": turns("<image>\nWhat is this?", "cat")}])
+    )
     return directory / "eval.json"
 
 
