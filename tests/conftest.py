@@ -1,6 +1,6 @@
 """Eight emulated devices for all tests, which share compiled programs; the order of tests; fixtures.
 
-Functions and constants that tests share are in `helpers.py`.
+Functions and constants that tests share are in `helpers.py`, `training.py` and `torch_models.py`.
 """
 
 import atexit
@@ -32,7 +32,7 @@ import pytest
 from llava_jax.aot.programs import map_limit, memory_maps
 from llava_jax.console import run_main
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "training", "torch_models")
 
 # The parity tests run the PyTorch models of transformers; where torch has no CPU build they are not collected.
 HAVE_TORCH = importlib.util.find_spec("torch") is not None

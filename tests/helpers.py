@@ -1,4 +1,4 @@
-"""What tests share beside fixtures: the reference's golden data, checkpoints made of it, damaged files.
+"""What tests share beside fixtures: the reference's golden data, checkpoints and conversations made for tests, files.
 
 `conftest.py`, which pytest imports first, chooses JAX's devices and how much XLA optimizes.
 """
@@ -33,6 +33,81 @@ GOLDEN = ROOT / "tests" / "golden"
 TOKENIZERS = GOLDEN / "tokenizers"
 CHECKPOINTS = ("v1-linear-llama", "v1.5-llama", "v1.6-mistral", "v1.6-spatial-llama")
 QUESTION = "Is there any person in this photo?"
+
+
+def golden_json(name: str):
+    return json.loads((GOLDEN / name).read_text())
+
+
+@functools.cache
+def one_device():
+    return make_mesh({}, jax.devices()[:1])
+
+
+def user_environment() -> dict[str, str]:
+    """For commands that are run as users run them: programs in full, on one device."""
+    ours = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+# ---------------------------------------------------------------- golden checkpoints
+
+
+@functools.cache
+def load_golden(name: str):
+    """A golden checkpoint read directly: (checkpoint, parameters on one device)."""
+    found = checkpoint.open_checkpoint(GOLDEN / "checkpoints" / name)
+    return found, found.load(one_device(), np.float32)
+
+
+@functools.cache
+def golden_engine(name: str) -> Engine:
+    found, params = load_golden(name)
+    return Engine(params, found.config, found.tokenizer, one_device())
+
+
+def golden_tensors(name: str, part: str = ".") -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / "checkpoints" / name / part / "model.safetensors")
+
+
+def write_checkpoint(directory: Path, tensors: dict, like: str, **config_changes) -> Path:
+    """A checkpoint directory: given tensors, a golden checkpoint's config and tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in (GOLDEN / "checkpoints" / like).iterdir():
+        if file.suffix in (".json", ".model") and not file.name.startswith("expected"):
+            shutil.copy(file, directory)
+    tower = directory / "vision_tower"  # its configuration, not its weights
+    tower.mkdir(exist_ok=True)
+    for file in (GOLDEN / "checkpoints" / like / "vision_tower").glob("*.json"):
+        shutil.copy(file, tower)
+    config = json.loads((directory / "config.json").read_text()) | config_changes
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def leaves(params) -> dict[str, np.ndarray]:
+    """Arrays of a tree by their paths."""
+    return {path_of(k): np.asarray(x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def assert_same_params(a, b) -> None:
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def copy_tokenizer(kind: str, directory, **settings):
+    """A golden tokenizer with other settings: its directory."""
+    shutil.copytree(TOKENIZERS / kind, directory)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return directory
+
+
+# ---------------------------------------------------------------- configurations
+
 # config.json as the originals have it, and as the hub has it, where what has a default is left out.
 ORIGINAL_CONFIG = {
     "model_type": "llava_llama",
@@ -62,32 +137,12 @@ HUB_CONFIG = {
 }  # fmt: skip
 
 
-def user_environment() -> dict[str, str]:
-    """For commands that are run as users run them: programs in full, on one device."""
-    ours = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    return {name: value for name, value in os.environ.items() if name not in ours}
+# ---------------------------------------------------------------- conversations
 
 
-def golden_json(name: str):
-    return json.loads((GOLDEN / name).read_text())
-
-
-@functools.cache
-def one_device():
-    return make_mesh({}, jax.devices()[:1])
-
-
-@functools.cache
-def load_golden(name: str):
-    """A golden checkpoint read directly: (checkpoint, parameters on one device)."""
-    found = checkpoint.open_checkpoint(GOLDEN / "checkpoints" / name)
-    return found, found.load(one_device(), np.float32)
-
-
-@functools.cache
-def golden_engine(name: str) -> Engine:
-    found, params = load_golden(name)
-    return Engine(params, found.config, found.tokenizer, one_device())
+def turns(*values) -> list[dict]:
+    """The turns of a conversation, as a data file has them."""
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
 
 
 def make_row(conversation, pictures, template: str, config: LlavaConfig, tokenizer) -> splice.Row:
@@ -99,24 +154,29 @@ def make_row(conversation, pictures, template: str, config: LlavaConfig, tokeniz
     return splice.Row(ids, places, tiles, labels)
 
 
-def write_checkpoint(directory: Path, tensors: dict, like: str, **config_changes) -> Path:
-    """A checkpoint directory: given tensors, a golden checkpoint's config and tokenizer."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in (GOLDEN / "checkpoints" / like).iterdir():
-        if file.suffix in (".json", ".model") and not file.name.startswith("expected"):
-            shutil.copy(file, directory)
-    tower = directory / "vision_tower"  # its configuration, not its weights
-    tower.mkdir(exist_ok=True)
-    for file in (GOLDEN / "checkpoints" / like / "vision_tower").glob("*.json"):
-        shutil.copy(file, tower)
-    config = json.loads((directory / "config.json").read_text()) | config_changes
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, directory / "model.safetensors")
-    return directory
+# ---------------------------------------------------------------- files
 
 
-def golden_tensors(name: str, part: str = ".") -> dict[str, np.ndarray]:
-    return load_file(GOLDEN / "checkpoints" / name / part / "model.safetensors")
+def put_file(path, text="precious"):
+    """A file with a text, and the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def contents(directory):
+    """Every path below a directory, with what a file holds and where a link leads."""
+
+    def content(path):
+        return os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+
+    return {str(path.relative_to(directory)): content(path) for path in directory.rglob("*")}
+
+
+def image_file(image: Image.Image, format: str, **options) -> bytes:
+    """The bytes of a file with an image."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
 
 
 @contextlib.contextmanager
@@ -162,50 +222,3 @@ def read_damaged(File, whole: Path) -> tuple[int, int]:
             assert "\n" not in str(error)
             refused += 1
     return read, refused
-
-
-def image_file(image: Image.Image, format: str, **options) -> bytes:
-    """The bytes of a file with an image."""
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def copy_tokenizer(kind: str, directory, **settings):
-    """A golden tokenizer with other settings: its directory."""
-    shutil.copytree(TOKENIZERS / kind, directory)
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    return directory
-
-
-def leaves(params) -> dict[str, np.ndarray]:
-    """Arrays of a tree by their paths."""
-    return {path_of(k): np.asarray(x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-
-
-def assert_same_params(a, b) -> None:
-    a, b = leaves(a), leaves(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
-
-
-def contents(directory):
-    """Every path below a directory, with what a file holds and where a link leads."""
-
-    def content(path):
-        return os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
-
-    return {str(path.relative_to(directory)): content(path) for path in directory.rglob("*")}
-
-
-def put_file(path, text="precious"):
-    """A file with a text, and the directories above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def turns(*values) -> list[dict]:
-    """The turns of a conversation, as a data file has them."""
-    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
