@@ -143,7 +143,7 @@ def data(pick: random.Random) -> Attempt:
     from infer import evaluate
     from llava_jax import config
     from llava_jax.data.tokenizer import load_tokenizer
-    from train.samples import Sample, Samples
+    from train.samples import BadSample, Sample, Samples
 
     bring("images", "data.json", "data.jsonl", "mix.yaml")
     name = pick.choice(["data.json", "data.jsonl", "mix.yaml"])
@@ -156,8 +156,10 @@ def data(pick: random.Random) -> Attempt:
             return evaluate.check_answers(questions, evaluate.choose_metric(questions))
         samples = Samples(name, "", config.tiny(), words, template="v1", max_length=pick.choice([None, 8, 512]))
         for i in range(min(len(samples), 8)):
-            sample = samples.measure(i, 0)
-            samples.name(samples.load(sample) if isinstance(sample, Sample) else sample)
+            found = samples.measure(i, 0)
+            found = samples.load(found) if isinstance(found, Sample) else found
+            if isinstance(found, BadSample):
+                found.describe()
 
     return Attempt(run)
 

@@ -30,8 +30,8 @@ from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
 from train.config import TrainConfig
 from train.drawn import draw_lengths
-from train.loader import WINDOW, open_data
-from train.packing import fill_rows
+from train.loader import open_data
+from train.packing import WINDOW, fill_rows
 
 ROOT = Path(__file__).parents[1]
 PICTURES = 32

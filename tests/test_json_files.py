@@ -29,9 +29,10 @@ from llava_jax.data.conversations import read_conversation
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.json_files import parse_json, read_json
 from train import run_directory as output
+from train.bad_samples import BadSamples
 from train.datasets import scienceqa
 from train.metrics import MetricsFiles
-from train.samples import BadSample, BadSamples
+from train.samples import BadSample
 from train.states import Checkpoints, RunProgress
 
 SHAPES = ROOT / "infer/shapes"

@@ -9,9 +9,11 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.data.images import layout
 from llava_jax.data.splice import Row, count_features
+from train.bad_samples import BadSamples
 from train.config import TrainConfig
-from train.loader import WINDOW, Data
-from train.samples import BadSamples, Sample
+from train.loader import Data
+from train.packing import WINDOW
+from train.samples import Sample
 
 MIX665K, CAPTIONS = 665_298, 558_128  # rows of llava_v1_5_mix665k.json and of blip_laion_cc_sbu_558k.json
 IMAGE = (640, 480)  # most of COCO's
@@ -53,9 +55,6 @@ class DrawnSamples:
 
     def __len__(self) -> int:
         return self._number
-
-    def name(self, bad) -> str:
-        return f"{self.path}: {bad.reason}"
 
     def measure(self, index: int, epoch: int = 0) -> Sample:
         places = (self._place,) * bool(self.has_image[index])

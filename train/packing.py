@@ -11,6 +11,7 @@ import bisect
 import heapq
 from collections.abc import Sequence
 
+WINDOW = 1024  # conversations that are distributed over rows together
 CANDIDATES = 256  # conversations among which the ones to fill a row are looked for
 LENGTHS = 17  # of a row, that are tried: 4,096 and what is a multiple of 128 up to 6,144
 PIECE = 128  # positions; accelerators process sequences in pieces of that

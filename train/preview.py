@@ -98,7 +98,7 @@ def main() -> int:
             if args.json:
                 described = {"data": row.data, "index": row.index, "id": row.id, "file": row.file, "error": row.reason}
                 print_json(described)
-            note(f"error: {samples.name(row)}")
+            note(f"error: {row.describe()}")
             continue
         described = describe(samples, sample, row, model, found.tokenizer)
         print_json(described) if args.json else print(render(samples, described))

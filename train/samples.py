@@ -7,15 +7,12 @@ images. Either returns a `BadSample` instead of raising an error.
 
 import collections
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from llava_jax.checkpoints.outputs import write_file
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.data.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
@@ -25,16 +22,10 @@ from llava_jax.data.splice import IGNORE, IMAGE, Row, widths
 from llava_jax.data.templates import choose_template, get_template, is_program
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import label
-from llava_jax.files import read_bytes
-from llava_jax.json_files import parse_appended
 from train import mixture
-from train.config import TrainConfig
 
-MAX_LIST = 2**30  # bytes of a list of bad samples
-START = '{"data": '  # how each line of it starts
-MOST_NOTED = 10  # bad samples that are named as they are met; the rest are only listed in a file
 MOST_NAMED = 3  # those that an error names
-ENOUGH = 1000  # conversations that a share of bad ones is counted against, at least
+MOST_TILES = 128  # of a conversation, where --tiles-per-row does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +61,26 @@ class BadSample:
     id: Any
     file: str | None  # the image at fault, if one is
     reason: str
+
+    def describe(self, *, path: bool = True) -> str:
+        """Where it is and what is wrong, as an error names it; without the data file's `path` if that is known."""
+        name = "" if self.id == self.index else f" (id {shorten(self.id, 40)})"
+        return f"{shorten(self.data) + ' ' if path else ''}row {self.index}{name}: {self.reason}"
+
+
+def describe_first(bad: Sequence[BadSample], total: int = 0, *, path: str = "") -> str:
+    """The first few bad samples in a line, and how many more there are.
+
+    Args:
+      total: all there are; 0 for those of `bad`.
+      path: the data file that the line has named before them, which is not named again.
+    """
+    named = []
+    for one in bad[:MOST_NAMED]:
+        named.append(one.describe(path=shorten(one.data) != path))
+        path = shorten(one.data)
+    more = max(total, len(bad)) - len(named)
+    return "; ".join([*named, *[f"and {more} more"] * bool(more)])
 
 
 class Samples:
@@ -119,7 +130,13 @@ class Samples:
         self._template = get_template(self.template)
         self._check_template(tokenizer)
         self._folder = ImageFolder(image_folder, follow_links=follow_links)
-        parts = mixture.read_parts(data)
+        self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self._random_order, self._seed = image_first == "random", seed
+        self._read_files(mixture.read_parts(data))
+        prepare_tokenizer(tokenizer, model)
+
+    def _read_files(self, parts: Sequence[mixture.Part]) -> None:
+        """Read the rows of all files, and choose those that are taken of each."""
         self.path = mixture.describe(parts)
         self._rows = {path: read_rows(path) for path in dict.fromkeys(part.path for part in parts)}
         for path, rows in self._rows.items():
@@ -127,7 +144,7 @@ class Samples:
             if self._template.style == "plain" and any(map(has_system, rows)):
                 note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
         self._paths = [part.path for part in parts]
-        chosen = [part.choose(len(self._rows[part.path]), (seed, i)) for i, part in enumerate(parts)]
+        chosen = [part.choose(len(self._rows[part.path]), (self._seed, i)) for i, part in enumerate(parts)]
         rows_of = collections.defaultdict(list)  # of a file, which several parts may name
         for path, rows in zip(self._paths, chosen, strict=True):
             rows_of[os.path.realpath(path)].append(rows)
@@ -136,27 +153,9 @@ class Samples:
         counts = {path: np.array(list(map(count_images, rows))) for path, rows in self._rows.items()}
         images = np.concatenate([counts[path][rows] for path, rows in zip(self._paths, chosen, strict=True)])
         self.has_image, self.most_images = images > 0, int(images.max())
-        prepare_tokenizer(tokenizer, model)
-        self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
-        self._random_order, self._seed = image_first == "random", seed
 
     def __len__(self) -> int:
         return len(self._index)
-
-    def name(self, bad: BadSample, *, path: bool = True) -> str:
-        """What is wrong and where, as an error has it."""
-        called = "" if bad.id == bad.index else f" (id {shorten(bad.id, 40)})"
-        return f"{shorten(bad.data) + ' ' if path else ''}row {bad.index}{called}: {bad.reason}"
-
-    def names(self, bad: Sequence[BadSample], total: int = 0, *, path: str = "") -> str:
-        """The first few in a line, and how many more there are of `total`; `path` is the file that the line has named
-        before them, and is not named again."""
-        named = []
-        for one in bad[:MOST_NAMED]:
-            named.append(self.name(one, path=shorten(one.data) != path))
-            path = shorten(one.data)
-        more = max(total, len(bad)) - len(named)
-        return "; ".join([*named, *[f"and {more} more"] * bool(more)])
 
     def measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
         """Tokenize a conversation and lay out its images.
@@ -236,156 +235,15 @@ class Samples:
         return layout(size, self.model)
 
 
-class Listed(TypedDict):
-    """A line of `bad_samples.jsonl`, as far as it is read."""
+def measure_within(samples: Samples, most_tiles: int, index: int, epoch: int = 0) -> Sample | BadSample:
+    """`samples.measure`, where a conversation of more tiles than `most_tiles`, which fit a row, is bad."""
+    one = samples.measure(index, epoch)
+    if isinstance(one, Sample) and one.tiles > most_tiles:
+        return one.bad(f"{one.tiles} tiles, and a row has room for {most_tiles} (--tiles-per-row)")
+    return one
 
-    data: str
-    index: int
 
-
-class BadSamples:
-    """Bad samples of a run: named, listed, counted, and a reason to stop when they are too many.
-
-    `bad_samples.jsonl` has each of them once, over epochs and restarts. Of several processes each finds out for itself
-    about the images of its own rows; it lists them in a file of its own, and does not stop before `agree`, which all
-    call at the same step: one that stopped alone would leave the others waiting for it.
-
-    Attributes:
-      count, seen: bad samples that all processes know of, among so many conversations; those met again count again.
-      begun: whether the run has begun. One that is refused before writes no list; the error names the first bad ones.
-      own, others: the images that this process found broken; that the others did, as of the last `agree`.
-    """
-
-    def __init__(
-        self, config: TrainConfig, samples: Samples, folder: Path | None, process: int = 0, processes: int = 1
-    ):
-        """`folder` is where the list goes; None for nowhere."""
-        self._config, self._samples, self._process, self._alone = config, samples, process, processes == 1
-        self.count = self.seen = self.own = self.others = self._noted = 0
-        self._failed = ""  # what is to stop all processes
-        self._first: list[BadSample] = []  # to name in an error
-        self.begun = False
-        name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
-        self._file = folder and folder / name
-        self._listed = self._read()
-
-    @property
-    def total(self) -> int:
-        """Bad samples met, as far as this process knows."""
-        return self.count + self.own + self.others
-
-    def add(self, bad: Sequence[BadSample], seen: int = 0, *, known_to_all: bool = False) -> None:
-        """Count `bad` of `seen` more conversations.
-
-        Raises:
-          InputError: the run is to stop at a bad sample, or has met too many. If not all processes know of these, only
-            `agree` raises it.
-        """
-        self.seen += seen
-        if known_to_all:
-            self.count += len(bad)
-        else:
-            self.own += len(bad)
-        for one in bad:
-            if len(self._first) < MOST_NAMED and (one.data, one.index) not in {(a.data, a.index) for a in self._first}:
-                self._first.append(one)
-        problem = self._samples.name(bad[0]) if bad and self._config.on_bad_sample == "fail" else ""
-        try:
-            if known_to_all or self._alone:
-                if problem:
-                    raise InputError(problem)
-                self._check(self.count + (self.own if self._alone else 0), self.seen)
-        except InputError:
-            if self.begun:
-                self._list(bad, known_to_all)
-            raise
-        self._list(bad, known_to_all)
-        self._failed = self._failed or problem
-
-    def agree(self, share: Callable[[str], list[str]]) -> None:
-        """Exchange with the other processes what only one of them knows. All call it at the same step.
-
-        Args:
-          share: a text of this process -> those of all.
-
-        Raises:
-          InputError: on all of them, for the reasons of `add`.
-        """
-        own = self.own  # threads continue to count
-        reports = [
-            json.loads(text) for text in share(json.dumps([self._process, own, self.count, self.seen, self._failed]))
-        ]
-        parts, owns, counts, seens, failures = zip(*reports, strict=True)
-        of_all = sum(dict(zip(parts, owns, strict=True)).values())  # processes may have the same part of the rows
-        self.others = of_all - own
-        if any(failures):
-            raise InputError(next(filter(None, failures)))
-        self._check(max(counts) + of_all, max(seens))
-
-    def begin(self) -> None:
-        """Count from zero: the conversations looked at beforehand will be met again."""
-        self.set_state((0, 0))
-        self._first, self.begun = [], True
-
-    def get_state(self) -> list[int]:
-        """What a resumed run counts from."""
-        return [self.total, self.seen]
-
-    def set_state(self, state: Sequence[int]) -> None:
-        self.count, self.seen = state
-
-    def _check(self, count: int, seen: int) -> None:
-        # A share is counted against a thousand conversations at least, or all there are. One row of a few is a large
-        # share: one, as often as it comes in each pass over the data, is never too many, unless none is allowed.
-        share, n = self._config.max_bad_share, len(self._samples)
-        allowed = max(share * max(seen, min(n, ENOUGH)), -(-seen // n) * self._samples.repeats if share else 0)
-        if count > allowed:
-            where = f"; {self._file} lists them" if self._file and self.begun else ""
-            named = f"; {self._samples.names(self._first, count, path=self._samples.path)}" if self._first else ""
-            raise InputError(
-                f"{self._samples.path}: bad samples: {count} among the first {max(seen, count)}, more "
-                f"than --max-bad-share {share:g} allows{named}{where}"
-            )
-
-    def _list(self, bad: Sequence[BadSample], known_to_all: bool) -> None:
-        if not known_to_all or self._process == 0:
-            for one in bad:
-                self._list_one(one)
-
-    def _list_one(self, bad: BadSample) -> None:
-        if (bad.data, bad.index) in self._listed:
-            return
-        self._listed.add((bad.data, bad.index))
-        self._noted += 1
-        if self._noted <= MOST_NOTED:
-            note(f"bad sample: {self._samples.name(bad)}")
-        if self._noted == MOST_NOTED:
-            note("more bad samples are " + (f"listed in {self._file}" if self._file else "not named"))
-        if self._file is None:
-            return
-        line = json.dumps(
-            {name: getattr(bad, name) for name in ("data", "index", "id", "file", "reason")}, ensure_ascii=False
-        )
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a character
-                file.write(line + "\n")
-        except OSError as error:  # a full disk, perhaps for a while
-            note(f"warning: {self._file}: cannot be written ({error.strerror or error}); the run continues without it")
-            self._file = None
-
-    def _read(self) -> set[tuple[str, int]]:
-        """What is listed already. A last line that was not written to its end is removed."""
-        if self._file is None or not self._file.exists():
-            return set()
-        data = read_bytes(self._file, MAX_LIST)
-        try:
-            rows, whole = parse_appended(data, Listed, shorten(self._file), START)
-        except InputError as error:
-            raise InputError(f"{error}; it lists something else than bad samples: move it away") from None
-        try:
-            if whole != data:
-                write_file(self._file, whole)
-        except OSError as error:
-            raise InputError(f"{self._file}: cannot be written ({error.strerror or error})") from None
-        return {(row["data"], row["index"]) for row in rows}
+def split_bad(found: Iterable[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:
+    """Good and bad ones, each in their order."""
+    found = list(found)
+    return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from helpers import turns
+from llava_jax.config import preset
 from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, TEXT
-from train import loader as train_data
+from train import packing
+from train.config import TrainConfig
+from train.drawn import drawn_data
 from train.loader import open_data
 from training import MESSAGES, assert_same_batches, good_row, parts, take
 
@@ -39,6 +42,11 @@ def test_what_is_refused_beforehand(write, config, models, changes, says):
         path = write([{"id": "row0", "image": "0.png", "conversations": turns("<image>", "a", "b", "c")}] * 3)
     with pytest.raises(InputError, match=says):
         open_data(config(path, template="v1").replace(**changes), *models["v1.5-llama"], rows_multiple=4)
+
+
+def test_drawn_conversations_that_no_row_has_room_for_are_refused():
+    with pytest.raises(InputError, match="mix665k's: bad samples: .* allows; row 0: 1 tiles, and a row has room for 0"):
+        drawn_data(TrainConfig(tiles_per_row=0), preset("v1.5-7b"), 8)
 
 
 def conversations(batches, model):
@@ -180,7 +188,7 @@ def test_a_batch_holds_what_was_asked_for_as_far_as_there_is_data_and_the_mesh_a
 )  # fmt: skip
 def test_a_batch_of_all_the_data_is_one_epoch(n, asked, multiple, window, write, config, models, monkeypatch):
     """On every mesh, also on one on which it is resumed: each conversation once, and empty rows."""
-    monkeypatch.setattr(train_data, "WINDOW", window)
+    monkeypatch.setattr(packing, "WINDOW", window)
     settings = config(write([good_row(i) for i in range(n)]), global_batch_size=asked)
     data = open_data(settings, *models["v1.6-mistral"], rows_multiple=multiple)
     first, *more = data.describe().splitlines()
@@ -231,7 +239,7 @@ def test_rows_that_are_not_full_have_no_room_for_more(write, config, models):
 @pytest.mark.parametrize(("name", "most"), [("v1.5-llama", 3), ("v1.6-mistral", 15)])
 def test_the_mesh_does_not_decide_which_conversations_are_trained_on(name, most, write, config, models, monkeypatch):
     """Those with the most images are not among the few looked at beforehand; rows are full, or hold one each."""
-    monkeypatch.setattr(train_data, "WINDOW", 8)
+    monkeypatch.setattr(packing, "WINDOW", 8)
     rows = [good_row(i * 10 if i % 4 == 0 else i) | {"id": i} for i in range(32)]
     rows[5] = {"id": 5, "image": ["3.png"] * 2, "conversations": turns("<image><image>", "x")}
     content = [*[{"type": "image", "image": "3.png"}] * 3, {"type": "text", "text": "a"}]
@@ -242,7 +250,7 @@ def test_the_mesh_does_not_decide_which_conversations_are_trained_on(name, most,
         ids = [i for _, info in take(data) for i in info["ids"]]
         assert (sorted(ids), data.bad.total) == ([*range(32)], 0)
         assert data.tiles >= most
-        assert bool(data._per_row) == (multiple == 8)
+        assert bool(data.batches.filling.per_row) == (multiple == 8)
     one = [row | {"image": row["image"][:1], "conversations": turns("<image>", "x")} if i == 5 else row
            for i, row in enumerate(rows) if i != 6 and i % 10 != 7]  # fmt: skip
     data = open_data(settings.replace(data=write(one)), *models[name], rows_multiple=8)

@@ -6,10 +6,10 @@ import pytest
 
 from helpers import GOLDEN, contents, put_file
 from llava_jax.console import InputError
+from train.bad_samples import BadSamples
 from train.config import TrainConfig
 from train.metrics import MetricsFiles
 from train.run_directory import Output, fingerprint
-from train.samples import BadSamples
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"
 

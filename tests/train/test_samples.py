@@ -18,7 +18,7 @@ def test_what_is_wrong_with_a_sample(line, write, folder, models):
     found = samples.measure(0)
     found = found if isinstance(found, BadSample) else samples.load(found)
     assert BROKEN[line] in found.reason
-    assert samples.name(found).startswith(f"{samples.path} row 0")
+    assert found.describe().startswith(f"{samples.path} row 0")
     about_picture = any(
         text in found.reason for text in ("image folder", "no such", "broken", "not an", "cannot be", "URL", "host")
     )
@@ -140,7 +140,7 @@ def test_a_picture_is_at_fault_by_name(write, folder, models):
     samples = Samples(write(rows), str(folder), *models["v1.5-llama"])
     found = samples.load(samples.measure(0))
     assert (found.id, found.file) == (9, "truncated.jpg")
-    assert samples.name(found) == f"{samples.path} row 0 (id 9): {folder}/truncated.jpg: {found.reason.split(': ')[1]}"
+    assert found.describe() == f"{samples.path} row 0 (id 9): {folder}/truncated.jpg: {found.reason.split(': ')[1]}"
 
 
 @pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
