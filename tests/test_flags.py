@@ -29,18 +29,17 @@ from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError, Range, flag_of, ranges
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from train import __main__ as train
-from train import loader as train_data
 from train import plan as train_plan
 from train import plot, preview
 from train.config import TrainConfig
 from train.datasets import scienceqa, shapes
 from train.drawn import drawn_data
-from train.loop import parse_profile_steps
 from train.mixture import read_parts
 from train.optim import schedule
 from train.packing import fill_rows
 from train.plan_run import numbers_of_parts
 from train.processes import connect
+from train.profiling import parse_profile_steps
 
 WORDS, WORD = "ab cd " * 60, "x" * 360
 CHECKPOINT = str(GOLDEN / "checkpoints" / "v1.5-llama")
@@ -347,7 +346,7 @@ TOO_MUCH = {
 def test_a_run_that_no_machine_has_room_for(run_cli, monkeypatch, tmp_path, name):
     """Refused before weights are read, and nothing is left of it."""
     given, says = TOO_MUCH[name]
-    monkeypatch.setattr(train_data, "memory_bytes", lambda: 10**6)
+    monkeypatch.setattr("train.loader.memory_bytes", lambda: 10**6)
     monkeypatch.setattr("train.loop.train", lambda run: pytest.fail("it has begun"))
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"id": i, "conversations": TURNS} for i in range(8)]))

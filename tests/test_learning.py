@@ -27,6 +27,7 @@ from train.config import TrainConfig
 from train.datasets.scenes import COLOURS, draw, make_scene
 from train.datasets.shape_questions import middle_of, place_of
 from train.loader import open_data
+from train.run import prepare
 
 SHAPES = ROOT / "examples" / "shapes"
 
@@ -85,10 +86,10 @@ def test_it_learns_to_see(modules, tmp_path, monkeypatch):
         tune="projector,decoder,vision", learning_rate=1e-3, steps=450, global_batch_size=16, max_length=64,
         positions_per_row=256, dtype="float32", remat="none", save_every=0, adam_b2=0.98, workers=0, warmup_ratio=0.1,
     )  # fmt: skip
-    monkeypatch.setattr(loop, "make_mesh", lambda _: one_device())  # emulated ones take twice as long
+    monkeypatch.setattr("train.run.make_mesh", lambda _: one_device())  # emulated ones take twice as long
     chance = 1 / len(COLOURS)
     assert accuracy(tmp_path / "start") < 2 * chance
-    assert loop.train(loop.prepare(run)) == 0
+    assert loop.train(prepare(run)) == 0
     assert accuracy(tmp_path / "run" / "model") > 2 * chance
 
 

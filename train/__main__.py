@@ -191,7 +191,8 @@ def main() -> int:
     if jax.process_index():
         hush()
     enable_compilation_cache()
-    from train.loop import prepare, train
+    from train.loop import train
+    from train.run import prepare
 
     run = prepare(config)
     note(f"{describe(args.preset, config)}; all of the configuration is in {run.output.root / 'config.json'}")

@@ -12,12 +12,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from llava_jax.console import InputError, first_line, note, shorten
 
+T = TypeVar("T")
+
 MOST_PORT = 2**16 - 1
 GRACE_SECONDS = 15  # that processes wait for each other as they end
-AGAIN = "start all processes again with the same command, and the run goes on from its last checkpoint"
+AGAIN = "start all processes again with the same command, and the run resumes from its last checkpoint"
 
 
 def are_several(arguments: list[str]) -> bool:
@@ -111,35 +114,36 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
         raise InputError(f"the other processes of the run cannot be reached ({first_line(error)})") from None
 
 
-def together(what: str, work: Callable[[], str]) -> None:
-    """Do `work` on every process; where it fails on one, or gives different texts, it fails on all.
+def together(what: str, work: Callable[[], T], *, same: Callable[[T], str]) -> T:
+    """Do `work` on every process; where it fails on one, or its results differ, it fails on all.
 
     Args:
-      what: the texts are about, for the error.
+      what: the results are about, for the error.
+      same: of the result, what must be the same on all processes.
 
     Raises:
       InputError: of this process, or what went wrong on the first one on which something did.
     """
-    problem, said = "", ""
-    try:
-        said = work()
-    except InputError as error:
-        problem = str(error)
     import jax
 
     if jax.process_count() == 1:
-        if problem:
-            raise InputError(problem)
-        return
+        return work()
+    problem, text = "", ""
+    try:
+        result = work()
+        text = same(result)
+    except InputError as error:
+        problem = str(error)
     problems = share(problem)
     if problem:
         raise InputError(problem)
     for process, theirs in enumerate(problems):
         if theirs:
             raise InputError(f"process {process}: {theirs}")
-    for process, theirs in enumerate(share(said)):
-        if theirs != said:
+    for process, theirs in enumerate(share(text)):
+        if theirs != text:
             raise InputError(f"process {process} has {what} unlike this one's: all need the same flags and files")
+    return result
 
 
 def share(text: str) -> list[str]:

@@ -52,6 +52,7 @@ from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scen
 from train.datasets.shape_questions import plural
 from train.loader import open_data
 from train.plot import new_figure, points, read_run, save_figure, smooth
+from train.run import prepare
 from train.run_directory import differences
 from train.step import setup
 
@@ -187,7 +188,7 @@ def stage_config(name: str, output: Path, data: Path, checkpoint: Path, share: f
 def run_stage(name: str, output: Path, data: Path, checkpoint: Path, share: float) -> Path:
     """Train one stage, or go on with it. Returns the resulting checkpoint."""
     note(f"--- {name}")
-    if status := loop.train(loop.prepare(stage_config(name, output, data, checkpoint, share))):
+    if status := loop.train(prepare(stage_config(name, output, data, checkpoint, share))):
         raise SystemExit(status)
     return output / name / "model"
 

@@ -12,6 +12,7 @@ from llava_jax.checkpoints.checkpoint import open_checkpoint
 from train import __main__ as command
 from train import loop
 from train.config import TrainConfig
+from train.run import prepare
 from training import flags, mesh_of_one, write_rows
 
 # ---------------------------------------------------------------- data
@@ -93,7 +94,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def on_one_device(monkeypatch):
     """Runs in this process use one of its eight devices: that compiles faster."""
-    monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
+    monkeypatch.setattr("train.run.make_mesh", mesh_of_one)
 
 
 @pytest.fixture
@@ -108,8 +109,8 @@ def finished(tmp_path_factory, data):
     output = tmp_path_factory.mktemp("finished") / "out"
     more = ("--eval-data", data / "eval.json", "--eval-every", 5, "--keep", 1, "--profile-steps", "2:3")
     with pytest.MonkeyPatch.context() as patch, open(output.parent / "said", "w+") as said:
-        patch.setattr(loop, "make_mesh", mesh_of_one)
+        patch.setattr("train.run.make_mesh", mesh_of_one)
         patch.setattr("sys.stderr", said)
         _, config = command.read_config(flags(data, output, *more))
-        assert loop.train(loop.prepare(config)) == 0
+        assert loop.train(prepare(config)) == 0
     return output, (output.parent / "said").read_text()

@@ -19,8 +19,9 @@ from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from train import __main__ as train_main
-from train import loop, plan_run
 from train import plan as train_plan
+from train import plan_run
+from train import run as train_run
 from train.config import PRESETS, TrainConfig, check_preset
 from train.loader import open_data
 
@@ -213,7 +214,7 @@ ROWS = ("--topology", "v5e:2x2", "--rows-per-chip", "1")  # nothing of the data 
 @pytest.fixture
 def open_once(monkeypatch):
     """Checkpoints are opened once for all tests here: that takes a second."""
-    for module in (checkpoint, loop, train_plan):
+    for module in (checkpoint, train_run, train_plan):
         monkeypatch.setattr(module, "open_checkpoint", opened)
 
 

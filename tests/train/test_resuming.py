@@ -29,12 +29,12 @@ def test_told_to_stop_a_run_loses_no_update(train, finished, on_one_device, monk
     monkeypatch.setattr(loop.StopSignal, "at", at)
     status, _, err = train(output)
     assert status == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after update 3 of 10; the same command goes on from there" in err
+    assert "stopped by SIGTERM after step 3 of 10; the same command resumes from there" in err
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3]
     monkeypatch.setattr(loop.StopSignal, "at", asked)
     status, _, err = train(output)
     assert status == 0, err
-    assert "going on after update 3 of 10" in err
+    assert "resuming after step 3 of 10" in err
     assert steps_and_losses(output) == steps_and_losses(finished[0])
 
 
@@ -52,7 +52,7 @@ def test_killed_before_its_first_checkpoint_a_run_starts_over_and_says_so(train,
         with pytest.raises(RuntimeError, match="killed"):
             train(tmp_path / "out", *more)
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
+    monkeypatch.setattr("train.run.make_mesh", mesh_of_one)
     status, _, err = train(tmp_path / "out", *more)
     assert status == 0
     assert err.count("no checkpoint yet; starting from step 0\n") == 2  # the second attempt said so too
@@ -72,7 +72,7 @@ def test_an_object_store_gets_copies_of_what_is_appended_to(train, finished, on_
     assert train(bucket)[0] == 128 + signal.SIGTERM
     monkeypatch.undo()
     monkeypatch.setattr(output_module, "is_remote", lambda path: True)
-    monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
+    monkeypatch.setattr("train.run.make_mesh", mesh_of_one)
     assert [line["step"] for line in read_metrics(bucket)] == [1, 2, 3]
     assert train(bucket)[0] == 0
     assert steps_and_losses(bucket) == steps_and_losses(finished[0])

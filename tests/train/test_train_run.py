@@ -56,7 +56,7 @@ def test_the_same_command_after_the_end_does_nothing(train, finished):
     before = (output / "metrics.jsonl").stat().st_mtime_ns
     status, _, err = train(output)
     assert status == 0
-    assert "holds the finished run: 10 updates" in err
+    assert "holds the finished run: 10 steps" in err
     assert (output / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -79,7 +79,7 @@ def test_an_evaluation_on_the_training_data_and_on_text_alone(train, data, on_on
     for files in (both, both[2:]):
         status, _, err = train(tmp_path / str(len(files)), *files, "--steps", 2, "--template", "v1")
         assert status == 0, err
-        assert "evaluation after update 2: loss" in err and "warning: no evaluation" not in err
+        assert "evaluation after step 2: loss" in err and "warning: no evaluation" not in err
 
 
 FATES = {  # of an image, while a run goes on
@@ -121,7 +121,7 @@ def test_what_becomes_of_images_while_a_run_goes_on_ends_no_run(train, data, on_
 
 
 def test_a_loss_that_stays_infinite_stops_the_run(train, on_one_device, monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 4)
+    monkeypatch.setattr("train.recorder.MOST_SKIPPED", 4)
     tensors = golden_tensors("v1.5-llama")
     tensors["model.norm.weight"][:] = np.nan
     broken = write_checkpoint(tmp_path / "broken", tensors, "v1.5-llama")
@@ -129,7 +129,7 @@ def test_a_loss_that_stays_infinite_stops_the_run(train, on_one_device, monkeypa
     output = tmp_path / "out"
     status, _, err = train(output, "--checkpoint", broken)
     assert status == 1
-    assert "error: update 4: the loss or the gradient is not finite, the 4th time in a row" in err
+    assert "error: step 4: the loss or the gradient is not finite, the 4th time in a row" in err
     lost = json.loads((output / "nonfinite.json").read_text())
     assert [one["step"] for one in lost] == [1, 2, 3, 4]
     assert all(name.startswith("r") for one in lost for name in one["ids"])
@@ -156,7 +156,7 @@ def test_what_eight_devices_write_is_what_one_writes(train, data, monkeypatch, t
     for output in ("eight", "one"):
         status, _, err = train(tmp_path / output, *full)
         assert status == 0, err
-        monkeypatch.setattr(loop, "make_mesh", mesh_of_one)
+        monkeypatch.setattr("train.run.make_mesh", mesh_of_one)
     eight, one = (open_ours(tmp_path / output / "model").tensors for output in ("eight", "one"))
     assert eight.keys() == one.keys()
     moved = {path for path in one if not path.endswith("k/bias")}  # attention takes no notice of that

@@ -1,0 +1,149 @@
+"""The metrics of a run's steps: read one step late, written, shown, and watched for losses that are not finite."""
+
+import collections
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from llava_jax.console import InputError, Progress, note
+from llava_jax.data.splice import Batch
+from train.loader import Info
+from train.metrics import MetricsFiles, device_memory, device_peak, flops_of_batch
+from train.run import Run
+
+MOST_SKIPPED = 10  # steps in a row that may be left out for a loss or gradient that is not finite
+
+T = TypeVar("T")
+
+
+class Recorder:
+    """Reads the metrics of each step after the next one is dispatched, so that the devices never wait for the host."""
+
+    def __init__(self, run: Run, skipped: int):
+        """`skipped`: steps in a row, up to the start, that were left out."""
+        self.run, self.config = run, run.config
+        self.files = MetricsFiles(run.output.files, run.start) if run.output.first else None
+        self.bar = Progress("training", run.total, "steps", every=10.0, done=run.start)
+        self.peak = device_peak(run.mesh.devices.flat[0].device_kind)
+        self.skipped, self.lost = skipped, collections.deque(maxlen=MOST_SKIPPED)
+        self.best = run.checkpoints.best_loss()
+        self.waited = 0.0
+        self.pending: tuple | None = None  # dispatched, not yet read
+        self.record: dict[str, Any] | None = None  # read, not yet written
+        self.last_read = time.monotonic()
+
+    def __enter__(self) -> "Recorder":
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.catch_up()
+        self.bar.__exit__(kind, error, trace)
+        if self.files:
+            self.files.close()
+
+    def waiting(self, work: Callable[[], T]) -> T:
+        """Do what the next step has to wait for.
+
+        The time counts as waiting where the devices have nothing to do at the end of it, so the share that is reported
+        is, if anything, too high.
+        """
+        begun = time.monotonic()
+        done = work()
+        idle = self.pending is None or self.pending[1]["loss"].is_ready()
+        self.waited = time.monotonic() - begun if idle else 0.0
+        return done
+
+    def add(self, step: int, metrics: dict[str, jax.Array], info: Info, batch: Batch) -> None:
+        """`step` has been dispatched: the moment to read the one before it."""
+        self.catch_up()
+        self.pending = (step, metrics, info, (*batch.ids.shape[1:], *batch.tiles.shape[1:2]), self.waited)
+
+    def catch_up(self) -> None:
+        """Read the step that is not read yet, when it is done, and write what is not written yet."""
+        self.read()
+        if self.record and self.files:
+            step = self.record["step"]
+            if step % self.config.log_every == 0 or step == self.run.total or "eval_loss" in self.record:
+                self.files.write(self.record)
+        self.record = None
+
+    def evaluated(self, loss: float) -> bool:
+        """Record the loss of the evaluation after the step read last; NaN for none. Whether it is the best so far."""
+        self.last_read = time.monotonic()  # an evaluation is no part of the next step
+        if math.isnan(loss):
+            return False
+        self.record["eval_loss"] = loss
+        note(f"evaluation after step {self.record['step']}: loss {loss:.4f}")
+        better = math.isfinite(loss) and (self.best is None or loss < self.best)
+        self.best = loss if better else self.best
+        return better
+
+    def read(self) -> None:
+        """Wait for the step that is not read yet, if there is one, and read its metrics.
+
+        Raises:
+          InputError: it is the last of too many whose loss or gradient is not finite.
+        """
+        if self.pending is None:
+            return
+        step, metrics, info, shape, waited = self.pending
+        self.pending = None
+        values = {name: x.item() for name, x in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        seconds, self.last_read = now - self.last_read, now
+        self._check_finite(step, values["ok"], info["ids"])
+        self.record = self._record(step, values, info, shape, seconds, waited)
+        if step == self.run.start + 1:
+            note(f"first step, with compilation, after {seconds:.1f} s: loss {values['loss']:.4f}")
+        speed = f"{self.record['tokens_per_second']:,.0f} tokens/s"
+        self.bar.advance(1, f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed}")
+
+    def _record(
+        self, step: int, values: dict[str, Any], info: Info, shape: tuple[int, int], seconds: float, waited: float
+    ) -> dict[str, Any]:
+        """A line of `metrics.jsonl`."""
+        record = {
+            "step": step,
+            "loss": values["loss"],
+            "learning_rate": values["learning_rate"],
+            "grad_norm": values["grad_norm"],
+            "tokens_per_second": round(info["tokens"] / seconds, 2),
+            "images_per_second": round(info["images"] / seconds, 2),
+            "seconds": round(seconds, 4),
+            "data_wait": round(min(1.0, waited / seconds), 4),
+            "tokens": info["tokens"],
+            "labelled": values["labelled"],
+            "padding": round(info["padding"], 4),
+            "epoch": info["epoch"],
+            "skipped": self.skipped,
+            "bad_samples": info["bad"],
+        }
+        if (memory := device_memory()) is not None:
+            record["device_memory_gb"] = memory
+        if self.peak:
+            needed = flops_of_batch(self.run.model, self.config, self.run.data.rows, *shape)
+            record["peak_share"] = needed / seconds / (self.peak * self.run.mesh.size)
+        return record
+
+    def _check_finite(self, step: int, ok: bool, ids: list) -> None:
+        self.skipped = 0 if ok else self.skipped + 1
+        if ok:
+            return
+        self.lost.append({"step": step, "ids": ids})
+        if self.skipped == 1:
+            note(f"warning: step {step} is left out: its loss or gradient is not finite")
+        if self.skipped >= MOST_SKIPPED:
+            path = self.run.output.files / "nonfinite.json"
+            if self.run.output.first:
+                path.write_text(json.dumps(list(self.lost)) + "\n")
+                self.run.output.push()
+            raise InputError(
+                f"step {step}: the loss or the gradient is not finite, the {self.skipped}th time in a row; the "
+                f"conversations are listed in {self.run.output.root / path.name}; try a lower --learning-rate"
+            )

@@ -1,0 +1,180 @@
+"""What a run is made of: all input opened and checked before a weight is read and anything is compiled."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llava_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from llava_jax.checkpoints.hf_files import check_expressible
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError, note, plural
+from llava_jax.sharding.mesh import FSDP, format_mesh, make_mesh, parse_mesh, row_multiple
+from llava_jax.sharding.partition import batch_sharding
+from train.config import TrainConfig, check_preset
+from train.loader import Data, check_batch, open_data
+from train.optim import check_rates
+from train.processes import together
+from train.profiling import parse_profile_steps
+from train.run_directory import Output
+from train.states import Checkpoints, RunProgress
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run about to start or to resume.
+
+    config       as given
+    mesh         of all devices
+    checkpoint   the model to start from, opened, its weights unread
+    output       the run's directory, locked
+    model        the checkpoint's configuration, with the run's image settings
+    checkpoints  the run's own states
+    progress     saved beside the latest of them; None for a run without one
+    data         batches to train on, at the place where the latest state left them
+    eval_data    batches to evaluate on, if there are any
+    traced       steps to trace
+    total        steps of the whole run
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    checkpoint: Checkpoint
+    output: Output
+    model: LlavaConfig
+    checkpoints: Checkpoints
+    progress: dict[str, Any] | None
+    data: Data
+    eval_data: Data | None
+    traced: range
+    total: int
+
+    @property
+    def start(self) -> int:
+        """Steps that an earlier process made."""
+        return self.progress["step"] if self.progress else 0
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Open all input and check it; read no weight, compile nothing. A refused run leaves no trace.
+
+    Raises:
+      InputError: on all processes, if anything is wrong for one of them.
+      OSError: the output directory cannot be written.
+    """
+    mesh = make_mesh(parse_mesh(config.mesh) if config.mesh else {FSDP: -1})
+    check_batch(config, mesh)
+    with contextlib.ExitStack() as refused:  # undoes what follows, unless all of it succeeds
+        traced, checkpoint, output = together(
+            "a configuration or data",
+            lambda: open_input(config, refused),
+            same=lambda opened: json.dumps(opened[-1].described),
+        )
+        checkpoints = Checkpoints(output.root / "checkpoints", config.keep)
+        progress = checkpoints.progress(RunProgress)
+        data, eval_data = together(
+            f"checkpoints in {output.root}",
+            lambda: open_all_data(config, checkpoint, mesh, output.files, progress, refused),
+            same=lambda _: str(checkpoints.latest),
+        )
+        total = progress["total"] if progress else data.total_steps
+        if not progress:
+            check_rates(config, total, data.wanted)
+        if traced and traced[0] > total:
+            raise InputError(f"--profile-steps {config.profile_steps}: the run has {plural(total, 'step')}")
+        model = checkpoint.config
+        if config.aspect_ratio:
+            model = model.replace(aspect_ratio=config.aspect_ratio)
+        if config.export_hf:
+            check_expressible(model)
+        if output.first and not output.resumed:
+            output.write_config()
+        refused.pop_all()
+    return Run(config, mesh, checkpoint, output, model, checkpoints, progress, data, eval_data, traced, total)
+
+
+def open_input(config: TrainConfig, refused: contextlib.ExitStack) -> tuple[range, Checkpoint, Output]:
+    """The steps to trace, the input checkpoint, and the run's directory.
+
+    Args:
+      refused: learns how to undo it.
+
+    Raises:
+      InputError: something of it cannot be used.
+    """
+    traced = parse_profile_steps(config.profile_steps)
+    checkpoint = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
+    check_preset(config, checkpoint.config)
+    output = Output(config, process=jax.process_index())
+    refused.callback(output.close)
+    refused.callback(output.withdraw)  # the last is called first
+    return traced, checkpoint, output
+
+
+def open_all_data(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    files: Path,
+    progress: dict[str, Any] | None,
+    refused: contextlib.ExitStack,
+) -> tuple[Data, Data | None]:
+    """Batches to train and to evaluate on; the former where `progress` left them.
+
+    Args:
+      files: where bad samples are listed.
+      refused: learns how to close them.
+
+    Raises:
+      InputError: they cannot be made.
+    """
+    part, parts = rows_part(mesh)
+    open_part = functools.partial(
+        open_data,
+        config,
+        checkpoint.config,
+        checkpoint.tokenizer,
+        rows_multiple=row_multiple(mesh) * config.accumulate,
+        process=part,
+        processes=parts,
+        folder=files,
+    )
+    data = open_part()
+    refused.callback(data.close)
+    eval_data = open_part(path=config.eval_data, train=False) if config.eval_data else None
+    if eval_data:
+        refused.callback(eval_data.close)
+    for each in filter(None, (data, eval_data)):
+        each.check_memory()
+    if progress:
+        data.set_state(progress["data"])
+        data.bad.set_state(progress["bad"])
+        if empty := data.rows - data.rows_in_use:
+            note(
+                f"warning: this mesh does not divide the {plural(data.rows_in_use, 'row')} of a batch; each gets "
+                f"{empty} more, which stay empty: a batch holds about "
+                f"{plural(round(data.estimate()['conversations']), 'conversation')}, as before"
+            )
+    return data, eval_data
+
+
+def rows_part(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows the devices of this process hold, of how many; processes may share one.
+
+    Raises:
+      InputError: the rows of one device are spread over processes.
+    """
+    rows_of = collections.defaultdict(set)
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((row_multiple(mesh),)).items():
+        rows_of[device.process_index].add(rows.start or 0)
+    parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if sum(map(len, parts)) != row_multiple(mesh) or len({len(part) for part in parts}) > 1:
+        axes = format_mesh(mesh.shape)
+        raise InputError(f"--mesh {axes}: cuts rows across processes; make tensor a divisor of their devices")
+    return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
