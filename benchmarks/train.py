@@ -37,8 +37,9 @@ from llava_jax.models.layers import REMAT  # noqa: E402
 from llava_jax.sharding.mesh import FSDP, make_mesh, row_multiple  # noqa: E402
 from train.config import PRESETS, TrainConfig  # noqa: E402
 from train.loop import put_batch  # noqa: E402
+from train.parameters import load_dtype  # noqa: E402
 from train.plan import batch_shapes, default_tiles, model_flops  # noqa: E402
-from train.step import load_dtype, setup  # noqa: E402
+from train.step import setup  # noqa: E402
 
 STAGES = {"stage 1": "projector", "LoRA": "lora", "full": "projector,decoder"}
 GOAL = 0.55  # of the measured peak

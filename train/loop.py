@@ -19,13 +19,14 @@ from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import format_mesh
 from llava_jax.sharding.partition import batch_sharding
 from train.loader import Data
+from train.parameters import load_dtype
 from train.processes import AGAIN, StopSignal, share
 from train.profiling import Trace
 from train.recorder import Recorder
 from train.results import export
 from train.run import Run
 from train.states import SaveClock
-from train.step import EvalFn, StepFn, TrainState, load_dtype, setup
+from train.step import EvalFn, StepFn, TrainState, setup
 
 AGREE_EVERY = 50  # steps after which processes exchange which images of theirs are broken
 

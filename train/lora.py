@@ -108,7 +108,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfi
     (`LlavaLlamaForCausalLM`).
 
     Args:
-      params: what `step.export_params` gives: one entry for each layer, the factors beside their kernels.
+      params: what `parameters.export_params` gives: one entry for each layer, the factors beside their kernels.
 
     Raises:
       InputError: it cannot be written.

@@ -19,8 +19,9 @@ from llava_jax.checkpoints.sources import Tensor
 from llava_jax.config import LlavaConfig
 from train import lora
 from train.config import TrainConfig
+from train.parameters import export_params
 from train.run_directory import Output
-from train.step import TrainState, export_params
+from train.step import TrainState
 
 
 def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainConfig, state: TrainState) -> None:
@@ -34,7 +35,7 @@ def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainC
       InputError: it cannot be written.
     """
     jax.tree.map(lambda x: x.delete(), state.opt_state)  # room for what follows
-    params = export_params({}, state)
+    params = export_params({}, state.trained)
     if config.tune == "lora":
         lora.save_adapter(output.files / "adapter", params, model, config)
     trained = {path: _whole(x) for path, x in flatten_dict(params, sep="/").items()}

@@ -32,12 +32,15 @@ from llava_jax.models.llava import Params
 from llava_jax.models.projector import project
 from llava_jax.sharding.mesh import make_mesh
 from llava_jax.sharding.partition import Partition, path_of
-from train import loop, step
+from train import loop
 from train.config import TrainConfig
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene
 from train.datasets.shape_questions import ACROSS, DOWN, middle_of, place_of
 from train.loader import open_data
+from train.loss import loss_sum, next_tokens
 from train.metrics import MetricsFiles
+from train.parameters import export_params, load_dtype, union
+from train.step import setup
 
 NAMES = [["background", *options] for options in (SHAPES, COLOURS, SIZES, DOWN, ACROSS)]
 LOUD = 4.0  # times as much of a row is words as it needs to be told from others
@@ -291,21 +294,21 @@ def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> 
     found = open_checkpoint(config.checkpoint)
     opened = {c: open_data(c, found.config, found.tokenizer) for c in configs}
     partition = Partition(found.config, mesh)
-    params = found.load(mesh, lambda path: step.load_dtype(path, config))
-    frozen, state, *_ = step.setup(params, found.config, config, mesh, steps)
+    params = found.load(mesh, lambda path: load_dtype(path, config))
+    frozen, state, *_ = setup(params, found.config, config, mesh, steps)
 
     def loss_of(trained, frozen, batch):
-        labelled = jnp.sum(step.next_tokens(batch) != IGNORE)
-        return step.loss_sum(step.union(frozen, trained), batch, found.config, config, partition) / labelled
+        labelled = jnp.sum(next_tokens(batch) != IGNORE)
+        return loss_sum(union(frozen, trained), batch, found.config, config, partition) / labelled
 
     held_out = open_data(config, found.config, found.tokenizer, path=config.eval_data, train=False)
 
     @jax.jit
     def wrong(trained, frozen, batch):
-        params = step.union(frozen, trained)
+        params = union(frozen, trained)
         x = llava.embed_batch(params, found.config, batch, partition)
         x = llama.decode(params["decoder"], found.config, x, batch.positions, batch.segments, partition=partition)
-        targets = step.next_tokens(batch)
+        targets = next_tokens(batch)
         return (targets != IGNORE) & (llama.logits(params["decoder"], found.config, x, partition).argmax(-1) != targets)
 
     def accuracy(trained) -> float:
@@ -322,4 +325,4 @@ def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> 
     trained = fit(loss_of, state.trained, frozen, batches, steps, rate, Path(config.output), accuracy)
     for data in (*opened.values(), held_out):
         data.close()
-    return step.export_params(frozen, dataclasses.replace(state, trained=trained))
+    return export_params(frozen, trained)

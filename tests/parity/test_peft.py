@@ -14,7 +14,8 @@ from llava_jax.data.splice import Batch
 from llava_jax.models import llava
 from train import lora
 from train.config import TrainConfig
-from train.step import export_params, setup
+from train.parameters import export_params
+from train.step import setup
 
 CONFIG = TrainConfig(
     tune="lora", lora_rank=4, lora_alpha=12.0, lora_targets=("q", "v", "o", "up", "down"), dtype="float32"
@@ -30,8 +31,8 @@ def adapter(tmp_path_factory):
     trained = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), state.trained)
     state = dataclasses.replace(state, trained=trained)
     directory = tmp_path_factory.mktemp("adapter")
-    lora.save_adapter(directory, export_params({}, state), found.config, CONFIG)
-    return directory, found.config, export_params(frozen, state)
+    lora.save_adapter(directory, export_params({}, state.trained), found.config, CONFIG)
+    return directory, found.config, export_params(frozen, state.trained)
 
 
 @torch.inference_mode()

@@ -25,7 +25,9 @@ from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from llava_jax.sharding.partition import UNSHARDED, Partition
 from train import lora
 from train.config import TrainConfig
-from train.step import export_params, loss_sum, setup
+from train.loss import loss_sum
+from train.parameters import export_params
+from train.step import setup
 
 CONFIG = TrainConfig(tune="lora", lora_rank=4, lora_alpha=8.0, lora_dropout=0.25, dtype="float32", checkpoint="base")
 
@@ -171,7 +173,7 @@ def test_factors_are_cut_by_rows(rank):
 
 def test_files_of_an_adapter(tmp_path):
     _, state = start()
-    params = export_params({}, trained_a_while(state))
+    params = export_params({}, trained_a_while(state).trained)
     lora.save_adapter(tmp_path / "adapter", params, c.tiny(), CONFIG)
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == "base"
@@ -190,7 +192,7 @@ def test_convert_merges_an_adapter_as_we_do(tmp_path):
     config = CONFIG.replace(lora_targets=("q", "down"))
     before = flatten_dict(params, sep="/")
     _, state, _, _ = setup(dict(params), found.config, config, one_device(), 8)
-    trained = export_params({}, trained_a_while(state))
+    trained = export_params({}, trained_a_while(state).trained)
     lora.save_adapter(tmp_path / "adapter", trained, found.config, config)
     to_orbax(tmp_path / "adapter", tmp_path / "model", base=GOLDEN / "checkpoints" / "v1.5-llama")
     after = flatten_dict(open_checkpoint(tmp_path / "model").load(one_device(), np.float32), sep="/")
@@ -210,7 +212,7 @@ def adapter(tmp_path_factory):
     found, params = load_golden("v1.5-llama")
     _, state, _, _ = setup(dict(params), found.config, CONFIG, one_device(), 8)
     directory = tmp_path_factory.mktemp("adapter")
-    lora.save_adapter(directory, export_params({}, state), found.config, CONFIG)
+    lora.save_adapter(directory, export_params({}, state.trained), found.config, CONFIG)
     return directory
 
 

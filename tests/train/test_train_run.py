@@ -16,10 +16,12 @@ from llava_jax.checkpoints.orbax_files import open_ours
 from llava_jax.console import InputError
 from llava_jax.sharding.mesh import make_mesh
 from train import __main__ as command
-from train import loop, step
+from train import loop
 from train.config import PRESETS
+from train.parameters import load_dtype
 from train.results import export
 from train.run_directory import Output
+from train.step import setup
 from training import CHECKPOINT, flags, mesh_of_one, read_metrics
 
 
@@ -175,8 +177,8 @@ def test_what_is_frozen_is_bit_for_bit_what_it_was_whatever_the_run_computes_in(
     """The checkpoint is in float32; the decoder's copy on the devices is not."""
     _, config = command.read_config(flags(data, tmp_path / "out", "--dtype", "bfloat16"))
     found, mesh = open_checkpoint(CHECKPOINT), make_mesh({}, jax.devices()[:1])
-    params = found.load(mesh, lambda path: step.load_dtype(path, config))
-    frozen, state, _, _ = step.setup(params, found.config, config, mesh, 6)
+    params = found.load(mesh, lambda path: load_dtype(path, config))
+    frozen, state, _, _ = setup(params, found.config, config, mesh, 6)
     assert frozen["decoder"]["embed"]["embedding"].dtype == jax.numpy.bfloat16
     export(Output(config), found, found.config, config, state)
     assert changed_paths(tmp_path / "out") == set()

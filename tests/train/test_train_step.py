@@ -19,9 +19,10 @@ from llava_jax.models import llama, llava
 from llava_jax.models.layers import REMAT
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from llava_jax.sharding.partition import Partition, put_rows
-from train import step as step_module
+from train import loss as loss_module
 from train.config import PRESETS, TrainConfig
-from train.step import export_params, setup
+from train.parameters import export_params
+from train.step import setup
 from training import PLAIN
 
 CURVES = golden_json("training.json")
@@ -184,11 +185,11 @@ def test_pieces_of_the_head_add_up(monkeypatch, tied, trained):
 
     @jax.jit
     def ours(params, x_BSD):
-        return 0.37 * step_module._head_loss(
+        return 0.37 * loss_module.head_loss(
             params, x_BSD, jnp.array(targets_BS), model, Partition(model, one_device()), trained
         )
 
-    monkeypatch.setattr(step_module, "PIECE_LOGITS", 128 * 3 * 512)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 128 * 3 * 512)
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x_BSD) for f in (ours, naive))
     assert float(ours(params, x_BSD)) == pytest.approx(float(want[0]), rel=1e-5)  # as evaluation has it
     if not trained:
@@ -204,7 +205,7 @@ def test_logits_are_computed_once(trained, products):
     params = {name: random_params(model)["decoder"][name] for name in ("norm", "head")}
 
     def loss(params, x_BSD):
-        return step_module._head_loss(
+        return loss_module.head_loss(
             params, x_BSD, jnp.zeros((2, n), int), model, Partition(model, one_device()), trained
         )
 
@@ -281,7 +282,7 @@ def test_every_preset_trains_what_it_says_and_nothing_else(name):
         rates.append(float(metrics["learning_rate"]))
     assert losses[-1] < losses[0]
     assert rates[:2] == [0.0, pytest.approx(config.learning_rate)]
-    after = flatten_dict(export_params(frozen, state), sep="/")
+    after = flatten_dict(export_params(frozen, state.trained), sep="/")
     assert {path for path in after if "lora" not in path} == before.keys()
     for path, x in before.items():
         assert after[path].dtype == x.dtype

@@ -1,0 +1,169 @@
+"""The loss: cross entropy of the next token, where there is a label.
+
+Logits are the largest arrays of a step, so only those of labelled positions are computed, a chunk of them at a time,
+and each chunk's gradient with them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llava_jax.config import LlavaConfig
+from llava_jax.data.splice import IGNORE, Batch
+from llava_jax.models import llama, llava
+from llava_jax.models.llava import Params
+from llava_jax.sharding.fsdp import is_shard
+from llava_jax.sharding.mesh import BATCH, TENSOR
+from llava_jax.sharding.partition import UNSHARDED, Partition
+from train import lora
+from train.config import TrainConfig
+from train.parameters import is_trained
+
+CHUNK = 512  # positions of a row whose logits are computed at once, at most
+CHUNK_LOGITS = 2**26  # logits that a device holds at once
+
+Chunks = tuple[jax.Array, jax.Array, jax.Array]  # bool [c]: needed; int [c, B, n]: positions, and their targets
+
+
+def next_tokens(batch: Batch) -> jax.Array:
+    """[B, S]: the label that each position has to predict, its successor's in the same segment; `IGNORE` if none."""
+    same = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
+    return jnp.pad(jnp.where(same, batch.labels[:, 1:], IGNORE), ((0, 0), (0, 1)), constant_values=IGNORE)
+
+
+def loss_sum(
+    params: Params,
+    batch: Batch,
+    model: LlavaConfig,
+    config: TrainConfig,
+    partition: Partition = UNSHARDED,
+    dropout: jax.Array | None = None,
+) -> jax.Array:
+    """Cross entropy summed over all labelled positions, float32.
+
+    Args:
+      params: the whole model, layers stacked; it computes in `config.dtype`.
+      dropout: key for LoRA's; None drops nothing.
+    """
+
+    def compute_dtype(params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(config.dtype), params, is_leaf=is_shard)
+
+    def of_rows(params: Params, batch: Batch, dropout: jax.Array | None) -> jax.Array:
+        params = compute_dtype(params)
+        if dropout is not None:
+            layers = lora.add_dropout(params["decoder"]["layers"], dropout)
+            params = params | {"decoder": params["decoder"] | {"layers": layers}}
+        with lora.adapted(config):
+            x_BSD = llava.embed_batch(params, model, batch, partition, config.remat)
+            static = dict(partition=partition, remat=config.remat)
+            x_BSD = llama.decode(params["decoder"], model, x_BSD, batch.positions, batch.segments, **static)
+        trained = is_trained("decoder/head/kernel", config)
+        return head_loss(params["decoder"], x_BSD, next_tokens(batch), model, partition, trained)
+
+    if config.reduce_dtype in (None, config.dtype):
+        params = compute_dtype(params)  # before they are each device's own: so gradients are summed in it
+    return partition.map_rows(of_rows, params, batch, dropout)
+
+
+# ---------------------------------------------------------------- the head
+
+
+def head_loss(
+    params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: LlavaConfig, partition: Partition, trained: bool
+) -> jax.Array:
+    """Logits and their cross entropy, summed over the positions that have a target, a chunk of them at a time.
+
+    Args:
+      params: of the decoder.
+      trained: whether the head has a gradient.
+    """
+    chunks = _make_chunks(targets_BS, model, partition)
+    names = ("norm", "embed" if model.text.tied_head else "head")
+    # Gathered here, not in each chunk.
+    params = {name: partition.gather(params[name], f"decoder/{name}") for name in names}
+    return _chunked_loss(params, x_BSD, chunks, model, partition, trained)
+
+
+def _make_chunks(targets_BS: jax.Array, model: LlavaConfig, partition: Partition) -> Chunks:
+    """The positions of each row, those with a target first, in chunks of n.
+
+    After the last target, in the row that has most of a device's own, chunks are not needed. That is decided as the
+    program runs: nothing is compiled anew for another share of labels.
+    """
+    B, S = targets_BS.shape
+    logits_of_position = B * -(-model.text.vocab_size // partition.size(TENSOR))
+    n = min(S, CHUNK, max(128, CHUNK_LOGITS // logits_of_position // 128 * 128))
+    chunks = -(-S // n)
+    order_BS = jnp.argsort(targets_BS == IGNORE, axis=1, stable=True)
+    targets_BS = jnp.take_along_axis(targets_BS, order_BS, axis=1)
+    most = jnp.max(jnp.sum(targets_BS != IGNORE, axis=1))
+    spare = ((0, 0), (0, chunks * n - S))
+    order_cBn = jnp.pad(order_BS, spare).reshape(B, chunks, n).swapaxes(0, 1)
+    targets_cBn = jnp.pad(targets_BS, spare, constant_values=IGNORE).reshape(B, chunks, n).swapaxes(0, 1)
+    return jnp.arange(chunks) * n < most, order_cBn, targets_cBn
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _chunked_loss(
+    params: Params, x_BSD: jax.Array, chunks: Chunks, model: LlavaConfig, partition: Partition, trained: bool
+) -> jax.Array:
+    def add_chunk(total, order_Bn, targets_Bn):
+        return total + _loss_of_chunk(params, _pick(x_BSD, order_Bn, partition), targets_Bn, model, partition)
+
+    return _over_chunks(add_chunk, jnp.zeros(()), chunks)
+
+
+def _loss_and_gradients(
+    params: Params, x_BSD: jax.Array, chunks: Chunks, model: LlavaConfig, partition: Partition, trained: bool
+):
+    """The gradient of a chunk is taken while its logits are there, so that they are not computed a second time; that of
+    the head only if it is `trained`."""
+    frozen, trainable = ({}, params) if trained else (params, {})
+
+    def add_chunk(sums, order_Bn, targets_Bn):
+        def of_both(trainable, picked_BnD):
+            return _loss_of_chunk(frozen | trainable, picked_BnD, targets_Bn, model, partition)
+
+        picked_BnD = _pick(x_BSD, order_Bn, partition)
+        more, (d_more, d_BnD) = jax.value_and_grad(of_both, (0, 1))(trainable, picked_BnD)
+        total, d_params, d_BSD = sums
+        row_B1 = jnp.arange(x_BSD.shape[0])[:, None]
+        return total + more, jax.tree.map(jnp.add, d_params, d_more), d_BSD.at[row_B1, order_Bn].add(d_BnD)
+
+    zeros = jax.tree.map(jnp.zeros_like, (trainable, x_BSD))
+    total, *gradients = _over_chunks(add_chunk, (jnp.zeros(()), *zeros), chunks)
+    return total, gradients
+
+
+def _scale_gradients(model: LlavaConfig, partition: Partition, trained: bool, gradients, by: jax.Array):
+    d_params, d_BSD = jax.tree.map(lambda x: (by * x).astype(x.dtype), gradients)
+    return d_params or None, d_BSD, None
+
+
+_chunked_loss.defvjp(_loss_and_gradients, _scale_gradients)
+
+
+def _over_chunks(add_chunk, sums, chunks: Chunks):
+    """`add_chunk(sums, order_Bn, targets_Bn)` for each chunk that is needed, one after the other."""
+
+    def step(sums, chunk):
+        needed, order_Bn, targets_Bn = chunk
+        return jax.lax.cond(needed, add_chunk, lambda sums, *_: sums, sums, order_Bn, targets_Bn), None
+
+    return jax.lax.scan(step, sums, chunks)[0]
+
+
+def _pick(x_BSD: jax.Array, order_Bn: jax.Array, partition: Partition) -> jax.Array:
+    picked_BnD = jnp.take_along_axis(x_BSD, order_Bn[..., None], axis=1, mode="promise_in_bounds")
+    return partition.constrain(picked_BnD, BATCH, None, None)
+
+
+def _loss_of_chunk(
+    params: Params, picked_BnD: jax.Array, targets_Bn: jax.Array, model: LlavaConfig, partition: Partition
+) -> jax.Array:
+    logits_BnV = partition.constrain(llama.logits(params, model, picked_BnD), BATCH, None, TENSOR)
+    wanted = jnp.arange(logits_BnV.shape[-1]) == targets_Bn[..., None]
+    right_Bn = jnp.sum(jnp.where(wanted, logits_BnV, 0), axis=-1)
+    return jnp.sum(jnp.where(targets_Bn != IGNORE, jax.nn.logsumexp(logits_BnV, axis=-1) - right_Bn, 0))

@@ -1,0 +1,119 @@
+"""The parameters of a run: which are trained, in which dtype, stacked and sharded for training; and back.
+
+    params --split_params--> frozen (compute dtype), trained (float32)      layers stacked
+    frozen, trained --export_params--> params                               one entry for each layer
+
+Trees are those of `llava_jax.models.llava`. Frozen and trained have no leaf in common; the model sees their `union`.
+"""
+
+import collections
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax.models.llava import Params
+from llava_jax.sharding.partition import Partition
+from train import lora
+from train.config import TrainConfig
+from train.optim import part_of
+
+LAYER = re.compile(r"/layers/\d+/")  # in a path, which loses the number when layers are stacked
+
+
+def is_trained(path: str, config: TrainConfig) -> bool:
+    """Whether the parameter at `path`, stacked or not, is trained."""
+    return part_of(path) in ("projector" if config.tune == "lora" else config.tune).split(",")
+
+
+def load_dtype(path: str, config: TrainConfig) -> str:
+    """The type in which the parameter at `path` is wanted: float32 if trained, the compute dtype if not."""
+    return "float32" if is_trained(path, config) else config.dtype
+
+
+def union(a: Params, b: Params) -> Params:
+    """One tree with the leaves of both."""
+    return a | {key: union(a[key], value) if key in a else value for key, value in b.items()}
+
+
+# ---------------------------------------------------------------- in
+
+
+def split_params(
+    params: Params, config: TrainConfig, partition: Partition
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Frozen and trained parameters, by path: layers stacked, cast and sharded; LoRA's factors are made.
+
+    Args:
+      params: as `checkpoints.checkpoint` loads them, or their shapes, of which the results are then shapes too. Emptied
+        on the way, so that no weight is there twice for longer than it takes to stack it.
+    """
+    flat = flatten_dict(params, sep="/")
+    params.clear()
+    layers_of = collections.Counter(LAYER.sub("/layers/", path) for path in flat)
+    frozen, trained = {}, {}
+    for path, layers in layers_of.items():
+        stacked, dtype = "/layers/" in path, jnp.dtype(load_dtype(path, config))
+        leaves = [flat.pop(path.replace("/layers/", f"/layers/{i}/")) for i in range(layers)]
+        shape = ((len(leaves),) if stacked else ()) + leaves[0].shape
+        sharding = partition.stacked_sharding(path, shape)
+        if isinstance(leaves[0], jax.ShapeDtypeStruct):
+            placed = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        else:
+            placed = _stack(leaves, dtype, stacked, sharding)
+        (trained if is_trained(path, config) else frozen)[path] = placed
+    if config.tune == "lora":
+        trained |= _make_lora(frozen, config, partition)
+    return frozen, trained
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "stacked", "sharding"))
+def _stack(leaves: list[jax.Array], dtype, stacked: bool, sharding: NamedSharding) -> jax.Array:
+    leaves = [x.astype(dtype) for x in leaves]
+    return jax.lax.with_sharding_constraint(jnp.stack(leaves) if stacked else leaves[0], sharding)
+
+
+def _make_lora(frozen: dict[str, jax.Array], config: TrainConfig, partition: Partition) -> dict[str, jax.Array]:
+    kernels = {path: frozen[path] for path in lora.adapted_kernels(frozen, config)}
+    make = functools.partial(lora.init_lora, config=config)
+    shapes = jax.eval_shape(make, kernels)
+    return make_sharded(make, {path: partition.stacked_sharding(path, x.shape) for path, x in shapes.items()}, kernels)
+
+
+def make_sharded(make: Callable, shardings: Any, *args: Any) -> Any:
+    """`make(*args)`, sharded as `shardings`, a tree like it, says; shapes, if the arguments are shapes."""
+    if isinstance(jax.tree.leaves(args)[0], jax.ShapeDtypeStruct):
+        shapes = jax.eval_shape(make, *args)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.jit(make, out_shardings=shardings)(*args)
+
+
+# ---------------------------------------------------------------- out
+
+
+def export_params(frozen: Params, trained: Params) -> Params:
+    """The whole model, one entry for each layer; LoRA's factors stand beside their kernels.
+
+    What was trained is float32, what was not (`{}` leaves it out) is as `split_params` was given it, bit for bit, if
+    that was in the compute dtype.
+    """
+    exported = {}
+    for path, x in flatten_dict(union(frozen, trained), sep="/").items():
+        head, layers, tail = path.partition("/layers/")
+        if layers:
+            sharding = NamedSharding(x.sharding.mesh, P(*x.sharding.spec[1:]))
+            exported |= {f"{head}/layers/{i}/{tail}": layer for i, layer in enumerate(_unstack(x, sharding))}
+        else:
+            exported[path] = x
+    return unflatten_dict(exported, sep="/")
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _unstack(x: jax.Array, sharding: NamedSharding) -> list[jax.Array]:
+    return [jax.lax.with_sharding_constraint(layer, sharding) for layer in x]
