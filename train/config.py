@@ -62,7 +62,7 @@ class TrainConfig:
     image_folder: str = _("", "where the images are that the data names")
     follow_links: bool = _(False, "links in the image folder may lead out of it, to other disks")
     template: str | None = _(None, "conversation template; None: the checkpoint's")
-    max_length: int = _(2048, "positions after splicing at which a conversation is cut", integer(2, 2**17))
+    max_length: int = _(2048, "positions after splicing at which a conversation is truncated", integer(2, 2**17))
     batching: str = _("packed", "packed: several conversations a row; bucketed: one a row, lengths grouped")
     global_batch_size: int = _(
         128, "conversations of one step, over all devices and accumulated parts", integer(1, 10**6)
@@ -93,7 +93,7 @@ class TrainConfig:
     lora_dropout: float = _(0.05, "share of LoRA's inputs that is dropped", number(0, 0.999))
     lora_targets: tuple[str, ...] = _(LORA_TARGETS, "linear layers of the decoder that LoRA adapts")
 
-    # optimiser
+    # optimizer
     learning_rate: float = _(2e-5, "peak learning rate", RATE)
     projector_learning_rate: float | None = _(None, "peak of the projector; None: learning_rate", RATE)
     vision_learning_rate: float | None = _(None, "peak of the vision tower; None: learning_rate", RATE)

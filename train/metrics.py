@@ -1,4 +1,4 @@
-"""What is written down about each update: metrics.jsonl, TensorBoard events; and what it is measured against."""
+"""What is written about each step: metrics.jsonl, TensorBoard events; and what it is measured against."""
 
 import contextlib
 import itertools
@@ -56,12 +56,13 @@ def device_memory() -> float | None:
 
 
 class MetricsFiles:
-    """`metrics.jsonl` and `events/`, appended to. A run that goes on forgets what it had written beyond its state.
+    """`metrics.jsonl` and `events/`, appended to. A run that resumes drops what it had written beyond its state.
 
-    One that has no state to go on from starts a new file: what it had written is kept as `metrics.1.jsonl`, or the next
-    number that is free. (TensorBoard drops from its events what comes again.)
+    One that has no state to resume from starts a new file: what it had written is kept as `metrics.1.jsonl`, or the
+    next number that is free. (TensorBoard drops from its events what comes again.)
 
-    A disk that is full, perhaps for a while, ends no run: it is told, and what could not be written follows later.
+    A disk that is full, perhaps for a while, ends no run: a warning says so, and what could not be written follows
+    later.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -70,7 +71,7 @@ class MetricsFiles:
         Raises:
           InputError: they cannot be written, or `metrics.jsonl` is of something else.
         """
-        self.path, self.told = directory / "metrics.jsonl", False
+        self.path, self.warned = directory / "metrics.jsonl", False
         try:
             if step == 0 and self.path.exists() and self.path.stat().st_size:
                 self.path.rename(
@@ -89,27 +90,27 @@ class MetricsFiles:
         """`record` has `step` first, and numbers; one that is not finite becomes null."""
         plain = {name: value if _is_finite(value) else None for name, value in record.items()}
         scalars = {name: float(value) for name, value in plain.items() if name != "step" and value is not None}
-        with self._told():
+        with self._warn_once():
             self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
-        with self._told():
+        with self._warn_once():
             self.events.write(record["step"], scalars)
 
     def close(self) -> None:
-        with self._told():
+        with self._warn_once():
             self.file.close()
-        with self._told():
+        with self._warn_once():
             self.events.close()
 
     @contextlib.contextmanager
-    def _told(self):
+    def _warn_once(self):
         try:
             yield
         except OSError as error:
-            if not self.told:
+            if not self.warned:
                 reason = error.strerror or error
-                note(f"warning: {self.path.parent}: metrics cannot be written ({reason}); the run goes on")
-            self.told = True
+                note(f"warning: {self.path.parent}: metrics cannot be written ({reason}); the run continues")
+            self.warned = True
 
 
 class Events:

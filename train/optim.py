@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with a learning rate for each part of the model, and the schedules of transformers."""
+"""The optimizer: AdamW with a learning rate for each part of the model, and the schedules of transformers."""
 
 import math
 from typing import Any
@@ -27,9 +27,9 @@ def peak(part: str, config: TrainConfig) -> float:
 
 
 def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    """Update number (from 0) -> share of the peak learning rate.
+    """Step (from 0) -> share of the peak learning rate.
 
-    As transformers' `get_cosine_schedule_with_warmup` and `get_constant_schedule_with_warmup`: the first update of a
+    As transformers' `get_cosine_schedule_with_warmup` and `get_constant_schedule_with_warmup`: the first step of a
     warm-up has rate 0, the cosine reaches 0 after the last.
     """
     warmup = math.ceil(total_steps * config.warmup_ratio)

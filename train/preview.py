@@ -114,7 +114,7 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
         "id": sample.id,
         "template": samples.template,
         "length": sample.length,
-        "cut": sample.cut,
+        "cut": sample.truncated,
         "trained": int((batch.labels[0, 1:] != IGNORE).sum()),
         "images": [
             {

@@ -50,13 +50,13 @@ def watched(main: Callable[[], int | None]) -> int | None:
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
         return main()
-    told = []
+    asked = []
 
     def pass_on(number: int, _) -> None:
-        # Ctrl-C asks to stop as preemption does, after an update and with a checkpoint; once more, at once.
-        asks = number == signal.SIGINT and not told
-        told.append(number)
-        os.kill(child, signal.SIGTERM if asks else number)
+        # Ctrl-C asks to stop as preemption does, after a step and with a checkpoint; once more, at once.
+        first = number == signal.SIGINT and not asked
+        asked.append(number)
+        os.kill(child, signal.SIGTERM if first else number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
@@ -163,9 +163,9 @@ def share(text: str) -> list[str]:
 
 
 class StopSignal:
-    """Whether the run has been told to end: SIGTERM (preemption), and here also Ctrl-C.
+    """Whether the run has been asked to end: SIGTERM (preemption), and here also Ctrl-C.
 
-    With several processes it is enough that one is told: JAX's preemption service finds a step at which all can stop.
+    With several processes it is enough to ask one: JAX's preemption service finds a step at which all can stop.
     """
 
     def __init__(self):

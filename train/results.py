@@ -24,11 +24,11 @@ from train.run_directory import Output
 from train.step import TrainState
 
 
-def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainConfig, state: TrainState) -> None:
+def export(output: Output, checkpoint: Checkpoint, model: LlavaConfig, config: TrainConfig, state: TrainState) -> None:
     """Write `model/`, and `adapter/` if there is one. All processes take part; the first one writes.
 
     Args:
-      found: the input checkpoint.
+      checkpoint: the input.
       model: what was trained; its image and template settings go along.
 
     Raises:
@@ -44,7 +44,7 @@ def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainC
     kept = {}
     if config.template not in (None, "plain"):
         kept = {"template": config.template, "template_from": "config.json"}
-    source = found.source()
+    source = checkpoint.source()
     result = dataclasses.replace(
         source,
         config=model.replace(max_length=config.max_length, **kept),
@@ -54,12 +54,12 @@ def export(output: Output, found: Checkpoint, model: LlavaConfig, config: TrainC
         output.root / "model",
         result.tensors,
         result.config,
-        found.tokenizer.files,
+        checkpoint.tokenizer.files,
         unused=source.unused,
         overwrite=True,
     )
     if config.export_hf:
-        write_hf(output.root / "hf", result, found.tokenizer, overwrite=True)
+        write_hf(output.root / "hf", result, checkpoint.tokenizer, overwrite=True)
 
 
 def _whole(x: jax.Array) -> np.ndarray | jax.Array:

@@ -176,5 +176,5 @@ def rows_part(mesh: Mesh) -> tuple[int, int]:
     parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
     if sum(map(len, parts)) != row_multiple(mesh) or len({len(part) for part in parts}) > 1:
         axes = format_mesh(mesh.shape)
-        raise InputError(f"--mesh {axes}: cuts rows across processes; make tensor a divisor of their devices")
+        raise InputError(f"--mesh {axes}: shards rows unevenly over processes; make tensor a divisor of their devices")
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)

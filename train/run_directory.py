@@ -3,8 +3,8 @@
     config.json           the TrainConfig in force, checksums of its data and checkpoint
     metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
     metrics.N.jsonl       the same of attempts that ended before their first checkpoint
-    checkpoints/          states to go on from (checkpoints.py)
-    model/ hf/ adapter/   the result (export.py)
+    checkpoints/          states to resume from (states.py)
+    model/ hf/ adapter/   the result (results.py)
 
 Small files are appended to in `files`: the directory itself, or, where it is in an object store (`gs://`), which knows
 no appending, a copy on this machine that `push` carries there.
@@ -29,7 +29,7 @@ from llava_jax.locks import InUse, LockedFile
 from train import mixture
 from train.config import TrainConfig
 
-# A run may go on with other values of these: they change where, how fast and how well watched it runs, not its result.
+# A run may resume with other values of these: they change where, how fast and how well watched it runs, not its result.
 MAY_CHANGE = {
     "data", "image_folder", "follow_links", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
     "on_bad_sample", "max_bad_share", "save_every", "save_minutes", "keep", "log_every", "profile_steps", "export_hf",
@@ -58,7 +58,7 @@ class Output:
             self.held = tempfile.TemporaryDirectory(prefix="train-")
         self.files = Path(self.held.name if self.remote else config.output)
         self.described = describe(config)
-        self.unsaid = False  # what could not be carried to the object store has been told
+        self.warned = False  # that the object store could not be written
         self.resumed = False
         try:
             self.new = not self.root.exists()
@@ -91,7 +91,7 @@ class Output:
         return InputError(f"--output {shorten(self.root)}: cannot be used ({first_line(error)})")
 
     def _check_contents(self) -> None:
-        """Complain about what a run would write over, and did not write."""
+        """Refuse a directory in which a run would write over what no run wrote."""
         name = f"--output {shorten(self.root)}"
         if not self.resumed:
             theirs = {path.name for path in self.root.iterdir() if not (path.is_dir() and not any(path.iterdir()))}
@@ -103,7 +103,7 @@ class Output:
                     check_replaceable(self.files / result, f"{name}/{result}")
 
     def is_finished(self, total: int, latest: int | None) -> bool:
-        """Whether all updates were made and the result was written."""
+        """Whether all steps were made and the result was written."""
         results = RESULTS[: 1 + self.described["export_hf"]]
         return latest == total and all((self.root / name / "config.json").exists() for name in results)
 
@@ -140,7 +140,7 @@ class Output:
     def push(self, *, last: bool = False) -> None:
         """Carry the small files to the object store, if that is where the directory is.
 
-        If that fails it is told, and the next time may do better.
+        If that fails, a warning says so, and the next time may succeed.
 
         Raises:
           InputError: it fails, and there is no next time.
@@ -152,14 +152,14 @@ class Output:
                 target = self.root / file.relative_to(self.files)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
-            self.unsaid = False
-        except Exception as error:  # whatever the store's client has to complain about
+            self.warned = False
+        except Exception as error:  # whatever the store's client raises
             problem = f"{self.root}: metrics and lists cannot be written ({first_line(error)})"
             if last:
                 raise InputError(problem) from None
-            if not self.unsaid:
-                note(f"warning: {problem}; the run goes on")
-            self.unsaid = True
+            if not self.warned:
+                note(f"warning: {problem}; the run continues")
+            self.warned = True
 
     def _pull(self) -> None:
         if self.remote:
@@ -230,7 +230,7 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
         more = [f"{len(found) - len(named)} more"] * (len(found) > len(named))
         raise InputError(
             f"--output {shorten(path.parent, 60)}: holds a run of another configuration: "
-            f"{'; '.join([*named, *more])}; go on with its values, or name another directory"
+            f"{'; '.join([*named, *more])}; resume with its values, or name another directory"
         )
 
 

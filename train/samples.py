@@ -40,7 +40,7 @@ class Sample:
     row: Row
     images: tuple[str, ...]  # as the data file names them
     length: int  # positions after splicing, as truncated
-    cut: int  # positions truncated
+    truncated: int  # positions beyond that
 
     @property
     def tiles(self) -> int:

@@ -1,10 +1,10 @@
-"""States of a run, saved while it goes on, and brought back onto any mesh.
+"""States of a run, saved while it continues, and restored onto any mesh.
 
-    checkpoints/N/state      trained parameters and optimiser after N steps (Orbax)
+    checkpoints/N/state      trained parameters and optimizer after N steps (Orbax)
     checkpoints/N/progress   where the data stands, and what else the loop has to know (JSON)
 
 Orbax copies the state to the host, and writes it while the next steps are computed. A checkpoint appears under its
-name when it is whole; older ones go only after that.
+name when it is whole; older ones are removed only after that.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ class Checkpoints:
         return max(self.manager.all_steps(read=True), default=None)
 
     def save(self, step: int, state: Any, progress: dict[str, Any], eval_loss: float | None = None) -> None:
-        """Begin to save. If that fails, now or later, the run goes on: it is told, and the next attempt may succeed.
+        """Begin to save. If that fails, now or later, a warning says so, and the next attempt may succeed.
 
         Args:
           progress: JSON-able.
@@ -112,15 +112,15 @@ class Checkpoints:
                 force=True,
             )
             self.failed = None
-        except Exception as error:  # whatever the file system, TensorStore and Orbax have to complain about
-            self._tell(step, error)
+        except Exception as error:  # whatever the file system, TensorStore and Orbax raise
+            self._warn(step, error)
 
     def settle(self) -> None:
         """Wait for the save under way, if any."""
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            self._tell(None, error)
+            self._warn(None, error)
 
     def finish(self) -> None:
         """The same where nothing comes after.
@@ -185,13 +185,13 @@ class Checkpoints:
     def close(self) -> None:
         self.manager.close()
 
-    def _tell(self, step: int | None, error: Exception) -> None:
+    def _warn(self, step: int | None, error: Exception) -> None:
         self.failed = first_line(error)
         if jax.process_index():
             return
         self._clean()
         what = "the checkpoint" if step is None else f"checkpoint {step}"
-        note(f"warning: {what} could not be saved ({self.failed}); the run goes on, {self._left()}")
+        note(f"warning: {what} could not be saved ({self.failed}); the run continues, {self._left()}")
 
     def _clean(self) -> None:
         """Remove what failed saves have begun: a full disk has no room for it."""
@@ -216,7 +216,7 @@ def _check_losses(directory: epath.Path) -> None:
         except (InputError, OSError) as error:
             raise InputError(
                 f"{shorten(file)}: cannot be read ({shorten(first_line(error))}); remove {shorten(file.parent)}, and "
-                "the run goes on without it"
+                "the run continues without it"
             ) from None
 
 

@@ -93,5 +93,5 @@ def test_metrics_on_a_full_disk_end_no_run(capsys, tmp_path):
         files.write({"step": i, "loss": 1.0})
     files.close()
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "metrics cannot be written (No space left on device); the run goes on" in err
+    assert err.count("\n") == 1 and "metrics cannot be written (No space left on device); the run continues" in err
     assert list((tmp_path / "events").iterdir())

@@ -84,7 +84,7 @@ def test_another_configuration_is_refused_with_its_differences(train, finished, 
     output = finished[0]
     status, _, err = train(output, "--seed", "3", "--warmup-ratio", "0.5", "--workers", "2", "--log-every", "5")
     assert (status, err.count("\n")) == (1, 1)
-    assert "warmup_ratio is 0.03 there and 0.5 here; seed is 0 there and 3 here; go on with" in err
+    assert "warmup_ratio is 0.03 there and 0.5 here; seed is 0 there and 3 here; resume with" in err
     changed = tmp_path / "changed.json"
     changed.write_text((data / "plain.json").read_text() + " ")
     status, _, err = train(output, "--data", changed)

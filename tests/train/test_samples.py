@@ -196,7 +196,7 @@ def test_a_long_conversation_is_cut_and_pictures_behind_the_cut_are_forgotten(wr
         if isinstance(cut, BadSample):
             assert cut.reason == f"no answer within {room} positions"
             continue
-        assert (cut.length, cut.cut) == (min(room, whole.length), max(0, whole.length - room))
+        assert (cut.length, cut.truncated) == (min(room, whole.length), max(0, whole.length - room))
         assert cut.tiles == len(cut.images) == (cut.row.ids == IMAGE).sum()
     answer = int(np.flatnonzero(whole.row.labels != IGNORE)[0])
     before = answer + 15  # positions before it: 16 features for one mark

@@ -78,7 +78,7 @@ def test_an_object_store_that_fails_for_a_while_ends_no_run(train, on_one_device
     monkeypatch.setattr(output_module.Output, "_is_mine", fails_at_first)
     status, _, err = train(tmp_path / "bucket", "--steps", 3, "--save-every", 1)
     assert status == 0, err
-    assert err.count("metrics and lists cannot be written (503); the run goes on") == 1
+    assert err.count("metrics and lists cannot be written (503); the run continues") == 1
     assert [line["step"] for line in read_metrics(tmp_path / "bucket")] == [1, 2, 3]
 
 
@@ -89,7 +89,7 @@ def small_state(value: float):
 @pytest.mark.parametrize(
     ("file", "contents", "says"),
     [
-        ("metrics/metrics", "", "metrics: cannot be read .*remove .*metrics, and the run goes on without it"),
+        ("metrics/metrics", "", "metrics: cannot be read .*remove .*metrics, and the run continues without it"),
         ("metrics/metrics", '{"eval_lo', "metrics: cannot be read"),
         ("metrics/metrics", "[1]", "metrics: cannot be read"),
         ("metrics/metrics", '{"eval_loss": null}', "eval_loss"),
@@ -152,7 +152,7 @@ def test_a_save_that_fails_as_it_is_written_is_told(tmp_path, capsys):
             checkpoints.save(2, large, {"step": 2})
             checkpoints.settle()
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "(File too large); the run goes on, the last one is that of step 1" in err
+        assert err.count("\n") == 1 and "(File too large); the run continues, the last one is that of step 1" in err
     checkpoints.save(3, large, {"step": 3})
     checkpoints.finish()
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["3"]
