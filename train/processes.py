@@ -1,8 +1,8 @@
 """Several processes as one run: how they find each other, agree, and end. JAX is imported only where it is needed.
 
 On a pod each host runs the same command. JAX's coordination service watches over them: when one is gone it aborts the
-others, whose collectives would wait for ever. An abort leaves no time for last words, so each process of such a run
-does its work in a child, and the parent says in one line what became of it.
+others, whose collectives would wait for ever. An aborted process cannot report why, so each process of such a run does
+its work in a child, and the parent reports in one line how it ended.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def _on_cloud_tpu() -> bool:
 
 
 def watched(main: Callable[[], int | None]) -> int | None:
-    """Run `main` in a child process and return its exit status; say why, if it could not say so itself.
+    """Run `main` in a child process and return its exit status; report why, if the child could not.
 
     Signals are passed on. The child ends with its parent.
     """

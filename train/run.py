@@ -103,7 +103,7 @@ def open_input(config: TrainConfig, refused: contextlib.ExitStack) -> tuple[rang
     """The steps to trace, the input checkpoint, and the run's directory.
 
     Args:
-      refused: learns how to undo it.
+      refused: gets the calls that undo it.
 
     Raises:
       InputError: something of it cannot be used.
@@ -129,7 +129,7 @@ def open_all_data(
 
     Args:
       files: where bad samples are listed.
-      refused: learns how to close them.
+      refused: gets the calls that close them.
 
     Raises:
       InputError: they cannot be made.

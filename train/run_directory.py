@@ -1,4 +1,4 @@
-"""A run's directory: who uses it, what is run in it, what of it is there.
+"""A run's directory: its lock, the configuration of its run, its files.
 
     config.json           the TrainConfig in force, checksums of its data and checkpoint
     metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
@@ -6,8 +6,8 @@
     checkpoints/          states to resume from (states.py)
     model/ hf/ adapter/   the result (results.py)
 
-Small files are appended to in `files`: the directory itself, or, where it is in an object store (`gs://`), which knows
-no appending, a copy on this machine that `push` carries there.
+Small files are appended to in `files`: the directory itself, or, where it is in an object store (`gs://`), which cannot
+append, a copy on this machine that `push` uploads.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Output:
         return latest == total and all((self.root / name / "config.json").exists() for name in results)
 
     def write_config(self) -> None:
-        """From now on the directory belongs to this run. (A first try that failed at its data leaves nothing.)"""
+        """Make the directory this run's. (A run refused before, for its data perhaps, leaves nothing.)"""
         data = (json.dumps(self.described, indent=2) + "\n").encode()
         try:
             if self.remote:
@@ -119,7 +119,7 @@ class Output:
             raise InputError(f"{self.root / 'config.json'}: cannot be written ({first_line(error)})") from None
 
     def withdraw(self) -> None:
-        """Input was refused: nothing that was made for this run stays, unless an earlier process made some of it."""
+        """The run is refused: remove what was made for it, unless an earlier process made some of it."""
         if self.resumed or not self.first or not self.root.is_dir():
             return
         for path in (*self.files.glob("bad_samples*.jsonl"), self.files / ".lock"):
@@ -131,14 +131,14 @@ class Output:
                 directory.rmdir()
 
     def close(self) -> None:
-        """Let others use the directory."""
+        """Release the directory."""
         if isinstance(self.held, LockedFile):
             self.held.close()
         elif self.held:
             self.held.cleanup()
 
     def push(self, *, last: bool = False) -> None:
-        """Carry the small files to the object store, if that is where the directory is.
+        """Upload the small files to the object store, if that is where the directory is.
 
         If that fails, a warning says so, and the next time may succeed.
 

@@ -64,7 +64,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, keep: int):
-        for name in ("absl", "asyncio"):  # what is wrong is said here, in one line
+        for name in ("absl", "asyncio"):  # errors are reported here, in one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
         hush_late_futures()
         by_loss = lambda metrics: metrics["eval_loss"]  # noqa: E731
@@ -85,7 +85,7 @@ class Checkpoints:
             raise InputError(
                 f"{shorten(directory)}: cannot be read ({shorten(first_line(error))}); remove the damaged checkpoint"
             ) from None
-        self.failed: str | None = None  # why the last attempt came to nothing
+        self.failed: str | None = None  # why the last attempt failed
 
     @property
     def latest(self) -> int | None:
@@ -158,7 +158,7 @@ class Checkpoints:
         """The latest state.
 
         Args:
-          like: a state whose shapes, types and places on the mesh the result takes; its arrays are given up.
+          like: a state whose shapes, types and places on the mesh the result takes; its arrays are deleted.
 
         Raises:
           InputError: it cannot be read.

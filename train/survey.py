@@ -102,7 +102,7 @@ def look(
     images, and they are to be trained on, all images are read.
 
     Args:
-      bad_samples: learns of those that are bad.
+      bad_samples: counts those that are bad.
       measure: number of a conversation -> what it takes of a row.
       map: as the built-in one, perhaps in threads.
 
