@@ -134,7 +134,7 @@ def image(pick: random.Random) -> Attempt:
     def run():
         images.image_size(source)
         opened = images.open_image(source)
-        images.tiles(opened, images.layout(opened.size, model), model)
+        images.tile_image(opened, images.tile_layout(opened.size, model), model)
 
     return Attempt(run)
 

@@ -104,11 +104,11 @@ def serve_ours(pipe, args) -> None:
     read = sum(x.nbytes for x in jax.tree.leaves({**engine.params["decoder"], "embed": {}}))
 
     def prepare(picture, ids):
-        place = images.layout(picture.size, config)
+        place = images.tile_layout(picture.size, config)
         ids = np.concatenate([ids[:5], [splice.IMAGE], ids[5:]])
         row = splice.Row(ids, (place,))
         item = _Prepared(Request(("",)), row, splice.spliced_length(row, config))
-        return item, (images.tiles(picture, place, config),)
+        return item, (images.tile_image(picture, place, config),)
 
     def run(rows):
         assert Buckets().up("rows", rows) == rows, f"batches of {rows} would be filled up"
@@ -178,7 +178,7 @@ def serve_theirs(pipe, args) -> None:
     mean, std = (torch.tensor(x, device=device) for x in (config.vision.image_mean, config.vision.image_std))
 
     def prepare(picture, ids):
-        tiles = images.tiles(picture, images.layout(picture.size, config), config)
+        tiles = images.tile_image(picture, images.tile_layout(picture.size, config), config)
         return torch.from_numpy(tiles), np.concatenate([ids[:5], [mark] * FEATURES, ids[5:]])
 
     class Clock(transformers.StoppingCriteria):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from convert.sizes import parse_size
 from llava_jax.config import ASPECT_RATIOS
-from llava_jax.console import SEED, InputError, Parser, note, run_main, shown
+from llava_jax.console import SEED, InputError, Parser, note, run_main, terminal_safe
 
 TYPES = ["bfloat16", "float16", "float32"]
 
@@ -122,7 +122,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from convert.inspect import inspect, table
 
     found = inspect(args.directory)
-    print(json.dumps(found) if args.json else shown(table(found)))
+    print(json.dumps(found) if args.json else terminal_safe(table(found)))
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -134,10 +134,10 @@ def run_verify(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(row._asdict()))
         elif row.result.startswith("only"):
-            print(shown(f"{row.path}: {row.result}"))
+            print(terminal_safe(f"{row.path}: {row.result}"))
         else:
             gap = f", at most {row.absolute:.3g}, relative {row.relative:.3g}" if row.absolute else ""
-            print(shown(f"{row.path}: {row.result}{gap}" + (f" ({row.note})" if row.note else "")))
+            print(terminal_safe(f"{row.path}: {row.result}{gap}" + (f" ({row.note})" if row.note else "")))
     note("; ".join(f"{n} {result}" for result, n in counts.items()))
     return 1 if counts.get("different") else 0
 

@@ -19,6 +19,6 @@ def parse_size(text: str) -> int:
     unit = (match[2] or "").lower() if match else ""
     step = 1024 if unit.endswith("i") else 1000
     size = int(float(match[1]) * step ** (UNITS.index(unit[0]) + 1 if unit else 0)) if match else 0
-    if not SHARD_BYTES.least <= size <= SHARD_BYTES.most:
+    if not SHARD_BYTES.minimum <= size <= SHARD_BYTES.maximum:
         raise argparse.ArgumentTypeError(f"{shorten(text)!r}: must be a size such as 5GB or 500MB, at most 1000TB")
     return size

@@ -24,8 +24,8 @@ from llava_jax.aot.programs import compilations, limit_programs
 from llava_jax.checkpoints.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, integer
-from llava_jax.data.images import image_size, layout, read_tiles
-from llava_jax.data.prompts import encode_prompt, end_ids, prepare_tokenizer, with_images
+from llava_jax.data.images import image_size, read_tiles, tile_layout
+from llava_jax.data.prompts import add_image_tokens, encode_prompt, end_ids, prepare_tokenizer
 from llava_jax.data.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length
 from llava_jax.data.templates import choose_template, get_template
 from llava_jax.data.tokenizer import Tokenizer
@@ -282,7 +282,7 @@ class Engine:
         """Tokenize a request and lay out its images, from their sizes alone."""
         try:
             request = dataclasses.replace(request, images=tuple(fetch(image) for image in request.images))
-            turns = with_images(request.turns, len(request.images), self.config)
+            turns = add_image_tokens(request.turns, len(request.images), self.config)
             ids = encode_prompt(
                 self.template, [*turns, None] if reply else turns, self.tokenizer, system=request.system
             )
@@ -291,7 +291,7 @@ class Engine:
                     f"the tokenizer returns the id {highest}, but the model has {self.config.text.vocab_size} "
                     "embeddings: the tokenizer is not the model's"
                 )
-            layouts = tuple(layout(image_size(image), self.config) for image in request.images)
+            layouts = tuple(tile_layout(image_size(image), self.config) for image in request.images)
             row = Row(ids, layouts, name=request.name)
             length = spliced_length(row, self.config)
             room = self.context - (1 if reply else 0)

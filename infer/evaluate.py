@@ -17,10 +17,10 @@ from typing import Any
 
 from infer.flags import add_batch_size_flag, add_model_flags, load_engine
 from infer.sampling import Sampling
-from llava_jax.console import InputError, Parser, Progress, note, plural, ranges, run_main, shorten, shown
-from llava_jax.data.conversations import note_unread_keys, read_conversation, read_rows
+from llava_jax.console import InputError, Parser, Progress, note, plural, ranges, run_main, shorten, terminal_safe
+from llava_jax.data.conversations import read_conversation, read_rows, warn_unknown_keys
 from llava_jax.data.images import ImageFolder
-from llava_jax.data.templates import MARK
+from llava_jax.data.templates import IMAGE_TOKEN
 
 TOLD = 10  # broken questions that are named; the rest are counted
 NO_KIND = "all"  # of questions that the file gives no kind of
@@ -81,7 +81,7 @@ def read_questions(path: Path, folder: Path) -> list[Question]:
     """
     images = ImageFolder(folder, follow_links=True)
     rows = read_rows(path)
-    note_unread_keys(path, rows)
+    warn_unknown_keys(path, rows)
     found: list[Question] = []
     for number, row in enumerate(rows):
         name = f"{shorten(path)} row {number}"
@@ -116,18 +116,18 @@ def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
     images = tuple(map(folder.find, conversation.images))
     if len(images) == 1:
         said = tuple(map(_mark_first, said))
-    marks = sum(text.count(MARK) for text in said)
+    marks = sum(text.count(IMAGE_TOKEN) for text in said)
     if marks not in (0, len(images)):
-        raise InputError(f"{marks} {MARK} marks for {len(images)} images")
-    if any(MARK in text for text in said[1::2]):
-        raise InputError(f"an answer has an {MARK} mark; only questions can be asked with images")
+        raise InputError(f"{marks} {IMAGE_TOKEN} marks for {len(images)} images")
+    if any(IMAGE_TOKEN in text for text in said[1::2]):
+        raise InputError(f"an answer has an {IMAGE_TOKEN} mark; only questions can be asked with images")
     return [
         # Images come with the turn that has their marks; with the first where there are none.
         Question(
             name,
             kind,
             said[: 2 * i + 1],
-            images[: sum(text.count(MARK) for text in said[: 2 * i + 1])] if marks else images,
+            images[: sum(text.count(IMAGE_TOKEN) for text in said[: 2 * i + 1])] if marks else images,
             said[2 * i + 1],
             conversation.system,
         )
@@ -137,7 +137,7 @@ def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
 
 def _mark_first(text: str) -> str:
     """One mark for a single image, in front of its turn, as in training."""
-    return f"{MARK}\n{text.replace(MARK, '').strip()}".strip() if MARK in text else text
+    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip() if IMAGE_TOKEN in text else text
 
 
 def choose_metric(questions: list[Question]) -> str:
@@ -263,7 +263,7 @@ def main() -> int:
     questions = check_answers(questions, metric)
     engine = load_engine(args)
     result = evaluate(engine, questions, METRICS[metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
-    print(json.dumps(result) if args.json else shown(table(result)))
+    print(json.dumps(result) if args.json else terminal_safe(table(result)))
     if result.get("no_option"):
         note(f"no single option in {plural(result['no_option'], 'answer')}, counted as wrong")
     if failed := result["failed"]:

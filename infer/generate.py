@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infer.flags import add_batch_size_flag, add_model_flags, load_engine
 from infer.sampling import Sampling
-from llava_jax.console import InputError, Parser, note, print_json, ranges, run_main, shown
+from llava_jax.console import InputError, Parser, note, print_json, ranges, run_main, terminal_safe
 from llava_jax.data.templates import get_template
 
 BUNDLED = Path(__file__).parent / "shapes"  # its README.md is its card
@@ -100,7 +100,7 @@ def main() -> int:
     if args.stream or (args.stream is None and not args.json):
         for piece in engine.stream(args.prompt, args.image, system=args.system, **dataclasses.asdict(sampling)):
             if isinstance(piece, str) and not args.json:
-                print(shown(piece), end="", flush=True)
+                print(terminal_safe(piece), end="", flush=True)
             answer = piece
         if not args.json:
             print()
@@ -109,7 +109,7 @@ def main() -> int:
     if args.json:
         print_json(dataclasses.asdict(answer))
     elif args.stream is False:
-        print(shown(answer.text))
+        print(terminal_safe(answer.text))
     return 0
 
 

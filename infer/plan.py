@@ -27,7 +27,7 @@ from llava_jax.aot import tpu, tpu_plan
 from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, run_main
-from llava_jax.data.images import most_tiles
+from llava_jax.data.images import max_tiles
 from llava_jax.models import llava
 from llava_jax.sharding.mesh import FSDP, TENSOR, inference_mesh, row_multiple
 from llava_jax.sharding.partition import Partition, batch_sharding
@@ -173,7 +173,7 @@ def main() -> int:
         raise InputError(f"--context {args.context}: must be above --new-tokens {args.new_tokens}")
     model = tpu_plan.model_of(args.model)
     mesh = tpu_plan.mesh_of(args.mesh, lambda devices: inference_mesh(model, devices), args.topology)
-    tiles = most_tiles(model) if args.tiles_per_row is None else args.tiles_per_row
+    tiles = max_tiles(model) if args.tiles_per_row is None else args.tiles_per_row
     title = (
         f"{args.model}, {args.topology}, mesh {tpu_plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
         f"of them {args.new_tokens} new{', in int8' if args.int8_cache else ''}, and {tiles} tiles"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.console import MOST_INT, SEED, Range, check_ranges, integer, number
+from llava_jax.console import MAX_INT32, SEED, Range, check_ranges, integer, number
 
 
 def _(default: float, allowed: Range) -> Any:
@@ -27,10 +27,10 @@ class Sampling:
     """
 
     temperature: float = _(0.0, number(0, 1000))
-    top_k: int = _(0, integer(0, MOST_INT))
+    top_k: int = _(0, integer(0, MAX_INT32))
     top_p: float = _(1.0, number(0, 1, above=True))
     seed: int = _(0, SEED)
-    max_new_tokens: int = _(512, integer(1, MOST_INT))
+    max_new_tokens: int = _(512, integer(1, MAX_INT32))
 
     def __post_init__(self):
         check_ranges(self)

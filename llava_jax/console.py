@@ -1,4 +1,4 @@
-"""What commands share: one-line errors, notes on standard error, progress, compiled programs kept between runs."""
+"""Shared by all commands: one-line errors, notes on standard error, progress bars, and the compilation cache."""
 
 import argparse
 import contextlib
@@ -22,20 +22,20 @@ import tqdm
 
 
 class InputError(Exception):
-    """Something that the user gave is wrong. The message is one line: what, where, and what to do about it."""
+    """The user's input is invalid. The message is one line: what is wrong, where, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags are wrong input like any other: one line, status 1."""
+    """Reports invalid flags like any other invalid input: one line, status 1."""
 
     def parse_known_args(self, args=None, namespace=None):
         for given in sys.argv[1:] if args is None else args:
-            if re.fullmatch("-[^=]*=--", given):  # of which older argparse makes an empty list
+            if re.fullmatch("-[^=]*=--", given):  # older argparse parses this as an empty list
                 self.error(f"argument {given.removesuffix('=--')}: expected one argument")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
-        # argparse writes "argument --seed: ", and what a `Range` says begins with the value: "--seed -1: must be ..."
+        # Shortens argparse's "argument --seed: -1: must be ..." to "--seed -1: must be ...".
         if found := re.fullmatch(r"argument (\S+): (.*: must be .*)", message, re.DOTALL):
             raise InputError(" ".join(found.groups()))
         raise InputError(f"{message} (--help lists all flags)")
@@ -43,34 +43,34 @@ class Parser(argparse.ArgumentParser):
 
 # ---------------------------------------------------------------- numbers
 
-TINY = 1e-30  # what is nearer to 0 than this is 0, or divides to infinity, in float32
-MOST_INT = 2**31 - 1  # of an int32
+MIN_POSITIVE = 1e-30  # smaller numbers are 0 in float32, or overflow as divisors
+MAX_INT32 = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a flag, or a field of a dataclass, may have: from `least` to `most`.
+    """The valid numbers for a flag or a dataclass field: from `minimum` to `maximum`.
 
-    It is the flag's `type`, and the field's `metadata["range"]`: `max_length: int = field(default=2048,
-    metadata={"range": integer(2, 131072)})`. Then `check_ranges` checks the field, and the flag is added with
-    `type=ranges(Config)["max_length"]`.
+    Use it as the flag's `type` and as the field's `metadata["range"]`: `max_length: int = field(default=2048,
+    metadata={"range": integer(2, 131072)})`. Then `check_ranges` checks the field, and `ranges(Config)["max_length"]`
+    is the `type` of the flag.
     """
 
     kind: type  # int or float
-    least: float
-    most: float
-    above: bool = False  # `least` itself is not in the range
+    minimum: float
+    maximum: float
+    above: bool = False  # excludes `minimum` itself
 
     def __str__(self) -> str:
         noun = "a whole number" if self.kind is int else "a number"
-        least, most = _plain(self.least), _plain(self.most)
-        return f"{noun} above {least}, at most {most}" if self.above else f"{noun} from {least} to {most}"
+        low, high = _plain(self.minimum), _plain(self.maximum)
+        return f"{noun} above {low}, at most {high}" if self.above else f"{noun} from {low} to {high}"
 
     def __call__(self, text: str) -> float:
-        """The number that a text is, in ASCII digits, without spaces and underscores.
+        """Parse a number in ASCII digits, without spaces and underscores.
 
         Raises:
-          argparse.ArgumentTypeError: it is none, or one out of range.
+          argparse.ArgumentTypeError: the text is not a number, or out of range.
         """
         pattern = r"[+-]?[0-9]{1,100}"
         if self.kind is float:
@@ -83,8 +83,10 @@ class Range:
         return value
 
     def check(self, name: str, value: Any) -> None:
-        """Raises:
-        InputError: `value`, called `name`, is no such number.
+        """Check a value called `name`.
+
+        Raises:
+          InputError: it is not a number in the range.
         """
         real = numbers.Integral if self.kind is int else numbers.Real
         is_number = isinstance(value, real) and not isinstance(value, bool)
@@ -92,37 +94,37 @@ class Range:
             raise InputError(f"{name} {show_value(value)}: {problem}")
 
     def _problem(self, value: numbers.Real) -> str:
-        """What is wrong with a number; "" if it is in range. NaN is in none."""
-        if not self.least <= value <= self.most or (self.above and value == self.least):
+        """The problem with a number; "" if it is in range. NaN never is."""
+        if not self.minimum <= value <= self.maximum or (self.above and value == self.minimum):
             return f"must be {self}"
-        if 0 < abs(value) < TINY:
-            return f"must be {'' if self.above else '0 or '}at least {TINY:g}, as float32 has no number so near to 0"
+        if 0 < abs(value) < MIN_POSITIVE:
+            return f"must be {'' if self.above else '0 or '}at least {MIN_POSITIVE:g}, the limit of float32"
         return ""
 
 
-def integer(least: int, most: int) -> Range:
-    """Whole numbers from `least` to `most`."""
-    return Range(int, least, most)
+def integer(minimum: int, maximum: int) -> Range:
+    """Integers from `minimum` to `maximum`."""
+    return Range(int, minimum, maximum)
 
 
-def number(least: float, most: float, *, above: bool = False) -> Range:
-    """Numbers from `least` to `most`; with `above`, without `least` itself."""
-    return Range(float, least, most, above)
+def number(minimum: float, maximum: float, *, above: bool = False) -> Range:
+    """Numbers from `minimum` to `maximum`; `above` excludes `minimum` itself."""
+    return Range(float, minimum, maximum, above)
 
 
-SEED = integer(0, MOST_INT)  # NumPy's, grain's and JAX's generators all take it
+SEED = integer(0, MAX_INT32)  # valid for the generators of NumPy, grain and JAX
 
 
 def ranges(config: Any) -> dict[str, Range]:
-    """The ranges of the fields of a dataclass, or of an instance of it, by the names of the fields."""
+    """The ranges of the fields of a dataclass or an instance, by field name."""
     return {f.name: f.metadata["range"] for f in dataclasses.fields(config) if "range" in f.metadata}
 
 
 def check_ranges(config: Any) -> None:
-    """Check the fields of a dataclass that have a range. Those whose default is None may be None.
+    """Check the fields of a dataclass that have a range. Those with default None may be None.
 
     Raises:
-      InputError: one is out of its range; the line names the field as a flag, `--max-length`.
+      InputError: a field is out of range; the error names it as a flag, `--max-length`.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -131,14 +133,14 @@ def check_ranges(config: Any) -> None:
 
 
 def show_value(value: Any) -> str:
-    """A number as it is written, anything else as Python writes it, shortened."""
-    if isinstance(value, int) and abs(value) >= 10**100:  # of thousands of digits Python writes none in decimal
+    """Format a number plainly and anything else as its `repr`, shortened."""
+    if isinstance(value, int) and abs(value) >= 10**100:  # Python refuses to print thousands of digits in decimal
         return shorten(hex(value))
     return shorten(str(value) if isinstance(value, numbers.Number) else repr(value))
 
 
 def flag_of(name: str) -> str:
-    """`--max-length`, of the field `max_length`."""
+    """The flag of a field: `--max-length` for `max_length`."""
     return "--" + name.replace("_", "-")
 
 
@@ -150,8 +152,8 @@ def _plain(value: float) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command and exit with its status; an `InputError` is one line on standard error and status 1."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it has no torch, which nobody misses
+    """Run a command and exit with its status; an `InputError` prints one line on standard error and exits with 1."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
     _silence_pillow()
     _open_streams()
     try:
@@ -164,23 +166,23 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 130
         print("interrupted", file=sys.stderr)
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+    except BrokenPipeError:  # the reader of standard output has exited, e.g. `| head`
         status = 141
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError:
         status = 1
         print("error: not enough memory", file=sys.stderr)
-    except OSError as error:  # a full disk, a permission
+    except OSError as error:  # for example a full disk or a missing permission
         status = 1
         print("error: " + _readable(error), file=sys.stderr)
-        with contextlib.suppress(OSError):  # no file, as in a notebook
+        with contextlib.suppress(OSError):  # not a file, as in a notebook
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
 def _silence_pillow() -> None:
-    """What matters about an image is an error or a note of ours. Of a broken one Pillow warns and logs, and libtiff
-    writes lines to standard error, unless it is linked where its handlers cannot be found."""
+    """Silence Pillow's warnings and logs about broken images, which we report ourselves, and, if its handlers can be
+    found, libtiff's lines on standard error."""
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     with contextlib.suppress(OSError, AttributeError):
@@ -190,7 +192,7 @@ def _silence_pillow() -> None:
 
 
 def _open_streams() -> None:
-    """Standard streams that take any text, and are there: without them other files would get their numbers."""
+    """Make standard streams accept any text, and open missing ones, whose descriptors other files would get."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -202,12 +204,12 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not that of a notebook
+        if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")
 
 
 def _readable(error: Exception) -> str:
-    """Its message on a line, with no more than 100 characters of any argument, whoever repeats it."""
+    """The message of an error on one line, with command-line arguments in it shortened to 100 characters."""
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{shorten(error.filename)}: {error.strerror}"
@@ -218,51 +220,51 @@ def _readable(error: Exception) -> str:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    """Cache compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         try:
             root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        except RuntimeError:  # no home
+        except RuntimeError:  # no home directory
             return
         jax.config.update("jax_compilation_cache_dir", str(root / "llava-jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-_hushed = False
+_silenced = False
 
 
-def hush() -> None:
-    """From now on no notes and no progress: another process of the same run tells them. Errors remain."""
-    global _hushed
-    _hushed = True
+def silence_notes() -> None:
+    """Stop printing notes and progress, since another process of the run prints them. Errors remain."""
+    global _silenced
+    _silenced = True
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's library says, as part of a line of ours: of the system's, without the path."""
+    """The first line of an error from a library, for an error of ours; the path of an `OSError` is omitted."""
     if isinstance(error, OSError) and isinstance(error.strerror, str):
         return shorten_words(error.strerror)
     text = str(error).strip().split("\n")[0]
-    if found := re.search(r"os_error_code='([0-9]{1,4})'", text):  # of TensorStore: all else is which file, many times
+    if found := re.search(r"os_error_code='([0-9]{1,4})'", text):  # TensorStore's; the rest repeats the file name
         return os.strerror(int(found[1]))
     return shorten(shorten_words(text), 150) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text on one line that a terminal shows as it is, and does nothing else with."""
+    """Text on one line with control characters escaped."""
     return "".join(c if c.isprintable() else " " if c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def shown(text: str) -> str:
-    """Text of several lines for standard output: as it is, but on a terminal without what would control that."""
+def terminal_safe(text: str) -> str:
+    """Text of several lines for standard output: unchanged, but with control characters escaped on a terminal."""
     if not sys.stdout.isatty():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def print_json(value: object) -> None:
-    """Print a value as a line of JSON, readable if standard output can show it, and is not controlled by it."""
+    """Print a value as a line of JSON, in ASCII if standard output cannot encode it or it has control characters."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -273,22 +275,22 @@ def print_json(value: object) -> None:
 
 
 def shorten(text: object, limit: int = 100) -> str:
-    """Something that the user gave, as part of a line of ours: at most `limit` characters, the middle left out."""
+    """Shorten user input for a message: at most `limit` characters, omitting the middle."""
     text = str(text)
     tail = limit // 3
     return text if len(text) <= limit else f"{text[: limit - tail - 3]}...{text[-tail:]}"
 
 
 def shorten_words(text: str) -> str:
-    """A line whose words have at most 100 characters each: a longer one is an input, repeated as it was given."""
+    """Shorten each word of a line to 100 characters: longer words are repeated user input."""
     return re.sub(r"\S{101,}", lambda found: shorten(found[0]), text)
 
 
 def note(message: str) -> None:
-    """A line for the user that is not the result."""
-    if _hushed or sys.stderr is None:
+    """Print a line for the user on standard error."""
+    if _silenced or sys.stderr is None:
         return
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar that may stand there, and will be drawn anew
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears a progress bar, which is drawn again later
     print(clear + printable(message), file=sys.stderr, flush=True)
 
 
@@ -299,14 +301,14 @@ def plural(n: int, noun: str) -> str:
 
 @contextlib.contextmanager
 def elapsed(what: str, every: float = 10.0) -> Iterator[None]:
-    """While the body runs, note every few seconds that it does: for what cannot say how far it is."""
+    """Print the elapsed time every few seconds while the body runs, for work without measurable progress."""
     done, start = threading.Event(), time.monotonic()
 
-    def tell():
+    def report():
         while not done.wait(every):
             note(f"{what}: {_clock(time.monotonic() - start)}")
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield
@@ -341,7 +343,7 @@ class Progress(tqdm.tqdm):
             delay=quiet if terminal else every,
             miniters=1,
             dynamic_ncols=terminal,
-            disable=_hushed,
+            disable=_silenced,
         )
 
     def advance(self, amount: int = 1, more: str = "") -> None:
@@ -350,7 +352,7 @@ class Progress(tqdm.tqdm):
 
 
 class _Lines:
-    """A file that gets lines where tqdm draws over its bar."""
+    """A file that prints lines where tqdm would redraw its bar."""
 
     def write(self, text: str) -> None:
         if line := text.strip():

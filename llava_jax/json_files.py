@@ -1,7 +1,8 @@
-"""JSON that is read: parsed with bounds, and checked against a declared type before anything else looks at it.
+"""Read JSON: parse it within limits, and check it against a declared type before it is used.
 
-A type is a dataclass, a `TypedDict` or whatever else `msgspec` converts to, with `Annotated[int, Meta(ge=..., le=...)]`
-for ranges. Keys that a `TypedDict` does not declare are allowed: files of others have many that are not read here.
+A type is a dataclass, a `TypedDict` or anything else that `msgspec` converts to, with `Annotated[int, Meta(ge=...,
+le=...)]` for ranges. Keys that a `TypedDict` does not declare are allowed, since foreign files have many that are
+ignored here.
 """
 
 import json
@@ -16,37 +17,37 @@ import msgspec
 from llava_jax.console import InputError, printable, shorten
 from llava_jax.files import read_bytes
 
-CONFIG_BYTES = 32 * 2**20  # of a file of settings, or of one that names every tensor
-PARTS = 2**21  # objects and lists of a value, each of which takes 50 to 500 bytes of memory for 2 of the text
-DEPTH = 100  # of them within one another
-DIGITS = 100  # of an integer: real files have 10**30 for "no limit"
+MAX_CONFIG_BYTES = 32 * 2**20  # for settings, or a file that names every tensor
+MAX_CONTAINERS = 2**21  # objects and lists; each takes 50 to 500 bytes of memory for 2 bytes of text
+MAX_DEPTH = 100  # of nested objects and lists
+MAX_DIGITS = 100  # of an integer: real files have 10**30 for "no limit"
 
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # what half of a pair of \u escapes begins with, and a whole pair too
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # a \u escape of a surrogate, paired or not
 _NAMES = {
     "int": "an integer", "float": "a number", "str": "a string", "bool": "a boolean", "array": "a list",
     "object": "an object", "null": "null",
 }  # fmt: skip
 
 
-def read_json(path: Path, schema: Any = dict[str, Any], *, most: int = CONFIG_BYTES) -> Any:
-    """The contents of a JSON file, as they stand there, once they are known to be of a type; None without such a file.
+def read_json(path: Path, schema: Any = dict[str, Any], *, max_bytes: int = MAX_CONFIG_BYTES) -> Any:
+    """Read a JSON file and check its type; returns its contents unconverted, or None if the file is missing.
 
     Args:
       schema: a type whose objects are dictionaries: a `TypedDict`, or `dict[str, ...]`.
-      most: bytes that a file of its kind can have.
+      max_bytes: the largest size of a file of this type.
 
     Raises:
-      InputError: it cannot be read, is no JSON, or has something else than it should. Names the file and the key.
+      InputError: the file cannot be read, is not JSON, or has another type. Names the file and the key.
     """
     if not (path.exists() if "://" in os.fspath(path) else os.path.exists(path)):
         return None
-    data = read_bytes(path, most)
+    data = read_bytes(path, max_bytes)
     try:
         value = parse_json(data)
-        if _HALF.search(data.decode()):
+        if _SURROGATE.search(data.decode()):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{shorten(path)}: text that is no Unicode: half a character in it") from None
+        raise InputError(f"{shorten(path)}: text with an unpaired Unicode surrogate") from None
     except InputError as error:
         raise InputError(f"{shorten(path)}: {error}") from None
     check_json(value, schema, shorten(path))
@@ -54,13 +55,13 @@ def read_json(path: Path, schema: Any = dict[str, Any], *, most: int = CONFIG_BY
 
 
 def parse_lines(data: bytes, schema: Any, where: str) -> list[Any]:
-    """The values of a type that stand on a line each; empty lines are passed over.
+    """Parse JSON lines of a type, skipping empty lines.
 
     Args:
-      where: what errors call the file.
+      where: the name of the file in errors.
 
     Raises:
-      InputError: a line is no JSON, or something else. Names it.
+      InputError: a line is not JSON, or has another type. Names the line.
     """
     values = []
     for number, line in enumerate(data.split(b"\n"), 1):
@@ -74,11 +75,11 @@ def parse_lines(data: bytes, schema: Any, where: str) -> list[Any]:
 
 
 def parse_appended(data: bytes, schema: Any, where: str, start: str) -> tuple[list[Any], bytes]:
-    """The values of a file that lines are appended to, and its lines without a last one that a killed process has left
-    incomplete.
+    """Parse a file to which processes append JSON lines. Also returns its bytes without the incomplete last line of a
+    killed process.
 
     Args:
-      start: what each line starts with; by it an incomplete line is told from one of another file.
+      start: the beginning of each line, which distinguishes an incomplete line from another type of file.
 
     Raises:
       InputError: as `parse_lines`.
@@ -93,19 +94,19 @@ def parse_appended(data: bytes, schema: Any, where: str, start: str) -> tuple[li
 
 
 def parse_json(data: bytes | str, *, bounded: bool = True, unique: bool = False) -> Any:
-    """The value that a text in JSON stands for. Numbers are finite; strings may have halves of characters in them.
+    """Parse JSON. Numbers are finite; strings may have unpaired surrogates.
 
     Args:
-      bounded: refuse more than `PARTS` objects and lists, and `DEPTH` of them within one another.
-      unique: refuse an object that has a key twice; else the last one counts.
+      bounded: reject more than `MAX_CONTAINERS` objects and lists, or more than `MAX_DEPTH` nested ones.
+      unique: reject duplicate keys of an object; otherwise the last one wins.
 
     Raises:
-      InputError: it is none. Says why, not where it comes from.
+      InputError: the text is not valid JSON. Gives the reason, not the file.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        if bounded and text.count("[") + text.count("{") > PARTS:
-            raise InputError(f"more than {PARTS:,} objects and lists")
+        if bounded and text.count("[") + text.count("{") > MAX_CONTAINERS:
+            raise InputError(f"more than {MAX_CONTAINERS:,} objects and lists")
         value = (_UNIQUE if unique else _DECODER).decode(text)
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 (byte {error.start})") from None
@@ -119,15 +120,15 @@ def parse_json(data: bytes | str, *, bounded: bool = True, unique: bool = False)
 
 
 def check_json(value: Any, schema: Any, where: str) -> Any:
-    """The parsed value converted to the type: `msgspec.convert` with errors for people.
+    """Convert a parsed value to a type: `msgspec.convert` with readable errors.
 
     Args:
-      where: what errors call it.
+      where: the name of the value in errors.
 
     Raises:
-      InputError: it is something else. Names the key.
+      InputError: the value has another type. Names the key.
     """
-    if typing.get_origin(schema) is dict and isinstance(value, dict):  # whose keys msgspec's errors leave out
+    if typing.get_origin(schema) is dict and isinstance(value, dict):  # msgspec's errors omit these keys
         inner = typing.get_args(schema)[1]
         return value if inner is Any else {k: check_json(v, inner, f"{where}: {_shown(k)}") for k, v in value.items()}
     try:
@@ -135,11 +136,11 @@ def check_json(value: Any, schema: Any, where: str) -> Any:
     except msgspec.ValidationError as error:
         raise InputError(f"{where}: {_in_words(str(error))}") from None
     except UnicodeEncodeError:
-        raise InputError(f"{where}: text that is no Unicode: half a character in it") from None
+        raise InputError(f"{where}: text with an unpaired Unicode surrogate") from None
 
 
 def _in_words(error: str) -> str:
-    """Of "Expected `int | null`, got `str` - at `$.a[0].b`": "a[0].b: expected an integer or null, got a string"."""
+    """For "Expected `int | null`, got `str` - at `$.a[0].b`": "a[0].b: expected an integer or null, got a string"."""
     what, _, place = error.rpartition(" - at ") if " - at `" in error else (error, "", "")
     key = re.sub(r"`|^key in |\$\.?", "", place)
     if missing := re.fullmatch("Object missing required field `(.*)`", what):
@@ -159,7 +160,7 @@ def _shown(key: str) -> str:
 
 def _check_depth(value: Any) -> None:
     inner = [value]
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         inner = [
             part
             for outer in inner
@@ -168,11 +169,11 @@ def _check_depth(value: Any) -> None:
         ]
         if not inner:
             return
-    raise InputError(f"objects and lists nested more than {DEPTH} deep")
+    raise InputError(f"objects and lists nested more than {MAX_DEPTH} deep")
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > DIGITS:
+    if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number of {len(digits):,} digits")
     return int(digits)
 

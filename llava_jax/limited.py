@@ -1,8 +1,7 @@
-"""Programs that come with checkpoints (regular expressions, chat templates), run within limits of time and memory.
+"""Run the programs in checkpoints (regular expressions, chat templates) with limits on time and memory.
 
-Nothing inside a process can stop a call into C that takes hours, so they run in a process of their own
-(`limited_worker`), which is started when the first of them is needed and kept for the next ones. It ends when it goes
-beyond a limit, and with this process.
+Python cannot interrupt a call into C that takes hours, so they run in a separate process (`limited_worker`), which
+starts with the first task and serves the next ones. It is killed when it exceeds a limit, and when this process ends.
 """
 
 import contextlib
@@ -16,44 +15,44 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-SECONDS = 3  # of the processor, for one task
-MEMORY = 2**29
-PATIENCE = 10  # times as many seconds may pass, on a machine that has other things to do
+SECONDS = 3  # CPU time of one task
+MEMORY = 2**29  # bytes
+WALL_TIME_FACTOR = 10  # wall time over CPU time that a busy machine may need
 
 
 class LimitError(Exception):
-    """A task went beyond a limit; the message says which, as in `takes more than 3 s`."""
+    """A task exceeded a limit; the message names it, as in `takes more than 3 s`."""
 
 
 class Worker:
-    """A process that runs one task (`limited_worker.TASKS`) after the other.
+    """A process that runs tasks (`limited_worker.TASKS`) one at a time.
 
     Args:
-      seconds: of the processor that a task may take.
-      memory: bytes of address space of the process.
-      setup: a task and its arguments that each new process starts with.
+      seconds: the CPU time limit of a task.
+      memory: the address space limit of the process, in bytes.
+      setup: a task and its arguments, run first in each new process.
     """
 
     def __init__(self, seconds: int = SECONDS, memory: int = MEMORY, setup: tuple = ()):
         self._seconds, self._memory, self._setup = seconds, memory, setup
         self._process, self._owner, self._lock = None, 0, threading.Lock()
 
-    def __reduce__(self):  # to be pickled: another process starts one of its own
+    def __reduce__(self):  # pickles as its settings: another process starts its own worker
         return Worker, (self._seconds, self._memory, self._setup)
 
     def run(self, task: str, *args: Any) -> Any:
         """Run a task; arguments and result are JSON.
 
         Raises:
-          ValueError: what the task raised, as text.
-          LimitError: it took more than it may, and the process has ended.
+          ValueError: the task raised an exception; the message is its text.
+          LimitError: the task exceeded a limit, and the process was killed.
         """
         with self._lock:
             try:
                 if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
                     self._start()
                 answer = self._exchange(task, args)
-            except BaseException:  # an interrupt too: what is still to come would be taken for the next answer
+            except BaseException:  # also on an interrupt: a late answer would be read as the next one
                 self.close()
                 raise
         if "error" in answer:
@@ -66,7 +65,7 @@ class Worker:
         self._process = None
 
     def _start(self) -> None:
-        # Imports come from where this process finds its own; `-P`: and from nowhere else.
+        # Imports modules from the same paths as this process; `-P` adds no others.
         paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths), "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"
@@ -84,7 +83,7 @@ class Worker:
 
     def _exchange(self, task: str, args: tuple) -> dict[str, Any]:
         process = self._process
-        alarm = threading.Timer(PATIENCE * self._seconds, process.kill)
+        alarm = threading.Timer(WALL_TIME_FACTOR * self._seconds, process.kill)
         alarm.daemon = True
         alarm.start()
         try:
@@ -110,7 +109,7 @@ def _end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
     process.stdout.close()
-    with contextlib.suppress(BrokenPipeError):  # a request that it never read
+    with contextlib.suppress(BrokenPipeError):  # a request that it did not read
         process.stdin.close()
 
 
@@ -118,5 +117,5 @@ _shared = Worker()
 
 
 def run(task: str, *args: Any) -> Any:
-    """`Worker.run` of the worker that all tasks without a setup share."""
+    """Run a task in the worker that all tasks without a setup share."""
     return _shared.run(task, *args)

@@ -1,6 +1,6 @@
-"""The process that `limited.Worker` starts: one task after the other, each a line of JSON, as is its answer.
+"""The process that `limited.Worker` starts: reads tasks as lines of JSON, and writes an answer line for each.
 
-Imports what a task needs, when it needs it, and neither JAX nor transformers: it starts in 0.1 s.
+Tasks import what they need, but neither JAX nor transformers, so that the process starts in 0.1 s.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import sys
 from datetime import datetime
 from typing import Any
 
-MORE = 2**20  # characters that a chat template may write beyond what it is given
+MAX_ADDED_CHARS = 2**20  # characters of a chat template's output beyond its input
 _tokenizer = None
 
 
 def match(pattern: str, names: list[str]) -> list[bool]:
-    """Which names a pattern of PEFT's matches: a regular expression for the end of a module's name."""
+    """Which names a PEFT pattern matches: a regular expression for the end of a module's name."""
     compiled = re.compile(rf"(.*\.)?({pattern})$")
     return [compiled.match(name) is not None for name in names]
 
@@ -27,24 +27,24 @@ def match(pattern: str, names: list[str]) -> list[bool]:
 
 
 def render(program: str, messages: list[dict], add_generation_prompt: bool) -> str:
-    """What transformers' `render_jinja_template` writes for a conversation."""
+    """Render a conversation as transformers' `render_jinja_template` does."""
     given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
     text = _compile(program).render(given)
-    text.encode()  # raises where there is half a character
-    if len(text) > MORE + len(json.dumps(messages)):
-        raise ValueError(f"writes {len(text):,} characters")
+    text.encode()  # raises on an unpaired surrogate
+    if len(text) > MAX_ADDED_CHARS + len(json.dumps(messages)):
+        raise ValueError(f"renders {len(text):,} characters")
     return text
 
 
 @functools.lru_cache(maxsize=4)
 def _compile(program: str):
-    """A template in the environment that transformers gives it (utils/chat_template_utils.py)."""
+    """Compile a template in transformers' environment (utils/chat_template_utils.py)."""
     import jinja2.ext
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, around what the model writes: its contents, in a scope of their own."""
+        """`{% generation %}`, which marks the model's text: renders its contents in a new scope."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -63,7 +63,7 @@ def _compile(program: str):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class Namespace(jinja2.utils.Namespace):
-        """Without names that begin with an underscore, which Python gives a meaning."""
+        """A namespace without names that begin with an underscore, which are special in Python."""
 
         def __init__(self, /, *args, **kwargs):
             super().__init__()
@@ -72,7 +72,7 @@ def _compile(program: str):
 
         def __setitem__(self, name, value):
             if str(name).startswith("_"):
-                raise jinja2.sandbox.SecurityError(f"a namespace takes no {name}")
+                raise jinja2.sandbox.SecurityError(f"a namespace cannot have {name}")
             super().__setitem__(name, value)
 
     environment = ImmutableSandboxedEnvironment(
@@ -91,7 +91,7 @@ def _compile(program: str):
 
 
 def load(tokenizer_json: str) -> None:
-    """Read the tokenizer that `encode` and `decode` use."""
+    """Load the tokenizer that `encode` and `decode` use."""
     import tokenizers
 
     global _tokenizer
@@ -115,21 +115,21 @@ def answer(task: str, args: list) -> bytes:
         return json.dumps({"value": TASKS[task](*args)}).encode()
     except MemoryError:
         return b'{"memory": true}'
-    except BaseException as error:  # of a stranger's program; a panic of Rust's is no `Exception`
+    except BaseException as error:  # including Rust panics, which are no `Exception`
         return json.dumps({"error": (str(error) or type(error).__name__)[:1000]}).encode()
 
 
 def main(memory: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the process that started this one, which ends it
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what goes beyond a limit leaves no file
-    with contextlib.suppress(ValueError, OSError):  # a system that has no such limit
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C and ends this one
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump when a limit is exceeded
+    with contextlib.suppress(ValueError, OSError):  # the system does not support this limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     for line in sys.stdin.buffer:
         task, seconds, args = json.loads(line)
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        most = int(usage.ru_utime + usage.ru_stime) + 1 + seconds
-        resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        limit = int(usage.ru_utime + usage.ru_stime) + 1 + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
         sys.stdout.buffer.write(answer(task, args) + b"\n")
         sys.stdout.buffer.flush()
 

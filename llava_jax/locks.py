@@ -1,4 +1,4 @@
-"""Locks: a file that is held by one command at a time."""
+"""Lock files, which one command holds at a time."""
 
 import errno
 import fcntl
@@ -10,14 +10,14 @@ from typing import Any
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import kind_of
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # errors of file systems without locks
 
 
-class InUse(InputError):
-    """Somebody else holds a file.
+class InUseError(InputError):
+    """Another process holds a file.
 
     Attributes:
-      owner: who, as far as the file says.
+      owner: the holder, as far as the file names it.
     """
 
     def __init__(self, name: str, owner: str):
@@ -26,34 +26,34 @@ class InUse(InputError):
 
 
 class LockedFile:
-    """A regular file, made where there is none, that nobody else has locked until it is closed or the process ends.
+    """A regular file, created if missing, and locked until it is closed or the process ends.
 
-    (`flock`: it holds between threads too, and programs that are started do not inherit it.) A file system without
-    locks gives none, which is told.
+    The lock (`flock`) also excludes other threads, and child processes do not inherit it. If the file system has no
+    locks, `LockedFile` warns.
 
     Attributes:
-      path: of the file itself, links resolved.
-      name: what errors call it.
-      file: open for reading and for appending, without a buffer.
-      is_new: there was no file.
-      is_locked: the file system has locks.
+      path: the path of the file, links resolved.
+      name: the name of the file in errors.
+      file: the open file, unbuffered, for reading and appending.
+      is_new: whether the file was created.
+      is_locked: whether the file system supports locks.
     """
 
     def __init__(self, path: str | os.PathLike, name: str = "", owner: str = "another command"):
         """
         Args:
-          name: what errors call it; default: its path.
-          owner: what they call whoever else holds it.
+          name: the name of the file in errors; default: its path.
+          owner: the name of another holder in errors.
 
         Raises:
-          InUse: it is locked.
-          InputError: it is no regular file.
-          OSError: it cannot be opened.
+          InUseError: another process holds the lock.
+          InputError: the file is not regular.
+          OSError: the file cannot be opened.
         """
         self.path, self.name = Path(os.path.realpath(path)), name or shorten(path)
         while True:
             try:
-                kind, self.is_new = kind_of(os.stat(path)), False  # not of `self.path`: a pipe in /proc has none
+                kind, self.is_new = kind_of(os.stat(path)), False  # not `self.path`, which a pipe in /proc lacks
             except FileNotFoundError:
                 kind, self.is_new = None, True
             if kind:
@@ -63,7 +63,7 @@ class LockedFile:
             self.is_locked = self._lock(owner)
             if self._is_there():
                 return
-            self.file.close()  # its holder has removed it
+            self.file.close()  # the previous holder removed it
 
     def _lock(self, owner: str) -> bool:
         try:
@@ -72,16 +72,16 @@ class LockedFile:
         except OSError as error:
             if error.errno in NO_LOCKS:
                 note(
-                    f"warning: {self.name}: its file system has no locks; that two commands write there is not noticed"
+                    f"warning: {self.name}: its file system has no locks; make sure that no other command writes there"
                 )
                 return False
             signed = self._signed()
             self.file.close()
             who = f" (process {signed['process']} on {shorten(signed['host'], 40)})" if signed else ""
-            raise InUse(self.name, owner + who) from None
+            raise InUseError(self.name, owner + who) from None
 
     def _signed(self) -> dict[str, Any]:
-        """What `sign` wrote into it; nothing if it did not."""
+        """The signature that `sign` wrote; empty if there is none."""
         self.file.seek(0)
         try:
             signed = json.loads(self.file.read(4096))
@@ -96,31 +96,31 @@ class LockedFile:
             return False
 
     def sign(self) -> None:
-        """Write into a file that is nothing but a lock who holds it.
+        """Write the holder into a file that is only used as a lock.
 
         Raises:
-          InputError: there is something else in it.
-          OSError: it cannot be written.
+          InputError: the file has other contents.
+          OSError: the file cannot be written.
         """
         if os.fstat(self.file.fileno()).st_size and not self._signed():
-            raise InputError(f"{self.name}: holds something else than a lock; move it away")
+            raise InputError(f"{self.name}: is not a lock file; move it away")
         self.file.truncate(0)
         self.append(json.dumps({"process": os.getpid(), "host": os.uname().nodename}).encode())
 
     def is_mine(self) -> bool:
-        """Whether a process of this machine has signed it."""
+        """Whether a process on this machine signed the file."""
         return self._signed().get("host") == os.uname().nodename
 
     def read(self) -> bytes:
-        """All that is in it."""
+        """Read the whole file."""
         self.file.seek(0)
         return self.file.readall()
 
     def append(self, data: bytes) -> None:
-        """Write at the end: all of it, or nothing.
+        """Append all of the data, or nothing.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
         end, left = self.file.seek(0, os.SEEK_END), memoryview(data)
         try:

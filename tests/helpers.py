@@ -149,8 +149,8 @@ def make_row(conversation, pictures, template: str, config: LlavaConfig, tokeniz
     """A training row from a conversation and the paths of its pictures."""
     ids, labels = encode_conversation(conversation, get_template(template), tokenizer, config, images=len(pictures))
     opened = [images.open_image(path) for path in pictures]
-    places = tuple(images.layout(image.size, config) for image in opened)
-    tiles = tuple(images.tiles(image, place, config) for image, place in zip(opened, places, strict=True))
+    places = tuple(images.tile_layout(image.size, config) for image in opened)
+    tiles = tuple(images.tile_image(image, place, config) for image, place in zip(opened, places, strict=True))
     return splice.Row(ids, places, tiles, labels)
 
 

@@ -13,7 +13,7 @@ from infer import evaluate, generate
 from infer.engine import Engine, Request
 from infer.generate import BUNDLED
 from infer.sampling import Sampling
-from llava_jax.data.images import layout
+from llava_jax.data.images import tile_layout
 from train.datasets import shapes
 from train.datasets.scenes import draw, make_scene
 
@@ -112,5 +112,5 @@ def test_it_sees(engine, fresh, tmp_path):
 
 def test_its_pictures_come_in_every_grid(engine):
     scenes = [make_scene(np.random.default_rng(seed)) for seed in range(200)]
-    grids = {layout((scene.width, scene.height), engine.config).grid for scene in scenes}
+    grids = {tile_layout((scene.width, scene.height), engine.config).grid for scene in scenes}
     assert grids == {(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)}

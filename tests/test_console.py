@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT
 from llava_jax import console
-from llava_jax.console import InputError, Progress, note, print_json, run_main, shown
+from llava_jax.console import InputError, Progress, note, print_json, run_main, terminal_safe
 
 FORGED = "a\x1b]0;title\x07\x1b[2J\nerror: forged\u202e.png"
 
@@ -73,7 +73,7 @@ def test_what_is_quick_or_hushed_has_no_progress(stream, monkeypatch):
     with Progress("reading", 2) as bar:
         bar.advance()
     assert sys.stderr.getvalue() == ""
-    monkeypatch.setattr(console, "_hushed", True)
+    monkeypatch.setattr(console, "_silenced", True)
     with Progress("reading", 2, quiet=-1.0, every=-1.0) as bar:
         bar.advance(2, "more")
     assert sys.stderr.getvalue() == ""
@@ -87,9 +87,9 @@ def test_without_standard_error_there_is_no_progress(monkeypatch):
 
 
 def test_on_a_terminal_text_controls_nothing_and_elsewhere_it_is_as_it_is(monkeypatch):
-    assert shown(FORGED) == FORGED
+    assert terminal_safe(FORGED) == FORGED
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert shown("two\nlines\tand \x1b[2J") == "two\nlines\tand \\x1b[2J"
+    assert terminal_safe("two\nlines\tand \x1b[2J") == "two\nlines\tand \\x1b[2J"
 
 
 def test_json_is_json_whatever_standard_output_can_show(monkeypatch):

@@ -224,17 +224,23 @@ def test_every_number_is_looked_at():
 )
 def test_a_number_has_a_range(name, action, allowed):
     whole = allowed.kind is int
-    low = math.nextafter(allowed.least, math.inf) if allowed.above else allowed.least
+    low = math.nextafter(allowed.minimum, math.inf) if allowed.above else allowed.minimum
     low = low if low == 0 or low > 1e-30 else 1e-30
-    below = allowed.least - 1 if whole else allowed.least if allowed.above else math.nextafter(allowed.least, -math.inf)
-    above = allowed.most + 1 if whole else math.nextafter(allowed.most, math.inf)
-    for value in (low, allowed.most):
+    below = (
+        allowed.minimum - 1
+        if whole
+        else allowed.minimum
+        if allowed.above
+        else math.nextafter(allowed.minimum, -math.inf)
+    )
+    above = allowed.maximum + 1 if whole else math.nextafter(allowed.maximum, math.inf)
+    for value in (low, allowed.maximum):
         assert read(name, action, str(value)) == value
     bad = [*NO_NUMBERS, str(below), str(above), *["1e5", "5.0", "1e300"] * whole]
     for text in TEXTS:
         if re.fullmatch("-?[0-9]+", text) or not whole:
-            good = allowed.least <= float(text) <= allowed.most and text != "1e-300"
-            good = good and not (allowed.above and float(text) == allowed.least)
+            good = allowed.minimum <= float(text) <= allowed.maximum and text != "1e-300"
+            good = good and not (allowed.above and float(text) == allowed.minimum)
             if good:
                 assert read(name, action, text) == float(text)
             bad += [text] * (not good)
@@ -325,7 +331,10 @@ def test_the_engine_and_converters_have_them_too():
 
 def test_more_new_tokens_than_the_model_has_positions(monkeypatch, capsys):
     monkeypatch.setattr(Engine, "load", lambda *_, **__: golden_engine("v1.5-llama"))
-    for number, says in ((512, ""), (2**31 - 1, "warning: --max-new-tokens 2147483647: the model has 512 positions, ")):
+    for number, says in (
+        (512, ""),
+        (2**31 - 1, "warning: --max-new-tokens 2147483647: the model's context has 512 positions, "),
+    ):
         flags.load_engine(generate.parser().parse_args([*MODEL, "--prompt", "Hi", "--max-new-tokens", str(number)]))
         err = capsys.readouterr().err
         assert says in err and ("warning" in err) == bool(says)

@@ -266,7 +266,7 @@ def test_whatever_a_file_says_it_is_read_or_refused_in_a_line(kind, tmp_path, ca
         ("adapter", '{"r": 0}', "/adapter_config.json: r: expected an integer >= 1"),
         ("problems", '{"7": {}}', "/problems.json: problem 7 is not ScienceQA's: question is missing"),
         ("answers", '[' * 9999,
-         "/a.jsonl: is there already, and is no answers file (line 1: not JSON (nested too deeply))"),
+         "/a.jsonl: exists and is not an answers file (line 1: not JSON (nested too deeply))"),
         ("run", "null", "/config.json: expected an object, got null: --output holds something else than a run; name "
          "another directory"),
         ("metrics", '{"step": 1}\n{}\n',

@@ -18,11 +18,11 @@ from llava_jax.console import (
     Parser,
     enable_compilation_cache,
     flag_of,
-    hush,
     integer,
     note,
     run_main,
     shorten,
+    silence_notes,
 )
 from train.processes import are_several, connect, watched
 
@@ -189,7 +189,7 @@ def main() -> int:
     import jax
 
     if jax.process_index():
-        hush()
+        silence_notes()
     enable_compilation_cache()
     from train.loop import train
     from train.run import prepare

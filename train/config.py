@@ -7,9 +7,9 @@ from typing import Any
 
 from llava_jax.config import ASPECT_RATIOS, LlavaConfig
 from llava_jax.console import (
-    MOST_INT,
+    MAX_INT32,
+    MIN_POSITIVE,
     SEED,
-    TINY,
     InputError,
     Range,
     check_ranges,
@@ -20,7 +20,7 @@ from llava_jax.console import (
     shorten,
     show_value,
 )
-from llava_jax.data.templates import Template, choose_template, get_template, is_program
+from llava_jax.data.templates import Template, choose_template, get_template, is_jinja
 from llava_jax.models.layers import REMAT
 from llava_jax.sharding.mesh import parse_mesh
 
@@ -38,7 +38,7 @@ def _(default: Any, help: str, allowed: Range | None = None) -> Any:
 
 RATE = number(0, 10)
 DECAY = number(0, 0.999999)  # float32 has few numbers between that and 1
-EVERY = integer(0, MOST_INT)
+EVERY = integer(0, MAX_INT32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TrainConfig:
         128, "conversations of one step, over all devices and accumulated parts", integer(1, 10**6)
     )
     epochs: float = _(1.0, "passes over the data", number(0, 10**6, above=True))
-    steps: int | None = _(None, "steps of the whole run; None: what `epochs` gives", integer(1, MOST_INT))
+    steps: int | None = _(None, "steps of the whole run; None: what `epochs` gives", integer(1, MAX_INT32))
     on_bad_sample: str = _("skip", "skip: leave a broken sample out and count it; fail: stop at it")
     max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same", number(0, 1))
     workers: int = _(
@@ -102,7 +102,7 @@ class TrainConfig:
     weight_decay: float = _(0.0, "AdamW's; never on biases and norms", number(0, 100))
     adam_b1: float = _(0.9, "AdamW's", DECAY)
     adam_b2: float = _(0.999, "AdamW's", DECAY)
-    adam_eps: float = _(1e-8, "AdamW's", number(TINY, 1))
+    adam_eps: float = _(1e-8, "AdamW's", number(MIN_POSITIVE, 1))
     max_grad_norm: float = _(
         1.0, "gradients are scaled down to this norm over all that is trained; 0: never", number(0, 10**6)
     )
@@ -119,8 +119,8 @@ class TrainConfig:
     mesh: str | None = _(None, "data=1,fsdp=8,tensor=1; None: all devices along fsdp")
     save_every: int = _(500, "steps between checkpoints; 0: only save_minutes and the last step count", EVERY)
     save_minutes: float = _(30.0, "most minutes between checkpoints; 0: only save_every counts", number(0, 10**6))
-    keep: int = _(3, "checkpoints kept, the best aside", integer(1, MOST_INT))
-    log_every: int = _(1, "steps between lines of metrics", integer(1, MOST_INT))
+    keep: int = _(3, "checkpoints kept, the best aside", integer(1, MAX_INT32))
+    log_every: int = _(1, "steps between lines of metrics", integer(1, MAX_INT32))
     profile_steps: str | None = _(None, "A:B: write a trace of steps A to B")
     export_hf: bool = _(False, "export the model in transformers' format too")
 
@@ -222,7 +222,7 @@ def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
         checkpoint's.
     """
     from_preset = config.preset and "template" not in config.given and config.template not in (None, "plain")
-    if from_preset and is_program(choose_template(model)) and not _contradictions(config, model):
+    if from_preset and is_jinja(choose_template(model)) and not _contradictions(config, model):
         note(f"warning: the checkpoint has a chat template of its own; the preset's is used, {config.template}")
     found = _contradictions(config, model)
     if not found:
@@ -242,7 +242,7 @@ def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
 def _contradictions(config: TrainConfig, model: LlavaConfig) -> dict[str, tuple[str, str]]:
     """For fields that the preset gives: its value, and what the checkpoint says, where these are of two kinds."""
     found, own = {}, choose_template(model)
-    if is_program(own):  # which has no name: what suits the decoder
+    if is_jinja(own):  # which has no name: what suits the decoder
         own = choose_template(model.replace(template=None))
     if config.template:
         kinds = {_kind(get_template(name)) for name in (config.template, own)}

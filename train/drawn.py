@@ -7,7 +7,7 @@ a row, and how many rows a batch has.
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.data.images import layout
+from llava_jax.data.images import tile_layout
 from llava_jax.data.splice import Row, count_features
 from train.bad_samples import BadSamples
 from train.config import TrainConfig
@@ -46,7 +46,7 @@ class DrawnSamples:
         self.model = model
         self.path, self.template = "lengths like the captions of stage 1" if captions else "lengths like mix665k's", ""
         self._number = n or (CAPTIONS if captions else MIX665K)
-        self._place = layout(IMAGE, model)
+        self._place = tile_layout(IMAGE, model)
         draw = draw_captions if captions else draw_lengths
         drawn = draw(WINDOW, config.seed, count_features(self._place, model), config.max_length)
         each = np.arange(self._number) * WINDOW // self._number  # a window's lengths, over the whole file

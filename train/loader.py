@@ -134,8 +134,8 @@ class Data:
         # Two pools, so that no batch waits for its images while a window is tokenized.
         self._pools = [concurrent.futures.ThreadPoolExecutor(config.workers) for _ in range(2 * bool(config.workers))]
         self._map_measure, self._map_load = (pool.map for pool in self._pools) if self._pools else (map, map)
-        most_tiles = MOST_TILES if config.tiles_per_row is None else config.tiles_per_row
-        measure = functools.partial(measure_within, samples, most_tiles)
+        max_tiles = MOST_TILES if config.tiles_per_row is None else config.tiles_per_row
+        measure = functools.partial(measure_within, samples, max_tiles)
         self.survey = look(config, samples, bad, measure, self._map_measure, train=train)
         self.survey.check_parts()
         self.batches: PackedBatches | BucketedBatches
@@ -176,7 +176,7 @@ class Data:
           InputError: `epochs` makes more than can be counted.
         """
         steps = self.config.steps or math.ceil(self.config.epochs * self.steps_per_epoch)
-        if steps > (most := ranges(TrainConfig)["steps"].most):
+        if steps > (most := ranges(TrainConfig)["steps"].maximum):
             raise InputError(f"--epochs {self.config.epochs:g}: makes {steps} steps, more than {most}")
         return steps
 

@@ -111,7 +111,7 @@ class PackedBatches:
         self._rows = self._fill(survey.measured)  # the conversations looked at
         if (self.filling.per_row or self.filling.whole) and config.tiles_per_row is None:
             fullest = max(sum(one.tiles for one in row) for row in self._rows)
-            self.tiles = min(limits.tiles, max(survey.most_tiles, fullest))
+            self.tiles = min(limits.tiles, max(survey.max_tiles, fullest))
             self._rows = self._fill(survey.measured)
         if survey.is_complete and config.image_first == "as_is" and config.positions_per_row is None:
             fullest = max(sum(one.length for one in row) for row in self._rows)

@@ -28,7 +28,7 @@ from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, note, ranges, run_main
-from llava_jax.data.images import most_tiles
+from llava_jax.data.images import max_tiles
 from llava_jax.data.splice import Batch
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.models import llava
@@ -85,7 +85,7 @@ def batch_shapes(model: LlavaConfig, mesh: Mesh, rows: int, length: int, tiles: 
 
 def default_tiles(model: LlavaConfig, length: int) -> int:
     """As many tiles as have room in a row with their features, but those of one image at least."""
-    return max(most_tiles(model), length // model.vision.features_per_tile)
+    return max(max_tiles(model), length // model.vision.features_per_tile)
 
 
 def plan_step(

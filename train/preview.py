@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_jax.config import ASPECT_RATIOS
 from llava_jax.console import (
-    MOST_INT,
+    MAX_INT32,
     InputError,
     Parser,
     integer,
@@ -25,11 +25,11 @@ from llava_jax.console import (
     ranges,
     run_main,
     shorten,
-    shown,
+    terminal_safe,
 )
 from llava_jax.data.splice import IGNORE, IMAGE, TEXT, Row, count_features, splice
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.data.urls import label
+from llava_jax.data.urls import display_name
 from train.config import IMAGE_FIRST, PRESETS, TrainConfig, check_preset
 from train.samples import BadSample, Sample, Samples
 
@@ -55,11 +55,13 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=limits["seed"], metavar="N", help="of --image-first random, as for training (default 0)"
     )
     p.add_argument(
-        "--epoch", type=integer(0, MOST_INT), default=0, metavar="N",
+        "--epoch", type=integer(0, MAX_INT32), default=0, metavar="N",
         help="of --image-first random (default 0, the first)",
     )  # fmt: skip
-    p.add_argument("-n", type=integer(1, MOST_INT), default=5, metavar="N", help="conversations to show (default 5)")
-    p.add_argument("--start", type=integer(0, MOST_INT), default=0, metavar="ROW", help="the first of them (default 0)")
+    p.add_argument("-n", type=integer(1, MAX_INT32), default=5, metavar="N", help="conversations to show (default 5)")
+    p.add_argument(
+        "--start", type=integer(0, MAX_INT32), default=0, metavar="ROW", help="the first of them (default 0)"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object each: ids, labels, positions after splicing")
     return p
 
@@ -118,7 +120,7 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
         "trained": int((batch.labels[0, 1:] != IGNORE).sum()),
         "images": [
             {
-                "file": label(name),
+                "file": display_name(name),
                 "grid": place.grid,
                 "tiles": place.tiles,
                 "features": count_features(place, model),
@@ -163,7 +165,8 @@ def render(samples: Samples, described: dict[str, Any]) -> str:
         )
         lines.append(f"  {image['file']}: {tiles}, {image['features']} features")
     text = "".join(
-        f"{begin}{shown(run['text'])}{end}" if run["trained"] else shown(run["text"]) for run in described["text"]
+        f"{begin}{terminal_safe(run['text'])}{end}" if run["trained"] else terminal_safe(run["text"])
+        for run in described["text"]
     )
     return "\n".join([*map(printable, lines), text, ""])
 

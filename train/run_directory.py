@@ -25,7 +25,7 @@ from llava_jax.checkpoints.outputs import DIRECTORIES, check_replaceable, make_d
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import open_regular, remote_path
 from llava_jax.json_files import read_json
-from llava_jax.locks import InUse, LockedFile
+from llava_jax.locks import InUseError, LockedFile
 from train import mixture
 from train.config import TrainConfig
 
@@ -80,7 +80,7 @@ class Output:
                 self._check_contents()
             if self.resumed:
                 self._pull()
-        except InUse:
+        except InUseError:
             raise
         except BaseException as error:
             self.withdraw()

@@ -15,13 +15,13 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
-from llava_jax.data.conversations import count_images, has_system, note_unread_keys, read_conversation, read_rows
-from llava_jax.data.images import ImageFolder, TileLayout, image_size, layout, read_tiles
+from llava_jax.data.conversations import count_images, has_system, read_conversation, read_rows, warn_unknown_keys
+from llava_jax.data.images import ImageFolder, TileLayout, image_size, read_tiles, tile_layout
 from llava_jax.data.prompts import encode_conversation, prepare_tokenizer
-from llava_jax.data.splice import IGNORE, IMAGE, Row, widths
-from llava_jax.data.templates import choose_template, get_template, is_program
+from llava_jax.data.splice import IGNORE, IMAGE, Row, positions_per_id
+from llava_jax.data.templates import choose_template, get_template, is_jinja
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.data.urls import label
+from llava_jax.data.urls import display_name
 from train import mixture
 
 MOST_NAMED = 3  # those that an error names
@@ -122,7 +122,7 @@ class Samples:
           InputError: a file, the folder or the template cannot be used.
         """
         self.template = template or choose_template(model)
-        if is_program(self.template):
+        if is_jinja(self.template):
             raise InputError(
                 f"the checkpoint has a chat template of its own ({model.template_from}), which does not say what is "
                 f"trained: name one with --template ({choose_template(model.replace(template=None))} suits its decoder)"
@@ -140,7 +140,7 @@ class Samples:
         self.path = mixture.describe(parts)
         self._rows = {path: read_rows(path) for path in dict.fromkeys(part.path for part in parts)}
         for path, rows in self._rows.items():
-            note_unread_keys(path, rows)
+            warn_unknown_keys(path, rows)
             if self._template.style == "plain" and any(map(has_system, rows)):
                 note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
         self._paths = [part.path for part in parts]
@@ -193,7 +193,7 @@ class Samples:
             room = length if self._max_length is None else min(length, self._max_length)
             return Sample(number, data, index, name, epoch, row, images[: len(row.layouts)], room, length - room)
         except InputError as error:
-            return BadSample(number, data, index, name, image and label(image), str(error))
+            return BadSample(number, data, index, name, image and display_name(image), str(error))
 
     def load(self, sample: Sample) -> Row | BadSample:
         """The conversation with its tiles."""
@@ -202,7 +202,7 @@ class Samples:
             try:
                 loaded.append(read_tiles(self._folder.find(name), place, self.model))
             except InputError as error:
-                return sample.bad(str(error), label(name))
+                return sample.bad(str(error), display_name(name))
         return dataclasses.replace(sample.row, tiles=tuple(loaded))
 
     def _check_template(self, tokenizer: Tokenizer) -> None:
@@ -218,7 +218,7 @@ class Samples:
 
         Images of which nothing is left are not read, and take no room.
         """
-        taken = widths(row, self.model)
+        taken = positions_per_id(row, self.model)
         length = int(taken.sum())
         if self._max_length is None or length <= self._max_length:
             return row, length
@@ -232,14 +232,14 @@ class Samples:
         found = self._folder.find(image)
         side = self.model.vision.image_size
         size = image_size(found) if self.model.aspect_ratio == "anyres" else (side, side)
-        return layout(size, self.model)
+        return tile_layout(size, self.model)
 
 
-def measure_within(samples: Samples, most_tiles: int, index: int, epoch: int = 0) -> Sample | BadSample:
-    """`samples.measure`, where a conversation of more tiles than `most_tiles`, which fit a row, is bad."""
+def measure_within(samples: Samples, max_tiles: int, index: int, epoch: int = 0) -> Sample | BadSample:
+    """`samples.measure`, where a conversation of more tiles than `max_tiles`, which fit a row, is bad."""
     one = samples.measure(index, epoch)
-    if isinstance(one, Sample) and one.tiles > most_tiles:
-        return one.bad(f"{one.tiles} tiles, and a row has room for {most_tiles} (--tiles-per-row)")
+    if isinstance(one, Sample) and one.tiles > max_tiles:
+        return one.bad(f"{one.tiles} tiles, and a row has room for {max_tiles} (--tiles-per-row)")
     return one
 
 

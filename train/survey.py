@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_jax.console import InputError, plural
-from llava_jax.data.images import most_tiles
+from llava_jax.data.images import max_tiles
 from train import packing
 from train.bad_samples import BadSamples
 from train.config import TrainConfig
@@ -72,19 +72,19 @@ class Survey:
         return -(-self.config.max_length // self.samples.model.vision.features_per_tile)
 
     @property
-    def most_tiles(self) -> int:
+    def max_tiles(self) -> int:
         """Tiles that no conversation of the data exceeds, whether it has been looked at or not."""
-        return min(self.samples.most_images, self._room) * most_tiles(self.samples.model)
+        return min(self.samples.most_images, self._room) * max_tiles(self.samples.model)
 
     @property
     def least_tiles(self) -> int:
         """Tiles of one image, and of as many others that a conversation names as fill `max_length` positions uncropped.
 
-        With one tile an image this is `most_tiles`. With anyres that bound is several times what any row of images of
+        With one tile an image this is `max_tiles`. With anyres that bound is several times what any row of images of
         usual shapes has, and all rows would be padded to it.
         """
-        one = min(self.samples.most_images, 1) * most_tiles(self.samples.model)
-        return max(one, min(self.most_tiles, self._room))
+        one = min(self.samples.most_images, 1) * max_tiles(self.samples.model)
+        return max(one, min(self.max_tiles, self._room))
 
 
 def look(

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.checkpoints import orbax_files
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.data.prompts import MARK
+from llava_jax.data.prompts import IMAGE_TOKEN
 from llava_jax.models.llava import Params, init_params
 
 TILE, PATCH = 60, 12
@@ -49,7 +49,7 @@ def texts_of(path: Path) -> list[str]:
     """What is said in a data file, questions as the template writes them."""
     turns = [turn for row in json.loads(path.read_text()) for turn in row["conversations"]]
     return [
-        f"[INST] {turn['value'].replace(MARK, '').strip()} [/INST]" if turn["from"] == "human" else turn["value"]
+        f"[INST] {turn['value'].replace(IMAGE_TOKEN, '').strip()} [/INST]" if turn["from"] == "human" else turn["value"]
         for turn in turns
     ]
 

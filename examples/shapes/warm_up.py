@@ -146,9 +146,9 @@ def look(scenes: list[Scene], paths: list[Path], config: LlavaConfig) -> Seen:
     with Progress("cutting tiles", len(scenes), "pictures", every=10.0) as bar:
         for scene, path in zip(scenes, paths, strict=True):
             image = Image.open(path).convert("RGB")
-            place = images.layout(image.size, config)
+            place = images.tile_layout(image.size, config)
             windows = _windows(place, config.vision.image_size)
-            for i, (tile, window) in enumerate(zip(images.tiles(image, place, config), windows, strict=True)):
+            for i, (tile, window) in enumerate(zip(images.tile_image(image, place, config), windows, strict=True)):
                 found.append((tile, *_labels(scene, *window, config), i == 0))
             bar.advance()
     return Seen(*(np.stack(part) for part in zip(*found, strict=True)))

@@ -6,7 +6,7 @@ from typing import TypedDict
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.data.sentencepiece_tokenizer import Token, content_of
-from llava_jax.data.templates import MARK, MOST, TEMPLATES, render, render_chat
+from llava_jax.data.templates import IMAGE_TOKEN, MAX_CHAT_TEMPLATE, TEMPLATES, render, render_chat
 from llava_jax.data.tokenizer import NamedTemplate, Settings, load_tokenizer
 from llava_jax.files import read_text
 from llava_jax.json_files import read_json
@@ -14,9 +14,9 @@ from llava_jax.json_files import read_json
 # Conversations that two templates must write alike to be the same: one question, several, without an image, with
 # two. (Without a system message: published templates differ from the originals there, and few people give one.)
 PROBES = (
-    (f"{MARK}\nWhat is it?", None),
-    (f"{MARK}\nWhat is it?", "A cat.", "Why?", None),
-    (f"{MARK}\n{MARK}\nWhich is it?", None),
+    (f"{IMAGE_TOKEN}\nWhat is it?", None),
+    (f"{IMAGE_TOKEN}\nWhat is it?", "A cat.", "Why?", None),
+    (f"{IMAGE_TOKEN}\n{IMAGE_TOKEN}\nWhich is it?", None),
     ("Is it?", "Yes.", "And now?", "No.", "Why?", None),
 )
 
@@ -44,9 +44,9 @@ def read_chat_template(directory: Path) -> tuple[str, str] | None:
     program, file = found
     tokens = _special_tokens(directory)
     image = content_of((read_json(directory / "processor_config.json", Processor) or {}).get("image_token"))
-    image = image or tokens.pop("image_token", None) or MARK
+    image = image or tokens.pop("image_token", None) or IMAGE_TOKEN
     given = "".join(f"{{%- set {key} = {_quoted(token)} -%}}" for key, token in tokens.items())
-    return given + program.removeprefix(given).replace(image, MARK), file
+    return given + program.removeprefix(given).replace(image, IMAGE_TOKEN), file
 
 
 def _special_tokens(directory: Path) -> dict[str, str]:
@@ -66,7 +66,7 @@ def _find(directory: Path) -> tuple[str, str] | None:
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         path = directory / name
         if path.suffix == ".jinja":
-            program = read_text(path, MOST) if path.exists() else None
+            program = read_text(path, MAX_CHAT_TEMPLATE) if path.exists() else None
         else:
             fields = read_json(path, Settings if path.name == "tokenizer_config.json" else Processor) or {}
             program = _default(fields.get("chat_template"))

@@ -27,7 +27,7 @@ from llava_jax.checkpoints.sources import Source, Tensor, contiguous, optional_s
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.console import InputError, Progress
 from llava_jax.data.prompts import end_ids
-from llava_jax.data.templates import MARK, choose_template, get_template, is_program, jinja
+from llava_jax.data.templates import IMAGE_TOKEN, choose_template, get_template, is_jinja, to_jinja
 from llava_jax.data.tokenizer import Tokenizer
 
 PAD = "<pad>"
@@ -157,13 +157,13 @@ class _Vocabulary:
         rows = config.text.vocab_size
         if config.image_token_id is not None:
             return cls(config.image_token_id, config.text.pad_id, rows, ())
-        new = [token for token in (MARK, PAD) if tokenizer.token_id(token) is None]
+        new = [token for token in (IMAGE_TOKEN, PAD) if tokenizer.token_id(token) is None]
         first = len(tokenizer)
         ids = {token: first + i for i, token in enumerate(new)}
-        ids |= {token: tokenizer.token_id(token) for token in (MARK, PAD) if token not in ids}
+        ids |= {token: tokenizer.token_id(token) for token in (IMAGE_TOKEN, PAD) if token not in ids}
         if max(ids.values()) >= rows:
             rows = math.ceil((max(ids.values()) + 1) / ROUND_VOCAB) * ROUND_VOCAB
-        return cls(ids[MARK], ids[PAD], rows, tuple(new))
+        return cls(ids[IMAGE_TOKEN], ids[PAD], rows, tuple(new))
 
     def grow(self, table: np.ndarray) -> np.ndarray:
         """A table [V, D] with its mean for every row that is new."""
@@ -219,7 +219,7 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
         "text_config": _text_fields(config.text) | {"vocab_size": extra.rows, "pad_token_id": extra.pad_id},
         "vision_config": _vision_fields(vision),
     }
-    if not is_program(choose_template(config)):
+    if not is_jinja(choose_template(config)):
         model["conversation_template"] = choose_template(config)
     if anyres:
         model["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
@@ -231,7 +231,7 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
     if anyres:
         pixels["image_grid_pinpoints"] = model["image_grid_pinpoints"]
     processor = {
-        "processor_class": f"{kind}Processor", "image_token": MARK, "patch_size": vision.patch_size,
+        "processor_class": f"{kind}Processor", "image_token": IMAGE_TOKEN, "patch_size": vision.patch_size,
         "vision_feature_select_strategy": strategy, "num_additional_image_tokens": 1,
     }  # fmt: skip
     template = get_template(choose_template(config))
@@ -239,7 +239,7 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
         **tokenizer.transformers_files(extra.new_tokens, pad=PAD if extra.pad_id is not None else None),
         "preprocessor_config.json": pixels,
         "processor_config.json": processor,
-        "chat_template.jinja": jinja(template, config),
+        "chat_template.jinja": to_jinja(template, config),
         "generation_config.json": _generation_fields(config, tokenizer) | {"pad_token_id": extra.pad_id},
         "config.json": model,
     }

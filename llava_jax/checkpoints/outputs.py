@@ -21,7 +21,7 @@ from etils import epath
 
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import kind_of, read_bytes, remote_path
-from llava_jax.locks import InUse, LockedFile
+from llava_jax.locks import InUseError, LockedFile
 
 # What directories of checkpoints hold: ours, the original's, transformers' and PEFT's.
 CHECKPOINT_FILES = (
@@ -262,7 +262,7 @@ class _Staging:
                 if lock.is_locked and (lock.is_new or lock.is_mine()):  # new: its holder has just removed it
                     self._settle(self._path(key, "incomplete"), self._path(key, "replaced"))
                     lock.path.unlink()
-        except InUse as error:
+        except InUseError as error:
             note(f"warning: {name}: is being written by {error.owner} too; the later one will be refused")
         except (InputError, OSError):
             pass  # no lock of ours, or not ours to remove

@@ -1,1 +1,1 @@
-"""Questions and images become arrays, on the host: images, text, and the splicing of both."""
+"""Host-side data: converts images and text to arrays, and splices them."""

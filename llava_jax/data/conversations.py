@@ -1,18 +1,18 @@
-"""The format of data files, which training and evaluation read: rows of conversations.
+"""The data file format that training and evaluation read: rows of conversations.
 
-A file is a JSON list, or one object a line. The original's rows (llava/train/train.py `LazySupervisedDataset`) are
+A file is a JSON list or JSON lines. The original's rows (llava/train/train.py `LazySupervisedDataset`) are
 
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
 
-where `image` may be a list, or be missing; others are
+where `image` may also be a list or absent. Chat messages are supported too:
 
     {"id": ..., "images": ["a.jpg"], "system": "Be brief.",
      "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-`read_conversation` reads either into the same `Conversation`. Nothing that a row has is ignored silently: keys that
-would change what is learnt make the row a bad one, unknown keys are named once a file.
+`read_conversation` parses either into the same `Conversation`. No key is ignored silently: a row is rejected if it has
+a key that would change what the model learns, and each unknown key causes one warning per file.
 """
 
 import dataclasses
@@ -21,56 +21,56 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from llava_jax.console import InputError, first_line, note, shorten
-from llava_jax.data.templates import MARK
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files import memory_bytes, open_regular
 from llava_jax.json_files import parse_json
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
-# Keys that would change what is learnt, and that are not supported: a row with one of them is bad, for this reason.
+# Unsupported keys that would change what the model learns, with the reason for which a row that has one is rejected.
 _VIDEO, _AUDIO, _TOOLS = "video is not supported", "audio is not supported", "tool calls are not supported"
-_PREFERENCES = "training on preferences is not supported"
-_IMAGE = "not a key for images; name them in image or images"
-NOT_READ = {
+_PREFERENCES = "preference training is not supported"
+_IMAGE = "not a supported key for images; use image or images"
+UNSUPPORTED_KEYS = {
     "video": _VIDEO, "videos": _VIDEO, "audio": _AUDIO, "audios": _AUDIO, "tools": _TOOLS, "functions": _TOOLS,
     "chosen": _PREFERENCES, "rejected": _PREFERENCES, "kto_tag": _PREFERENCES,
     **dict.fromkeys(
         ("image_url", "image_urls", "image_path", "image_paths", "image_file", "image_files", "img", "imgs"), _IMAGE
     ),
 }  # fmt: skip
-_WHOLE_ROW = "not read in a turn; the files of all turns belong in images beside them"
-NOT_READ_IN_TURNS = {
+_NAME_BESIDE_TURNS = "not supported in a turn; list the files of all turns in images, beside conversations"
+UNSUPPORTED_TURN_KEYS = {
     "tool_calls": _TOOLS, "function_call": _TOOLS, "tool_call_id": _TOOLS, "video": _VIDEO, "videos": _VIDEO,
-    "audio": _AUDIO, "audios": _AUDIO, "image": _WHOLE_ROW, "images": _WHOLE_ROW,
-    "weight": "weights of turns are not supported",
+    "audio": _AUDIO, "audios": _AUDIO, "image": _NAME_BESIDE_TURNS, "images": _NAME_BESIDE_TURNS,
+    "weight": "turn weights are not supported",
 }  # fmt: skip
 
-MEAN_SOMETHING_WHEN_FALSE = {"kto_tag", "weight"}  # of those above; `"video": false` only says that there is none
+MEANINGFUL_WHEN_FALSE = {"kto_tag", "weight"}  # unlike `"video": false`, which means that there is none
 
-# Keys that are read, and keys that describe a row and change nothing.
-READ = {"id", "conversations", "messages", "image", "images", "system", "kinds"}
-DESCRIBE = {
+# Keys that are read, and keys that only describe a row and are ignored.
+ROW_KEYS = {"id", "conversations", "messages", "image", "images", "system", "kinds"}
+METADATA_KEYS = {
     *("model", "source", "dataset", "dataset_name", "data_source", "split", "task", "type", "category", "capability"),
     *("question_id", "question_type", "image_id", "width", "height", "size", "language", "lang", "license", "tags"),
     *("metadata", "meta", "url", "date", "timestamp", "hash"),
 }
-READ_IN_TURNS = {"from", "value", "role", "content"}
-DESCRIBE_IN_TURNS = {"id", "name", "kind", "model"}
-READ_IN_PARTS = {"type", "text", "image", "image_url", "path", "url", "index"}
+TURN_KEYS = {"from", "value", "role", "content"}
+TURN_METADATA_KEYS = {"id", "name", "kind", "model"}
+PART_KEYS = {"type", "text", "image", "image_url", "path", "url", "index"}
 IMAGE_PARTS = ("image", "image_url")
-MAX_ROW = 256 * 2**20  # bytes of a line: with images in `data:` URLs
-LARGEST_GROWTH = 40  # times a file's bytes its values may take in memory: `[],` and the like
+MAX_LINE = 256 * 2**20  # bytes, since images may be `data:` URLs
+MAX_PARSED_GROWTH = 40  # memory of parsed values over bytes of the file, at worst (`[],`)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-MOST_NAMED = 10  # unknown keys of a file that are named
+MAX_NAMED_KEYS = 10  # unknown keys that warnings name per file
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A row of a data file, whatever its format.
+    """A row of a data file in either format.
 
     Attributes:
-      turns: `[{"from": "human" | "gpt", "value": text}, ...]`, with an `<image>` mark where an image stands.
-      images: their names, in the order of the marks: files of the image folder, or `data:` and `file:` URLs.
+      turns: `[{"from": "human" | "gpt", "value": text}, ...]`, with an `<image>` token for each image.
+      images: image names in the order of the tokens: files in the image folder, or `data:` and `file:` URLs.
       system: a system message instead of the template's; None for the template's own.
     """
 
@@ -83,21 +83,21 @@ class Conversation:
 
 
 def read_rows(path: str | os.PathLike) -> list[Any]:
-    """The rows of a JSON list, or of JSON lines. A line that is no JSON becomes the `InputError` that says so.
+    """Read the rows of a JSON list or of JSON lines. An invalid line becomes an `InputError` in the result.
 
     Raises:
-      InputError: there is no such file, it is empty, or the list is broken.
+      InputError: the file is missing, empty or larger than memory, or the list is not valid JSON.
     """
     name = shorten(path)
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > memory_bytes():
-                raise InputError(f"{name}: has {size:,} bytes, more than this machine has memory ({memory_bytes():,})")
-            if size * LARGEST_GROWTH > memory_bytes() and (parsed := _parsed_bytes(file)) > memory_bytes():
+                raise InputError(f"{name}: has {size:,} bytes, more than this machine's memory ({memory_bytes():,})")
+            if size * MAX_PARSED_GROWTH > memory_bytes() and (parsed := _parsed_bytes(file)) > memory_bytes():
                 raise InputError(
-                    f"{name}: its values may take {parsed:,} bytes, more than this machine has memory "
-                    f"({memory_bytes():,}); split it and give each part with --data"
+                    f"{name}: its values may take {parsed:,} bytes, more than this machine's memory "
+                    f"({memory_bytes():,}); split it and pass each part with --data"
                 )
             is_list = _first_byte(file) == b"["
             file.seek(0)
@@ -105,13 +105,13 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be read ({first_line(error)})") from None
     if not rows:
-        raise InputError(f"{name}: no conversations in it; it should be a JSON list or JSON lines")
+        raise InputError(f"{name}: has no conversations; it should be a JSON list or JSON lines")
     return rows
 
 
 def _parsed_bytes(file: BinaryIO) -> int:
-    """What its values take in memory, at most: a list or an object in CPython has 88 bytes with its place in another, a
-    string 60 beside its characters, a number 32."""
+    """Upper bound on the memory of a file's parsed values: in CPython a list or an object takes 88 bytes including the
+    reference to it, a string 60 plus its characters, a number 32."""
     size = 0
     while block := file.read(2**20):
         strings, numbers = block.count(b'"') // 2, block.count(b",")
@@ -121,7 +121,7 @@ def _parsed_bytes(file: BinaryIO) -> int:
 
 
 def _first_byte(file: BinaryIO) -> bytes:
-    """The first that is no blank, behind a byte order mark; empty if there is none."""
+    """The first byte that is not whitespace, after any byte order mark; empty if there is none."""
     block = file.read(2**16).removeprefix(BYTE_ORDER_MARK)
     while block and not block.strip():
         block = file.read(2**16)
@@ -137,10 +137,10 @@ def _read_list(data: bytes, name: str) -> list[Any]:
 
 def _read_lines(file: BinaryIO, name: str) -> Iterator[Any]:
     number = 0
-    while line := file.readline(MAX_ROW + 1):
+    while line := file.readline(MAX_LINE + 1):
         number += 1
-        if len(line) > MAX_ROW:
-            raise InputError(f"{name}: line {number} has more than {MAX_ROW:,} bytes")
+        if len(line) > MAX_LINE:
+            raise InputError(f"{name}: line {number} has more than {MAX_LINE:,} bytes")
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
         yield from (_read_line(part) for part in line.splitlines() if part.strip())
@@ -153,42 +153,40 @@ def _read_line(line: bytes) -> Any:
         return error
 
 
-def note_unread_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
-    """Warn once about each unknown key of a file's rows, and of their turns."""
-    known = {*READ, *DESCRIBE, *NOT_READ}
-    known_in_turns = {*READ_IN_TURNS, *DESCRIBE_IN_TURNS, *NOT_READ_IN_TURNS}
+def warn_unknown_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
+    """Warn once about each unknown key in a file's rows and their turns."""
+    known = {*ROW_KEYS, *METADATA_KEYS, *UNSUPPORTED_KEYS}
+    known_in_turns = {*TURN_KEYS, *TURN_METADATA_KEYS, *UNSUPPORTED_TURN_KEYS}
     found: dict[str, int] = {}
 
-    def look(number: int, there: dict[str, Any], known: set[str], where: str) -> None:
-        if not there.keys() <= known:
-            for key in there.keys() - known:
+    def collect(number: int, mapping: dict[str, Any], known: set[str], where: str) -> None:
+        if not mapping.keys() <= known:
+            for key in mapping.keys() - known:
                 found.setdefault(f"key {shorten(key, 40)!r}{where}", number)
 
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             continue
-        look(number, row, known, "")
+        collect(number, row, known, "")
         for turn in _turns_of(row):
             if isinstance(turn, dict):
-                look(number, turn, known_in_turns, " of a turn")
+                collect(number, turn, known_in_turns, " of a turn")
                 for part in _parts_of(turn):
-                    look(number, part, READ_IN_PARTS, " of a part")
-    for what, number in sorted(found.items(), key=lambda item: (item[1], item[0]))[:MOST_NAMED]:
-        note(f"warning: {shorten(path)}: {what} is not read (first in row {number})")
-    if len(found) > MOST_NAMED:
-        note(f"warning: {shorten(path)}: nor are {len(found) - MOST_NAMED} other keys")
+                    collect(number, part, PART_KEYS, " of a part")
+    for what, number in sorted(found.items(), key=lambda item: (item[1], item[0]))[:MAX_NAMED_KEYS]:
+        note(f"warning: {shorten(path)}: {what} is ignored (first in row {number})")
+    if len(found) > MAX_NAMED_KEYS:
+        note(f"warning: {shorten(path)}: {len(found) - MAX_NAMED_KEYS} other keys are ignored too")
 
 
 # ---------------------------------------------------------------- a row
 
 
 def read_conversation(row: Any) -> Conversation:
-    """A row of a data file as a conversation.
-
-    Speakers are checked to be known, not to take turns.
+    """Parse a row of a data file. Speakers must be known; that they take turns is checked later.
 
     Raises:
-      InputError: it is no conversation, or has a key that would mean something and is not read.
+      InputError: the row is not a conversation, or has an unsupported key.
     """
     if isinstance(row, InputError):
         raise InputError(str(row))
@@ -197,51 +195,51 @@ def read_conversation(row: Any) -> Conversation:
     if not isinstance(row.get("id"), str | int | float | None):
         raise InputError("id must be text or a number")
     names = image_names(row)
-    key = _one_of(row, "conversations", "messages")
-    said = row.get(key)
-    if not isinstance(said, list) or not said:
+    key = _pick_key(row, "conversations", "messages")
+    given = row.get(key)
+    if not isinstance(given, list) or not given:
         raise InputError(
-            f"{key} must be a list of turns" + ("" if key in row else "; there is neither it nor messages")
+            f"{key} must be a list of turns" + ("" if key in row else "; the row has neither it nor messages")
         )
-    parts = _Parts(names)
-    turns = [_read_turn(turn, key, parts) for turn in said]
+    parts = _ImageParts(names)
+    turns = [_read_turn(turn, key, parts) for turn in given]
     system = row.get("system") or None
     if system is not None and not isinstance(system, str):
         raise InputError("system must be text")
     if turns[0]["from"] == "system":
         if system:
-            raise InputError(f"a system message both in system and in {key}; give one")
+            raise InputError(f"both system and {key} have a system message; give one")
         system = turns.pop(0)["value"] or None
     if any(turn["from"] == "system" for turn in turns):
-        raise InputError("a system message that is not the first turn")
-    if system and MARK in system:
-        raise InputError(f"the system message has an {MARK} mark; images belong to the questions")
+        raise InputError("the system message must be the first turn")
+    if system and IMAGE_TOKEN in system:
+        raise InputError(f"the system message has an {IMAGE_TOKEN} token; images belong in questions")
     images = parts.images()
     for text in (system or "", *images, str(row.get("id")), *(turn["value"] for turn in turns)):
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half of a pair of \\u escapes
-            raise InputError(f"text that is no Unicode ({error.reason})") from None
+        except UnicodeEncodeError as error:  # an unpaired \\u surrogate
+            raise InputError(f"text is not valid Unicode ({error.reason})") from None
     return Conversation(turns, images, system)
 
 
 def image_names(row: dict[str, Any]) -> list[str]:
-    """The names in `image` or `images` of a row: a text, a list of them, or nothing.
+    """The image names in `image` or `images` of a row: a string, a list of strings, or absent.
 
     Raises:
-      InputError: they are something else, or the row has a key that would mean something and is not read.
+      InputError: they are something else, or the row has an unsupported key.
     """
-    _refuse(row, NOT_READ)
-    key = _one_of(row, "image", "images")
+    _check_supported(row, UNSUPPORTED_KEYS)
+    key = _pick_key(row, "image", "images")
     names = row.get(key)
     names = [] if names is None else names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{key} must be a file name or a list of them")
+        raise InputError(f"{key} must be a file name or a list of file names")
     return names
 
 
 def count_images(row: Any) -> int:
-    """Images that a row names, or has places for; of a row that can be read, those of its `Conversation`."""
+    """The number of images that a row names or has parts for: for a valid row, that of its `Conversation`."""
     if not isinstance(row, dict):
         return 0
     names = row.get("image") or row.get("images")
@@ -249,13 +247,13 @@ def count_images(row: Any) -> int:
     placed = 0
     for turn in _turns_of(row):
         content = isinstance(turn, dict) and (turn.get("content") or turn.get("value"))
-        if isinstance(content, list):  # seldom: of most rows nothing else is done
+        if isinstance(content, list):  # rare: most rows need no more than the check
             placed += sum(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in content)
     return max(named, placed)
 
 
 def has_system(row: Any) -> bool:
-    """Whether a row has a system message of its own."""
+    """Whether a row has its own system message."""
     if not isinstance(row, dict):
         return False
     first = next(iter(_turns_of(row)), None)
@@ -263,13 +261,13 @@ def has_system(row: Any) -> bool:
     return bool(row.get("system")) or in_turns
 
 
-class _Parts:
-    """The images of a row, as the parts of its messages name them or point at those in `images`."""
+class _ImageParts:
+    """The images of a row: message parts either name them, or refer to entries of `images`."""
 
     def __init__(self, names: list[str]):
         self.given, self.found = names, []
-        self._shown: list[int] = []  # places in `given` of those that parts point at
-        self._indexed: bool | None = None  # whether these parts have an index
+        self._referenced: list[int] = []  # indices into `given` that parts refer to
+        self._indexed: bool | None = None  # whether the parts have an index
 
     def add(self, part: dict[str, Any]) -> None:
         for key in ("image", "image_url", "path", "url"):
@@ -278,62 +276,64 @@ class _Parts:
         else:
             at = part.get("index")
             if self._indexed not in (None, at is not None):
-                raise InputError("image parts with an index and without; give an index to each of them, or to none")
+                raise InputError("some image parts have an index and some do not; give one to all of them or to none")
             self._indexed = at is not None
-            at = len(self._shown) if at is None else at
+            at = len(self._referenced) if at is None else at
             if type(at) is not int or not 0 <= at < len(self.given):
-                raise InputError(f"an image part for image {shorten(at)}, and {len(self.given)} are named in images")
-            self._shown.append(at)
+                raise InputError(
+                    f"an image part refers to image {shorten(at)}, but images has {len(self.given)} entries"
+                )
+            self._referenced.append(at)
             self.found.append(self.given[at])
             return
         name = name.get("url") if isinstance(name, dict) else name
         if not isinstance(name, str) or not name:
-            raise InputError("an image part must name a file, or nothing where images does")
+            raise InputError("an image part must name a file, or have no name if images lists the files")
         if self.given:
-            raise InputError("images named both in the parts of messages and beside them; name them in one place")
+            raise InputError("both message parts and images name files; name them in one place")
         self.found.append(name)
 
     def images(self) -> tuple[str, ...]:
-        """Those that the parts show; without such parts, all that the row names."""
-        missing = sorted({*range(len(self.given))} - {*self._shown})
+        """The images of the parts; without image parts, all that the row names."""
+        missing = sorted({*range(len(self.given))} - {*self._referenced})
         if self.found and missing:
             raise InputError(
-                f"{len(self.found)} image parts for {len(self.given)} images: none shows image {missing[0]} of images, "
-                "counted from 0"
+                f"{len(self.found)} image parts for {len(self.given)} images: no part refers to image {missing[0]} "
+                "(counted from 0)"
             )
         return tuple(self.found or self.given)
 
 
-def _read_turn(turn: Any, key: str, parts: _Parts) -> dict[str, str]:
+def _read_turn(turn: Any, key: str, parts: _ImageParts) -> dict[str, str]:
     wanted = "from and value" if key == "conversations" else "role and content"
     if not isinstance(turn, dict):
         raise InputError(f"each turn of {key} must have {wanted}, both text")
-    _refuse(turn, NOT_READ_IN_TURNS)
-    speaker, value = turn.get(_one_of(turn, "from", "role")), turn.get(_one_of(turn, "value", "content"))
+    _check_supported(turn, UNSUPPORTED_TURN_KEYS)
+    speaker, value = turn.get(_pick_key(turn, "from", "role")), turn.get(_pick_key(turn, "value", "content"))
     if isinstance(value, list):
-        value = _join(value, parts)
+        value = _join_parts(value, parts)
     if not isinstance(speaker, str) or not isinstance(value, str):
         raise InputError(f"each turn of {key} must have {wanted}, both text")
     if speaker.lower() not in SPEAKERS:
-        raise InputError(f"a turn of {shorten(speaker, 40)!r}; known are {', '.join(SPEAKERS)}")
+        raise InputError(f"unknown speaker {shorten(speaker, 40)!r}; supported: {', '.join(SPEAKERS)}")
     return {"from": SPEAKERS[speaker.lower()], "value": value}
 
 
-def _join(content: list[Any], parts: _Parts) -> str:
-    """The parts of a message as one text. An image is a mark on a line of its own; texts are joined as they are."""
+def _join_parts(content: list[Any], parts: _ImageParts) -> str:
+    """Join the parts of a message. An image becomes an `<image>` token on a line of its own; texts are unchanged."""
     text = ""
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             if not isinstance(part.get("text"), str):
-                raise InputError("a message with a part of type text and no text")
-            text += ("\n" if part["text"] and text.endswith(MARK) else "") + part["text"]
+                raise InputError("a message part of type text has no text")
+            text += ("\n" if part["text"] and text.endswith(IMAGE_TOKEN) else "") + part["text"]
         elif kind in IMAGE_PARTS:
             parts.add(part)
-            text += ("\n" if text and not text.endswith("\n") else "") + MARK
+            text += ("\n" if text and not text.endswith("\n") else "") + IMAGE_TOKEN
         else:
-            shown = shorten(kind, 40) if isinstance(kind, str) else "unknown"
-            raise InputError(f"a message with a part of type {shown}; only text and image are read")
+            kind = shorten(kind, 40) if isinstance(kind, str) else "unknown"
+            raise InputError(f"a message part has type {kind}; only text and image are supported")
     return text
 
 
@@ -347,19 +347,19 @@ def _parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
 
 
-def _refuse(there: dict[str, Any], keys: dict[str, str]) -> None:
-    for key in sorted(there.keys() & keys.keys()):
-        value = there[key]
-        absent = value in (None, "", [], {}) or (value in (False, 0) and key not in MEAN_SOMETHING_WHEN_FALSE)
+def _check_supported(mapping: dict[str, Any], unsupported: dict[str, str]) -> None:
+    for key in sorted(mapping.keys() & unsupported.keys()):
+        value = mapping[key]
+        absent = value in (None, "", [], {}) or (value in (False, 0) and key not in MEANINGFUL_WHEN_FALSE)
         if not absent and not (key == "weight" and value == 1):
-            raise InputError(f"{key}: {keys[key]}")
+            raise InputError(f"{key}: {unsupported[key]}")
 
 
-def _one_of(there: dict[str, Any], first: str, second: str) -> str:
-    """Which of two keys for one thing there is."""
+def _pick_key(mapping: dict[str, Any], first: str, second: str) -> str:
+    """The one of two synonymous keys that is present."""
     empty = (None, "", [])
-    if second not in there or there[second] in empty:
-        return second if first not in there and second in there else first
-    if first in there and there[first] not in empty:
-        raise InputError(f"both {first} and {second}; give one of them")
+    if second not in mapping or mapping[second] in empty:
+        return second if first not in mapping and second in mapping else first
+    if first in mapping and mapping[first] not in empty:
+        raise InputError(f"has both {first} and {second}; give one of them")
     return second

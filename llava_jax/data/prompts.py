@@ -1,11 +1,10 @@
-"""Conversations to token ids with image marks, and to the labels of training (host only).
+"""Convert conversations to token ids with image tokens, and to labels for training (host only).
 
-`encode` tokenizes text around its image marks; `encode_conversation` renders a conversation, tokenizes it and labels
-the tokens. Ids equal llava/mm_utils.py's `tokenizer_image_token`, labels llava/train/train.py's.
+`encode` tokenizes text around its `<image>` tokens; `encode_conversation` renders a conversation, tokenizes it and
+labels the tokens. Ids equal llava/mm_utils.py's `tokenizer_image_token`, labels llava/train/train.py's.
 
-Labels come from character offsets. The reference instead adds up the lengths of separately tokenized pieces,
-which goes wrong with many tokenizers ("tokenization mismatch"), whereupon it drops the whole sample. Where it
-does not go wrong, the labels here are the same.
+Labels come from character offsets. The reference instead sums the lengths of separately tokenized pieces, which fails
+with many tokenizers ("tokenization mismatch") and then drops the whole sample. Where it works, the labels are the same.
 """
 
 from collections.abc import Sequence
@@ -15,47 +14,58 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, shorten
 from llava_jax.data.splice import IGNORE, IMAGE
-from llava_jax.data.templates import IMAGE_END, IMAGE_PATCH, IMAGE_START, MARK, Span, Template, mark, render
+from llava_jax.data.templates import (
+    IMAGE_END,
+    IMAGE_PATCH,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    Span,
+    Template,
+    image_markup,
+    render,
+)
 from llava_jax.data.tokenizer import Tokenizer
 
 
-def with_images(turns: Sequence[str | None], images: int, config: LlavaConfig) -> list[str | None]:
-    """A conversation with its image marks: as written, or one for each image in front of it if it has none.
+def add_image_tokens(turns: Sequence[str | None], images: int, config: LlavaConfig) -> list[str | None]:
+    """Ensure that a conversation has an `<image>` token per image: if it has none, all are put in front.
 
     Raises:
-      InputError: it has marks, but not one for each image.
+      InputError: it has `<image>` tokens, but not one per image.
     """
-    marks = sum(turn.count(MARK) for turn in turns if turn)
-    if marks not in (0, images):
+    count = sum(turn.count(IMAGE_TOKEN) for turn in turns if turn)
+    if count not in (0, images):
         raise InputError(
-            f"the prompt has {marks} {MARK} marks for {images} images; there must be one for each, or none at all"
+            f"the prompt has {count} {IMAGE_TOKEN} tokens for {images} images; give one for each image, or none"
         )
-    if marks == 0:
-        turns = [f"{MARK}\n" * images + turns[0], *turns[1:]]
-    return [turn and turn.replace(MARK, mark(config)) for turn in turns]
+    if count == 0:
+        turns = [f"{IMAGE_TOKEN}\n" * images + turns[0], *turns[1:]]
+    return [turn and turn.replace(IMAGE_TOKEN, image_markup(config)) for turn in turns]
 
 
 def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize text around its image marks: each piece on its own, one BOS in front.
+    """Tokenize text around its `<image>` tokens: each piece separately, one BOS in front.
 
     Returns:
-      ids int32 [n], `IMAGE` for each mark; offsets int32 [n, 2], where in `text` each token comes from.
+      ids int32 [n], with `IMAGE` for `<image>`; offsets int32 [n, 2], the (start, end) of each token in `text`.
 
     Raises:
-      InputError: the text cannot be written as UTF-8.
+      InputError: the text cannot be encoded as UTF-8.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"the text is not Unicode: {text[error.start : error.end]!a} is half a character") from None
+        raise InputError(
+            f"the text is not valid Unicode: {text[error.start : error.end]!a} is an unpaired surrogate"
+        ) from None
     ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     offsets: list[Span] = [(0, 0)] * len(ids)
     at = 0
-    for i, piece in enumerate(text.split(MARK)):
+    for i, piece in enumerate(text.split(IMAGE_TOKEN)):
         if i:
             ids.append(IMAGE)
-            offsets.append((at, at + len(MARK)))
-            at += len(MARK)
+            offsets.append((at, at + len(IMAGE_TOKEN)))
+            at += len(IMAGE_TOKEN)
         piece_ids, piece_offsets = tokenizer.encode(piece)
         ids += piece_ids
         offsets += [(at + a, at + b) for a, b in piece_offsets]
@@ -66,15 +76,15 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 def encode_prompt(
     template: Template, turns: Sequence[str | None], tokenizer: Tokenizer, *, system: str | None = None
 ) -> np.ndarray:
-    """Token ids [n] of a conversation that the model is to continue."""
+    """Token ids [n] of a conversation for the model to continue."""
     text, _ = render(template, turns, system=system)
-    if template.style == "jinja" and tokenizer.bos_id is not None:  # written and added, one of them is enough
+    if template.style == "jinja" and tokenizer.bos_id is not None:  # the template writes BOS, and `encode` adds it
         text = text.removeprefix(tokenizer.token(tokenizer.bos_id))
     return encode(text, tokenizer)[0]
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, config: LlavaConfig) -> None:
-    """Add the image tokens that a configuration asks for (llava/model/builder.py), where they are missing."""
+    """Add the special image tokens of a configuration that the tokenizer lacks (llava/model/builder.py)."""
     if config.use_im_patch and config.use_im_start_end:
         tokenizer.add_special([IMAGE_PATCH])
     if config.use_im_start_end:
@@ -82,7 +92,8 @@ def prepare_tokenizer(tokenizer: Tokenizer, config: LlavaConfig) -> None:
 
 
 def end_ids(config: LlavaConfig, tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
-    """The tokens that end an answer: the configuration's, the tokenizer's, the template's where it is one token."""
+    """The ids that end an answer: those of the configuration and tokenizer, and the template's stop string if it is one
+    token."""
     ends = {*config.text.eos_ids, tokenizer.eos_id, template.stop and tokenizer.token_id(template.stop)}
     return tuple(sorted(ends - {None, ""}))
 
@@ -100,58 +111,58 @@ def encode_conversation(
     images: int = 1,
     image_last: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and labels of a training conversation, as llava/train/train.py `preprocess` makes them.
+    """Token ids and labels of a training conversation, as from llava/train/train.py `preprocess`.
 
     Args:
       conversation: `[{"from": "human" | "gpt", "value": text}, ...]`.
       config: for `mm_use_im_start_end`.
-      system: a system message instead of the template's; the plain template, which discards questions, has none.
-      images: how many the conversation has. With one, the marks of a turn become a single one in front of it,
-        as the reference does (`preprocess_multimodal`); with several they stay where they are.
-      image_last: put that single mark behind the turn's text.
+      system: a system message instead of the template's; the plain template, which discards questions, ignores it.
+      images: the number of images. With one, the `<image>` tokens of a turn become a single one in front of it, as in
+        the reference (`preprocess_multimodal`); with several they stay where they are.
+      image_last: put that single `<image>` after the turn's text.
 
     Returns:
       ids int32 [n] with `IMAGE`, labels int32 [n] with `IGNORE` where nothing is trained.
 
     Raises:
-      InputError: a speaker is unknown or speaks out of turn.
+      InputError: a speaker is unknown or out of turn.
     """
-    values = [_place_marks(turn["value"], template, config, images, image_last) for turn in conversation]
+    values = [_place_images(turn["value"], template, config, images, image_last) for turn in conversation]
     speakers = [turn["from"] for turn in conversation]
     if template.style == "single":
         return _encode_v0(speakers, values, template, tokenizer, system)
     turns = _turns(speakers, values)
     if template.style == "plain":
-        if len(turns) != 2 or MARK not in turns[0]:
-            raise InputError(f"the plain template wants one question with an {MARK} mark and one answer")
-        text = MARK + turns[1] + template.sep
-        spans = [(len(MARK), len(text))]
+        if len(turns) != 2 or IMAGE_TOKEN not in turns[0]:
+            raise InputError(f"the plain template needs one question with an {IMAGE_TOKEN} token and one answer")
+        text = IMAGE_TOKEN + turns[1] + template.sep
+        spans = [(len(IMAGE_TOKEN), len(text))]
     else:
         text, spans = render(template, turns, system=system)
     ids, offsets = encode(text, tokenizer)
     return ids, np.where(_inside(offsets, spans) & (ids != IMAGE), ids, IGNORE)
 
 
-def _place_marks(value: str, template: Template, config: LlavaConfig | None, images: int, image_last: bool) -> str:
-    if MARK in value and images == 1:
-        text = value.replace(MARK, "").strip()
-        value = (f"{text}\n{MARK}" if image_last else f"{MARK}\n{text}").strip()
+def _place_images(value: str, template: Template, config: LlavaConfig | None, images: int, image_last: bool) -> str:
+    if IMAGE_TOKEN in value and images == 1:
+        text = value.replace(IMAGE_TOKEN, "").strip()
+        value = (f"{text}\n{IMAGE_TOKEN}" if image_last else f"{IMAGE_TOKEN}\n{text}").strip()
     if template.image_tag:
-        value = value.replace(MARK, f"<Image>{MARK}</Image>")
-    return value.replace(MARK, mark(config)) if config else value
+        value = value.replace(IMAGE_TOKEN, f"<Image>{IMAGE_TOKEN}</Image>")
+    return value.replace(IMAGE_TOKEN, image_markup(config)) if config else value
 
 
 def _turns(speakers: list[str], values: list[str]) -> list[str]:
-    first = 1 if speakers[:1] == ["gpt"] else 0  # the reference drops an answer that nobody asked for
+    first = 1 if speakers[:1] == ["gpt"] else 0  # the reference drops an answer without a question
     expected = ["human", "gpt"] * len(speakers)
     if speakers[first:] != expected[: len(speakers) - first]:
-        raise InputError(f"speakers must take turns, human first; here they are {shorten(', '.join(speakers))}")
+        raise InputError(f"speakers must take turns, human first; got {shorten(', '.join(speakers))}")
     return values[first:]
 
 
 def _inside(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """[n] whether a token begins in one of the spans, or before it and ends in it: where a tokenizer's normalization
-    makes the newline of a header a space, the space is part of the answer's first token."""
+    """[n] whether a token begins in one of the spans, or begins before and ends in it: if a tokenizer normalizes the
+    newline of a header to a space, that space belongs to the answer's first token."""
     inside = np.zeros(len(offsets), bool)
     begins, ends = offsets.T
     for start, end in spans:
@@ -162,11 +173,11 @@ def _inside(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 def _encode_v0(
     speakers: list[str], values: list[str], template: Template, tokenizer: Tokenizer, system: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """v0's own layout and mask, drift included.
+    """v0's own format and mask, including its offset error.
 
-    Its training text is not its prompt: `{system}\\n\\n### Human: ...\\n### Assistant: ...\\n### `. Of a human
-    turn all but the first two tokens are masked, and the place of a turn is the sum of the lengths of those
-    before it, each counted with a BOS that the whole text has only once (train.py `_mask_targets`).
+    The training text differs from the prompt: `{system}\\n\\n### Human: ...\\n### Assistant: ...\\n### `. All but
+    the first two tokens of a human turn are masked, and a turn starts at the sum of the lengths of those before it,
+    each counted with a BOS that the whole text has only once (train.py `_mask_targets`).
     """
     names = {"human": template.roles[0], "gpt": template.roles[1]}
     header = f"{template.system if system is None else template.with_system(system)}\n\n"

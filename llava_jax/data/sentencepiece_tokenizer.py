@@ -1,7 +1,7 @@
-"""SentencePiece inside the rules of transformers' slow `LlamaTokenizer` (4.37.2), which the reference runs.
+"""SentencePiece with the rules of transformers' slow `LlamaTokenizer` (4.37.2), which the reference uses.
 
-Text is split at added tokens (tokenization_utils.py `PreTrainedTokenizer.tokenize`), and `legacy` says where the dummy
-prefix goes (models/llama/tokenization_llama.py): before each piece of text, or before the first one only.
+Text is split at added tokens (tokenization_utils.py `PreTrainedTokenizer.tokenize`), and `legacy` determines where the
+dummy prefix goes (models/llama/tokenization_llama.py): before each piece of text, or before the first one only.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from llava_jax.console import InputError, first_line, shorten
 
 SPACE = "▁"
-USUAL = ("<s>", "</s>", "<unk>")  # LLaMA's special tokens, which a checkpoint's files need not name
+LLAMA_SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")  # defaults that a checkpoint's files may omit
 
-MAX_GAP = 10_000  # ids without a token, that an exported tokenizer names
+MAX_GAP = 10_000  # unused ids that an export may fill with placeholder tokens
 
 Offsets = list[tuple[int, int]]
 
 
 class Token(TypedDict, total=False):
-    """A token as files have it that say more of it than its text."""
+    """A token with its flags, as `tokenizer_config.json` stores it."""
 
     content: Required[str]
     lstrip: bool
@@ -36,12 +36,12 @@ class Token(TypedDict, total=False):
 
 
 def content_of(token: str | Token | None) -> str | None:
-    """What a token says, of either form in which files have it."""
+    """The text of a token, which files store as a string or with flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def added_token(token: str | Token, special: bool) -> AddedToken:
-    """A token of a file as an added one; `special` is for those that do not say whether they are."""
+    """Convert a token from a file to an `AddedToken`; `special` applies if the file does not specify it."""
     if isinstance(token, str):
         return AddedToken(token, special=special, normalized=not special)
     flags = {key: token.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized")}
@@ -50,15 +50,15 @@ def added_token(token: str | Token, special: bool) -> AddedToken:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A stretch of a text: what it says, where it begins, and its id if it is an added token."""
+    """A substring of a text: its content, its start, and its id if it is an added token."""
 
     text: str
     start: int
     id: int | None = None
 
 
-class SlowTokenizer:
-    """A `tokenizer.model`.
+class SentencePieceTokenizer:
+    """The tokenizer of a `tokenizer.model`.
 
     Attributes:
       added: special tokens, and tokens beyond the model's own pieces, by id.
@@ -75,23 +75,23 @@ class SlowTokenizer:
         added: dict[int, AddedToken],
     ):
         self.legacy, self._proto, self._unk = legacy, proto, unk
-        sentencepiece.set_min_log_level(2)  # warnings about pieces
+        sentencepiece.set_min_log_level(2)  # no warnings about pieces
         try:
             self._model = sentencepiece.SentencePieceProcessor(
                 model_proto=proto if self.legacy else _without_dummy_prefix(proto)
             )
             self._size = self._model.get_piece_size()
-            self._model.id_to_piece(list(range(self._size)))  # raises where one is no UTF-8
+            self._model.id_to_piece(list(range(self._size)))  # raises if a piece is not UTF-8
         except Exception as error:
-            raise InputError(f"{path}: no SentencePiece model ({first_line(error)})") from None
+            raise InputError(f"{path}: not a SentencePiece model ({first_line(error)})") from None
         self._unk_length = len(self._model.encode(unk))
         self._special = {content_of(token) for token in special}
         self.added = dict(added)
         contents = {token.content for token in added.values()}
         for token in special:
-            # A usual one that the checkpoint neither names nor has is none.
-            usual = token in USUAL and self._piece_id(token) is None
-            if content_of(token) not in contents and not usual:
+            # Skip defaults that are not in the model's vocabulary.
+            is_missing_default = token in LLAMA_SPECIAL_TOKENS and self._piece_id(token) is None
+            if content_of(token) not in contents and not is_missing_default:
                 contents.add(content_of(token))
                 self._add(added_token(token, True))
         self._index()
@@ -134,7 +134,7 @@ class SlowTokenizer:
         for piece in self._split(text):
             if piece.id is not None:
                 if shift and len(ids) == 1 and self.token(ids[0]) == SPACE and piece.text in self._special:
-                    ids, offsets = [], []  # no space before a text that begins with a special token
+                    ids, offsets = [], []  # no dummy prefix before a special token
                 ids.append(piece.id)
                 offsets.append((piece.start, piece.start + len(piece.text)))
             else:
@@ -144,7 +144,7 @@ class SlowTokenizer:
         return ids, [(max(a - shift, 0), max(b - shift, 0)) for a, b in offsets]
 
     def _split(self, text: str) -> list[_Piece]:
-        """The text at its added tokens, each of which may take spaces beside it along, or want to be a word."""
+        """Split a text at its added tokens, which may strip adjacent spaces or only match whole words."""
         pieces, end = [], 0
         for match in self._split_at.finditer(text):
             if match.start() > end:
@@ -173,7 +173,7 @@ class SlowTokenizer:
     def _encode_text(self, text: str) -> tuple[list[int], Offsets]:
         skip = ""
         if not self.legacy and text.startswith((SPACE, " ")):
-            skip = self._unk  # SentencePiece would strip the space at the beginning of a text
+            skip = self._unk  # SentencePiece strips a leading space
         found = self._model.encode(skip + text, return_type="offset_mapping")
         ids, offsets = found["ids"], found["offsets"]
         if skip and len(ids) >= self._unk_length:
@@ -185,7 +185,7 @@ class SlowTokenizer:
         for i in [*ids, None]:
             token = self.added.get(i) if i is not None else None
             if i is not None and token is None:
-                if 0 <= i < self._size:  # not a row that only pads the embeddings
+                if 0 <= i < self._size:  # skip ids that only pad the embedding table
                     run.append(i)
                 continue
             if run:
@@ -208,7 +208,7 @@ class SlowTokenizer:
         return i not in self.added and 0 <= i < self._size and self._model.is_byte(i)
 
     def for_transformers(self) -> tokenizers.Tokenizer:
-        """What transformers' own converter makes of it."""
+        """Convert with transformers' own converter."""
         from transformers import PreTrainedTokenizerFast
 
         with tempfile.TemporaryDirectory() as directory:
@@ -217,17 +217,17 @@ class SlowTokenizer:
         for i, token in sorted(self.added.items()):
             if i - engine.get_vocab_size() > MAX_GAP:
                 raise InputError(
-                    f"the added token {shorten(token.content)!r} has id {i}, far beyond the {engine.get_vocab_size()} "
-                    "tokens before it"
+                    f"the added token {shorten(token.content)!r} has id {i}, too far beyond the "
+                    f"{engine.get_vocab_size()} tokens before it"
                 )
-            while engine.get_vocab_size() < i:  # ids there have no gaps
+            while engine.get_vocab_size() < i:  # ids there must be contiguous
                 engine.add_special_tokens([f"<|reserved_{engine.get_vocab_size()}|>"])
             flags = {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "special")}
             engine.add_tokens([AddedToken(token.content, normalized=False, **flags)])
             if engine.token_to_id(token.content) != i:
                 raise InputError(
                     f"the added token {shorten(token.content)!r} has id {i}, which transformers' tokenizer cannot "
-                    "give it"
+                    "assign"
                 )
         if not self.legacy:
             if not _parse(self._proto).normalizer_spec.add_dummy_prefix:
@@ -239,8 +239,8 @@ class SlowTokenizer:
 
 
 def prefix_after_images(engine: tokenizers.Tokenizer) -> None:
-    """Let text that begins with a newline have the prefix of a text's beginning: it stands behind an image, and here is
-    a text of its own."""
+    """Prepend the dummy prefix to text that begins with a newline: such text follows an image, and is tokenized
+    separately here."""
     after_image = normalizers.Replace(tokenizers.Regex(r"\A\n"), SPACE + "\n")
     engine.normalizer = normalizers.Sequence([after_image, *([engine.normalizer] if engine.normalizer else [])])
 
@@ -252,14 +252,14 @@ def _parse(proto: bytes):
 
 
 def _without_dummy_prefix(proto: bytes) -> bytes:
-    """The model, as the tokenizer loads it that is not legacy."""
+    """The model without its dummy prefix, as the non-legacy tokenizer loads it."""
     model = _parse(proto)
     model.normalizer_spec.add_dummy_prefix = False
     return model.SerializeToString()
 
 
 def _unfinished(data: bytes) -> int:
-    """Bytes at the end that are the beginning of a character in UTF-8."""
+    """The number of bytes at the end that begin an incomplete UTF-8 character."""
     for n in range(1, min(3, len(data)) + 1):
         first = data[-n]
         if first >= 0xC0:

@@ -1,8 +1,8 @@
-"""Conversation templates: how a conversation is written out for a model (host only).
+"""Conversation templates, which turn a conversation into the text of a prompt (host only).
 
-`render` writes a conversation out in a template and says which characters the model is trained on; `jinja` writes the
-template out as a program for transformers that does the same, `render_chat` runs such a program. Prompts equal
-llava/conversation.py's.
+`render` renders a conversation and returns the character spans that the model is trained on; `to_jinja` converts a
+template to an equivalent chat template for transformers, and `render_chat` renders with such a chat template. Prompts
+equal llava/conversation.py's.
 """
 
 import dataclasses
@@ -14,23 +14,23 @@ from llava_jax import limited
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, first_line, shorten
 
-MARK = "<image>"
-MOST = 2**20  # characters of a chat template
+IMAGE_TOKEN = "<image>"
+MAX_CHAT_TEMPLATE = 2**20  # characters
 IMAGE_START, IMAGE_END, IMAGE_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a conversation is written out (llava/conversation.py `Conversation`).
+    """The format of a prompt (llava/conversation.py `Conversation`).
 
-    style    jinja     `system` is the program of a checkpoint's own chat template
+    style    jinja     `system` is the Jinja source of a checkpoint's own chat template
              single    `{system}{sep}{role}: {turn}{sep}...`
              two       `{system}{sep}{role}: {question}{sep}{role}: {answer}{sep2}...`
              chatml    `{system}{sep}{role}{turn}{sep}...`
              llama_2   `{sep}[INST] <<SYS>>...{question} [/INST] {answer} {sep2}...`
              plain     `{turn}{sep}{turn}{sep}...`
-    stop     text that ends an answer
-    shots    turns that come before the first one
+    stop     the string that ends an answer
+    shots    turns before the first one
     """
 
     style: str
@@ -40,10 +40,10 @@ class Template:
     sep2: str = ""
     stop: str | None = None
     shots: tuple[str, ...] = ()
-    image_tag: bool = False  # `<Image>` and `</Image>` around the mark, in training
+    image_tag: bool = False  # in training, `<Image>` and `</Image>` around `<image>`
 
     def with_system(self, system: str) -> str:
-        """The template's system text with another message in it."""
+        """The template's system text with its message replaced."""
         header, end, _ = self.system.partition({"chatml": "\n", "llama_3": "\n\n"}.get(self.style, "\0"))
         return header + end + system if end else system
 
@@ -141,12 +141,12 @@ TEMPLATES |= {
 
 
 def get_template(name: str) -> Template:
-    """A template by its name, or of a chat template's Jinja program.
+    """The template of a name, or of the Jinja source of a chat template.
 
     Raises:
-      InputError: there is none of that name.
+      InputError: the name is unknown.
     """
-    if is_program(name):
+    if is_jinja(name):
         return Template("jinja", name)
     if name not in TEMPLATES:
         raise InputError(f"unknown template {shorten(repr(name))}; known: {', '.join(sorted(TEMPLATES))}")
@@ -154,29 +154,28 @@ def get_template(name: str) -> Template:
 
 
 def choose_template(config: LlavaConfig) -> str:
-    """The template that a checkpoint was most likely trained for: a name, or the program of its own chat template.
+    """The template that a checkpoint was most likely trained with: a name, or the Jinja source of its chat template.
 
-    What the checkpoint's files say counts first (`config.template`). Without that this goes by what the decoder is, and
-    by the checkpoint's name where LLaMA decoders differ. (The reference goes by the name alone,
-    llava/eval/run_llava.py.)
+    The checkpoint's files determine it (`config.template`); otherwise the type of the decoder does, and among LLaMA
+    decoders the checkpoint's name. (The reference uses the name only, llava/eval/run_llava.py.)
     """
     return config.template or _guess(config)[0]
 
 
 def explain_template(config: LlavaConfig, name: str | None = None) -> str:
-    """Which template a model gets, and why, for people. `name` is what the user asked for."""
+    """A description of the template that a model uses, and why. `name` is the user's choice."""
     if name:
-        return f"{name} (as asked for)"
-    if config.template and is_program(config.template):
-        return f"of the checkpoint ({config.template_from or 'its configuration'}; no named one writes the same)"
+        return f"{name} (as requested)"
+    if config.template and is_jinja(config.template):
+        return f"the checkpoint's own ({config.template_from or 'its configuration'}; no named template matches it)"
     if config.template:
-        return f"{config.template} (by the checkpoint's {config.template_from or 'configuration'})"
+        return f"{config.template} (from the checkpoint's {config.template_from or 'configuration'})"
     guessed, reason = _guess(config)
-    return f"{guessed} (for {reason}; --template names another)"
+    return f"{guessed} (for {reason}; --template selects another)"
 
 
-def is_program(template: str) -> bool:
-    """Whether it is a chat template's Jinja program, and no name."""
+def is_jinja(template: str) -> bool:
+    """Whether a template is the Jinja source of a chat template rather than a name."""
     return "{%" in template or "{{" in template
 
 
@@ -189,35 +188,35 @@ def _guess(config: LlavaConfig) -> tuple[str, str]:
     if 64_000 <= text.vocab_size < 65_000:
         return "chatml_direct", "a Yi decoder"
     if text.family == "mistral" and config.merge == "flat" and "mistral" not in name:
-        return "llava_v1", "a Mistral decoder in a v1.5 model, as BakLLaVA"
+        return "llava_v1", "a Mistral decoder in a v1.5 model, like BakLLaVA"
     if text.family == "mistral":
         return "mistral_instruct", "a Mistral decoder"
     if "llama-2" in name or "llama2" in name:
         return "llava_llama_2", "a Llama 2 decoder, by the checkpoint's name"
     if re.search(r"[-_]v0\b", name):
-        return "llava_v0", "a first LLaVA, by the checkpoint's name"
+        return "llava_v0", "a v0 LLaVA, by the checkpoint's name"
     return "llava_v1", "a Vicuna decoder"
 
 
-# ---------------------------------------------------------------- writing a conversation out
+# ---------------------------------------------------------------- rendering
 
 Span = tuple[int, int]
 
 
 def render(template: Template, turns: Sequence[str | None], *, system: str | None = None) -> tuple[str, list[Span]]:
-    """Write a conversation out.
+    """Render a conversation.
 
     Args:
-      template: how.
-      turns: question, answer, question, ...; None where the model is to go on.
+      template: the template.
+      turns: question, answer, question, ...; None for the answer that the model is to generate.
       system: a system message instead of the template's.
 
     Returns:
-      The text, and the spans of characters that the model is trained on: the answers, each with what separates
-      it from the role before it and with the marker that ends it. A checkpoint's own chat template has no spans.
+      The text, and the character spans that the model is trained on: each answer with the separator before it and the
+      marker that ends it. A checkpoint's own chat template has no spans.
 
     Raises:
-      InputError: a checkpoint's own chat template does not take the conversation.
+      InputError: a checkpoint's own chat template cannot render the conversation.
     """
     if template.style == "jinja":
         return render_chat(template.system, turns, system=system), []
@@ -256,75 +255,75 @@ def render(template: Template, turns: Sequence[str | None], *, system: str | Non
             if end.endswith("\n") and template.style != "plain":  # the newline after `<|im_end|>` begins the next turn
                 spans[-1] = (spans[-1][0], spans[-1][1] - 1)
         elif turn is not None and template.style == "chatml":
-            # An answer of nothing is written as an open turn. Here the reference trains the header's newline.
+            # An empty answer renders as an open turn, of which the reference trains the header's newline.
             spans.append((len(text) - 1, len(text)))
     return text, spans
 
 
-def render_chat(program: str, turns: Sequence[str | None], *, system: str | None = None) -> str:
-    """Write a conversation out by a chat template of transformers.
+def render_chat(source: str, turns: Sequence[str | None], *, system: str | None = None) -> str:
+    """Render a conversation with a chat template in transformers' format.
 
-    Images that come first in a turn, each on a line of its own, are given to the template as images, for it to write;
-    others stay in the text. A template that takes text only is given text only. The program runs within limits
-    (`limited`).
+    Images at the start of a turn, each on a line of its own, are passed to the template as images; others stay in the
+    text. A template that only supports text gets text. The template runs within limits (`limited`).
 
     Raises:
-      InputError: the template does not take the conversation, or takes too much time or memory for it.
+      InputError: the template cannot render the conversation, or takes too much time or memory.
     """
-    if len(program) > MOST:
-        raise InputError(f"the checkpoint's own chat template has more than {MOST:,} characters")
-    said = [("system", system)] if system else []
-    said += [(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns) if turn is not None]
-    marks = sum(turn.count(MARK) for _, turn in said)
+    if len(source) > MAX_CHAT_TEMPLATE:
+        raise InputError(f"the checkpoint's own chat template has more than {MAX_CHAT_TEMPLATE:,} characters")
+    spoken = [("system", system)] if system else []
+    spoken += [(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns) if turn is not None]
+    images = sum(turn.count(IMAGE_TOKEN) for _, turn in spoken)
     problem = ""
-    for content_of in (_parts, str):
-        messages = [{"role": role, "content": content_of(turn)} for role, turn in said]
+    for to_content in (_parts, str):
+        messages = [{"role": role, "content": to_content(turn)} for role, turn in spoken]
         try:
-            written = limited.run("render", program, messages, turns[-1] is None)
+            text = limited.run("render", source, messages, turns[-1] is None)
         except ValueError as error:
             problem = problem or first_line(error)
             continue
         except limited.LimitError as error:
-            raise InputError(f"the checkpoint's own chat template {error}; name a template with --template") from None
-        if any(str(part) in written for part in messages[-1]["content"] if isinstance(part, dict)):
-            continue  # a template of text only, which wrote a list out
-        if system and system.strip() not in written:
-            problem = "it has no place for a system message"
-        elif written.count(MARK) == marks:
-            return written
+            raise InputError(f"the checkpoint's own chat template {error}; choose a template with --template") from None
+        if any(str(part) in text for part in messages[-1]["content"] if isinstance(part, dict)):
+            continue  # a template for text only, which printed the list
+        if system and system.strip() not in text:
+            problem = "it ignores the system message"
+        elif text.count(IMAGE_TOKEN) == images:
+            return text
     raise InputError(
-        "the checkpoint's own chat template cannot write this conversation"
-        f"{f' ({shorten(problem)})' if problem else ''}; name a template with --template"
+        "the checkpoint's own chat template cannot render this conversation"
+        f"{f' ({shorten(problem)})' if problem else ''}; choose a template with --template"
     )
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    lines = re.match(rf"(?:{re.escape(MARK)}\n)*", text)[0]
-    images = [{"type": "image"}] * lines.count(MARK)
+    lines = re.match(rf"(?:{re.escape(IMAGE_TOKEN)}\n)*", text)[0]
+    images = [{"type": "image"}] * lines.count(IMAGE_TOKEN)
     return [*images, {"type": "text", "text": text[len(lines) :]}]
 
 
-def mark(config: LlavaConfig) -> str:
-    """What stands for an image in text: the mark, between its start and end tokens where the model has them."""
-    return f"{IMAGE_START}{MARK}{IMAGE_END}" if config.use_im_start_end else MARK
+def image_markup(config: LlavaConfig) -> str:
+    """The text for an image: `<image>`, between start and end tokens if the model has them."""
+    return f"{IMAGE_START}{IMAGE_TOKEN}{IMAGE_END}" if config.use_im_start_end else IMAGE_TOKEN
 
 
-def jinja(template: Template, config: LlavaConfig) -> str:
-    """The template as a chat template of transformers: a Jinja program that writes what `render` writes.
+def to_jinja(template: Template, config: LlavaConfig) -> str:
+    """Convert a template to a chat template in transformers' format, which renders the same text as `render`.
 
     Messages have a role (`system`, `user`, `assistant`) and a content: text, or a list of `{"type": "image"}` and
-    `{"type": "text", "text": ...}`, whose images come first.
+    `{"type": "text", "text": ...}`, in which images come first.
     """
     if template.style == "jinja":
         return template.system
     quote = json.dumps
     head, tail = "{%- macro said(m) -%}", "{%- endmacro -%}"
+    image = quote(image_markup(config))
     said = (
         f"{head}{{%- if m.content is string -%}}{{{{ m.content }}}}{{%- else -%}}{{%- for c in m.content "
-        f"if c.type == 'image' -%}}{{{{ {quote(mark(config))} + '\\n' }}}}{{%- endfor -%}}{{%- for c in m.content "
+        f"if c.type == 'image' -%}}{{{{ {image} + '\\n' }}}}{{%- endfor -%}}{{%- for c in m.content "
         f"if c.type == 'text' -%}}{{{{ c.text }}}}{{%- endfor -%}}{{%- endif -%}}{tail}"
     )
-    begin = template.with_system("\0").partition("\0")[0]  # what a template keeps of its own before another system text
+    begin = template.with_system("\0").partition("\0")[0]  # the template's own header of a system message
     system = (
         "{%- if messages and messages[0].role == 'system' -%}"
         f"{{%- set system = {quote(begin)} + said(messages[0]) -%}}{{%- set turns = messages[1:] -%}}"

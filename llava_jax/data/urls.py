@@ -1,11 +1,11 @@
-"""Images behind URLs: `http:` and `https:` ones are downloaded, `data:` ones decoded, `file:` ones become paths.
+"""Images from URLs: downloads `http:` and `https:`, decodes `data:`, and converts `file:` to paths.
 
-A download has bounds on its size and on its time as a whole: a server that sends a byte now and then is given up as
-soon as one that sends nothing. Within that time a connection that breaks, or a busy server, is tried again.
+A download has limits on its size and its total time, so a server that trickles bytes fails as soon as one that sends
+nothing. Within that time, broken connections and busy servers are retried.
 
-Downloads use the standard library. httpx, which huggingface_hub uses, and urllib3 have timeouts for each read but none
-for the whole, and none for finding a server's address: the thread, the deadline, the bound on the size and the rules
-for redirects below would be the same on top of them.
+Downloads use the standard library. httpx, which huggingface_hub uses, and urllib3 have timeouts per read, but none for
+the whole download or for name resolution: the thread, the deadline, the size limit and the redirect rules below would
+be needed on top of them too.
 """
 
 import base64
@@ -24,27 +24,27 @@ from llava_jax.console import InputError, first_line, shorten
 
 MAX_DOWNLOAD = 256 * 2**20
 MAX_REDIRECTS = 5
-PATIENCE = 8.0  # seconds until the first byte, and that a download may fall behind the slowest rate
-SLOWEST = 50_000  # bytes a second
-DEADLINE = 300.0  # seconds for all of it
+STALL_SECONDS = 8.0  # until the first byte, and that a download may fall behind MIN_RATE
+MIN_RATE = 50_000  # bytes per second
+DEADLINE = 300.0  # seconds per download
 REDIRECTS = (301, 302, 303, 307, 308)
 TRANSIENT = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, http.client.IncompleteRead)
-BUSY = (429, 502, 503, 504)  # statuses of servers that may answer a little later
-WAITS = (0.5, 1.0, 2.0)  # seconds before a download is tried again, unless the server asks for more by Retry-After
+BUSY = (429, 502, 503, 504)  # statuses that are worth a retry
+WAITS = (0.5, 1.0, 2.0)  # seconds before each retry, unless the server's Retry-After is longer
 
 
-class Fetched(bytes):
-    """The bytes of a file, and what errors call it."""
+class NamedBytes(bytes):
+    """The bytes of a file, with its name for errors."""
 
     name: str
 
 
 def fetch(source):
-    """An image behind a URL, to be read more than once: an `http(s):` or `data:` URL as the `Fetched` bytes of a file,
-    a `file:` URL as a path. Anything else as it is.
+    """Fetch an image: an `http(s):` or `data:` URL becomes `NamedBytes`, a `file:` URL becomes a path. Anything else is
+    returned unchanged.
 
     Raises:
-      InputError: it cannot be fetched, or is no URL of an image.
+      InputError: the URL cannot be fetched, or is not of an image.
     """
     if not isinstance(source, str):
         return source
@@ -54,18 +54,18 @@ def fetch(source):
         return _path_of(source)
     if scheme not in ("http", "https", "data") or (scheme != "data" and not rest.startswith("//")):
         return source
-    data = Fetched(_decode(source) if scheme == "data" else _download(source))
+    data = NamedBytes(_decode(source) if scheme == "data" else _download(source))
     data.name = shorten(source)
     return data
 
 
 def is_url(source: str) -> bool:
-    """Whether it is to be downloaded."""
+    """Whether a source needs a download."""
     return source[:8].lower().startswith(("http://", "https://"))
 
 
-def label(name: str) -> str:
-    """What lists call an image: its name, but for a `data:` URL, which is the image itself."""
+def display_name(name: str) -> str:
+    """The name of an image for lists; a `data:` URL, which contains the image itself, is shortened."""
     return shorten(name) if name[:5].lower() == "data:" else name
 
 
@@ -73,7 +73,7 @@ def label(name: str) -> str:
 
 
 def _download(url: str) -> bytes:
-    """What a server answers, within `DEADLINE` seconds, or `PATIENCE` if it sends next to nothing."""
+    """Download a URL within `DEADLINE` seconds, or `STALL_SECONDS` if the server sends next to nothing."""
     deadline = time.monotonic() + DEADLINE
     for wait in (*WAITS, math.inf):
         attempt = _Attempt(url)
@@ -89,8 +89,8 @@ def _download(url: str) -> bytes:
 
 
 class _Attempt(threading.Thread):
-    """A download in a thread, which can be left behind: finding the server's address, TLS and headers have no deadline
-    of their own."""
+    """A download in a thread that can be abandoned, since name resolution, TLS and headers have no deadline of their
+    own."""
 
     def __init__(self, url: str):
         super().__init__(daemon=True)
@@ -99,7 +99,7 @@ class _Attempt(threading.Thread):
         self.is_transient, self.retry_after = False, 0.0  # whether the error may pass, and when at the earliest
 
     def wait(self, deadline: float) -> None:
-        """Wait for the end of the attempt.
+        """Wait until the attempt ends.
 
         Raises:
           InputError: it takes too long.
@@ -107,7 +107,7 @@ class _Attempt(threading.Thread):
         start = time.monotonic()
         while self.is_alive():
             received = len(self.data)
-            end = min(deadline, start + PATIENCE + received / SLOWEST)
+            end = min(deadline, start + STALL_SECONDS + received / MIN_RATE)
             if time.monotonic() >= end:
                 self.abandoned = True
                 reason = f"{received:,} bytes in {end - start:.0f} seconds: too slow"
@@ -126,28 +126,28 @@ class _Attempt(threading.Thread):
                         raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
                 if answer.length:
                     self.is_transient = True
-                    raise InputError(f"{name}: cannot be fetched (it ends {answer.length:,} bytes too soon)")
+                    raise InputError(f"{name}: cannot be fetched (the response is {answer.length:,} bytes short)")
         except InputError as error:
             self.error = error
         except urllib.error.HTTPError as error:
             self.is_transient, self.retry_after = error.code in BUSY, _seconds(error.headers.get("Retry-After"))
-            self.error = InputError(f"{name}: the server answers {error.code} {shorten(error.reason)}")
+            self.error = InputError(f"{name}: the server returned {error.code} {shorten(error.reason)}")
             error.close()
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             self.is_transient = isinstance(reason, TRANSIENT)
             reason = first_line(reason) if isinstance(reason, BaseException) else shorten(reason)
             self.error = InputError(f"{name}: cannot be fetched ({shorten(reason)})")
-        except Exception as error:  # whatever else a server can make of Python's HTTP client
+        except Exception as error:  # other exceptions that a server can cause in Python's HTTP client
             self.error = InputError(f"{name}: cannot be fetched ({type(error).__name__})")
 
     def _open(self) -> http.client.HTTPResponse:
-        """The answer that redirects lead to; bodies of redirects are not read."""
+        """Follow redirects to the final response, without reading the bodies of redirects."""
         url, opener = self.url, urllib.request.build_opener(_NoRedirects)
         for _ in range(MAX_REDIRECTS + 1):
             request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
             try:
-                return opener.open(request, timeout=PATIENCE)
+                return opener.open(request, timeout=STALL_SECONDS)
             except urllib.error.HTTPError as error:
                 to = error.headers.get("Location")
                 if error.code not in REDIRECTS or not to:
@@ -155,17 +155,19 @@ class _Attempt(threading.Thread):
                 error.close()
             url = urllib.parse.quote(urllib.parse.urljoin(url, to), safe=string.punctuation)
             if not is_url(url):
-                raise InputError(f"{shorten(self.url)}: redirects to {shorten(to)}; only http: and https: are followed")
+                raise InputError(
+                    f"{shorten(self.url)}: redirects to {shorten(to)}; only http: and https: are supported"
+                )
         raise InputError(f"{shorten(self.url)}: redirects more than {MAX_REDIRECTS} times")
 
 
 def _seconds(text: str | None) -> float:
-    """What a `Retry-After` header asks for; 0 if it has none, or a date."""
+    """The seconds of a `Retry-After` header; 0 if it is missing or a date."""
     return float(text) if text and re.fullmatch("[0-9]+", text) else 0.0
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to `_Attempt`: urllib reads their bodies whole, and follows them to `ftp:`."""
+    """Leaves redirects to `_Attempt`, since urllib reads their whole bodies and follows them to `ftp:`."""
 
     def http_error_302(self, request, file, code, message, headers):
         return None
@@ -177,11 +179,11 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _decode(url: str) -> bytes:
-    """What a `data:` URL holds (RFC 2397), in base64 of either alphabet, padded or not, or percent-encoded."""
+    """Decode a `data:` URL (RFC 2397): base64 in either alphabet, padded or not, or percent-encoding."""
     head, comma, body = url.partition(",")
     kind, *settings = (part.strip().lower() for part in head[len("data:") :].split(";"))
     if not comma:
-        raise InputError(f"{shorten(url)}: a data: URL without a comma, and so without data")
+        raise InputError(f"{shorten(url)}: a data: URL without a comma before the data")
     if kind and not kind.startswith("image/"):
         raise InputError(f"{shorten(url)}: a data: URL of {shorten(kind, 40)}, not of an image")
     try:
@@ -190,7 +192,7 @@ def _decode(url: str) -> bytes:
             data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/"))
             data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except ValueError:
-        raise InputError(f"{shorten(url)}: a data: URL with broken {'base64' if settings else 'text'}") from None
+        raise InputError(f"{shorten(url)}: a data: URL with invalid {'base64' if settings else 'text'}") from None
     if not data:
         raise InputError(f"{shorten(url)}: a data: URL without data")
     return data
@@ -203,11 +205,11 @@ def _path_of(url: str) -> str:
         host, slash, path = path[2:].partition("/")
         path = slash + path
     if host.lower() not in ("", "localhost"):
-        raise InputError(f"{shorten(url)}: a file of host {shorten(host, 40)}; only those of this machine can be read")
+        raise InputError(f"{shorten(url)}: a file on host {shorten(host, 40)}; only local files can be read")
     try:
         path = os.fsdecode(urllib.parse.unquote_to_bytes(path))
     except ValueError:
-        raise InputError(f"{shorten(url)}: a file: URL that is no Unicode") from None
+        raise InputError(f"{shorten(url)}: a file: URL that is not valid Unicode") from None
     if path in ("", "/"):
-        raise InputError(f"{shorten(url)}: a file: URL that names no file")
+        raise InputError(f"{shorten(url)}: a file: URL without a file name")
     return path

@@ -19,7 +19,7 @@ from llava_jax.checkpoints.chat_template import read_chat_template, with_chat_te
 from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.prompts import encode, encode_prompt
-from llava_jax.data.templates import TEMPLATES, choose_template, explain_template, get_template, jinja, render
+from llava_jax.data.templates import TEMPLATES, choose_template, explain_template, get_template, render, to_jinja
 from llava_jax.data.tokenizer import load_tokenizer
 from train.samples import Samples
 
@@ -65,7 +65,7 @@ def resolved(directory, config=None) -> c.LlavaConfig:
 def test_each_named_template_is_recognized_by_what_it_writes(name, tmp_path):
     config = c.tiny(template=None)
     for i, file in enumerate(FILES):
-        directory = write_template(tmp_path / str(i), file, jinja(get_template(name), config))
+        directory = write_template(tmp_path / str(i), file, to_jinja(get_template(name), config))
         found = resolved(directory)
         assert get_template(found.template) == get_template(name)  # or another name of the same
         assert found.template_from == file
@@ -97,14 +97,14 @@ def test_a_system_message_and_marks_inside_the_text(tmp_path):
     text, _ = render(template, ["What changed from <image> to <image>?", None])
     assert text == "USER: What changed from <image> to <image>? ASSISTANT:"
     assert render(template, ["Hi", None], system="Be brief.")[0].startswith("Be brief. USER: Hi")
-    with pytest.raises(InputError, match=r"cannot write this conversation .*Only user and assistant.*--template"):
+    with pytest.raises(InputError, match=r"cannot render this conversation .*Only user and assistant.*--template"):
         render(get_template(INST), ["Hi", None], system="Be brief.")
 
 
 def test_a_template_of_text_only_that_writes_a_named_one(tmp_path):
     found = resolved(write_template(tmp_path / "t", "tokenizer_config.json", INST))
     assert found.template == "mistral_instruct"
-    assert explain_template(found) == "mistral_instruct (by the checkpoint's tokenizer_config.json)"
+    assert explain_template(found) == "mistral_instruct (from the checkpoint's tokenizer_config.json)"
 
 
 def test_of_several_files_the_processors_counts(tmp_path):
@@ -113,7 +113,7 @@ def test_of_several_files_the_processors_counts(tmp_path):
     assert resolved(tmp_path / "t").template_from == "chat_template.json"
     (tmp_path / "t" / "chat_template.jinja").write_text(INST)
     assert resolved(tmp_path / "t").template_from == "chat_template.json"
-    write_template(tmp_path / "t", "processor_config.json", jinja(get_template("chatml_direct"), c.tiny()))
+    write_template(tmp_path / "t", "processor_config.json", to_jinja(get_template("chatml_direct"), c.tiny()))
     assert resolved(tmp_path / "t").template == "chatml_direct"
 
 
@@ -151,7 +151,7 @@ def test_bos_is_there_once_whoever_writes_it(tmp_path):
 
 def test_a_system_message_is_never_dropped(tmp_path):
     program = "{% for m in messages if m.role != 'system' %}USER: {{ m.content }} {% endfor %}"
-    with pytest.raises(InputError, match="no place for a system message"):
+    with pytest.raises(InputError, match="ignores the system message"):
         render(get_template(program), ["Hi", None], system="Answer in French.")
 
 
@@ -223,12 +223,12 @@ LIMITS = {
         "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s.replace('a', 'aa') %}{% endfor %}",
         "takes more than",
     ),
-    "output": ("{{ '<image>' ~ 'a' * 2 ** 21 }}", "writes 2,097,1"),
+    "output": ("{{ '<image>' ~ 'a' * 2 ** 21 }}", "renders 2,097,1"),
     "recursion": ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "nesting": ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "recursion"),
     "size": ("{{ 1 }}" + "a" * 2**20, "more than 1,048,576 characters"),
     "half a character": ("<image>{{ '\\ud800' }}", "surrogates"),
-    "private": ("{% set n = namespace(_a=1) %}<image>", "takes no _a"),
+    "private": ("{% set n = namespace(_a=1) %}<image>", "cannot have _a"),
 }
 
 
@@ -285,7 +285,7 @@ def checkpoint(tmp_path_factory):
 def test_inference_runs_it_and_says_so(checkpoint, run_cli):
     status, _, err = run_cli(generate.main, "--checkpoint", checkpoint, "--prompt", "Hi", "--max-new-tokens", 2)
     assert status == 0
-    assert "template of the checkpoint (chat_template.jinja; no named one writes the same)" in err
+    assert "template the checkpoint's own (chat_template.jinja; no named template matches it)" in err
 
 
 def test_training_asks_for_a_template(checkpoint, tmp_path):
@@ -317,7 +317,7 @@ def test_the_template_beside_an_original_is_its_language_models(tmp_path):
 
 def test_a_template_that_differs_for_two_images_alone_is_not_a_named_one(tmp_path):
     config = c.tiny(template=None)
-    program = jinja(get_template("v1"), config) + (
+    program = to_jinja(get_template("v1"), config) + (
         "{% if messages[0]['content'] is not string and messages[0]['content'] | selectattr('type', 'equalto', 'image')"
         " | list | length > 1 %} Two!{% endif %}"
     )

@@ -110,9 +110,9 @@ def test_what_is_read_in_an_object_store_is_not_replaced(models):
 def test_a_url_that_is_no_object_store_is_no_destination(run_cli, models, monkeypatch, url):
     monkeypatch.chdir(models)
     before = contents(models)
-    assert "is no object store that is known" in refused(run_cli, "to-orbax", "m", url)
-    assert "is no object store that is known" in refused(run_cli, "inspect", url)
-    with pytest.raises(InputError, match="is no object store that is known"):
+    assert "is not a supported object store" in refused(run_cli, "to-orbax", "m", url)
+    assert "is not a supported object store" in refused(run_cli, "inspect", url)
+    with pytest.raises(InputError, match="is not a supported object store"):
         Output(TrainConfig(output=url))
     status, _, err = run_cli(shapes.main, "--examples", "1", "--output", url)
     assert (status, err.count("\n")) == (1, 1) and "no local directory" in err

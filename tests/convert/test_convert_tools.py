@@ -28,7 +28,7 @@ from llava_jax.checkpoints.config_json import read_config
 from llava_jax.checkpoints.hf_files import write_hf
 from llava_jax.config import tiny
 from llava_jax.console import InputError
-from llava_jax.data.templates import TEMPLATES, jinja, render
+from llava_jax.data.templates import TEMPLATES, render, to_jinja
 from llava_jax.data.tokenizer import load_tokenizer
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"
@@ -158,7 +158,9 @@ def test_sizes_that_are_none(run_cli, tmp_path):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates_write_what_we_write(name):
     template = TEMPLATES[name]
-    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(jinja(template, tiny()))
+    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        to_jinja(template, tiny())
+    )
     for turns in (
         ['<image>\nWhat\'s "{{ this }}"?\n', None],
         ["Q1", "A1", "<image>\nQ2", None],

@@ -31,7 +31,7 @@ def test_lists_and_lines_are_read_alike(tmp_path):
 
 
 def test_a_line_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_jax.data.conversations.MAX_ROW", 100)
+    monkeypatch.setattr("llava_jax.data.conversations.MAX_LINE", 100)
     (tmp_path / "a.jsonl").write_bytes(b"{}\n" + b" " * 99 + b"\n" + b" " * 101)
     with pytest.raises(InputError, match="line 3 has more than 100 bytes"):
         read_rows(tmp_path / "a.jsonl")
@@ -39,7 +39,7 @@ def test_a_line_has_a_limit(tmp_path, monkeypatch):
 
 def test_a_file_beyond_memory_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("llava_jax.data.conversations.memory_bytes", lambda: 10)
-    with pytest.raises(InputError, match=r"more than this machine has memory \(10\)"):
+    with pytest.raises(InputError, match=r"more than this machine's memory \(10\)"):
         read_rows(write_rows(tmp_path / "data.json", [good_row(0)]))
 
 
@@ -63,8 +63,8 @@ def test_a_file_of_many_small_values_is_not_begun(tmp_path, monkeypatch, value):
     ("contents", "says"),
     [
         (None, "missing.json: cannot be read"),
-        (b"", "no conversations in it"),
-        (b"[]", "no conversations in it"),
+        (b"", "has no conversations"),
+        (b"[]", "has no conversations"),
         (b'[{"id": 1}, {"id": ]', "not JSON .*line 1 column"),
         (b"[" * 100_000, "not JSON"),
     ],

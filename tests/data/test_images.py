@@ -15,7 +15,7 @@ from helpers import GOLDEN, golden_json, image_file, load_golden
 from llava_jax import config as c
 from llava_jax.console import InputError, run_main
 from llava_jax.data import images
-from llava_jax.data.images import TileLayout, image_size, layout, open_image, read_tiles, tiles
+from llava_jax.data.images import TileLayout, image_size, open_image, read_tiles, tile_image, tile_layout
 from llava_jax.data.splice import NEWLINE, count_features, merge_rows
 from llava_jax.models.clip import normalise
 
@@ -28,8 +28,8 @@ def test_tiles_equal_the_reference(name):
     expected = np.load(GOLDEN / "tiles.npz")
     for path in PICTURES:
         image = open_image(path)
-        got = tiles(image, layout(image.size, config), config)
-        np.testing.assert_array_equal(read_tiles(path, layout(image.size, config), config), got)
+        got = tile_image(image, tile_layout(image.size, config), config)
+        np.testing.assert_array_equal(read_tiles(path, tile_layout(image.size, config), config), got)
         got = np.asarray(normalise(got, config.vision)).transpose(0, 3, 1, 2)
         want = expected[f"{config.aspect_ratio}_{path.name[0]}"]
         want = want if want.ndim == 4 else want[None]
@@ -41,7 +41,7 @@ def test_anyres_layout_equals_the_reference():
     golden = golden_json("anyres.json")
     config = c.preset("v1.6-vicuna-7b").replace(grid_pinpoints=tuple(map(tuple, golden["pinpoints_wh"])))
     for case in golden["cases"]:
-        place = layout(tuple(case["size_wh"]), config)
+        place = tile_layout(tuple(case["size_wh"]), config)
         assert list(place.grid) == case["grid_wh"], case
         assert count_features(place, config) == case["n_features_spatial_unpad"], case
         rows = (merge_rows(place, config) == NEWLINE).sum()
@@ -57,7 +57,7 @@ def test_very_long_picture_may_leave_no_rows():
 def test_pad_colour_and_place():
     config = c.tiny(aspect_ratio="pad", merge="flat")
     image = Image.new("RGB", (28, 14), (255, 255, 255))
-    [tile] = tiles(image, layout(image.size, config), config)
+    [tile] = tile_image(image, tile_layout(image.size, config), config)
     assert tuple(tile[0, 0]) == (122, 116, 104)
     assert (tile[9:19] == 255).all()
 
@@ -155,9 +155,9 @@ def test_what_is_no_image_is_named():
 
 def test_a_square_around_a_long_picture_has_a_limit():
     config = c.tiny(aspect_ratio="pad", merge="flat")
-    layout((13000, 100), config)
+    tile_layout((13000, 100), config)
     with pytest.raises(InputError, match="too long to be padded"):
-        layout((20000, 100), config)
+        tile_layout((20000, 100), config)
 
 
 def test_first_frame_of_an_animation(scene):
@@ -215,8 +215,8 @@ def write(path, data):
 
 def test_an_image_of_another_size_than_it_was_laid_out_for(scene):
     config = CONFIGS["anyres"]
-    with pytest.raises(InputError, match=r"has \(40, 30\) pixels where its header said \(30, 40\)"):
-        read_tiles(scene, layout((30, 40), config), config)
+    with pytest.raises(InputError, match=r"has \(40, 30\) pixels, but its header gave \(30, 40\)"):
+        read_tiles(scene, tile_layout((30, 40), config), config)
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
@@ -240,7 +240,7 @@ def test_other_formats_are_refused_whatever_the_file_is_called(scene, tmp_path, 
     """Pillow hands EPS to another program."""
     path = write(tmp_path / "photo.jpg", image_file(scene, format))
     for ask in (open_image, image_size):
-        with pytest.raises(InputError, match=r"format that is read \(JPEG, PNG, WebP, GIF, BMP, TIFF\)$"):
+        with pytest.raises(InputError, match=r"in a supported format \(JPEG, PNG, WebP, GIF, BMP, TIFF\)$"):
             ask(path)
 
 
@@ -256,8 +256,8 @@ CONFIGS = {
 def test_grey_images_have_the_tiles_of_coloured_ones(scene, mode, config):
     for size in ((40, 30), (30, 30)):
         data = image_file(scene.resize(size).convert(mode), "PNG")
-        place = layout(image_size(data), config)
-        np.testing.assert_array_equal(read_tiles(data, place, config), tiles(open_image(data), place, config))
+        place = tile_layout(image_size(data), config)
+        np.testing.assert_array_equal(read_tiles(data, place, config), tile_image(open_image(data), place, config))
 
 
 def test_16_bit_images_are_converted_in_strips(monkeypatch):
@@ -279,9 +279,9 @@ def test_only_huge_jpegs_are_scaled_while_they_are_decoded(scene, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
     jpeg, png = image_file(large, "JPEG", exif=exif, quality=95), image_file(large, "PNG", exif=exif)
-    seen, cut = [], images.tiles
-    monkeypatch.setattr(images, "tiles", lambda image, *others: (seen.append(image.size), cut(image, *others))[1])
-    place = layout(image_size(jpeg), config)
+    seen, cut = [], images.tile_image
+    monkeypatch.setattr(images, "tile_image", lambda image, *others: (seen.append(image.size), cut(image, *others))[1])
+    place = tile_layout(image_size(jpeg), config)
     want = read_tiles(jpeg, place, config).astype(int)
     monkeypatch.setattr(images, "FULL_PIXELS", 801 * 600 - 1)
     got = read_tiles(jpeg, place, config)

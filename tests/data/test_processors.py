@@ -13,7 +13,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from helpers import load_golden
 from llava_jax.checkpoints.config_json import read_config
 from llava_jax.checkpoints.image_processor import read_preprocessor
-from llava_jax.data.images import layout, tiles
+from llava_jax.data.images import tile_image, tile_layout
 from llava_jax.models.clip import normalise
 
 SIDE = 28
@@ -71,7 +71,7 @@ def compare(kind: str, settings: dict, directory, nested: bool) -> None:
     theirs = CLASSES[kind](**{key: value for key, value in settings.items() if key != "image_processor_type"})
     for size in SIZES:
         image = picture(size)
-        made = tiles(image, layout(size, config), config)
+        made = tile_image(image, tile_layout(size, config), config)
         ours = np.asarray(normalise(jax.numpy.asarray(made), config.vision))
         want = theirs(image, return_tensors="np")["pixel_values"][0]
         want = want if following else want[None]
@@ -96,7 +96,7 @@ def test_the_originals_grids_are_bicubic_whatever_the_processor_says():
         "model_type": "llava_next", "text_config": {}, "vision_config": VISION, "image_grid_pinpoints": PINPOINTS,
     }  # fmt: skip
     image = picture((61, 23))
-    cut = lambda config: tiles(image, layout(image.size, config), config)  # noqa: E731
+    cut = lambda config: tile_image(image, tile_layout(image.size, config), config)  # noqa: E731
     bicubic, bilinear = (read_config(model, preprocessor=PLAIN | {"resample": n}) for n in (3, 2))
     assert (cut(bicubic) == cut(bilinear)).all()
     assert (cut(bicubic) != cut(bilinear.with_image_rules("transformers"))).any()
@@ -112,12 +112,12 @@ def test_transformers_rules_agree_with_its_processors():
         w, h = (int(x) for x in random.integers(8, 120, 2))
         image = Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8))
         theirs = LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints)(image, **size)["pixel_values"][0]
-        place = layout((w, h), config)
-        ours = normalise(tiles(image, place, config), config.vision).transpose(0, 3, 1, 2)
+        place = tile_layout((w, h), config)
+        ours = normalise(tile_image(image, place, config), config.vision).transpose(0, 3, 1, 2)
         assert ours.shape == theirs.shape, (w, h)
         np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=str((w, h)))
 
         padded = config.replace(aspect_ratio="pad", merge="flat")
         theirs = LlavaImageProcessorPil(do_pad=True)(image, **size)["pixel_values"][0]
-        ours = normalise(tiles(image, layout((w, h), padded), padded), config.vision)[0].transpose(2, 0, 1)
+        ours = normalise(tile_image(image, tile_layout((w, h), padded), padded), config.vision)[0].transpose(2, 0, 1)
         np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=str((w, h)))

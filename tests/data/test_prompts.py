@@ -9,7 +9,7 @@ import pytest
 from helpers import GOLDEN, golden_json, turns
 from llava_jax import config as c
 from llava_jax.console import InputError
-from llava_jax.data.prompts import encode, encode_conversation, prepare_tokenizer, with_images
+from llava_jax.data.prompts import add_image_tokens, encode, encode_conversation, prepare_tokenizer
 from llava_jax.data.splice import IGNORE, IMAGE
 from llava_jax.data.templates import TEMPLATES, choose_template, get_template, render
 from llava_jax.data.tokenizer import load_tokenizer
@@ -92,14 +92,14 @@ def test_unknown_template_lists_the_known():
 
 def test_image_marks():
     config = c.tiny()
-    assert with_images(["Why?"], 2, config) == ["<image>\n<image>\nWhy?"]
-    assert with_images(["A <image> or <image>?"], 2, config) == ["A <image> or <image>?"]
-    assert with_images(["Why?", None], 0, config) == ["Why?", None]
-    assert with_images(["A <image>?", "Yes.", "<image>?"], 2, config) == ["A <image>?", "Yes.", "<image>?"]
+    assert add_image_tokens(["Why?"], 2, config) == ["<image>\n<image>\nWhy?"]
+    assert add_image_tokens(["A <image> or <image>?"], 2, config) == ["A <image> or <image>?"]
+    assert add_image_tokens(["Why?", None], 0, config) == ["Why?", None]
+    assert add_image_tokens(["A <image>?", "Yes.", "<image>?"], 2, config) == ["A <image>?", "Yes.", "<image>?"]
     tagged = config.replace(use_im_start_end=True)
-    assert with_images(["Why?"], 1, tagged) == ["<im_start><image><im_end>\nWhy?"]
-    with pytest.raises(InputError, match="1 <image> marks for 2 images"):
-        with_images(["A <image>?"], 2, config)
+    assert add_image_tokens(["Why?"], 1, tagged) == ["<im_start><image><im_end>\nWhy?"]
+    with pytest.raises(InputError, match="1 <image> tokens for 2 images"):
+        add_image_tokens(["A <image>?"], 2, config)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_byte_level_tokenizer_without_bos(tmp_path):
     ("file", "data", "says"),
     [
         (None, b"", "no tokenizer"),
-        ("tokenizer.model", b"junk", "no SentencePiece model"),
+        ("tokenizer.model", b"junk", "not a SentencePiece model"),
         ("tokenizer.json", b"{}", "cannot be read"),
         ("tokenizer_config.json", b"{", "not JSON"),
     ],

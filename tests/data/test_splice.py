@@ -5,7 +5,7 @@ import pytest
 
 from llava_jax import config as c
 from llava_jax.console import InputError
-from llava_jax.data.images import TileLayout, layout
+from llava_jax.data.images import TileLayout, tile_layout
 from llava_jax.data.splice import (
     IGNORE,
     IMAGE,
@@ -15,9 +15,9 @@ from llava_jax.data.splice import (
     count_features,
     merge_rows,
     pack,
+    positions_per_id,
     splice,
     spliced_length,
-    widths,
 )
 
 SPATIAL = c.tiny(merge="spatial")
@@ -56,7 +56,7 @@ def test_rounding_of_either_rule():
     """376 x 799 at 336: transformers rounds 51.9999... up first (50 rows of features against 52)."""
     config = c.preset("v1.6-vicuna-7b")
     counts = [
-        count_features(layout((376, 799), config.replace(image_rules=rules)), config.replace(image_rules=rules))
+        count_features(tile_layout((376, 799), config.replace(image_rules=rules)), config.replace(image_rules=rules))
         for rules in ("original", "transformers")
     ]
     assert counts[0] != counts[1]
@@ -64,9 +64,12 @@ def test_rounding_of_either_rule():
 
 def test_small_pictures_tie_and_each_rule_reads_the_list_its_own_way():
     config = c.preset("v1.6-vicuna-7b")
-    assert layout((300, 300), config).grid == (1, 2)
-    assert layout((300, 300), config.replace(image_rules="transformers")).grid == (2, 1)
-    assert layout((1024, 899), config).grid == layout((1024, 899), config.replace(image_rules="transformers")).grid
+    assert tile_layout((300, 300), config).grid == (1, 2)
+    assert tile_layout((300, 300), config.replace(image_rules="transformers")).grid == (2, 1)
+    assert (
+        tile_layout((1024, 899), config).grid
+        == tile_layout((1024, 899), config.replace(image_rules="transformers")).grid
+    )
 
 
 def test_positions_and_rows_of_a_mixed_batch():
@@ -84,7 +87,7 @@ def test_positions_and_rows_of_a_mixed_batch():
 
 
 def test_newline_row_is_behind_all_tiles_of_the_batch():
-    place = layout((56, 28), UNPAD)
+    place = tile_layout((56, 28), UNPAD)
     batch = splice([row(IMAGE, layouts=[place])], UNPAD, tiles=5)
     newlines = merge_rows(place, UNPAD) == NEWLINE
     assert (batch.feature_rows[0][newlines] == 5 * 16).all()
@@ -135,7 +138,7 @@ def test_packed_conversations_are_segments_with_their_own_positions_and_tiles():
 
 
 def test_packed_conversations_share_the_newline_at_the_end_of_the_table():
-    place = layout((56, 28), UNPAD)
+    place = tile_layout((56, 28), UNPAD)
     one = row(IMAGE, layouts=[place])
     batch = pack([[one, one]], UNPAD, tiles=7)
     alone = merge_rows(place, UNPAD)
@@ -147,15 +150,15 @@ def test_packed_conversations_share_the_newline_at_the_end_of_the_table():
 
 def test_widths():
     place = TileLayout((20, 20))
-    assert widths(row(5, IMAGE, 6, layouts=[place]), FLAT).tolist() == [1, 16, 1]
-    with pytest.raises(InputError, match="^1 <image> marks for 0 images"):
-        widths(row(5, IMAGE), FLAT)
+    assert positions_per_id(row(5, IMAGE, 6, layouts=[place]), FLAT).tolist() == [1, 16, 1]
+    with pytest.raises(InputError, match="^1 <image> tokens for 0 images"):
+        positions_per_id(row(5, IMAGE), FLAT)
 
 
 @pytest.mark.parametrize("marks", [0, 2])
 def test_marks_and_images_must_agree(marks):
     bad = row(5, *[IMAGE] * marks, layouts=[TileLayout((20, 20))])
-    with pytest.raises(InputError, match=f"row 1: {marks} <image> marks for 1 images"):
+    with pytest.raises(InputError, match=f"row 1: {marks} <image> tokens for 1 images"):
         splice([row(5), bad], FLAT)
     named = row(5, *[IMAGE] * marks, layouts=[TileLayout((20, 20))], name="data.json entry 7")
     with pytest.raises(InputError, match=r"data\.json entry 7"):
@@ -166,7 +169,7 @@ def test_length_is_known_beforehand():
     random = np.random.default_rng(0)
     for config in (FLAT, SPATIAL, UNPAD):
         for _ in range(50):
-            places = [layout(tuple(random.integers(2, 200, 2)), config) for _ in range(random.integers(0, 4))]
+            places = [tile_layout(tuple(random.integers(2, 200, 2)), config) for _ in range(random.integers(0, 4))]
             ids = [IMAGE] * len(places) + [5] * random.integers(1, 9)
             one = row(*random.permutation(ids), layouts=places)
             assert splice([one], config).ids.shape[1] == spliced_length(one, config)
@@ -177,7 +180,7 @@ def test_every_feature_row_exists():
     random = np.random.default_rng(1)
     for config in (SPATIAL, UNPAD, c.preset("v1.6-vicuna-7b")):
         for _ in range(200):
-            place = layout(tuple(int(x) for x in random.integers(10, 2000, 2)), config)
+            place = tile_layout(tuple(int(x) for x in random.integers(10, 2000, 2)), config)
             rows = merge_rows(place, config)
             assert rows.min() >= NEWLINE
             assert rows.max() < place.tiles * config.vision.features_per_tile

@@ -102,21 +102,21 @@ def test_urls(server, scene):
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("nowhere", "the server answers 404"),
+        ("nowhere", "the server returned 404"),
         ("drip", "too slow"),
         ("drip_headers", "0 bytes in 0 seconds: too slow"),
         ("large", "larger than 0 MiB"),
         ("endless", "larger than 0 MiB"),
-        ("short", "bytes too soon"),
-        ("to?ftp://127.0.0.1:1/a.png", "redirects to ftp://127.0.0.1:1/a.png; only http: and https: are followed"),
+        ("short", "bytes short"),
+        ("to?ftp://127.0.0.1:1/a.png", "redirects to ftp://127.0.0.1:1/a.png; only http: and https: are supported"),
         ("to?file:///etc/hostname", "redirects to file:///etc/hostname; only"),
         ("to?data:image/png,x", "redirects to data:image/png,x; only"),
-        ("to?to", "the server answers 302"),
+        ("to?to", "the server returned 302"),
         ("to?" + "/to?" * 20, "redirects more than 5 times"),
     ],
 )
 def test_servers_that_nobody_can_wait_for(server, monkeypatch, path, says):
-    monkeypatch.setattr(urls, "PATIENCE", 0.3)
+    monkeypatch.setattr(urls, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(urls, "WAITS", ())
     monkeypatch.setattr(urls, "MAX_DOWNLOAD", 5000)
     with pytest.raises(InputError, match=says) as error:
@@ -136,10 +136,10 @@ def test_what_may_pass_is_tried_again(server, scene, monkeypatch, fates):
     ("fates", "times", "says"),
     [
         ("503&503&503&503&503", 3, "the server answers 503"),
-        ("404&404", 0, "the server answers 404"),
+        ("404&404", 0, "the server returned 404"),
         ("503=30&503=400", 1, "the server answers 503"),  # 400 s are more than are left
         ("429=" + "9" * 400, 0, "the server answers 429"),
-        ("503=Fri, 31 Dec 1999 23:59:59 GMT&404", 1, "the server answers 404"),
+        ("503=Fri, 31 Dec 1999 23:59:59 GMT&404", 1, "the server returned 404"),
     ],
 )
 def test_what_does_not_pass_is_given_up(server, monkeypatch, fates, times, says):
@@ -187,13 +187,13 @@ def test_data_urls(scene):
     ("url", "says"),
     [
         ("data:image/png;base64", "without a comma"), ("data:", "without a comma"), ("data:,", "without data"),
-        ("data:image/png;base64,", "without data"), ("data:image/png;base64,%%%", "broken base64"),
-        ("data:image/png;base64,a", "broken base64"), ("data:image/png;base64,aGk=aGk=", "broken base64"),
-        ("data:image/png;base64,\ud800", "broken base64"), ("data:text/html;base64,aGk=", "of text/html, not of"),
+        ("data:image/png;base64,", "without data"), ("data:image/png;base64,%%%", "invalid base64"),
+        ("data:image/png;base64,a", "invalid base64"), ("data:image/png;base64,aGk=aGk=", "invalid base64"),
+        ("data:image/png;base64,\ud800", "invalid base64"), ("data:text/html;base64,aGk=", "of text/html, not of"),
         ("data:image/png;base64,aGk=", "not an image"), ("data:image/png,hello", "not an image"),
         ("data:application/pdf,hello", "of application/pdf, not of an image"),
-        ("file://", "names no file"), ("file:///", "names no file"), ("file://localhost", "names no file"),
-        ("file://host/a.png", "a file of host host; only those of this machine"),
+        ("file://", "without a file"), ("file:///", "without a file"), ("file://localhost", "without a file"),
+        ("file://host/a.png", "a file on host host; only local files"),
         ("file:///no/such.png", "/no/such.png: no such image"), ("file:/no/such.png", "/no/such.png: no such image"),
         ("file:///a%00.png", "cannot be read"),
     ],

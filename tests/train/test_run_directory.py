@@ -47,7 +47,7 @@ def test_a_run_writes_over_nothing_that_is_not_its_own(run_config, tmp_path, nam
 
 def test_a_lock_of_something_else_is_left_alone(run_config, tmp_path):
     put_file(tmp_path / "out" / ".lock")
-    with pytest.raises(InputError, match="something else than a lock"):
+    with pytest.raises(InputError, match="is not a lock file"):
         Output(run_config)
     assert (tmp_path / "out" / ".lock").read_text() == "precious"
 

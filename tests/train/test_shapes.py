@@ -10,7 +10,7 @@ from PIL import Image
 from helpers import GOLDEN
 from llava_jax.config import tiny
 from llava_jax.data.conversations import read_conversation
-from llava_jax.data.images import layout
+from llava_jax.data.images import tile_layout
 from train.datasets import shape_questions as questions
 from train.datasets import shapes
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
@@ -70,7 +70,7 @@ def test_small_and_large_differ_in_whatever_grid_they_are_seen():
     config, seen = tiny(), {size: [] for size in SIZES}
     for seed in range(400):
         scene = make_scene(np.random.default_rng(seed))
-        columns, rows = layout((scene.width, scene.height), config).grid
+        columns, rows = tile_layout((scene.width, scene.height), config).grid
         scale = min(28 * columns / scene.width, 28 * rows / scene.height)
         for a in scene.things:
             seen[a.size].append(scale * (a.box[2] - a.box[0]))
@@ -79,7 +79,7 @@ def test_small_and_large_differ_in_whatever_grid_they_are_seen():
 
 def test_every_grid_of_tiles_occurs():
     scenes = [make_scene(np.random.default_rng(seed)) for seed in range(200)]
-    grids = {layout((scene.width, scene.height), tiny()).grid for scene in scenes}
+    grids = {tile_layout((scene.width, scene.height), tiny()).grid for scene in scenes}
     assert grids == {(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)}
 
 
@@ -186,7 +186,7 @@ def test_reasoning_shows_its_steps():
 
 def test_two_pictures():
     other = Scene(60, 60, "noisy", (thing("large blue star", (10, 10, 30, 30)),))
-    found = ask_often(questions.two_pictures, SCENE, other)
+    found = ask_often(questions.two_images, SCENE, other)
     some = {
         "which of the two pictures has more objects?": "first",
         "which of the two pictures has circles?": "first",

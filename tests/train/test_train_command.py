@@ -52,7 +52,7 @@ BAD = {
     "no eval data": (lambda t: ("--eval-data", t / "none.json"), "none.json: cannot be read"),
     "eval data without a good row": (lambda t: ("--eval-data", broken_lines(t)), "nothing in it can be trained on"),
     "eval data is none": (lambda t: ("--eval-data", CHECKPOINT / "config.json"), "nothing in it can be trained on"),
-    "eval data is empty": (lambda t: ("--eval-data", make(t / "e.json", Path.touch)), "no conversations in it"),
+    "eval data is empty": (lambda t: ("--eval-data", make(t / "e.json", Path.touch)), "has no conversations"),
     "eval data is a directory": (lambda t: ("--eval-data", t), "a directory, not a file"),
     "eval data is a pipe": (lambda t: ("--eval-data", make(t / "e.json", os.mkfifo)), "a pipe, not a file"),
     "no image of eval data": (lambda t: ("--eval-data", without_images(t)), "none of its images can be read"),

@@ -45,7 +45,7 @@ def start(config: TrainConfig, batch, model=None, mesh=None, params=None, total_
 
 def conversation(rng: np.random.Generator, model, sizes=()) -> Row:
     """Random ids and pictures; what comes after the pictures is partly labelled."""
-    places = tuple(images.layout(size, model) for size in sizes)
+    places = tuple(images.tile_layout(size, model) for size in sizes)
     side = model.vision.image_size
     tiles = tuple(rng.integers(0, 256, (place.tiles, side, side, 3), dtype=np.uint8) for place in places)
     text = rng.integers(3, model.text.vocab_size, rng.integers(20, 50)).astype(np.int32)

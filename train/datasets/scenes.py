@@ -23,7 +23,7 @@ COLOURS = {
 }
 SIZES = {"small": (0.17, 0.19), "large": (0.29, 0.33)}  # diameter
 BACKGROUNDS = ("plain", "gradient", "noisy")
-MOST = 6  # objects of a scene
+MAX_OBJECTS = 6  # objects of a scene
 MOST_RATIO = 3.0  # of a picture's sides
 GAP = 0.03  # between objects, and to the edge
 PIXELS = (80, 160)  # square root of the area
@@ -59,8 +59,8 @@ class Scene:
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """A random scene of 1 to `MOST` objects that do not touch."""
-    count = int(rng.integers(1, MOST + 1))
+    """A random scene of 1 to `MAX_OBJECTS` objects that do not touch."""
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
     width, height = _make_canvas(rng)
     while (things := _place(rng, count, width, height)) is None:
         pass

@@ -34,7 +34,7 @@ ANSWERS = {
     "LEPA": None,  # see `_answer`
 }
 OPTIONS = "ABCDE"
-MOST = 2**30  # bytes of a file
+MAX_FILE_BYTES = 2**30  # bytes of a file
 
 
 class Problem(TypedDict):
@@ -135,7 +135,7 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
 
 
 def _read(path: Path, schema: Any) -> dict[str, Any]:
-    contents = read_json(path, schema, most=MOST)
+    contents = read_json(path, schema, max_bytes=MAX_FILE_BYTES)
     if contents is None:
         raise InputError(f"{shorten(path)}: no such file")
     return contents
@@ -171,7 +171,7 @@ def main() -> None:
 def _is_split(path: Path) -> bool:
     """Whether it is what this command writes."""
     try:
-        rows = parse_json(read_bytes(path, MOST))
+        rows = parse_json(read_bytes(path, MAX_FILE_BYTES))
         check_json(rows, list[Row], "split")
         return all(os.path.dirname(row.get("image", f"{row['id']}/")) == row["id"] for row in rows)
     except InputError:

@@ -35,8 +35,8 @@ ASKED = 3  # questions about a test scene
 OFTEN = {"count": 4, "position": 3}  # times as often as others in training: these are hard
 SHORT = questions.SHORT | {"members": questions.members}
 KINDS = [kind for kind in (*SHORT, "text") for _ in range(OFTEN.get(kind, 1))]  # of short questions in training
-MOST = 10**6  # pictures of a split
-PICTURES_MADE = integer(1, MOST)
+MAX_IMAGES = 10**6  # pictures of a split
+IMAGES_DRAWN = integer(1, MAX_IMAGES)
 Row = dict[str, Any]
 
 
@@ -181,10 +181,10 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m train.datasets.shapes", description="Pictures of shapes, and questions.")
     p.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     p.add_argument(
-        "--examples", type=PICTURES_MADE, required=True, metavar="N", help=f"training pictures, at most {MOST:,}"
+        "--examples", type=IMAGES_DRAWN, required=True, metavar="N", help=f"training pictures, at most {MAX_IMAGES:,}"
     )
     p.add_argument(
-        "--test-examples", type=PICTURES_MADE, metavar="N", help="test pictures (default: a tenth of --examples)"
+        "--test-examples", type=IMAGES_DRAWN, metavar="N", help="test pictures (default: a tenth of --examples)"
     )
     p.add_argument("--seed", type=SEED, default=0, metavar="N", help="(default 0)")
     return p
