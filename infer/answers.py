@@ -1,8 +1,8 @@
-"""The answers file: a JSON line for each answer, in the format of the reference (llava/eval/model_vqa_loader.py).
+"""The answers file: one JSON line per answer, in the reference's format (llava/eval/model_vqa_loader.py).
 
     {"question_id": 1, "prompt": "What is this?", "text": "A cat.", "answer_id": ..., "model_id": ..., "metadata": {}}
 
-One command holds it at a time, and appends to it. Nothing but an answers file is ever touched.
+One command locks it at a time and appends to it. Files of any other format are never modified.
 """
 
 import codecs
@@ -17,11 +17,11 @@ from llava_jax.locks import LockedFile
 
 Id = str | int | float | None
 MAX_ANSWERS = 4 * 2**30  # bytes
-START, NEXT = '{"question_id": ', ', "prompt": "'  # how each line begins
+LINE_START, AFTER_ID = '{"question_id": ', ', "prompt": "'  # the beginning of each line
 
 
 class Answer(TypedDict):
-    """A line, as far as it is read."""
+    """The keys of a line that are read."""
 
     question_id: Id
     prompt: str
@@ -29,30 +29,30 @@ class Answer(TypedDict):
 
 
 class AnswersFile:
-    """An answers file, held until the block ends; made if it is not there, and removed if nothing was written to it.
+    """An answers file, locked until the `with` block ends; created if missing, and removed if nothing was written.
 
     Attributes:
-      answered: how often it answers each question, by `key_of`.
+      answered: the number of answers to each question, by `key_of`.
     """
 
     def __init__(self, path: str | os.PathLike, questions: str | os.PathLike):
         """
         Args:
-          questions: the file that must not be it.
+          questions: the questions file, which must be a different file.
 
         Raises:
-          InputError: it is something else, is in use, or cannot be written.
+          InputError: the file has another format, is in use, or cannot be written.
         """
         self.name = shorten(f"--answers {path}")
         if os.path.exists(path) and os.path.exists(questions) and os.path.samefile(path, questions):
-            raise InputError(f"{self.name}: is the file of the questions; name another one")
+            raise InputError(f"{self.name}: is the questions file; give another file")
         try:
             self.file = LockedFile(path, self.name)
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        except (OSError, ValueError) as error:  # ValueError: an invalid file name
             raise InputError(f"{self.name}: cannot be written ({first_line(error)})") from None
         try:
             if (size := os.fstat(self.file.file.fileno()).st_size) > MAX_ANSWERS:
-                raise InputError(f"{self.name}: has {size:,} bytes; an answers file has at most {MAX_ANSWERS:,}")
+                raise InputError(f"{self.name}: has {size:,} bytes; an answers file may have at most {MAX_ANSWERS:,}")
             self._read(self.file.read())
         except BaseException:
             self.file.close()
@@ -60,35 +60,39 @@ class AnswersFile:
         self.written = False
 
     def _read(self, data: bytes) -> None:
-        """Count what is answered. A last line that was cut off while being written is told by how it begins."""
+        """Count the answers. An incomplete last line, left by a killed process, is recognized by its beginning."""
         *lines, last = data.split(b"\n")
         self.answered = collections.Counter()
-        self.end, self.gap = len(data), b"\n" if last else b""  # where the first answer goes, and what precedes it
+        self.end, self.gap = (
+            len(data),
+            b"\n" if last else b"",
+        )  # where the first new answer goes, and the separator before it
         for number, line in enumerate((*lines, last), 1):
             if not line.strip():
                 continue
             try:
                 answer = parse_json(line)
-                check_json(answer, Answer, "no answer")
+                check_json(answer, Answer, "not an answer")
                 self.answered[key_of(answer["question_id"], answer["prompt"])] += 1
             except InputError as error:
-                if number <= len(lines) or not _is_cut(last, known=self.answered.total() > 0):
+                if number <= len(lines) or not _is_truncated(last, has_answers=self.answered.total() > 0):
                     raise InputError(
-                        f"{self.name}: is there already, and is no answers file (line {number}: {error})"
+                        f"{self.name}: exists and is not an answers file (line {number}: {error})"
                     ) from None
                 self.end, self.gap = len(data) - len(last), b""
 
     def append(self, answer: dict[str, Any]) -> None:
-        """
+        """Append an answer.
+
         Raises:
-          InputError: it cannot be written, and is as before.
+          InputError: the file cannot be written; it is left unchanged.
         """
         line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
         try:
             if not self.written:
                 self.file.file.truncate(self.end)
             self.file.append(self.gap + line)
-        except OSError as error:  # a full disk
+        except OSError as error:  # for example a full disk
             raise InputError(f"{self.name}: cannot be written ({first_line(error)})") from None
         self.written, self.gap = True, b""
 
@@ -102,32 +106,32 @@ class AnswersFile:
 
 
 def key_of(question_id: Any, prompt: str) -> str:
-    """What an answer belongs to. Some benchmarks (MME) ask several questions under one id."""
+    """The key of a question: its id and prompt, since some benchmarks (MME) ask several questions under one id."""
     return json.dumps([question_id, prompt], sort_keys=True)
 
 
-def _is_cut(line: bytes, known: bool) -> bool:
-    """Whether it can be the beginning of an answer.
+def _is_truncated(line: bytes, has_answers: bool) -> bool:
+    """Whether a line can be the beginning of an answer.
 
     Args:
-      known: there are answers in the file; else it has to be the beginning of one of ours, not of a question.
+      has_answers: the file has answers. Otherwise the line must begin as our answers do, unlike a question.
     """
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(line)  # which may end within a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(line)  # the line may end within a character
     except UnicodeDecodeError:
         return False
-    if not text.startswith(START):
-        return START.startswith(text)
+    if not text.startswith(LINE_START):
+        return LINE_START.startswith(text)
     try:
         json.JSONDecoder().raw_decode(text)
-        return False  # whole, whatever follows it
+        return False  # complete
     except RecursionError:
         return False
     except ValueError:
-        if known:
+        if has_answers:
             return True
     try:
-        _, end = json.JSONDecoder().raw_decode(text, len(START))
+        _, end = json.JSONDecoder().raw_decode(text, len(LINE_START))
     except (ValueError, RecursionError):
-        return True  # within the id
-    return text.startswith(NEXT, end) or NEXT.startswith(text[end:])
+        return True  # truncated within the id
+    return text.startswith(AFTER_ID, end) or AFTER_ID.startswith(text[end:])

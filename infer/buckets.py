@@ -1,4 +1,4 @@
-"""The ladders of shapes: with few of them, few programs are compiled."""
+"""The ladders of static shapes, which bound the number of compiled programs."""
 
 import bisect
 import dataclasses
@@ -8,7 +8,7 @@ from llava_jax.console import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The ladders that shapes are rounded up to."""
+    """The sizes that each dimension is rounded up to."""
 
     lengths: tuple[int, ...] = (
         *(128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192),
@@ -19,13 +19,13 @@ class Buckets:
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
     def up(self, ladder: str, n: int) -> int:
-        """`n` rounded up to a rung.
+        """Round `n` up to the next size.
 
         Raises:
-          InputError: the ladder is not that high.
+          InputError: `n` exceeds the largest size.
         """
-        rungs = getattr(self, ladder)
-        i = bisect.bisect_left(rungs, n)
-        if i == len(rungs):
-            raise InputError(f"{n} {ladder.replace('_', ' ')} are more than the engine is set up for ({rungs[-1]})")
-        return rungs[i]
+        sizes = getattr(self, ladder)
+        i = bisect.bisect_left(sizes, n)
+        if i == len(sizes):
+            raise InputError(f"{n} {ladder.replace('_', ' ')} exceed the engine's largest bucket ({sizes[-1]})")
+        return sizes[i]

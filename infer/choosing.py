@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or drawn at a temperature from the likeliest (top-k, top-p)."""
+"""Choose the next token: greedily, or by sampling with temperature, top-k and top-p."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def choose(
 
 
 def _draw(logits_V: jax.Array, key: jax.Array, knobs: dict[str, jax.Array]) -> jax.Array:
-    """Temperature, then top-k, then top-p, as transformers' logits processors do."""
+    """Sample with temperature, then top-k, then top-p, in the order of transformers' logits processors."""
     sorted_V, order_V = jax.lax.top_k(logits_V / knobs["temperature"], logits_V.shape[-1])
     rank_V = jnp.arange(logits_V.shape[-1])
     top_k = jnp.where(knobs["top_k"] > 0, knobs["top_k"], logits_V.shape[-1])
@@ -36,10 +36,10 @@ def _draw(logits_V: jax.Array, key: jax.Array, knobs: dict[str, jax.Array]) -> j
     probabilities_V = jax.nn.softmax(sorted_V)
     before_V = jnp.cumsum(probabilities_V) - probabilities_V
     keep_V = (before_V < knobs["top_p"]) | (rank_V == 0)
-    place = jax.random.categorical(key, jnp.where(keep_V, sorted_V, -jnp.inf))
-    return order_V[place].astype(jnp.int32)
+    rank = jax.random.categorical(key, jnp.where(keep_V, sorted_V, -jnp.inf))
+    return order_V[rank].astype(jnp.int32)
 
 
 def row_keys(seed: int, rows) -> jax.Array:
-    """A key for each row, from the seed and the row's own number."""
+    """A random key per row, from the seed and the row's number."""
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows, jnp.uint32))

@@ -1,10 +1,10 @@
-"""How many questions of a file a model answers right, by kind of question.
+"""Measure a model's accuracy on a file of questions, by kind of question.
 
     python -m infer.evaluate --checkpoint DIR --data test.json --image-folder DIR
 
-The file is in the format of training data (`llava_jax.data.conversations`), and its answers are the right ones. Each
-question is asked with what was said before it, right answers included. `kinds` beside a conversation names the kind of
-each of its questions. A row that cannot be read counts as one question that failed; the others are asked.
+The file has the format of training data (`llava_jax.data.conversations`), and its answers are the reference answers.
+Each question is asked with the turns before it, including their reference answers. `kinds` in a row names the kind of
+each question. An invalid row counts as one failed question; the others are asked.
 """
 
 import argparse
@@ -22,31 +22,31 @@ from llava_jax.data.conversations import read_conversation, read_rows, warn_unkn
 from llava_jax.data.images import ImageFolder
 from llava_jax.data.templates import IMAGE_TOKEN
 
-TOLD = 10  # broken questions that are named; the rest are counted
-NO_KIND = "all"  # of questions that the file gives no kind of
+MAX_SHOWN = 10  # failed questions that are logged; the rest are counted
+NO_KIND = "all"  # the kind of questions without `kinds`
 
-Metric = Callable[[str, str], float]  # answer, right answer -> 0 to 1
-
-
-def exact_match(answer: str, right: str) -> float:
-    """1 where they are the same, whatever the case, the spaces around them, and a full stop at the end."""
-    return float(_plain(answer) == _plain(right))
+Metric = Callable[[str, str], float]  # answer, reference answer -> score from 0 to 1
 
 
-def _plain(text: str) -> str:
+def exact_match(answer: str, reference: str) -> float:
+    """1 if the answers are equal, ignoring case, surrounding spaces, and a final full stop."""
+    return float(_normalize(answer) == _normalize(reference))
+
+
+def _normalize(text: str) -> str:
     return text.strip().lower().removesuffix(".").rstrip()
 
 
-def scienceqa(answer: str, right: str) -> float:
-    """1 where both name the same option of a question with several (llava/eval/eval_science_qa.py)."""
-    return float(read_option(answer) is not None and read_option(answer) == read_option(right))
+def scienceqa(answer: str, reference: str) -> float:
+    """1 if both name the same option of a multiple-choice question (llava/eval/eval_science_qa.py)."""
+    return float(read_option(answer) is not None and read_option(answer) == read_option(reference))
 
 
 def read_option(answer: str) -> str | None:
-    """The letter that an answer is, or begins with ("B. ..."), or the only one after "The answer is"; else None.
+    """Parse the option of an answer: the letter that it is or begins with ("B. ..."), or the only one after "The answer
+    is"; None if there is none.
 
-    A letter that the question has no option for counts as one, and so as wrong. (The reference once drew an option at
-    random then.)
+    A letter without an option is returned too, and counts as wrong. (The reference once drew an option at random then.)
     """
     if re.fullmatch("[A-E]", answer) or re.match(r"[A-E]\. ", answer):
         return answer[0]
@@ -61,23 +61,23 @@ METRICS: dict[str, Metric] = {"exact_match": exact_match, "scienceqa": scienceqa
 class Question:
     """`turns` is question, answer, ..., question; `images` are paths, or the bytes of `data:` URLs."""
 
-    name: str  # where it stands, for errors
+    name: str  # file and row, for errors
     kind: str
     turns: tuple[str, ...] = ()
     images: tuple = ()
     answer: str = ""
     system: str | None = None
-    problem: str = ""  # what is wrong with the row, which has no question then
+    problem: str = ""  # the error of an invalid row, which has no question
 
 
 # ---------------------------------------------------------------- the file
 
 
 def read_questions(path: Path, folder: Path) -> list[Question]:
-    """All questions of a file in the format of training data, and one with a `problem` for each row that is broken.
+    """Read all questions of a file in the format of training data, and one with a `problem` for each invalid row.
 
     Raises:
-      InputError: the file cannot be read, or no row of it can.
+      InputError: the file cannot be read.
     """
     images = ImageFolder(folder, follow_links=True)
     rows = read_rows(path)
@@ -93,70 +93,69 @@ def read_questions(path: Path, folder: Path) -> list[Question]:
 
 
 def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
-    """Those that have an answer. As in training, an answer that comes first is left out; a question that comes last
-    has nothing to be compared with."""
+    """The questions of a row that have an answer. As in training, an answer before the first question is dropped."""
     conversation = read_conversation(row)
     turns = conversation.turns
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
     if [turn["from"] for turn in turns] != (["human", "gpt"] * len(turns))[: len(turns)]:
         speakers = shorten(", ".join(turn["from"] for turn in conversation.turns))
-        raise InputError(f"speakers must take turns, human first; here they are {speakers}")
+        raise InputError(f"speakers must take turns, human first; got {speakers}")
     if len(turns) < 2:
         raise InputError("no answer")
-    said = tuple(turn["value"] for turn in turns)
-    n = len(said) // 2
+    texts = tuple(turn["value"] for turn in turns)
+    n = len(texts) // 2
     kinds = row.get("kinds") or [NO_KIND] * n
     if (
         not isinstance(kinds, list)
-        or len(kinds) not in (n, len(said) - n)  # of all its questions, answered or not
+        or len(kinds) not in (n, len(texts) - n)  # with or without an unanswered last question
         or not all(isinstance(kind, str) for kind in kinds)
     ):
-        raise InputError(f"kinds must name {plural(n, 'kind')}, one for each question")
+        raise InputError(f"kinds must list {plural(n, 'kind')}, one per question")
     images = tuple(map(folder.find, conversation.images))
     if len(images) == 1:
-        said = tuple(map(_mark_first, said))
-    marks = sum(text.count(IMAGE_TOKEN) for text in said)
-    if marks not in (0, len(images)):
-        raise InputError(f"{marks} {IMAGE_TOKEN} marks for {len(images)} images")
-    if any(IMAGE_TOKEN in text for text in said[1::2]):
-        raise InputError(f"an answer has an {IMAGE_TOKEN} mark; only questions can be asked with images")
+        texts = tuple(map(_image_first, texts))
+    image_tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
+    if image_tokens not in (0, len(images)):
+        raise InputError(f"{image_tokens} {IMAGE_TOKEN} tokens for {len(images)} images")
+    if any(IMAGE_TOKEN in text for text in texts[1::2]):
+        raise InputError(f"an answer has an {IMAGE_TOKEN} token; only questions can have images")
     return [
-        # Images come with the turn that has their marks; with the first where there are none.
+        # Images belong to the turn with their <image> tokens, or to the first turn if there are none.
         Question(
             name,
             kind,
-            said[: 2 * i + 1],
-            images[: sum(text.count(IMAGE_TOKEN) for text in said[: 2 * i + 1])] if marks else images,
-            said[2 * i + 1],
+            texts[: 2 * i + 1],
+            images[: sum(text.count(IMAGE_TOKEN) for text in texts[: 2 * i + 1])] if image_tokens else images,
+            texts[2 * i + 1],
             conversation.system,
         )
         for i, kind in enumerate(kinds[:n])
     ]
 
 
-def _mark_first(text: str) -> str:
-    """One mark for a single image, in front of its turn, as in training."""
+def _image_first(text: str) -> str:
+    """Move the `<image>` token of a single image to the front of its turn, as in training."""
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip() if IMAGE_TOKEN in text else text
 
 
 def choose_metric(questions: list[Question]) -> str:
-    """ScienceQA's where every right answer says, as there, which option "the answer is"; else exact match."""
+    """`scienceqa` if every reference answer says which option "The answer is", otherwise `exact_match`."""
     answers = [question.answer for question in questions if not question.problem]
     if answers and all("The answer is " in answer and read_option(answer) for answer in answers):
-        note("metric scienceqa, since every right answer names an option; --metric exact_match compares all words")
+        note("metric scienceqa, since every reference answer names an option; --metric exact_match compares all words")
         return "scienceqa"
     return "exact_match"
 
 
 def check_answers(questions: list[Question], metric: str) -> list[Question]:
-    """The questions; those whose right answer the metric cannot read have a `problem`.
+    """Return the questions, with a `problem` if the metric cannot read their reference answer.
 
     Raises:
-      InputError: none is left that can be asked.
+      InputError: no valid question is left.
     """
     if metric == "scienceqa":
-        no_option = "the right answer names no option, as --metric scienceqa wants"
+        no_option = "the reference answer names no option, which --metric scienceqa needs"
         named = lambda one: one.problem or read_option(one.answer)  # noqa: E731
         questions = [
             one if named(one) else dataclasses.replace(one, problem=f"{one.name}: {no_option}") for one in questions
@@ -174,9 +173,9 @@ def evaluate(engine, questions: list[Question], metric: Metric, *, rows: int, ma
     """Ask all questions.
 
     Returns:
-      `accuracy` (mean of the metric), `questions` and `failed` (how many; those that failed count as wrong),
-      `by_kind`: kind -> `accuracy` and `questions`. Of ScienceQA also `with_images`, the same for the questions that
-      have images, and `no_option`, how many answers name no single option.
+      `accuracy` (the mean of the metric), `questions` and `failed` (counts; failed questions count as wrong), and
+      `by_kind`: kind -> `accuracy` and `questions`. For ScienceQA also `with_images`, the same for questions with
+      images, and `no_option`, the number of answers that name no single option.
     """
     from infer.engine import Request
 
@@ -186,14 +185,14 @@ def evaluate(engine, questions: list[Question], metric: Metric, *, rows: int, ma
     def fail(problem: object) -> None:
         nonlocal failed
         failed += 1
-        if failed <= TOLD:
+        if failed <= MAX_SHOWN:
             note(f"error: {problem}")
 
     for question in questions:
         if question.problem:
             fail(question.problem)
     asked = [i for i, question in enumerate(questions) if not question.problem]
-    has_system = engine.template.style != "plain"  # as in training, which tells it
+    has_system = engine.template.style != "plain"  # as in training, which logs it
     requests = [
         Request(one.turns, one.images, one.system if has_system else None, one.name)
         for one in (questions[i] for i in asked)
@@ -227,7 +226,7 @@ def _mean(scores: list[float]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people: a line for each kind, and one for all."""
+    """Format the result: a line per kind, and one for all questions."""
     lines = [*result["by_kind"].items()] if len(result["by_kind"]) > 1 else []
     if result.get("with_images", {}).get("questions"):
         lines.append(("with images", result["with_images"]))
@@ -240,14 +239,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m infer.evaluate", description="How many questions are answered right.")
+    p = Parser(prog="python -m infer.evaluate", description="Measure accuracy on a file of questions.")
     add_model_flags(p)
     p.add_argument("--data", required=True, metavar="FILE", help="conversations: a JSON list or JSON lines")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
     p.add_argument(
         "--metric", choices=METRICS,
-        help="exact_match: the same words; scienceqa: the same option, as the reference reads it, the default where "
-        "every right answer says which (\"The answer is B.\")",
+        help="exact_match: the same words; scienceqa: the same option, as the reference parses it; default: scienceqa "
+        "if every reference answer names an option (\"The answer is B.\"), otherwise exact_match",
     )  # fmt: skip
     add_batch_size_flag(p, default=32)
     limits = ranges(Sampling)
@@ -265,7 +264,7 @@ def main() -> int:
     result = evaluate(engine, questions, METRICS[metric], rows=args.batch_size, max_new_tokens=args.max_new_tokens)
     print(json.dumps(result) if args.json else terminal_safe(table(result)))
     if result.get("no_option"):
-        note(f"no single option in {plural(result['no_option'], 'answer')}, counted as wrong")
+        note(f"{plural(result['no_option'], 'answer')} without a single option, counted as wrong")
     if failed := result["failed"]:
         asked = plural(result["questions"], "question")
         note(f"error: {failed:,} of {asked} could not be asked, counted as wrong")

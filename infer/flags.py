@@ -1,4 +1,4 @@
-"""What the commands share: the flags that say which model answers, and the engine that they ask for."""
+"""Flags that commands share: those that select a model, and the engine that they load."""
 
 import argparse
 
@@ -9,50 +9,52 @@ from llava_jax.data.templates import explain_template
 
 
 def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
-    """`default` says which model answers without `--checkpoint`; "" that none does."""
+    """Add the flags of a model. `default` describes the model used without `--checkpoint`; "" makes that required."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--checkpoint", required=not default, metavar="DIR",
-        help="an Orbax directory of `python -m convert`, a directory of safetensors (original or transformers), "
+        help="an Orbax directory from `python -m convert`, a directory of safetensors (original or transformers), "
         "or a hub name" + (default and f"; default: {default}"),
     )  # fmt: skip
-    model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
+    model.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for original checkpoints without it")
     model.add_argument("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPUs, else bfloat16")
     add_cache_flag(model)
     model.add_argument(
         "--mesh",
         metavar="AXES",
-        help="e.g. data=1,fsdp=1,tensor=4; default: tensor as far as it divides the key/value heads, the rest fsdp",
+        help="for example data=1,fsdp=1,tensor=4; default: tensor as far as it divides the key/value heads, then fsdp",
     )
     model.add_argument(
-        "--image-rules", choices=IMAGE_RULES, help="how images are cut where the two differ; default: original"
+        "--image-rules",
+        choices=IMAGE_RULES,
+        help="preprocessing where original and transformers differ; default: original",
     )
 
 
 def add_cache_flag(parser) -> None:
     parser.add_argument(
-        "--int8-cache", action="store_true", help="quantize the KV cache: half of bfloat16's; answers may change"
+        "--int8-cache", action="store_true", help="quantize the KV cache to half of bfloat16's size; answers may change"
     )
 
 
 def add_batch_size_flag(parser, default: int) -> None:
-    most = Buckets().rows[-1]
+    limit = Buckets().rows[-1]
     parser.add_argument(
-        "--batch-size", type=integer(1, most), default=default, metavar="N",
-        help=f"questions at a time, at most {most} (default {default})",
+        "--batch-size", type=integer(1, limit), default=default, metavar="N",
+        help=f"questions at a time, at most {limit} (default {default})",
     )  # fmt: skip
 
 
 def load_engine(args: argparse.Namespace):
-    """The `infer.engine.Engine` that the flags ask for. Says which template it takes, and on what it runs; and warns of
-    a `--max-new-tokens` that the model has no positions for.
+    """Load the `infer.engine.Engine` that the flags select. Logs its template and devices, and warns if
+    `--max-new-tokens` exceeds the model's context.
 
     Raises:
       InputError: as `Engine.load`.
     """
     enable_compilation_cache()
-    from infer.engine import Engine  # takes its time, which --help and wrong flags need not wait for
+    from infer.engine import Engine  # slow, and not needed for --help and invalid flags
     from llava_jax.sharding.mesh import format_mesh
 
     engine = Engine.load(
@@ -68,7 +70,7 @@ def load_engine(args: argparse.Namespace):
     note(f"template {template}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")
     if args.max_new_tokens > engine.context:
         note(
-            f"warning: --max-new-tokens {args.max_new_tokens}: the model has {engine.context} positions, prompt "
-            "included; answers end there"
+            f"warning: --max-new-tokens {args.max_new_tokens}: the model's context has {engine.context} positions, "
+            "including the prompt; answers end there"
         )
     return engine

@@ -1,8 +1,9 @@
-"""Many questions from a file, in the format of the reference (llava/eval/model_vqa_loader.py), answered into another.
+"""Answer a file of questions in the reference's format (llava/eval/model_vqa_loader.py).
 
     {"question_id": 1, "image": "a.jpg", "text": "What is this?"}
 
-`image` (or `images`) may be a list, or missing. Answers are written as they come; a second run skips what is answered.
+`image` (or `images`) may be a list, or absent. Answers are written as they are generated; a second run skips answered
+questions.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from llava_jax.data.images import ImageFolder
 from llava_jax.files import read_text
 from llava_jax.json_files import check_json, parse_json
 
-MAX_QUESTIONS = 4 * 2**30  # bytes: with images in `data:` URLs
-TOLD = 10  # broken questions that are named; the rest are counted
+MAX_QUESTIONS = 4 * 2**30  # bytes, since images may be `data:` URLs
+MAX_SHOWN = 10  # failed questions that are logged; the rest are counted
 
 
 class Question(TypedDict):
@@ -33,7 +34,7 @@ class Question(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """What a questions file holds, and what was wrong with it. `image` of a row is a list of paths and bytes."""
+    """The questions of a file, and its errors. `image` of a row is a list of paths and bytes."""
 
     rows: list[dict[str, Any]]
     line_numbers: list[int]
@@ -42,10 +43,10 @@ class Questions:
 
 
 def read_questions(args: argparse.Namespace, answers: AnswersFile) -> Questions:
-    """Read the questions that `answers` does not answer yet.
+    """Read the questions without an answer in `answers`.
 
     Raises:
-      InputError: the file cannot be read, or there is no question in it.
+      InputError: the file cannot be read, or has no questions.
     """
     path, folder = Path(args.questions), ImageFolder(args.image_folder, follow_links=True)
     name = shorten(path)
@@ -68,7 +69,7 @@ def read_questions(args: argparse.Namespace, answers: AnswersFile) -> Questions:
         rows.append(row)
         numbers.append(number)
     if not (rows or errors or skipped):
-        raise InputError(f"{name}: no questions in it")
+        raise InputError(f"{name}: has no questions")
     return Questions(rows, numbers, errors, skipped)
 
 
@@ -78,18 +79,18 @@ def _question(line: str, folder: ImageFolder) -> dict[str, Any]:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError("its text is not Unicode: half a character in it") from None
+        raise InputError("text with an unpaired Unicode surrogate") from None
     return row | {"image": list(map(folder.find, image_names(row)))}
 
 
 def answer_questions(engine, questions: Questions, answers: AnswersFile, sampling, args: argparse.Namespace) -> int:
-    """Answer, write, and report. Returns the exit status: 1 if any question could not be answered."""
+    """Generate, write and report the answers. Returns the exit status: 1 if any question failed."""
     from infer.engine import Request
 
-    for error in questions.errors[:TOLD]:
+    for error in questions.errors[:MAX_SHOWN]:
         note(f"error: {error}")
     if questions.answered:
-        note(f"{questions.answered} of {questions.answered + len(questions.rows)} are answered already")
+        note(f"{questions.answered} of {questions.answered + len(questions.rows)} already have answers")
     requests = [
         Request(
             (row["text"],),
@@ -107,7 +108,7 @@ def answer_questions(engine, questions: Questions, answers: AnswersFile, samplin
             bar.advance()
             if isinstance(answer, InputError):
                 failed += 1
-                if failed <= TOLD:
+                if failed <= MAX_SHOWN:
                     note(f"error: {answer}")
                 continue
             row = questions.rows[i]
@@ -124,5 +125,5 @@ def answer_questions(engine, questions: Questions, answers: AnswersFile, samplin
                 print_json({"question_id": row["question_id"]} | dataclasses.asdict(answer))
     if failed:
         what = "1 question was" if failed == 1 else f"{failed} questions were"
-        note(f"error: {what} not answered" + (f"; the first {TOLD} are named above" * (failed > TOLD)))
+        note(f"error: {what} not answered" + (f"; the first {MAX_SHOWN} are named above" * (failed > MAX_SHOWN)))
     return 1 if failed else 0

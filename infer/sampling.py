@@ -1,4 +1,4 @@
-"""How answers are drawn. What does so is in `infer.choosing`; this is without JAX, so that flags can wait for it."""
+"""Sampling options. `infer.choosing` implements them; this module does not import JAX, so that flags load fast."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ def _(default: float, allowed: Range) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """Sampling options.
 
-    temperature     0 takes the likeliest token; else logits are divided by it
-    top_k           draw from this many likeliest tokens only; 0 for all
-    top_p           draw from the fewest tokens that have this much probability together (Holtzman et al. 2020)
-    seed            of the randomness; an answer depends on it and on the question, not on its place in a batch
-    max_new_tokens  an answer is cut after this many, and where the model has no position left
+    temperature     0 is greedy; otherwise logits are divided by it
+    top_k           sample from this many most likely tokens; 0 for all
+    top_p           sample from the fewest tokens whose probabilities sum to this (Holtzman et al. 2020)
+    seed            random seed; an answer depends on it and on the question, not on its position in a batch
+    max_new_tokens  truncate the answer after this many tokens; it also ends with the context
 
     Raises:
-      InputError: one is out of its range.
+      InputError: an option is out of range.
     """
 
     temperature: float = _(0.0, number(0, 1000))
@@ -36,7 +36,7 @@ class Sampling:
         check_ranges(self)
 
     def knobs(self) -> dict[str, np.generic]:
-        """What `choosing.choose` takes: numbers that programs are given, so that no setting compiles anything."""
+        """The arguments of `choosing.choose`: arrays, so that changing an option does not recompile."""
         return {
             "temperature": np.float32(self.temperature),
             "top_k": np.int32(self.top_k),

@@ -91,7 +91,7 @@ def test_it_answers_files_of_questions(run_cli, tmp_path):
         (("--checkpoint", BUNDLED), "--prompt or --questions"),
         (("--image", "a.png"), "--prompt or --questions"),
         (("--checkpoint", "", "--prompt", "Hi"), "no checkpoint"),
-        (("--vision-tower", "."), "--vision-tower wants --checkpoint"),
+        (("--vision-tower", "."), "--vision-tower needs --checkpoint"),
     ],
 )
 def test_what_is_missing_is_said(run_cli, flags, says):

@@ -85,7 +85,7 @@ def test_several_images_system_and_template(answers):
     )
     status, out, err = answers(*ONE, *args, "--json")
     assert status == 0
-    assert "template vicuna_v1 (as asked for);" in err
+    assert "template vicuna_v1 (as requested);" in err
     assert json.loads(out)["image_tokens"] > 70
 
 
@@ -117,26 +117,26 @@ BAD = {
     "1x1": (lambda t: ("--image", make_image(t, (1, 1))), "1x1 pixels"),
     "1x20000": (lambda t: ("--image", make_image(t, (1, 20000))), "1x20000 pixels"),
     "bomb": (lambda t: ("--image", make_image(t, (20000, 20000), "1")), "pixels; scale it down"),
-    "more marks": (lambda t: ("--image", PICTURE, "--prompt", "<image> <image>"), "2 <image> marks for 1 images"),
+    "more marks": (lambda t: ("--image", PICTURE, "--prompt", "<image> <image>"), "2 <image> tokens for 1 images"),
     "fewer marks": (
-        lambda t: ("--image", PICTURE, "--image", PICTURE, "--prompt", "<image>"), "1 <image> marks for 2 images",
+        lambda t: ("--image", PICTURE, "--image", PICTURE, "--prompt", "<image>"), "1 <image> tokens for 2 images",
     ),
-    "marks and no image": (lambda t: ("--prompt", "<image> hi"), "1 <image> marks for 0 images"),
+    "marks and no image": (lambda t: ("--prompt", "<image> hi"), "1 <image> tokens for 0 images"),
     "too long": (lambda t: ("--prompt", "word " * 900), "more than fit the model's context of 512"),
     "unknown template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
-    "checkpoint as a URL": (lambda t: ("--checkpoint", "file:///none"), "file:// is no object store that is known"),
+    "checkpoint as a URL": (lambda t: ("--checkpoint", "file:///none"), "file:// is not a supported object store"),
     "vision tower of no name": (lambda t: ("--vision-tower", ""), "no CLIP directory"),
     "broken data URL": (lambda t: ("--image", "data:image/png;base64," + "A" * 9999), "AAA: not an image"),
-    "file of a host": (lambda t: ("--image", "file://host/a.png"), "a file of host host"),
+    "file of a host": (lambda t: ("--image", "file://host/a.png"), "a file on host host"),
     "long flag": (lambda t: ("--top-k", "x" * 9999), "--top-k 'xxx"),
     "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
     "mesh spelling": (lambda t: ("--mesh", "8"), "write it as data=1,fsdp=8"),
     "temperature": (lambda t: ("--temperature", "-1"), "temperature"),
     "no question": (lambda t: ("--questions", t / "q.jsonl"), "either --prompt or --questions"),
     "two prompts": (lambda t: ("--prompt", "a", "--prompt", "b"), "--prompt is given 2 times"),
-    "answers to no file": (lambda t: ("--answers", t / "a.jsonl"), "--answers belongs to --questions"),
-    "folder of no file": (lambda t: ("--image-folder", t), "--image-folder belongs to --questions"),
+    "answers to no file": (lambda t: ("--answers", t / "a.jsonl"), "--answers needs --questions"),
+    "folder of no file": (lambda t: ("--image-folder", t), "--image-folder needs --questions"),
 }  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def test_several_questions_under_one_id(answers, folder):
     assert ask_many(answers, folder)[0] == 0
     assert sorted(a["prompt"] for a in read_answers(folder)) == sorted(row["text"] for row in rows)
     status, _, err = ask_many(answers, folder)
-    assert (status, err) == (0, "all 3 questions are answered already\n")
+    assert (status, err) == (0, "all 3 questions already have answers\n")
 
 
 def test_images_of_questions_may_be_urls_of_files_and_data(answers, folder):
@@ -284,7 +284,13 @@ def test_images_of_questions_may_be_urls_of_files_and_data(answers, folder):
     assert (status, "error: 5 questions were not answered" in err) == (1, True)
     assert len({answer["text"] for answer in read_answers(folder)}) == 1
     assert sorted(answer["question_id"] for answer in read_answers(folder)) == [0, 1, 2, 3, 4, 5]
-    says = ["a URL to download", "leads out of", "broken base64", "leads out of", "video: video is not supported"]
+    says = [
+        "images in data files are not downloaded",
+        "leads out of",
+        "invalid base64",
+        "leads out of",
+        "video: video is not supported",
+    ]
     for number, what in enumerate(says, 7):
         assert re.search(f"q.jsonl line {number}: .*{what}", err)
     assert "A" * 101 not in err
@@ -298,7 +304,7 @@ def test_a_second_run_does_only_what_is_left(answers, folder):
     write_questions(folder / "q.jsonl", questions()[:5])
     status, _, err = ask_many(answers, folder)
     assert status == 0
-    assert "3 of 5 are answered already" in err
+    assert "3 of 5 already have answers" in err
     assert (folder / "a.jsonl").read_text().startswith(first)
     assert [a["question_id"] for a in read_answers(folder)][:3] == [
         a["question_id"] for a in map(json.loads, first.splitlines())
@@ -325,14 +331,14 @@ def test_bad_lines_are_named_the_rest_is_answered_and_the_status_says_so(answers
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda f: (f / "q.jsonl").write_text(""), "no questions in it"),
-        (lambda f: (f / "q.jsonl").write_text("\n\n"), "no questions in it"),
+        (lambda f: (f / "q.jsonl").write_text(""), "has no questions"),
+        (lambda f: (f / "q.jsonl").write_text("\n\n"), "has no questions"),
         (lambda f: None, "cannot be read"),
         (lambda f: (f / "q.jsonl").write_bytes(b"\xff\xfe"), "q.jsonl: not UTF-8"),
         (lambda f: (write_questions(f / "q.jsonl", questions()), shutil.rmtree(f / "images")), "no such directory"),
         (
             lambda f: (write_questions(f / "q.jsonl", questions()), (f / "a.jsonl").write_text("thesis\n")),
-            "is no answers file",
+            "is not an answers file",
         ),
     ],
 )

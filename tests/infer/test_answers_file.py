@@ -67,7 +67,7 @@ def test_answers_go_behind_what_is_whole(tmp_path, before, after):
 def test_what_is_no_answers_file_is_left_alone(tmp_path, text):
     file = tmp_path / "a.jsonl"
     file.write_text(text, errors="surrogateescape")
-    with pytest.raises(InputError, match="no answers file"), AnswersFile(file, tmp_path / "q"):
+    with pytest.raises(InputError, match="not an answers file"), AnswersFile(file, tmp_path / "q"):
         pass
     assert file.read_text(errors="surrogateescape") == text
 
@@ -76,7 +76,7 @@ def test_what_is_no_answers_file_is_left_alone(tmp_path, text):
 def test_the_questions_are_not_the_answers_under_another_name(tmp_path, link):
     put_file(tmp_path / "q", LINE)
     link(tmp_path / "q", tmp_path / "a")
-    with pytest.raises(InputError, match="the file of the questions"), AnswersFile(tmp_path / "a", tmp_path / "q"):
+    with pytest.raises(InputError, match="is the questions file"), AnswersFile(tmp_path / "a", tmp_path / "q"):
         pass
     assert (tmp_path / "q").read_text() == LINE
 

@@ -120,7 +120,7 @@ def test_what_counts_as_wrong_is_told_of_one_and_of_several(run, folder, monkeyp
     status, _, err = run(*write(folder, rows), "--json")
     questions = "1 question" if len(answers) == 1 else "2 questions"
     assert (status, err.splitlines()[-2:]) == (1, [
-        f"no single option in {says}, counted as wrong",
+        f"{says} without a single option, counted as wrong",
         f"error: 1 of {questions} could not be asked, counted as wrong",
     ])  # fmt: skip
 
@@ -213,28 +213,34 @@ def test_scienceqa_is_counted(folder, capsys):
     assert (got["accuracy"], got["questions"], got["failed"], got["no_option"]) == (0.4, 5, 1, 1)
     assert got["with_images"] == {"accuracy": 0.5, "questions": 2}
     assert evaluate.table(got).split("\n") == ["with images   50.00%  of 2", "all           40.00%  of 5"]
-    assert "row 4: the right answer names no option, as --metric scienceqa wants" in capsys.readouterr().err
+    assert "row 4: the reference answer names no option, which --metric scienceqa needs" in capsys.readouterr().err
     assert evaluate.choose_metric(questions) == "exact_match"  # one of them is "a cat"
     assert capsys.readouterr().err == ""
     assert evaluate.choose_metric(questions[:4]) == "scienceqa"
-    assert "metric scienceqa, since every right answer names an option" in capsys.readouterr().err
+    assert "metric scienceqa, since every reference answer names an option" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
         ("[", "not JSON"),
-        ([], "no conversations in it"),
+        ([], "has no conversations"),
         ("{", "row 0: not JSON"),
         ([row(["a?"])], "row 0: no answer"),
         ([{"conversations": [{"from": "human", "value": "a"}] * 2}], "row 0: speakers must take turns"),
         ([{"conversations": [{"from": "system", "value": "a"}]}], "row 0: no answer"),
-        ([{"id": 2}, {"id": 3}], "row 0: conversations must be a list of turns; there is neither it nor messages (2 "),
-        ([row(["<image>a?", "1"])], "row 0: 1 <image> marks for 0 images"),
-        ([row(["a?", "1 <image>"], image="a.png")], "row 0: an answer has an <image> mark"),
-        ([row(["<image>a?", "1"], image="http://x/a.png")], "row 0: http://x/a.png: a URL to download"),
-        ([row(["<image>a?", "1"], image="/etc/passwd")], "row 0: /etc/passwd: leads out of the image folder"),
-        ([row(["a?", "1"], ["x", "y"])], "row 0: kinds must name 1 kind, one for each question"),
+        (
+            [{"id": 2}, {"id": 3}],
+            "row 0: conversations must be a list of turns; the row has neither it nor messages (2 ",
+        ),
+        ([row(["<image>a?", "1"])], "row 0: 1 <image> tokens for 0 images"),
+        ([row(["a?", "1 <image>"], image="a.png")], "row 0: an answer has an <image> token"),
+        (
+            [row(["<image>a?", "1"], image="http://x/a.png")],
+            "row 0: http://x/a.png: images in data files are not downloaded",
+        ),
+        ([row(["<image>a?", "1"], image="/etc/passwd")], "row 0: /etc/passwd: is outside the image folder"),
+        ([row(["a?", "1"], ["x", "y"])], "row 0: kinds must list 1 kind, one per question"),
         ([row(["a?", 1])], "row 0: each turn of conversations must have from and value, both text"),
     ],
 )
