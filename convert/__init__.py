@@ -1,1 +1,1 @@
-"""Conversion of checkpoints: `python -m convert --help`."""
+"""Checkpoint conversion: `python -m convert --help`."""

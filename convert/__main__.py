@@ -1,9 +1,9 @@
 """Convert, inspect and compare checkpoints.
 
-python -m convert to-orbax SRC DST      whatever LLaVA weights there are, to our Orbax format
-python -m convert to-hf SRC DST         any checkpoint, to transformers' format or the original's
-python -m convert inspect DIR           what is in it
-python -m convert verify A B            whether two are the same
+python -m convert to-orbax SRC DST      convert any supported LLaVA weights to our Orbax format
+python -m convert to-hf SRC DST         convert any checkpoint to transformers' format or the original's
+python -m convert inspect DIR           list tensors and configuration
+python -m convert verify A B            compare two checkpoints
 """
 
 import argparse
@@ -23,51 +23,59 @@ def parser() -> argparse.ArgumentParser:
 
     c = commands.add_parser(
         "to-orbax",
-        help="from any LLaVA weights to our Orbax format",
+        help="convert any supported LLaVA weights to our Orbax format",
         usage="python -m convert to-orbax SRC DST [options]",
         epilog="SRC is a directory or a hub name: a whole LLaVA (original or transformers; .safetensors or .bin), a "
-        "plain language model (with --vision-tower), a LoRA adapter (with --base), a first stage's mm_projector.bin "
-        "(with --base), or nothing, with --base DIR --delta DIR.",
+        "plain language model (with --vision-tower), a LoRA adapter (with --base), a stage 1 mm_projector.bin (with "
+        "--base), or absent, with --base DIR --delta DIR.",
     )
-    c.add_argument("paths", nargs="+", metavar="SRC DST", help="what to convert, and the directory to write")
-    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory or hub name, for what comes without its tower")
+    c.add_argument("paths", nargs="+", metavar="SRC DST", help="the checkpoint to convert, and the directory to write")
+    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory or hub name, for weights without a tower")
     c.add_argument("--base", metavar="DIR", help="the model that an adapter, a delta or a projector was trained on")
-    c.add_argument("--delta", metavar="DIR", help="weights that are the difference to --base")
-    c.add_argument("--projector", metavar="FILE", help="mm_projector.bin or .safetensors to put in")
-    c.add_argument("--projector-type", metavar="TYPE", help="of a fresh projector: linear, mlp2x_gelu (default), ...")
+    c.add_argument("--delta", metavar="DIR", help="weights to add to those of --base")
+    c.add_argument("--projector", metavar="FILE", help="mm_projector.bin or .safetensors to use")
+    c.add_argument(
+        "--projector-type", metavar="TYPE", help="type of a new projector: linear, mlp2x_gelu (default), ..."
+    )
     c.add_argument("--aspect-ratio", choices=ASPECT_RATIOS, help="for language models; default: pad")
-    c.add_argument("--seed", type=SEED, default=0, metavar="N", help="of a fresh projector (default 0)")
-    c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
-    c.add_argument("--allow-nonfinite", action="store_true", help="convert tensors with NaN or infinity too")
+    c.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed of a new projector (default 0)")
+    c.add_argument("--dtype", choices=TYPES, help="dtype to store; default: unchanged")
+    c.add_argument("--allow-nonfinite", action="store_true", help="also convert tensors with NaN or infinity")
     c.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     c.set_defaults(run=run_to_orbax)
 
-    c = commands.add_parser("to-hf", help="to transformers' format or the original's")
-    c.add_argument("source", metavar="SRC", help="our directory, or any whole LLaVA")
+    c = commands.add_parser("to-hf", help="convert to transformers' format or the original's")
+    c.add_argument("source", metavar="SRC", help="an Orbax directory, or any complete LLaVA checkpoint")
     c.add_argument("destination", metavar="DST", help="directory to write")
     c.add_argument(
-        "--format", choices=["transformers", "original"], default="transformers", help="(default: the first)"
+        "--format", choices=["transformers", "original"], default="transformers", help="(default: transformers)"
     )
     c.add_argument("--part", choices=["model", "projector"], default="model", help="(default: model)")
-    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
-    c.add_argument("--dtype", choices=TYPES, help="what to store; default: as it is")
-    c.add_argument("--allow-nonfinite", action="store_true", help="write tensors with NaN or infinity too")
+    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for original checkpoints without it")
+    c.add_argument("--dtype", choices=TYPES, help="dtype to store; default: unchanged")
+    c.add_argument("--allow-nonfinite", action="store_true", help="also write tensors with NaN or infinity")
     c.add_argument(
-        "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of a file, e.g. 500MB (default 5GB)"
+        "--max-shard-size",
+        type=parse_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file size, for example 500MB (default 5GB)",
     )
     c.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     c.set_defaults(run=run_to_hf)
 
-    c = commands.add_parser("inspect", help="every tensor, totals by part, the configuration in words")
-    c.add_argument("directory", metavar="DIR", help="any checkpoint, whole or not, or one file; only headers are read")
+    c = commands.add_parser("inspect", help="list every tensor, totals per component, and the configuration")
+    c.add_argument(
+        "directory", metavar="DIR", help="any checkpoint, complete or not, or one file; only headers are read"
+    )
     c.add_argument("--json", action="store_true", help="print one JSON object")
     c.set_defaults(run=run_inspect)
 
-    c = commands.add_parser("verify", help="compare two checkpoints of any dialects, tensor by tensor")
+    c = commands.add_parser("verify", help="compare two checkpoints in any formats, tensor by tensor")
     c.add_argument("a", metavar="A")
     c.add_argument("b", metavar="B")
-    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
-    c.add_argument("--json", action="store_true", help="print one JSON object for each tensor")
+    c.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for original checkpoints without it")
+    c.add_argument("--json", action="store_true", help="print one JSON object per tensor")
     c.set_defaults(run=run_verify)
     return p
 
@@ -75,13 +83,13 @@ def parser() -> argparse.ArgumentParser:
 def run_to_orbax(args: argparse.Namespace) -> None:
     *source, destination = args.paths
     if len(source) > 1:
-        raise InputError(f"to-orbax takes SRC and DST, not {len(args.paths)} paths")
+        raise InputError(f"to-orbax takes SRC and DST, got {len(args.paths)} paths")
     if args.delta and not args.base:
-        raise InputError("--delta wants --base, the model that it is the difference to")
+        raise InputError("--delta needs --base, the model that the delta applies to")
     if args.delta and source and Path(source[0]) not in (Path(args.base), Path(args.delta)):
-        raise InputError("with --base and --delta there is no SRC; give DST alone")
+        raise InputError("--base and --delta replace SRC; give only DST")
     if not source and not args.delta:
-        raise InputError("to-orbax takes SRC and DST")
+        raise InputError("to-orbax needs SRC and DST")
     from convert.to_orbax import to_orbax
 
     to_orbax(
@@ -129,7 +137,9 @@ def run_verify(args: argparse.Namespace) -> int:
     from convert.verify import verify
 
     counts: dict[str, int] = {}
-    for row in list(verify(args.a, args.b, vision_tower=args.vision_tower)):  # a bar is shown meanwhile
+    for row in list(
+        verify(args.a, args.b, vision_tower=args.vision_tower)
+    ):  # a list, so that the progress bar is finished first
         counts[row.result] = counts.get(row.result, 0) + 1
         if args.json:
             print(json.dumps(row._asdict()))

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, of any dialect, whole or not: from headers alone."""
+"""Describe a checkpoint in any format, complete or not, from headers alone."""
 
 import os
 from pathlib import Path
@@ -17,18 +17,18 @@ from llava_jax.console import InputError, note, printable, shorten
 from llava_jax.json_files import read_json
 
 PARTS = ("vision", "projector", "newline", "decoder", "adapter", "other")
-LOOSE = ("adapter_model", "mm_projector", "non_lora_trainables")  # files that stand beside a model's, or alone
+STANDALONE = ("adapter_model", "mm_projector", "non_lora_trainables")  # files beside a model, or by themselves
 
 
 def inspect(where: str | os.PathLike) -> dict[str, Any]:
-    """Everything about a checkpoint that its headers tell.
+    """Describe a checkpoint from its headers.
 
     Returns:
-      `dialect`, `config` (a line in words, None where it has none of LLaVA's), `tensors` (list of `name`, `path`,
-      `file`, `shape`, `dtype`, `bytes`, `part`), `parts` (part -> `tensors`, `parameters`, `bytes`).
+      `dialect`, `config` (a description, or None if it is not a LLaVA configuration), `tensors` (list of `name`,
+      `path`, `file`, `shape`, `dtype`, `bytes`, `part`), `parts` (part -> `tensors`, `parameters`, `bytes`).
 
     Raises:
-      InputError: there is no checkpoint, or a file is broken.
+      InputError: there is no checkpoint, or a file is invalid.
     """
     path = Path(where)
     if path.is_file():
@@ -67,19 +67,19 @@ def inspect(where: str | os.PathLike) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> list[Path]:
-    loose = sorted(
-        file for file in directory.iterdir() if file.stem in LOOSE and file.suffix in (".bin", ".safetensors")
+    standalone = sorted(
+        file for file in directory.iterdir() if file.stem in STANDALONE and file.suffix in (".bin", ".safetensors")
     )
     try:
-        return [*tensor_files(directory)[0], *loose]
+        return [*tensor_files(directory)[0], *standalone]
     except InputError:
-        if loose:
-            return loose
+        if standalone:
+            return standalone
         raise
 
 
 def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig | None]:
-    """Dialect and configuration, None where the configuration is no LLaVA's or does not stand by itself."""
+    """Dialect and configuration; None if the configuration is not LLaVA's or is incomplete."""
     if fields is None:
         return "none", None
     if not is_original(fields):
@@ -109,21 +109,21 @@ def _row(name: str, path: str | None, file: str, shape: tuple[int, ...], dtype: 
 
 
 def describe(config: LlavaConfig) -> str:
-    """A configuration in words."""
+    """Describe a configuration in one line."""
     text, vision = config.text, config.vision
-    heads = f"{text.heads} heads" + (f" ({text.kv_heads} of keys and values)" if text.kv_heads != text.heads else "")
+    heads = f"{text.heads} heads" + (f" ({text.kv_heads} key/value heads)" if text.kv_heads != text.heads else "")
     grids = f", {len(config.grid_pinpoints)} grids" if config.grid_pinpoints else ""
     return (
         f"{text.family} decoder: {text.layers} layers, width {text.width}, feed-forward {text.ffn_width}, {heads}, "
         f"vocabulary {text.vocab_size}, context {text.max_positions}; "
         f"CLIP tower: {vision.layers} layers ({vision.layers_used} used), width {vision.width}, "
         f"{vision.image_size} px in patches of {vision.patch_size}; projector {config.projector}; "
-        f"pictures {config.aspect_ratio}, merged {config.merge}{grids}"
+        f"images {config.aspect_ratio}, merge {config.merge}{grids}"
     )
 
 
 def table(found: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the description."""
     rows = [
         (
             printable(row["path"] or row["name"]),

@@ -1,19 +1,19 @@
-"""Sizes of files as people write them."""
+"""Parse file sizes."""
 
 import argparse
 import re
 
 from llava_jax.console import integer, shorten
 
-SHARD_BYTES = integer(1, 10**15)  # of a file; a larger tensor has one of its own
+SHARD_BYTES = integer(1, 10**15)  # a tensor larger than this gets its own file
 UNITS = "kmgt"
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `500MB`, `1GiB` or plain bytes, as a number of bytes. A flag's type.
+    """Parse `5GB`, `500MB`, `1GiB` or plain bytes to a number of bytes; the type of a flag.
 
     Raises:
-      argparse.ArgumentTypeError: it is none of these, or out of range.
+      argparse.ArgumentTypeError: the text is not a size, or out of range.
     """
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE | re.ASCII)
     unit = (match[2] or "").lower() if match else ""

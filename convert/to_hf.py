@@ -1,8 +1,8 @@
-"""Our checkpoints, or anybody's, to transformers' format or the original's."""
+"""Convert any supported checkpoint to transformers' format or the original's."""
 
 import os
 
-from convert.finite import finite
+from convert.finite import check_finite
 from convert.sizes import SHARD_BYTES
 from llava_jax.checkpoints.checkpoint import open_any
 from llava_jax.checkpoints.directories import find_directory
@@ -22,16 +22,16 @@ def to_hf(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint in the format of `transformers` or of the `original`, or its projector alone.
+    """Write a checkpoint in the `transformers` or `original` format, or only its projector.
 
     Args:
-      source: an Orbax directory of ours; any other checkpoint that `to-orbax` takes whole will do as well.
+      source: our Orbax directory, or any complete LLaVA that `to-orbax` reads.
       form: "transformers" or "original".
       part: "model" or "projector".
-      dtype: "bfloat16", "float16" or "float32"; None stores each tensor as it is.
-      shard_bytes: of a file, at most.
-      vision_tower: a CLIP directory, for originals that come without their tower.
-      allow_nonfinite: say which tensors hold NaN or infinity, and go on.
+      dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's dtype.
+      shard_bytes: the largest file size.
+      vision_tower: a CLIP directory, for original checkpoints without their tower.
+      allow_nonfinite: warn about tensors with NaN or infinity instead of raising.
 
     Raises:
       InputError: the format cannot express the model, the destination exists or cannot be written, or `shard_bytes` is
@@ -39,10 +39,10 @@ def to_hf(
     """
     SHARD_BYTES.check("--max-shard-size", shard_bytes)
     tower = None if vision_tower is None else find_directory(vision_tower)
-    opened = finite(open_any(source, vision_tower=tower), dtype, allow_nonfinite)
-    kept = dict(overwrite=overwrite, sources=[opened.directory, *opened.files])
+    opened = check_finite(open_any(source, vision_tower=tower), dtype, allow_nonfinite)
+    options = dict(overwrite=overwrite, sources=[opened.directory, *opened.files])
     if part == "projector":
-        write_projector(destination, opened, **kept)
+        write_projector(destination, opened, **options)
         return
     tokenizer = load_tokenizer(opened.directory)
-    write_hf(destination, opened, tokenizer, form=form, shard_bytes=shard_bytes, **kept)
+    write_hf(destination, opened, tokenizer, form=form, shard_bytes=shard_bytes, **options)

@@ -1,10 +1,10 @@
-"""Foreign checkpoints to our Orbax directory, one tensor at a time."""
+"""Convert foreign checkpoints to our Orbax format, one tensor at a time."""
 
 import os
 from pathlib import Path
 
 from convert.combine import combine
-from convert.finite import finite
+from convert.finite import check_finite
 from llava_jax.checkpoints.directories import find_directory
 from llava_jax.checkpoints.orbax_files import save
 from llava_jax.console import SEED
@@ -28,23 +28,23 @@ def to_orbax(
 ) -> None:
     """Convert any LLaVA to an Orbax directory.
 
-    Memory stays within the interpreter's own, 1 GB and the largest tensor, whatever the model's size.
+    Beyond the interpreter's own memory, this takes less than 1 GB plus the largest tensor, whatever the model's size.
 
     Args:
-      source: a whole LLaVA, a plain language model, a LoRA adapter, or a delta; a directory or a hub name.
-      base: the model that an adapter, a delta or a first stage's projector belongs to.
-      delta: the difference to `base`; then `source` is of no account.
-      vision_tower: a CLIP directory or hub name, for what comes without its tower.
-      projector: a trained projector's file, to put in.
-      projector_type: of a fresh projector, for a plain language model: linear, mlpNx_gelu.
+      source: a complete LLaVA, a plain language model, a LoRA adapter, or a delta; a directory or a hub name.
+      base: the model that an adapter, a delta or a stage 1 projector was trained on.
+      delta: the weights to add to `base`; `source` is then ignored.
+      vision_tower: a CLIP directory or hub name, for weights without a tower.
+      projector: the file of a trained projector to use.
+      projector_type: the type of a new projector, for a plain language model: linear, mlpNx_gelu.
       aspect_ratio: for a plain language model: square, pad or anyres.
-      seed: of a fresh projector.
-      dtype: "bfloat16", "float16" or "float32"; None stores each tensor as it is.
-      allow_nonfinite: say which tensors hold NaN or infinity, and go on.
+      seed: the random seed of a new projector.
+      dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's dtype.
+      allow_nonfinite: warn about tensors with NaN or infinity instead of raising.
       overwrite: replace the destination.
 
     Raises:
-      InputError: the source does not make a whole LLaVA, the destination exists or cannot be written, or the seed is
+      InputError: the source is not a complete LLaVA, the destination exists or cannot be written, or the seed is
         out of range.
     """
     SEED.check("--seed", seed)
@@ -61,7 +61,7 @@ def to_orbax(
         seed=seed,
         name="" if os.path.exists(source) else os.fspath(source),
     )
-    opened = finite(opened, dtype, allow_nonfinite)
+    opened = check_finite(opened, dtype, allow_nonfinite)
     files = load_tokenizer(tokenizer).files
     sources = [path for path in (start, base, delta, vision_tower, *opened.files) if path]
     save(destination, opened.tensors, opened.config, files, unused=opened.unused, overwrite=overwrite, sources=sources)

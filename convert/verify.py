@@ -1,4 +1,4 @@
-"""Are two checkpoints, of any dialects, the same? Streamed, tensor by tensor."""
+"""Compare two checkpoints in any formats, streaming tensor by tensor."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from llava_jax.checkpoints.checkpoint import open_any
 from llava_jax.checkpoints.sources import read_ahead
 from llava_jax.console import Progress
 
-# How far a value may move when it is rounded to a type, relative to itself.
+# The largest relative error of rounding to a dtype.
 ROUNDING = {
     np.dtype(ml_dtypes.bfloat16): 2.0**-8, np.dtype(np.float16): 2.0**-11, np.dtype(np.float32): 2.0**-24,
     np.dtype(np.float64): 2.0**-53,
@@ -21,13 +21,13 @@ VOCABULARY = ("decoder/embed/embedding", "decoder/head/kernel")
 
 
 class Difference(NamedTuple):
-    """How a tensor of one checkpoint compares with the other's."""
+    """The comparison of a tensor in two checkpoints."""
 
     path: str
     result: str  # identical | equal within rounding | different | only in A | only in B
-    absolute: float = 0.0  # largest
-    relative: float = 0.0  # largest, to the larger of the two magnitudes
-    note: str = ""  # on shapes that differ
+    absolute: float = 0.0  # largest difference
+    relative: float = 0.0  # largest difference, relative to the larger magnitude
+    note: str = ""  # about differing shapes
 
 
 def verify(
@@ -35,11 +35,11 @@ def verify(
 ) -> Iterator[Difference]:
     """Compare two checkpoints in our layout.
 
-    "Equal within rounding" is what a change of type may do: values differ by no more than rounding to the coarser
-    of the two types moves them (numbers too small for float16's normal range included).
+    "Equal within rounding" means that values differ by no more than the rounding error of the coarser dtype (including
+    float16 subnormals).
 
     Raises:
-      InputError: one of them is no whole LLaVA.
+      InputError: a checkpoint is not a complete LLaVA.
     """
     one, two = (open_any(where, vision_tower=vision_tower) for where in (a, b))
     first, second = one.tensors | one.unused, two.tensors | two.unused
@@ -53,18 +53,18 @@ def verify(
             x, y = next(arrays), next(arrays)
             yield compare_vocabulary(path, x, y) if path in VOCABULARY else compare(path, x, y)
             bar.advance(x.nbytes + y.nbytes)
-    # Tensors that LLaVA does not use may be missing from either: they change nothing, but are said.
+    # Either checkpoint may lack tensors that LLaVA does not use; they are reported, but make no difference.
     yield from (Difference(path, "only in A") for path in first if path not in second)
     yield from (Difference(path, "only in B") for path in second if path not in first)
 
 
 def compare_vocabulary(path: str, x: np.ndarray, y: np.ndarray) -> Difference:
-    """Compare what has an entry for each token by the tokens that both have: transformers' conversions add some."""
+    """Compare a tensor over the tokens that both vocabularies have: some of transformers' conversions add tokens."""
     if x.shape == y.shape:
         return compare(path, x, y)
     common = tuple(slice(min(a, b)) for a, b in zip(x.shape, y.shape, strict=True))
     found = compare(path, np.ascontiguousarray(x[common]), np.ascontiguousarray(y[common]))
-    return found._replace(note=f"as far as both go: {list(x.shape)} and {list(y.shape)}")
+    return found._replace(note=f"common rows of {list(x.shape)} and {list(y.shape)}")
 
 
 def compare(path: str, x: np.ndarray, y: np.ndarray) -> Difference:
@@ -76,7 +76,7 @@ def compare(path: str, x: np.ndarray, y: np.ndarray) -> Difference:
     if same_type and np.array_equal(x.view(np.uint8), y.view(np.uint8)):
         return Difference(path, "identical")
     rounding = max(ROUNDING[x.dtype], ROUNDING[y.dtype])
-    smallest = 2.0**-25 if np.dtype(np.float16) in (x.dtype, y.dtype) else 0.0  # half float16's smallest step
+    smallest = 2.0**-25 if np.dtype(np.float16) in (x.dtype, y.dtype) else 0.0  # half of float16's smallest subnormal
     absolute = relative = 0.0
     within = True
     for i in range(0, x.size, STRIP):

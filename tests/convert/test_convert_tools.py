@@ -185,9 +185,9 @@ def test_chat_templates_write_what_we_write(name):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("to-orbax", "SRC"), "takes SRC and DST"),
-        (("to-orbax", "a", "b", "c"), "takes SRC and DST, not 3"),
-        (("to-orbax", "DST", "--delta", "SRC"), "--delta wants --base"),
+        (("to-orbax", "SRC"), "needs SRC and DST"),
+        (("to-orbax", "a", "b", "c"), "takes SRC and DST, got 3"),
+        (("to-orbax", "DST", "--delta", "SRC"), "--delta needs --base"),
         (("to-orbax", "SRC", "DST", "--projector-type", "linear"), "plain language models"),
         (("to-orbax", "SRC", "DST", "--base", "EMPTY"), "a whole model, which needs no --base"),
         (("to-orbax", "EMPTY", "DST"), "no config.json"),
@@ -222,9 +222,9 @@ def test_nonfinite_tensors_are_named(run_cli, tmp_path):
     source = write_checkpoint(tmp_path / "c", tensors, "v1.6-mistral")
     status, _, err = run_cli(cli.main, "to-orbax", source, tmp_path / "o")
     assert (status, err.count("\n")) == (1, 1)
-    assert f"{source}/model.safetensors: tensor model.norm.weight holds NaN or infinity" in err
+    assert f"{source}/model.safetensors: tensor model.norm.weight has NaN or infinity" in err
     status, _, err = run_cli(cli.main, "to-hf", source, tmp_path / "h", "--format", "original")
-    assert (status, err.count("\n")) == (1, 1) and "model.norm.weight holds NaN" in err
+    assert (status, err.count("\n")) == (1, 1) and "model.norm.weight has NaN" in err
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     status, _, err = run_cli(cli.main, "to-orbax", source, tmp_path / "o", "--allow-nonfinite")
     assert status == 0
