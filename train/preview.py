@@ -1,9 +1,9 @@
-"""Show what the model will see of a data file.
+"""Preview a data file as the model will see it.
 
-    python -m train.preview --data data.json --image-folder pictures --checkpoint DIR --preset v1.5-finetune -n 5
+    python -m train.preview --data data.json --image-folder images --checkpoint DIR --preset v1.5-finetune -n 5
 
-Of each conversation: its prompt as tokens make it, with what is trained in green (in [[ ]] where that goes to no
-terminal), how its pictures are cut into tiles, its length, and what is cut off. Loads no weights.
+For each conversation: its decoded prompt, with the trained text in green (in [[ ]] if the output is not a terminal),
+the tiles of its images, its length, and how much is truncated. Loads no weights.
 """
 
 import argparse
@@ -35,34 +35,38 @@ from train.samples import BadSample, Sample, Samples
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m train.preview", description="Show what the model will see.")
+    p = Parser(prog="python -m train.preview", description="Preview a data file as the model will see it.")
     p.add_argument(
         "--data", required=True, action="append", metavar="FILE", help="conversations, as for training; repeatable"
     )
     p.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint directory or a hub name")
-    p.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for originals without their tower")
+    p.add_argument("--vision-tower", metavar="DIR", help="CLIP directory, for original checkpoints without it")
     p.add_argument("--image-folder", default="", metavar="DIR", help="default: the current directory")
-    p.add_argument("--preset", choices=PRESETS, help="take these from a preset: template, length, aspect ratio, order")
-    p.add_argument("--follow-links", action="store_true", help="links in the image folder may lead out of it")
+    p.add_argument(
+        "--preset", choices=PRESETS, help="take template, length, aspect ratio and image order from a preset"
+    )
+    p.add_argument("--follow-links", action="store_true", help="links in the image folder may point outside it")
     p.add_argument("--template", metavar="NAME", help="conversation template; default: the preset's or checkpoint's")
     limits = ranges(TrainConfig)
     p.add_argument(
-        "--max-length", type=limits["max_length"], metavar="N", help="positions at which a conversation is cut"
+        "--max-length", type=limits["max_length"], metavar="N", help="truncate conversations after this many positions"
     )
     p.add_argument("--aspect-ratio", choices=ASPECT_RATIOS, help="default: the preset's or checkpoint's")
     p.add_argument("--image-first", choices=IMAGE_FIRST, help="default: the preset's or as_is")
     p.add_argument(
-        "--seed", type=limits["seed"], metavar="N", help="of --image-first random, as for training (default 0)"
+        "--seed", type=limits["seed"], metavar="N", help="seed of --image-first random, as for training (default 0)"
     )
     p.add_argument(
         "--epoch", type=integer(0, MAX_INT32), default=0, metavar="N",
-        help="of --image-first random (default 0, the first)",
+        help="epoch of --image-first random (default 0, the first)",
     )  # fmt: skip
     p.add_argument("-n", type=integer(1, MAX_INT32), default=5, metavar="N", help="conversations to show (default 5)")
     p.add_argument(
-        "--start", type=integer(0, MAX_INT32), default=0, metavar="ROW", help="the first of them (default 0)"
+        "--start", type=integer(0, MAX_INT32), default=0, metavar="ROW", help="the first row to show (default 0)"
     )
-    p.add_argument("--json", action="store_true", help="one JSON object each: ids, labels, positions after splicing")
+    p.add_argument(
+        "--json", action="store_true", help="one JSON object per conversation: ids, labels, positions after splicing"
+    )
     return p
 
 
@@ -72,7 +76,7 @@ def main() -> int:
     given = {name: getattr(args, name) for name in ("template", "max_length", "aspect_ratio", "image_first", "seed")}
     config = config.replace(**{name: value for name, value in given.items() if value is not None})
 
-    from llava_jax.checkpoints.checkpoint import open_checkpoint  # takes its time, which --help need not wait for
+    from llava_jax.checkpoints.checkpoint import open_checkpoint  # slow, and not needed for --help
 
     found = open_checkpoint(args.checkpoint, vision_tower=args.vision_tower)
     check_preset(config, found.config)
@@ -90,7 +94,7 @@ def main() -> int:
     )
     indices = range(args.start, min(args.start + args.n, len(samples)))
     if not indices:
-        raise InputError(f"{samples.path} has {len(samples)} rows; there is none to show from --start {args.start}")
+        raise InputError(f"{samples.path} has {len(samples)} rows, none from --start {args.start} on")
     bad = 0
     for index in indices:
         sample = samples.measure(index, args.epoch)
@@ -108,7 +112,7 @@ def main() -> int:
 
 
 def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `--json` prints of a conversation. `ids` is -200 where an image feature stands."""
+    """The output of `--json` for a conversation. `ids` is -200 at image tokens."""
     batch = splice([row], model, max_length=sample.length)
     return {
         "data": sample.data,
@@ -121,11 +125,11 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
         "images": [
             {
                 "file": display_name(name),
-                "grid": place.grid,
-                "tiles": place.tiles,
-                "features": count_features(place, model),
+                "grid": layout.grid,
+                "tiles": layout.tiles,
+                "features": count_features(layout, model),
             }
-            for name, place in zip(sample.images, row.layouts, strict=True)
+            for name, layout in zip(sample.images, row.layouts, strict=True)
         ],
         "text": [{"text": text, "trained": trained} for text, trained in pieces(row, tokenizer)],
         "ids": np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE).tolist(),
@@ -136,11 +140,11 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
 
 
 def pieces(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """The text of a conversation's tokens, special ones included, in runs that are trained or not."""
+    """The text of a conversation's tokens, including special ones, in runs that are trained or not."""
     trained = row.labels != IGNORE
     image = row.ids == IMAGE
     changes = np.flatnonzero((trained[1:] != trained[:-1]) | image[1:] | image[:-1]) + 1
-    start, before = 0, ""  # of the text since the last image: how a token is written depends on those before it
+    start, before = 0, ""  # since the last image: the text of a token depends on those before it
     for begin, end in zip([0, *changes], [*changes, len(row.ids)], strict=True):
         if image[begin]:
             start, before = end, ""
@@ -152,12 +156,12 @@ def pieces(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
 
 
 def render(samples: Samples, described: dict[str, Any]) -> str:
-    """The same for people."""
+    """Format the description of a conversation."""
     begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
     lines = [
         f"row {described['index']} (id {shorten(described['id'], 40)}), template {described['template']}: "
-        f"{described['length']} positions, {described['trained']} of them trained; "
-        + (f"{described['cut']} more are cut off" if described["cut"] else "nothing is cut off")
+        f"{described['length']} positions, {described['trained']} of them trained, "
+        + (f"{described['cut']} truncated" if described["cut"] else "none truncated")
     ]
     for image in described["images"]:
         tiles = (

@@ -38,7 +38,7 @@ def test_preview_for_people(write, folder, models, run_cli):
     assert status == 1
     assert f"{path} row 3 (id x): no answer" in err
     status, out, err = run_cli(preview.main, *args, "--start", "4")
-    assert (status, err) == (1, f"error: {path} has 4 rows; there is none to show from --start 4\n")
+    assert (status, err) == (1, f"error: {path} has 4 rows, none from --start 4 on\n")
 
 
 def test_preview_in_json_is_what_a_batch_holds(write, config, models, run_cli):

@@ -52,7 +52,7 @@ def test_scienceqa_file(tmp_path, run_cli, models, folder):
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["8", "7"], "test": ["9"]}))
     status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
     path = tmp_path / "llava_train_QCM-LEA.json"
-    assert (status, err) == (0, f"2 conversations, 1 of them with a picture, in {path}\n")
+    assert (status, err) == (0, f"2 conversations, 1 of them with an image, in {path}\n")
     answer = "Cats meow.\nDogs bark. It meows. The answer is B."
     assert json.loads(path.read_text()) == [
         {"id": "8", "conversations": turns(ASKED, answer)},
@@ -71,9 +71,9 @@ def test_scienceqa_file(tmp_path, run_cli, models, folder):
         ([], "the following arguments are required: --split"),
         (["--splits", "train"], "the following arguments are required: --split"),
         (["--split", "train", "train"], "unrecognized arguments: train"),
-        (["--split", "train", "--output", str(folder)], "holds no conversations"),
-        (["--split", "train", "--output", str(tmp_path / "mine.json")], "holds no conversations of ScienceQA"),
-        (["--split", "train", "--output", str(tmp_path / "problems.json")], "holds no conversations"),
+        (["--split", "train", "--output", str(folder)], "does not hold ScienceQA conversations"),
+        (["--split", "train", "--output", str(tmp_path / "mine.json")], "does not hold ScienceQA conversations"),
+        (["--split", "train", "--output", str(tmp_path / "problems.json")], "does not hold ScienceQA conversations"),
         (["--split", "train", "--output", str(folder / "0.png" / "a.json")], "cannot be written"),
         (["--split", "train", "--base-dir", str(folder)], "problems.json: no such file"),
     ]:
@@ -89,7 +89,7 @@ def test_scienceqa_answer_that_is_no_choice(answer, tmp_path, run_cli):
     (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM | {"answer": answer}}))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
     status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
-    says = f"{tmp_path}/problems.json: problem 7: answer {answer!r} is none of its 2 choices, counted from 0"
+    says = f"{tmp_path}/problems.json: problem 7: answer {answer!r} is not one of its 2 choices (counted from 0)"
     assert (status, err) == (1, f"error: {says}\n")
     assert not (tmp_path / "llava_train_QCM-LEA.json").exists()
 
@@ -99,7 +99,7 @@ def test_scienceqa_split_that_is_no_list(split, tmp_path, run_cli):
     (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM}))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": split}))
     status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
-    says = f"error: {tmp_path}/pid_splits.json: train must be a list of problems' numbers, as texts\n"
+    says = f"error: {tmp_path}/pid_splits.json: train must be a list of problem numbers, as strings\n"
     assert (status, err) == (1, says)
 
 

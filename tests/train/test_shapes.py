@@ -321,7 +321,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(data, tmp_path)
 def test_command(run_cli, tmp_path):
     status, out, err = run_cli(shapes.main, "--output", tmp_path / "data", "--examples", "12")
     assert (status, out) == (0, "")
-    assert "12 training pictures with 13 conversations, 1 test pictures with 3 questions" in err
+    assert "12 training images with 13 conversations, 1 test images with 3 questions" in err
     status, _, err = run_cli(shapes.main, "--output", tmp_path / "data", "--examples", "12")
     assert (status, err.count("\n")) == (1, 1)
     assert "is not empty" in err

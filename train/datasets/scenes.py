@@ -1,7 +1,7 @@
-"""Scenes: a few coloured shapes on a background, of which everything is known (host only: NumPy and Pillow).
+"""Random scenes of a few coloured shapes on a background (host only: NumPy and Pillow).
 
-Sizes are shares of the square root of the picture's area, so that small and large mean the same in a picture of any
-shape and any number of pixels.
+Sizes are fractions of the square root of the image's area, so that small and large mean the same at any aspect ratio
+and resolution.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ COLOURS = {
 }
 SIZES = {"small": (0.17, 0.19), "large": (0.29, 0.33)}  # diameter
 BACKGROUNDS = ("plain", "gradient", "noisy")
-MAX_OBJECTS = 6  # objects of a scene
-MOST_RATIO = 3.0  # of a picture's sides
+MAX_OBJECTS = 6  # in a scene
+MAX_ASPECT = 3.0
 GAP = 0.03  # between objects, and to the edge
 PIXELS = (80, 160)  # square root of the area
-SUPERSAMPLE = 4  # edges are drawn so many times as fine
+SUPERSAMPLE = 4  # per side, to smooth edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows: all that it is drawn from, and questions. `things` are in order from left to right."""
+    """The contents of an image, which determine the drawing and the questions. `things` are ordered left to right."""
 
     width: int
     height: int
@@ -69,8 +69,8 @@ def make_scene(rng: np.random.Generator) -> Scene:
 
 
 def _make_canvas(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height. A quarter are exactly twice as long one way as the other, which is what two tiles fit best."""
-    root, ratio = rng.uniform(*PIXELS), MOST_RATIO ** rng.uniform(-1, 1)
+    """Width and height. A quarter have an aspect ratio of exactly 2, which two tiles fit best."""
+    root, ratio = rng.uniform(*PIXELS), MAX_ASPECT ** rng.uniform(-1, 1)
     if rng.random() < 0.25:
         short = round(root / math.sqrt(2))
         return (2 * short, short) if ratio > 1 else (short, 2 * short)
@@ -78,7 +78,7 @@ def _make_canvas(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _place(rng: np.random.Generator, count: int, width: int, height: int) -> list[Thing] | None:
-    """Objects at random places; None if one found none. Few shapes and colours, so that several have one in common."""
+    """Place objects at random; None if one does not fit. Few shapes and colours, so that objects share them."""
     shapes = rng.choice(SHAPES, rng.integers(1, 5), replace=False)
     colours = rng.choice(list(COLOURS), rng.integers(2, 6), replace=False)
     root = math.sqrt(width * height)
@@ -89,7 +89,7 @@ def _place(rng: np.random.Generator, count: int, width: int, height: int) -> lis
         for _ in range(40):
             left, top = rng.uniform(gap, np.subtract((width, height), side + gap))
             box = (left, top, left + side, top + side)
-            if not any(_meet(box, other.box, gap) for other in things):
+            if not any(_overlap(box, other.box, gap) for other in things):
                 break
         else:
             return None
@@ -97,7 +97,7 @@ def _place(rng: np.random.Generator, count: int, width: int, height: int) -> lis
     return things
 
 
-def _meet(a, b, gap: float) -> bool:
+def _overlap(a, b, gap: float) -> bool:
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
@@ -105,21 +105,21 @@ def _meet(a, b, gap: float) -> bool:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The picture of a scene. `rng` gives what no question is about: shades and noise."""
+    """Draw a scene. `rng` determines what no question is about: shades and noise."""
     image = Image.fromarray(_draw_background(scene, rng))
     for thing in scene.things:
         shade = np.add(COLOURS[thing.colour], rng.integers(-10, 11) + rng.integers(-4, 5, 3)).clip(0, 255)
         corner = math.floor(thing.box[0]), math.floor(thing.box[1])
         side = math.ceil(thing.box[2] - thing.box[0]) + 2
         mask = Image.new("L", (side * SUPERSAMPLE, side * SUPERSAMPLE))
-        place = np.subtract(thing.box, corner * 2) * SUPERSAMPLE
-        _draw_shape(ImageDraw.Draw(mask), thing.shape, place)
+        box = np.subtract(thing.box, corner * 2) * SUPERSAMPLE
+        _draw_shape(ImageDraw.Draw(mask), thing.shape, box)
         image.paste(tuple(map(int, shade)), corner, mask.reduce(SUPERSAMPLE))
     return image
 
 
 def _draw_background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [H, W, 3]: muted, so that no object's colour drowns in it."""
+    """uint8 [H, W, 3], in muted colours that contrast with all objects."""
     first, second = (rng.uniform(100, 160) + rng.uniform(-18, 18, 3) for _ in range(2))
     pixels = np.broadcast_to(first, (scene.height, scene.width, 3))
     if scene.background == "gradient":

@@ -1,9 +1,9 @@
-"""ScienceQA as conversations to train on (scripts/convert_sqa_to_llava.py of the reference).
+"""Convert ScienceQA to conversations for training (the reference's scripts/convert_sqa_to_llava.py).
 
     python -m train.datasets.scienceqa --base-dir ScienceQA/data/scienceqa --split train --prompt-format QCM-LEA
 
-reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-LEA.json` beside them. A split made so is
-evaluated with `python -m infer.evaluate --metric scienceqa`.
+reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-LEA.json` beside them. Evaluate with
+`python -m infer.evaluate --metric scienceqa`.
 """
 
 import json
@@ -23,7 +23,7 @@ from llava_jax.json_files import check_json, parse_json, read_json
 QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
 ANSWERS = {
     "A": "Answer: The answer is {A}.",
-    "AL": "Answer: The answer is {A}. BECAUSE: {E}",  # this and the next are the wrong way round in the reference
+    "AL": "Answer: The answer is {A}. BECAUSE: {E}",  # the reference swaps this one and the next
     "AE": "Answer: The answer is {A}. BECAUSE: {L}",
     "ALE": "Answer: The answer is {A}. BECAUSE: {L} {E}",
     "AEL": "Answer: The answer is {A}. BECAUSE: {E} {L}",
@@ -34,11 +34,11 @@ ANSWERS = {
     "LEPA": None,  # see `_answer`
 }
 OPTIONS = "ABCDE"
-MAX_FILE_BYTES = 2**30  # bytes of a file
+MAX_FILE_BYTES = 2**30
 
 
 class Problem(TypedDict):
-    """One of `problems.json`."""
+    """An entry of `problems.json`."""
 
     question: str
     hint: str
@@ -50,7 +50,7 @@ class Problem(TypedDict):
 
 
 class Row(TypedDict):
-    """What is written of one."""
+    """A row of the output."""
 
     id: str
     image: NotRequired[str]
@@ -58,15 +58,15 @@ class Row(TypedDict):
 
 
 def question_and_answer(problem: dict[str, Any], prompt_format: str) -> tuple[str, str]:
-    """The two turns of a problem, as the reference writes them, to the space.
+    """The two turns of a problem, with exactly the reference's text.
 
     Raises:
-      InputError: there is no such prompt format.
+      InputError: the prompt format is unknown.
     """
     asked, _, answered = prompt_format.partition("-")
     if asked not in QUESTIONS or answered not in ANSWERS:
         raise InputError(
-            f"--prompt-format {shorten(prompt_format)!r}: write it as one of {', '.join(QUESTIONS)}, then -, then one "
+            f"--prompt-format {shorten(prompt_format)!r}: must be one of {', '.join(QUESTIONS)}, then -, then one "
             f"of {', '.join(ANSWERS)}"
         )
     parts = {
@@ -101,10 +101,10 @@ def _tidy(text: str, heading: str) -> str:
 
 
 def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, Any]]:
-    """The conversations of a split.
+    """Convert a split to conversations.
 
     Raises:
-      InputError: the files are not ScienceQA's, or have no such split.
+      InputError: the files are not ScienceQA's, or do not have the split.
     """
     problems = _read(base_dir / "problems.json", dict[str, Any])
     splits = _read(base_dir / "pid_splits.json", dict[str, Any])
@@ -113,7 +113,7 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
     numbers = splits[split]
     if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
         raise InputError(
-            f"{shorten(base_dir / 'pid_splits.json')}: {shorten(split)} must be a list of problems' numbers, as texts"
+            f"{shorten(base_dir / 'pid_splits.json')}: {shorten(split)} must be a list of problem numbers, as strings"
         )
     rows = []
     for number in numbers:
@@ -122,7 +122,7 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
         check_json(problem, Problem, f"{where} is not ScienceQA's")
         answer, n = problem["answer"], len(problem["choices"])
         if type(answer) is not int or not 0 <= answer < n:
-            raise InputError(f"{where}: answer {shorten(repr(answer))} is none of its {n} choices, counted from 0")
+            raise InputError(f"{where}: answer {shorten(repr(answer))} is not one of its {n} choices (counted from 0)")
         question, answer = question_and_answer(problem, prompt_format)
         image = problem["image"]
         row = {"id": number}
@@ -142,11 +142,15 @@ def _read(path: Path, schema: Any) -> dict[str, Any]:
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m train.datasets.scienceqa", description="ScienceQA as conversations to train on.")
-    p.add_argument("--base-dir", required=True, metavar="DIR", help="where problems.json and pid_splits.json are")
+    p = Parser(
+        prog="python -m train.datasets.scienceqa", description="Convert ScienceQA to conversations for training."
+    )
+    p.add_argument(
+        "--base-dir", required=True, metavar="DIR", help="the directory of problems.json and pid_splits.json"
+    )
     p.add_argument("--split", required=True, metavar="NAME", help="train, val, test, trainval, minival or minitest")
     p.add_argument(
-        "--prompt-format", default="QCM-LEA", metavar="Q-A", help="parts of question and answer (default QCM-LEA)"
+        "--prompt-format", default="QCM-LEA", metavar="Q-A", help="components of question and answer (default QCM-LEA)"
     )
     p.add_argument("--output", metavar="FILE", help="default: llava_SPLIT_FORMAT.json in the base directory")
     return p
@@ -158,18 +162,16 @@ def main() -> None:
     rows = convert(base_dir, args.split, args.prompt_format)
     output = Path(args.output) if args.output else base_dir / f"llava_{args.split}_{args.prompt_format}.json"
     if output.exists() and not _is_split(output):
-        raise InputError(
-            f"{shorten(output)}: is there already, and holds no conversations of ScienceQA; name another file"
-        )
+        raise InputError(f"{shorten(output)}: exists and does not hold ScienceQA conversations; give another file")
     try:
         write_file(output, json.dumps(rows, indent=2).encode())
     except OSError as error:
         raise InputError(f"{shorten(output)}: cannot be written ({first_line(error)})") from None
-    note(f"{len(rows)} conversations, {sum('image' in row for row in rows)} of them with a picture, in {output}")
+    note(f"{len(rows)} conversations, {sum('image' in row for row in rows)} of them with an image, in {output}")
 
 
 def _is_split(path: Path) -> bool:
-    """Whether it is what this command writes."""
+    """Whether a file is an output of this command."""
     try:
         rows = parse_json(read_bytes(path, MAX_FILE_BYTES))
         check_json(rows, list[Row], "split")

@@ -1,8 +1,10 @@
-"""Questions about scenes with the answers that follow from what is in them, by rule.
+"""Questions about scenes, with answers that follow from the scene by rules.
 
-A function for each kind of question. It gives a question and its answer, or None if the scene has no unambiguous one:
-an object is asked about only under a name that no other has, and "left" only said where nothing overlaps. Where an
-answer is one of few, which one is drawn first and the question then made to fit, so that guessing does not pay.
+There is a function per kind of question. It returns a question and its answer, or None if the scene allows no
+unambiguous one: names of objects are unique in the scene, and "left" is only used if the objects do not overlap. If
+there are few possible answers, the answer is drawn first and the question chosen to fit, so that guessing fails.
+
+The texts are the bundled model's training data, so they call an image a picture.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +15,8 @@ from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 Turn = tuple[str, str]  # question, answer
 Rng = np.random.Generator
-DOWN, ACROSS = ("top", "middle", "bottom"), ("left", "center", "right")  # thirds of a picture
-CLEAR = 0.04  # of a side: so far from the edge of a third is clearly in it
+DOWN, ACROSS = ("top", "middle", "bottom"), ("left", "center", "right")  # thirds of an image
+CLEAR = 0.04  # of a side: the distance from the edge of a third at which a place is unambiguous
 
 
 def pick(rng: Rng, options: Sequence):
@@ -29,7 +31,7 @@ def plural(shape: str) -> str:
 
 
 def names_of(thing: Thing, scene: Scene, without: str = "") -> list[str]:
-    """How to call an object so that no other is meant, leaving out its `without`: "circle", "red object"."""
+    """The unique names of an object in a scene, excluding the property `without`: "circle", "red object"."""
     names = []
     for keys in (("shape",), ("colour",), ("colour", "shape")):
         if without not in keys and len(scene.having(**{key: getattr(thing, key) for key in keys})) == 1:
@@ -39,7 +41,7 @@ def names_of(thing: Thing, scene: Scene, without: str = "") -> list[str]:
 
 
 def pick_named(rng: Rng, scene: Scene, without: str = "") -> tuple[Thing, str] | None:
-    """An object, and a name of its own."""
+    """A random object and a unique name of it."""
     named = [(thing, names) for thing in scene.things if (names := names_of(thing, scene, without))]
     if not named:
         return None
@@ -48,7 +50,7 @@ def pick_named(rng: Rng, scene: Scene, without: str = "") -> tuple[Thing, str] |
 
 
 def pick_group(rng: Rng) -> tuple[dict[str, str], str]:
-    """Properties that objects may have, and what such objects are called, in the plural."""
+    """Random properties, and the plural name of objects with these properties."""
     colour, shape, size = pick(rng, list(COLOURS)), pick(rng, SHAPES), pick(rng, list(SIZES))
     return pick(
         rng,
@@ -61,25 +63,25 @@ def pick_group(rng: Rng) -> tuple[dict[str, str], str]:
     )
 
 
-def pick_group_here(rng: Rng, scene: Scene, holds: Callable[[int], bool]) -> tuple[int, str] | None:
-    """A group with a number of objects that `holds`, that number and its name, if one is soon found."""
+def pick_group_where(rng: Rng, scene: Scene, accepts: Callable[[int], bool]) -> tuple[int, str] | None:
+    """The number of objects of a random group and its name, such that `accepts(number)`; None if none is found soon."""
     for _ in range(30):
         wanted, name = pick_group(rng)
         number = len(scene.having(**wanted))
-        if holds(number):
+        if accepts(number):
             return number, name
     return None
 
 
-# ---------------------------------------------------------------- one picture, a short answer
+# ---------------------------------------------------------------- one image, a short answer
 
 
 def count(rng: Rng, scene: Scene) -> Turn | None:
     number = len(scene.things)
     group = "objects"
     if rng.random() < 0.7:
-        fewest = int(rng.random() < 0.9)  # few questions about what is not there: `existence` has them
-        found = pick_group_here(rng, scene, lambda n: n >= fewest)
+        fewest = int(rng.random() < 0.9)  # few questions about absent objects, which `existence` covers
+        found = pick_group_where(rng, scene, lambda n: n >= fewest)
         if found is None:
             return None
         number, group = found
@@ -117,23 +119,23 @@ def size(rng: Rng, scene: Scene) -> Turn | None:
 
 
 def members(rng: Rng, scene: Scene) -> Turn | None:
-    """The colours that objects of a shape have, or the shapes of a colour, each once and in their own order."""
+    """The colours of the objects of a shape, or the shapes of those of a colour, each once and in a fixed order."""
     thing = pick(rng, scene.things)
     if rng.random() < 0.5:
         asked, group = ("which colours do the {} have?", "list the colours of the {}."), plural(thing.shape)
-        told = {other.colour for other in scene.having(shape=thing.shape)}
+        answers = {other.colour for other in scene.having(shape=thing.shape)}
     else:
         asked, group = ("which shapes do the {} have?", "list the shapes of the {}."), f"{thing.colour} objects"
-        told = {other.shape for other in scene.having(colour=thing.colour)}
-    return pick(rng, asked).format(group), listed([name for name in (*COLOURS, *SHAPES) if name in told])
+        answers = {other.shape for other in scene.having(colour=thing.colour)}
+    return pick(rng, asked).format(group), listed([name for name in (*COLOURS, *SHAPES) if name in answers])
 
 
 def existence(rng: Rng, scene: Scene) -> Turn | None:
-    there = rng.random() < 0.5
-    if (found := pick_group_here(rng, scene, lambda n: (n > 0) == there)) is None:
+    is_present = rng.random() < 0.5
+    if (found := pick_group_where(rng, scene, lambda n: (n > 0) == is_present)) is None:
         return None
     asked = ("are there any {}?", "do you see any {}?", "does the picture show {}?")
-    return pick(rng, asked).format(found[1]), "yes" if there else "no"
+    return pick(rng, asked).format(found[1]), "yes" if is_present else "no"
 
 
 def position(rng: Rng, scene: Scene) -> Turn | None:
@@ -147,25 +149,25 @@ def position(rng: Rng, scene: Scene) -> Turn | None:
     if rng.random() < 0.6:
         choice = next(pair for pair in SIDES if side in pair)[:: 1 if rng.random() < 0.5 else -1]
         return f"is the {one} {choice[0].removesuffix(' of')} or {choice[1]} the {other}?", side.removesuffix(" of")
-    there = rng.random() < 0.5
-    told = side if there else next(pair[1 - pair.index(side)] for pair in SIDES if side in pair)
-    return f"is the {one} {told} the {other}?", "yes" if there else "no"
+    is_true = rng.random() < 0.5
+    claimed = side if is_true else next(pair[1 - pair.index(side)] for pair in SIDES if side in pair)
+    return f"is the {one} {claimed} the {other}?", "yes" if is_true else "no"
 
 
 SIDES = (("left of", "right of"), ("above", "below"))
 
 
 def side_of(a: Thing, b: Thing) -> list[str]:
-    """On which sides of `b` all of `a` lies."""
+    """The sides of `b` on which all of `a` is."""
     sides = {
         "left of": a.box[2] < b.box[0], "right of": b.box[2] < a.box[0],
         "above": a.box[3] < b.box[1], "below": b.box[3] < a.box[1],
     }  # fmt: skip
-    return [side for side, holds in sides.items() if holds]
+    return [side for side, is_true in sides.items() if is_true]
 
 
 def place(rng: Rng, scene: Scene) -> Turn | None:
-    """In which ninth of the picture an object is whose middle is not at the edge of one."""
+    """The ninth of the image that an object is in; only for objects whose centre is not near the edge of a ninth."""
     if (found := pick_named(rng, scene)) is None or min(map(_from_thirds, middle_of(found[0], scene))) < CLEAR:
         return None
     asked = ("where is the {}?", "in which part of the picture is the {}?", "where do you see the {}?")
@@ -200,7 +202,7 @@ def comparison(rng: Rng, scene: Scene) -> Turn | None:
 
 
 def pick_compared(rng: Rng, scene: Scene) -> tuple[tuple[str, int], tuple[str, int]] | None:
-    """Two shapes, or two colours, at least one of them there: their names and numbers. They differ, mostly."""
+    """Names and numbers of two shapes or two colours, at least one of them present. The numbers mostly differ."""
     key, options, called = pick(
         rng, [("shape", SHAPES, plural), ("colour", list(COLOURS), lambda colour: f"{colour} objects")]
     )
@@ -215,11 +217,11 @@ def pick_compared(rng: Rng, scene: Scene) -> tuple[tuple[str, int], tuple[str, i
     return None
 
 
-# ---------------------------------------------------------------- one picture, a longer answer
+# ---------------------------------------------------------------- one image, a longer answer
 
 
 def reasoning(rng: Rng, scene: Scene) -> Turn | None:
-    """A question with what its answer follows from said first. What is counted is named before it is."""
+    """A question whose answer first states the facts that it follows from. Names precede counts."""
     if rng.random() < 0.5:
         if (found := pick_compared(rng, scene)) is None:
             return None
@@ -230,7 +232,7 @@ def reasoning(rng: Rng, scene: Scene) -> Turn | None:
         if a <= b:
             return None
         return f"how many more {one} than {other} are there? explain.", f"{facts}, so {a - b}"
-    if (found := pick_group_here(rng, scene, lambda n: 0 < n < len(scene.things))) is None:
+    if (found := pick_group_where(rng, scene, lambda n: 0 < n < len(scene.things))) is None:
         return None
     number, name = found
     question = f"how many objects are left without the {name}? explain."
@@ -248,7 +250,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def middle_of(thing: Thing, scene: Scene) -> tuple[float, float]:
-    """Across and down, as shares of the picture's sides."""
+    """The centre of an object: across and down, as fractions of the image's sides."""
     left, top, right, bottom = thing.box
     return (left + right) / 2 / scene.width, (top + bottom) / 2 / scene.height
 
@@ -259,10 +261,12 @@ def place_of(thing: Thing, scene: Scene) -> str:
 
 
 def placed(scene: Scene) -> str:
-    """All objects in the order in which one reads, each after its place in thirds of the picture."""
+    """All objects in reading order, each after its place in thirds of the image."""
     order = [f"{down} {across}" for down in DOWN for across in ACROSS]
-    told = sorted(((place_of(thing, scene), thing) for thing in scene.things), key=lambda pair: order.index(pair[0]))
-    return listed([f"at the {place} {described(thing)}" for place, thing in told])
+    placed_things = sorted(
+        ((place_of(thing, scene), thing) for thing in scene.things), key=lambda pair: order.index(pair[0])
+    )
+    return listed([f"at the {place} {described(thing)}" for place, thing in placed_things])
 
 
 def detail(rng: Rng, scene: Scene) -> Turn:
@@ -277,13 +281,13 @@ def description(rng: Rng, scene: Scene) -> Turn:
 
 
 def caption(rng: Rng, scene: Scene) -> Turn:
-    """As stage 1 wants it, all that a projector has to bring across: how many of each kind, and what is where."""
+    """A caption for stage 1 with everything that the projector has to convey: numbers of each kind, and places."""
     asked = ("count and describe what is in the picture.", "how many objects are there of what, and where?")
     return pick(rng, asked), f"{', '.join(counted(scene))}, {placed(scene)}"
 
 
 def counted(scene: Scene) -> list[str]:
-    """Numbers of objects: of all, of each size, shape and colour that is there."""
+    """The number of all objects, and of objects of each size, shape and colour present."""
     groups = [("objects", {})]
     groups += [(f"{size} objects", {"size": size}) for size in SIZES]
     groups += [(plural(shape), {"shape": shape}) for shape in SHAPES]
@@ -291,11 +295,11 @@ def counted(scene: Scene) -> list[str]:
     return [f"{name}: {number}" for name, wanted in groups if (number := len(scene.having(**wanted)))]
 
 
-# ---------------------------------------------------------------- two pictures, no picture
+# ---------------------------------------------------------------- two images, no image
 
 
-def two_pictures(rng: Rng, first: Scene, second: Scene) -> Turn | None:
-    """A question about two pictures, whose marks the caller writes."""
+def two_images(rng: Rng, first: Scene, second: Scene) -> Turn | None:
+    """A question about two images; the caller adds their `<image>` tokens."""
     scenes = (first, second)
     kind = rng.random()
     if kind < 0.35:
@@ -321,7 +325,7 @@ def two_pictures(rng: Rng, first: Scene, second: Scene) -> Turn | None:
 
 
 def text(rng: Rng) -> Turn:
-    """What needs no picture."""
+    """A question without an image."""
     a, b = (int(n) for n in rng.integers(1, 7, 2))
     low, high = sorted((a, b))
     corners = {"triangle": 3, "square": 4, "circle": 0, "ring": 0}

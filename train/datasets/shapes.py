@@ -1,14 +1,14 @@
-"""Draw pictures of shapes, and make conversations about them: a small data set to try things on.
+"""Draw images of shapes and generate conversations about them: a small synthetic dataset for experiments.
 
     python -m train.datasets.shapes --output shapes --examples 20000 --seed 0
 
     images/             PNG files: train-N.png, test-N.png
-    captions.json       stage 1: how many objects of each size, shape and colour a picture shows, and what is where
-    train.json          stage 2: conversations about the training pictures, two pictures, and none
-    test.json           questions about other pictures, one a row, as many of each kind
-    test_captions.json  captions of these
+    captions.json       stage 1: the number of objects of each size, shape and colour, and their places
+    train.json          stage 2: conversations about one training image, two, or none
+    test.json           questions about other images, one per row, equally many of each kind
+    test_captions.json  captions of the test images
 
-All in the original's format, with the kind of each question beside it (`kinds`). The same seed gives the same files.
+All have the original's format, plus the kind of each question (`kinds`). The same seed writes the same files.
 """
 
 import argparse
@@ -28,27 +28,27 @@ from train.datasets import shape_questions as questions
 from train.datasets.scenes import Scene, draw, make_scene
 from train.datasets.shape_questions import Rng, Turn
 
-PICTURE, PICTURES = "<image>\n", "<image>\n<image>\n"
+ONE_IMAGE, TWO_IMAGES = "<image>\n", "<image>\n<image>\n"
 SPLITS = ("train", "test")
-CAPITALS = 0.75  # share of the questions that begin with one
-ASKED = 3  # questions about a test scene
-OFTEN = {"count": 4, "position": 3}  # times as often as others in training: these are hard
+CAPITALIZED = 0.75  # share of the questions that begin with a capital letter
+QUESTIONS_PER_SCENE = 3  # in the test split
+WEIGHTS = {"count": 4, "position": 3}  # how often hard kinds are asked in training, relative to others
 SHORT = questions.SHORT | {"members": questions.members}
-KINDS = [kind for kind in (*SHORT, "text") for _ in range(OFTEN.get(kind, 1))]  # of short questions in training
-MAX_IMAGES = 10**6  # pictures of a split
-IMAGES_DRAWN = integer(1, MAX_IMAGES)
+KINDS = [kind for kind in (*SHORT, "text") for _ in range(WEIGHTS.get(kind, 1))]  # of short training questions
+MAX_IMAGES = 10**6  # per split
+IMAGE_COUNT = integer(1, MAX_IMAGES)
 Row = dict[str, Any]
 
 
-def rng_for(seed: int, split: str, index: int, what: int) -> Rng:
-    """Each scene and each conversation has a random generator of its own: more of them change none of the others."""
-    return np.random.default_rng((seed, SPLITS.index(split), index, what))
+def rng_for(seed: int, split: str, index: int, stream: int) -> Rng:
+    """A separate random generator for each scene and each conversation, so that adding some does not change others."""
+    return np.random.default_rng((seed, SPLITS.index(split), index, stream))
 
 
 def make_scenes(split: str, number: int, seed: int, taken: set[Scene], folder: Path) -> list[Scene]:
-    """Scenes that are none of `taken`, which they join, and their pictures, in files."""
+    """Generate scenes that are not in `taken`, add them to it, and save their images."""
     scenes, rngs = [], [rng_for(seed, split, i, 0) for i in range(number)]
-    with Progress(f"making {split} scenes", number, "scenes") as bar:
+    with Progress(f"generating {split} scenes", number, "scenes") as bar:
         for rng in rngs:
             while (scene := make_scene(rng)) in taken:
                 pass
@@ -59,16 +59,16 @@ def make_scenes(split: str, number: int, seed: int, taken: set[Scene], folder: P
     def save(i: int) -> None:
         draw(scenes[i], rngs[i]).save(folder / file_name(split, i))
 
-    save_each(f"drawing {split} pictures", save, range(number))
+    save_each(f"drawing {split} images", save, range(number))
     return scenes
 
 
-def save_each(what: str, save: Callable[[Any], None], pictures: Sequence) -> None:
-    """Call `save` for each, in threads (what takes long in Pillow and numpy does not hold Python's lock)."""
+def save_each(task: str, save: Callable[[Any], None], images: Sequence) -> None:
+    """Call `save` for each image in threads (the slow parts of Pillow and NumPy release Python's lock)."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        with Progress(what, len(pictures), "pictures") as bar:
-            for _ in pool.map(save, pictures):
+        with Progress(task, len(images), "images") as bar:
+            for _ in pool.map(save, images):
                 bar.advance()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -82,15 +82,18 @@ def file_name(split: str, index: int) -> str:
 
 
 def make_row(rng: Rng, name: str, images: list[str], turns: list[tuple[str, Turn]]) -> Row:
-    """A row of the original's format; `turns` are kinds, questions and answers. Most sentences begin with a capital."""
-    mark = PICTURES if len(images) == 2 else PICTURE if images else ""
-    said = []
+    """A row in the original's format; `turns` are kinds, questions and answers. Most questions are capitalized."""
+    image_tokens = TWO_IMAGES if len(images) == 2 else ONE_IMAGE if images else ""
+    conversation = []
     for i, (_, (question, answer)) in enumerate(turns):
-        if rng.random() < CAPITALS:
+        if rng.random() < CAPITALIZED:
             question = "? ".join(part[0].upper() + part[1:] for part in question.split("? "))
-        said += [{"from": "human", "value": (mark if i == 0 else "") + question}, {"from": "gpt", "value": answer}]
+        conversation += [
+            {"from": "human", "value": (image_tokens if i == 0 else "") + question},
+            {"from": "gpt", "value": answer},
+        ]
     image = {"image": images if len(images) > 1 else images[0]} if images else {}
-    return {"id": name} | image | {"kinds": [kind for kind, _ in turns], "conversations": said}
+    return {"id": name} | image | {"kinds": [kind for kind, _ in turns], "conversations": conversation}
 
 
 def caption_rows(split: str, scenes: list[Scene], seed: int) -> list[Row]:
@@ -103,8 +106,8 @@ def caption_rows(split: str, scenes: list[Scene], seed: int) -> list[Row]:
 
 
 def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
-    """A conversation for each scene: of the three kinds of LLaVA's instruction data, one in five with a second
-    picture; and one without a picture to every twenty of these."""
+    """One conversation per scene, of the three kinds of LLaVA's instruction data, one in five with a second image; and
+    one without an image per twenty scenes."""
     rows = []
     for i, scene in enumerate(scenes):
         rng = rng_for(seed, "train", i, 1)
@@ -122,7 +125,7 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
         if kind == "reasoning":
             found = [questions.reasoning(rng, scene) for _ in range(10)]
             turns = [("reasoning", turn) for turn in dict.fromkeys(filter(None, found))][:5]
-        if len(images) == 1:  # long answers first or last: so none can always be read off the others
+        if len(images) == 1:  # long answers first or last, so that they do not always follow from earlier ones
             short = ask(rng, scene, int(rng.integers(12, 18)) - 2 * len(turns))
             turns = turns + short if rng.random() < 0.5 else short + turns
         rows.append(make_row(rng, f"train-{i}", images, turns))
@@ -134,7 +137,7 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
 
 
 def ask(rng: Rng, scene: Scene, number: int) -> list[tuple[str, Turn]]:
-    """Short questions of all kinds about a picture, now and then one that needs none."""
+    """Short questions of all kinds about an image, including a few without an image."""
     asked: dict[str, tuple[str, Turn]] = {}
     while len(asked) < number:
         kind = questions.pick(rng, KINDS)
@@ -147,14 +150,14 @@ def ask(rng: Rng, scene: Scene, number: int) -> list[tuple[str, Turn]]:
 def ask_about_two(rng: Rng, first: Scene, second: Scene, number: int) -> list[tuple[str, Turn]]:
     asked: dict[str, tuple[str, Turn]] = {}
     for _ in range(4 * number):
-        turn = questions.two_pictures(rng, first, second)
+        turn = questions.two_images(rng, first, second)
         if turn and len(asked) < number:
             asked.setdefault(turn[0], ("two", turn))
     return list(asked.values())
 
 
 def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
-    """`ASKED` questions for each scene, of the kinds that have been asked least so far."""
+    """`QUESTIONS_PER_SCENE` questions per scene, of the least frequent kinds so far."""
     rows, asked = [], collections.Counter(dict.fromkeys([*questions.SHORT, "reasoning", "two", "text"], 0))
     for i, scene in enumerate(scenes):
         rng, found = rng_for(seed, "test", i, 1), 0
@@ -164,10 +167,10 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
                 turn, images = questions.text(rng), []
             elif kind == "two":
                 images.append(file_name("test", i - 1 if i else len(scenes) - 1))
-                turn = questions.two_pictures(rng, scene, scenes[i - 1])
+                turn = questions.two_images(rng, scene, scenes[i - 1])
             else:
                 turn = (questions.SHORT | {"reasoning": questions.reasoning})[kind](rng, scene)
-            if turn and found < ASKED:
+            if turn and found < QUESTIONS_PER_SCENE:
                 rows.append(make_row(rng, f"test-{i}-{kind}", images, [(kind, turn)]))
                 asked[kind] += 1
                 found += 1
@@ -178,13 +181,13 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m train.datasets.shapes", description="Pictures of shapes, and questions.")
+    p = Parser(prog="python -m train.datasets.shapes", description="Draw images of shapes, and generate questions.")
     p.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     p.add_argument(
-        "--examples", type=IMAGES_DRAWN, required=True, metavar="N", help=f"training pictures, at most {MAX_IMAGES:,}"
+        "--examples", type=IMAGE_COUNT, required=True, metavar="N", help=f"training images, at most {MAX_IMAGES:,}"
     )
     p.add_argument(
-        "--test-examples", type=IMAGES_DRAWN, metavar="N", help="test pictures (default: a tenth of --examples)"
+        "--test-examples", type=IMAGE_COUNT, metavar="N", help="test images (default: a tenth of --examples)"
     )
     p.add_argument("--seed", type=SEED, default=0, metavar="N", help="(default 0)")
     return p
@@ -193,19 +196,21 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if "://" in args.output:
-        raise InputError(f"--output {shorten(args.output)}: no local directory, which training reads images from")
+        raise InputError(
+            f"--output {shorten(args.output)}: must be a local directory, since training reads images from it"
+        )
     tests = max(1, args.examples // 10) if args.test_examples is None else args.test_examples
     write(Path(args.output), args.examples, tests, args.seed)
 
 
 def write(output: Path, examples: int, tests: int, seed: int) -> None:
-    """Write a data set.
+    """Write a dataset.
 
     Raises:
-      InputError: the directory has something in it, or cannot be written.
+      InputError: the directory is not empty, or cannot be written.
     """
     if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"--output {shorten(output)}: is not empty; name a new directory")
+        raise InputError(f"--output {shorten(output)}: is not empty; give a new directory")
     with new_directory(output, overwrite=output.is_dir()) as staged:
         images = Path(staged / "images")
         images.mkdir()
@@ -224,7 +229,7 @@ def write(output: Path, examples: int, tests: int, seed: int) -> None:
             (staged / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     asked = collections.Counter(kind for row in files["test.json"] for kind in row["kinds"])
     note(
-        f"{examples:,} training pictures with {len(files['train.json']):,} conversations, {tests:,} test pictures with "
+        f"{examples:,} training images with {len(files['train.json']):,} conversations, {tests:,} test images with "
         f"{len(files['test.json']):,} questions ({', '.join(f'{n} {kind}' for kind, n in asked.items())}), in {output}"
     )
 
