@@ -68,7 +68,7 @@ def save_start(model, folder: Path, rows: Path, **small: int) -> None:
         grid_pinpoints=((24, 48), (48, 24)),
     )
     tokenizer = model.make_tokenizer(model.texts_of(rows), 300)
-    model.save(folder, config, model.start(config, 0, tokenizer), tokenizer)
+    model.save(folder, config, model.initialize(config, 0, tokenizer), tokenizer)
 
 
 def test_it_learns_to_see(modules, tmp_path, monkeypatch):
@@ -135,14 +135,14 @@ def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
     for i, scene in enumerate(scenes):
         draw(scene, np.random.default_rng(i)).save(tmp_path / f"{i}.png")
         paths.append(tmp_path / f"{i}.png")
-    seen = warm_up.look(scenes, paths, config)
+    seen = warm_up.label_tiles(scenes, paths, config)
     starts = np.flatnonzero(seen.base)
     assert len(starts) == len(scenes) and len(seen.tiles) > 3 * len(scenes)
     side = config.vision.patches_per_side
     for scene, start, end in zip(scenes, starts, [*starts[1:], len(seen.tiles)], strict=True):
         for tiles in (slice(start, start + 1), slice(start + 1, end)):
-            assert seen.middle[tiles].sum() == pytest.approx(len(scene.things), abs=1e-5)
-        held = seen.middle[start] >= 0.25
+            assert seen.centre[tiles].sum() == pytest.approx(len(scene.things), abs=1e-5)
+        held = seen.centre[start] >= 0.25
         told = {
             (*(options[i] for options, i in zip(warm_up.NAMES, numbers, strict=True)), *place[:2].round(3))
             for numbers, place in zip(seen.names[start][held], seen.places[start][held], strict=True)
@@ -165,13 +165,15 @@ def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
 def test_a_middle_near_an_edge_between_patches_is_in_both_in_parts(modules):
     warm_up = modules("warm_up")
     for at in np.linspace(0, 9.999, 193):
-        held = np.concatenate([warm_up._held(at, 5), warm_up._held(at - 5, 5)])  # on two tiles side by side
+        held = np.concatenate(
+            [warm_up._centre_shares(at, 5), warm_up._centre_shares(at - 5, 5)]
+        )  # on two tiles side by side
         if warm_up.NEAR < at < 10 - warm_up.NEAR:
             assert held.sum() == pytest.approx(1) and (held >= 0).all()
             assert held[int(at)] == 1 if abs(at - round(at)) >= warm_up.NEAR else held[int(at)] >= 0.5
-    np.testing.assert_allclose(warm_up._held(2.0, 5), [0, 0.5, 0.5, 0, 0])
-    np.testing.assert_allclose([warm_up._held(5.0, 5)[-1], warm_up._held(0.0, 5)[0]], 0.5)
-    assert not warm_up._held(-0.2, 5).any() and not warm_up._held(5.2, 5).any()
+    np.testing.assert_allclose(warm_up._centre_shares(2.0, 5), [0, 0.5, 0.5, 0, 0])
+    np.testing.assert_allclose([warm_up._centre_shares(5.0, 5)[-1], warm_up._centre_shares(0.0, 5)[0]], 0.5)
+    assert not warm_up._centre_shares(-0.2, 5).any() and not warm_up._centre_shares(5.2, 5).any()
 
 
 def test_the_decoder_is_trained_on_batches_of_all_data_in_turn(modules, tmp_path, monkeypatch):
@@ -217,7 +219,7 @@ def test_a_run_goes_on_only_with_the_settings_that_it_was_begun_with(modules, tm
     settings = {"share": 1.0, "tower": {"steps": 2}, "grid": ((1, 2),)}
     recipe.begin(run, settings)
     recipe.begin(run, settings)
-    with pytest.raises(InputError, match="settings: share is 1.0 there and 0.5 here; go on with its values, or"):
+    with pytest.raises(InputError, match="settings: share is 1.0 there and 0.5 here; resume with those, or"):
         recipe.begin(run, settings | {"share": 0.5})
     status, out, err = run_cli(recipe.main, "--output", str(run))
     assert (status, out, err.count("\n")) == (1, "", 1)
@@ -247,7 +249,7 @@ def test_attention_begins_between_words_and_what_they_name(modules):
     model = modules("model")
     config = model.CONFIG.replace(text=dataclasses.replace(model.CONFIG.text, vocab_size=300))
     tokenizer = model.make_tokenizer(["how many circles are there?", "is the circle red?", "red"] * 50, 300)
-    params, text = model.start(config, 0, tokenizer)["decoder"], config.text
+    params, text = model.initialize(config, 0, tokenizer)["decoder"], config.text
     words = params["embed"]["embedding"][:256]  # bytes: no two have a word in common
     layer = params["layers"]["0"]["attention"]
     q = (words @ layer["q"]["kernel"]).reshape(len(words), text.heads, text.head_width)
@@ -259,7 +261,7 @@ def test_attention_begins_between_words_and_what_they_name(modules):
         return [bool(x > 0.5) for x in jnp.mean(scores.argmax(-1) == jnp.arange(len(words)), axis=1)]
 
     half = text.heads // 2
-    assert matched(model.as_seen(words)) == [True] * half + [False] * half
+    assert matched(model.to_visual(words)) == [True] * half + [False] * half
     assert matched(words) == [False] * half + [True] * half
 
 
@@ -268,7 +270,7 @@ def test_forms_of_a_word_begin_alike(modules):
     texts = ["how many circles are there?", "is the circle red?", "Circles, crosses and a cross.", "red"] * 50
     tokenizer = model.make_tokenizer(texts, 300)
     config = model.CONFIG.replace(text=dataclasses.replace(model.CONFIG.text, vocab_size=300))
-    table = np.asarray(model.start(config, 0, tokenizer)["decoder"]["embed"]["embedding"])
+    table = np.asarray(model.initialize(config, 0, tokenizer)["decoder"]["embed"]["embedding"])
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     alike = lambda a, b: float(np.corrcoef(table[pieces.piece_to_id(a)], table[pieces.piece_to_id(b)])[0, 1])  # noqa: E731
     assert alike("▁circle", "▁circles") > 0.8

@@ -1,4 +1,4 @@
-"""Gradients of dense layers the way a CPU likes them: an update takes a fifth less time."""
+"""Faster gradients of dense layers on CPUs: a training step takes a fifth less time."""
 
 import contextlib
 
@@ -8,8 +8,8 @@ import jax
 
 @jax.custom_vjp
 def dense(x_TD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-    """The product. Its gradient for the kernel is x^T g as it stands, while JAX asks for (g^T x)^T: XLA then copies the
-    wider g into another layout together with all that computes it, an element at a time."""
+    """Matmul whose kernel gradient is x^T g. JAX computes (g^T x)^T instead, for which XLA copies the wider g, with the
+    operations that compute it, into another layout element by element."""
     return x_TD @ kernel_DF
 
 
@@ -26,9 +26,9 @@ dense.defvjp(_forward, _backward)
 
 
 def quick_gradients() -> contextlib.AbstractContextManager:
-    """While this context lasts, functions of models are traced so."""
+    """A context in which `nn.Dense` is traced with `dense` on CPUs."""
 
-    def step_in(call, args, kwargs, context):
+    def use_dense(call, args, kwargs, context):
         module = context.module
         if not isinstance(module, nn.Dense) or module.is_initializing() or jax.default_backend() != "cpu":
             return call(*args, **kwargs)
@@ -37,4 +37,4 @@ def quick_gradients() -> contextlib.AbstractContextManager:
         out = dense(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
         return out + module.get_variable("params", "bias").astype(x.dtype) if module.use_bias else out
 
-    return nn.intercept_methods(step_in)
+    return nn.intercept_methods(use_dense)

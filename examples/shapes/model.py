@@ -1,4 +1,4 @@
-"""The small model that learns shapes: its configuration, its tokenizer, its random start."""
+"""The small model of shapes: configuration, tokenizer, and random initialization."""
 
 import io
 import json
@@ -34,19 +34,18 @@ CONFIG = LlavaConfig(
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A SentencePiece model with LLaMA's conventions: BPE, bytes for what it does not know, digits one by one, a space
-    in front of a text."""
-    written = io.BytesIO()
+    """Train a SentencePiece model with LLaMA's conventions: BPE, byte fallback, single digits, and a dummy prefix."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=written, model_type="bpe", vocab_size=vocab_size,
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
         byte_fallback=True, split_digits=True, split_by_unicode_script=False, normalization_rule_name="identity",
         remove_extra_whitespaces=False, character_coverage=1.0, minloglevel=2, num_threads=1,
     )  # fmt: skip
-    return written.getvalue()
+    return model.getvalue()
 
 
 def texts_of(path: Path) -> list[str]:
-    """What is said in a data file, questions as the template writes them."""
+    """The texts of a data file, with questions as the template renders them."""
     turns = [turn for row in json.loads(path.read_text()) for turn in row["conversations"]]
     return [
         f"[INST] {turn['value'].replace(IMAGE_TOKEN, '').strip()} [/INST]" if turn["from"] == "human" else turn["value"]
@@ -54,13 +53,13 @@ def texts_of(path: Path) -> list[str]:
     ]
 
 
-def start(config: LlavaConfig, seed: int, tokenizer: bytes) -> Params:
-    """Random parameters, all of whose activations begin at about one.
+def initialize(config: LlavaConfig, seed: int, tokenizer: bytes) -> Params:
+    """Random parameters that give activations of about unit variance.
 
-    The published models' deviation of 0.02 is for widths of thousands. Here kernels have one over the root of what
-    goes in, those that end in a residual less, and tokens one: as large as what is added to them. The tower's
-    positions begin as waves across the tile (He et al. 2021, "Masked Autoencoders"), so that neighbours are alike. So
-    are pieces of one word ("circle", "Circles?"), and the head begins as the tokens turned round.
+    The published models' standard deviation of 0.02 suits widths of thousands. Here kernels have 1 / sqrt(fan-in), less
+    if they feed a residual, and tokens have 1, like the activations added to them. The tower's position embeddings
+    start as sinusoids over the tile (He et al. 2021, "Masked Autoencoders"), so that neighbours are similar. So are
+    pieces of one word ("circle", "Circles?"), and the head starts as the transposed token table.
     """
     flat = flatten_dict(init_params(config, jax.random.key(seed)), sep="/")
     depth = {"vision": config.vision.layers, "decoder": config.text.layers}
@@ -72,34 +71,34 @@ def start(config: LlavaConfig, seed: int, tokenizer: bytes) -> Params:
             flat[path] = flat[path] / math.sqrt(2 * depth[part])
         if name == "class":
             flat[path] = x / 0.02
-    flat["vision/embed/position"] = _waves(config.vision)
+    flat["vision/embed/position"] = _sinusoids(config.vision)
     for i in range(config.text.layers):
-        _like_meets_like(flat, f"decoder/layers/{i}/attention", config.text, jax.random.key(seed + i))
-    flat["decoder/embed/embedding"] = table_VD = _words(tokenizer, config.text.width, seed)
+        _align_queries(flat, f"decoder/layers/{i}/attention", config.text, jax.random.key(seed + i))
+    flat["decoder/embed/embedding"] = table_VD = _word_vectors(tokenizer, config.text.width, seed)
     flat["decoder/head/kernel"] = table_VD.T / math.sqrt(config.text.width)
     return unflatten_dict(flat, sep="/")
 
 
-def as_seen(words: jax.Array) -> jax.Array:
-    """[..., D] the code in which rows of a picture have words: at right angles to the words themselves, which would
-    otherwise meet themselves and each other first, and what they name in the picture far behind."""
+def to_visual(words: jax.Array) -> jax.Array:
+    """[..., D] the encoding of words in image features: orthogonal to the word vectors, so that words attend to image
+    features and not only to words."""
     return words * (-1.0) ** jnp.arange(words.shape[-1])
 
 
-def _like_meets_like(flat: dict[str, jax.Array], attention: str, config: TextConfig, key: jax.Array) -> None:
-    """Queries nearly as the keys they are to meet, so that attention begins between tokens that are alike (Trockman and
-    Kolter 2023, "Mimetic Initialization"): in the first half of the heads between words and what they name in a
-    picture, in the others between words."""
+def _align_queries(flat: dict[str, jax.Array], attention: str, config: TextConfig, key: jax.Array) -> None:
+    """Initialize queries close to keys, so that attention starts between similar tokens (Trockman and Kolter 2023,
+    "Mimetic Initialization"): in the first half of the heads between words and the image features that they name, in
+    the others between words."""
     shape = config.width, config.kv_heads, 1, config.head_width
     k, half = flat[f"{attention}/k/kernel"], config.kv_heads // 2 * config.head_width
-    k = jnp.concatenate([as_seen(k.T).T[:, :half], k[:, half:]], axis=1).reshape(shape)
+    k = jnp.concatenate([to_visual(k.T).T[:, :half], k[:, half:]], axis=1).reshape(shape)
     k = jnp.broadcast_to(k, (*shape[:2], config.heads // config.kv_heads, shape[3])).reshape(config.width, -1)
     noise = jax.random.normal(key, k.shape) / math.sqrt(config.width)
     flat[f"{attention}/q/kernel"] = math.sqrt(0.75) * k + math.sqrt(0.25) * noise
 
 
-def _words(tokenizer: bytes, width: int, seed: int) -> jax.Array:
-    """[V, D] of deviation one: nine tenths of a vector are of its word, the rest its own."""
+def _word_vectors(tokenizer: bytes, width: int, seed: int) -> jax.Array:
+    """[V, D] with standard deviation 1; pieces of the same word share nine tenths of their variance."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     stems = [_stem(pieces.id_to_piece(i)) for i in range(len(pieces))]
     number = {stem: i for i, stem in enumerate(stems)}
@@ -114,14 +113,14 @@ def _stem(piece: str) -> str:
 
 
 def ids_of(words: Iterable[str], tokenizer: bytes) -> list[int]:
-    """A piece for each word, the last that is the word in some form; KeyError if there is none."""
+    """The id of each word: the last piece that is a form of it. Raises KeyError if there is none."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     known = {_stem(pieces.id_to_piece(i)): i for i in range(len(pieces))}
     return [known[word] for word in words]
 
 
-def _waves(config: VisionConfig) -> jax.Array:
-    """[1 + patches, C]: sines and cosines of a patch's row and column; nothing for the class token."""
+def _sinusoids(config: VisionConfig) -> jax.Array:
+    """[1 + patches, C]: sines and cosines of a patch's row and column; zero for the class token."""
     side, quarter = config.patches_per_side, config.width // 4
     angles = jnp.arange(side)[:, None] * jnp.pi / (2 * side) ** (jnp.arange(quarter) / quarter)
     waves = math.sqrt(2) * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

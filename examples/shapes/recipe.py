@@ -1,20 +1,20 @@
-"""Train a small model that sees, from pictures to curves.
+"""Train a small LLaVA from scratch, from drawing its data to plotting its curves.
 
     python examples/shapes/recipe.py --output runs/shapes
 
-    data/      pictures and conversations (train.datasets.shapes)
-    start/     the model before anything is learned
-    tower/     its tower knows shapes (warm_up.py): there are no pretrained ones this small
-    look/      its decoder looks for what a word names
-    warm-up/   it knows all kinds of questions
-    captions/  and captions: or stage 1 would teach the projector to ask for captions, not to show what is there
-    reset/     the same with a projector that knows nothing, where the published models begin
+    data/      images and conversations (train.datasets.shapes)
+    start/     the randomly initialized model
+    tower/     with a tower trained on shapes (warm_up.py), since there are no pretrained ones this small
+    look/      with a decoder trained to find what a word names
+    warm-up/   with a decoder trained on all kinds of questions
+    captions/  and on captions: otherwise stage 1 would teach the projector to request captions, not to describe images
+    reset/     the same with a random projector, where the published models start
     stage-1/   the projector alone, on captions
-    stage-2/   projector and decoder, on conversations; the tower stays as it is
-    bundle/    the model in transformers' format, its card, its curves, a picture
+    stage-2/   projector and decoder, on conversations, with the tower frozen
+    bundle/    the model in transformers' format, its card, its curves, an example image
 
-Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). Interrupted, the same command goes on with the
-phase that it was in (settings.json says what the directory was begun with); seeds are fixed.
+Everything logs for TensorBoard (`tensorboard --logdir runs/shapes`). When repeated, an interrupted command resumes in
+the phase that it was in (settings.json holds the settings of the directory); seeds are fixed.
 """
 
 import collections
@@ -33,7 +33,7 @@ import numpy as np
 import warm_up
 from card import write_card
 from cpu import quick_gradients
-from model import CONFIG, PATCH, TILE, ids_of, save, start
+from model import CONFIG, PATCH, TILE, ids_of, initialize, save
 from PIL import Image
 
 from convert.to_hf import to_hf
@@ -57,9 +57,9 @@ from train.run_directory import differences
 from train.step import setup
 
 EXAMPLES, TESTS, SEED = 20000, 2000, 0
-EXAMPLE = 50  # seed of the picture in the bundle
-LOOKED = 14  # questions about a picture to look at
-SOME = 2000  # questions where not all are asked
+EXAMPLE = 50  # seed of the bundled example image
+LOOK_QUESTIONS = 14  # per image, in the phase `look`
+SUBSET = 2000  # questions of the secondary measurements
 COMMON = TrainConfig(
     dtype="float32", max_length=340, global_batch_size=8, adam_b2=0.98, weight_decay=0.05, warmup_ratio=0.05,
     workers=1, save_every=0, log_every=10, seed=SEED,
@@ -89,25 +89,25 @@ def tokenizer_of(checkpoint: Path) -> bytes:
 
 
 def make_start() -> tuple[Params, bytes]:
-    """The model that knows nothing, and its tokenizer."""
+    """The randomly initialized model and its tokenizer."""
     tokenizer = (Path(__file__).parent / "tokenizer.model").read_bytes()
-    return start(CONFIG, SEED, tokenizer), tokenizer
+    return initialize(CONFIG, SEED, tokenizer), tokenizer
 
 
-# ---------------------------------------------------------------- from nothing to a model that sees
+# ---------------------------------------------------------------- warm-up and stages
 
 
 def warm_up_tower(output: Path, data: Path, examples: int, tests: int, share: float) -> None:
-    def look(split: str, number: int) -> warm_up.Seen:
+    def load_split(split: str, number: int) -> warm_up.LabelledTiles:
         scenes = [make_scene(shapes.rng_for(SEED, split, i, 0)) for i in range(number)]
         paths = [data / "images" / shapes.file_name(split, i) for i in range(number)]
-        return warm_up.look(scenes, paths, CONFIG)
+        return warm_up.label_tiles(scenes, paths, CONFIG)
 
-    seen, held_out = look("train", examples), look("test", min(tests, 500))
+    labelled, held_out = load_split("train", examples), load_split("test", min(tests, 500))
     tokenizer = tokenizer_of(output / "start")
     words = [ids_of(names, tokenizer) for names in warm_up.NAMES]
     settings = scaled(WARM_UPS["tower"], share) | dict(seed=SEED, output=output / "log" / "tower")
-    params = warm_up.warm_up_tower(load(output / "start"), CONFIG, words, seen, held_out, **settings)
+    params = warm_up.warm_up_tower(load(output / "start"), CONFIG, words, labelled, held_out, **settings)
     save(output / "tower", CONFIG, params, tokenizer)
 
 
@@ -119,7 +119,7 @@ def warm_up_decoder(name: str, output: Path, data: Path, checkpoint: Path, share
         image_folder=str(data / "images"),
         output=str(output / "log" / name),
     )
-    if name == "look":  # one tile: a quarter of the work, and each object is there once
+    if name == "look":  # one tile: a quarter of the computation, and each object appears once
         config = config.replace(
             data=str(data / "looking.json"),
             eval_data=str(data / "test_looking.json"),
@@ -128,7 +128,7 @@ def warm_up_decoder(name: str, output: Path, data: Path, checkpoint: Path, share
             max_length=230,
         )
     configs = [config]
-    if name == "captions":  # every third batch is of captions, as stage 1 has them
+    if name == "captions":  # every third batch has captions, as in stage 1
         captions = config.replace(data=str(data / "captions.json"), template=STAGES["stage-1"]["template"])
         configs = [config, config, captions]
     params = warm_up.warm_up_decoder(configs, **scaled(WARM_UPS[name], share))
@@ -136,8 +136,8 @@ def warm_up_decoder(name: str, output: Path, data: Path, checkpoint: Path, share
 
 
 def write_looking(data: Path, examples: int, tests: int) -> None:
-    """Questions that have to find one object, or two, and nothing else, about pictures squashed to a tile: that words
-    name what is to be looked for is learned sooner where nothing else is to be learned."""
+    """Write questions that only require finding one or two objects, about images resized to one tile: finding what a
+    word names is learned faster in isolation."""
     kinds = [questions.colour, questions.shape, questions.place, questions.position]
     for split, number, name in (("test", tests, "test_looking.json"), ("train", examples, "looking.json")):
         rows = []
@@ -147,30 +147,30 @@ def write_looking(data: Path, examples: int, tests: int) -> None:
             for ask in 30 * kinds:
                 if turn := ask(rng, scene):
                     turns[turn] = None
-                if len(turns) == LOOKED:
+                if len(turns) == LOOK_QUESTIONS:
                     break
             if len(scene.things) > 1 and turns:
-                said = [("look", turn) for turn in turns]
-                rows.append(shapes.make_row(rng, f"{split}-{i}", [shapes.file_name(split, i)], said))
-        squash([shapes.file_name(split, i) for i in range(number)], data / "images", data / "small")
+                named = [("look", turn) for turn in turns]
+                rows.append(shapes.make_row(rng, f"{split}-{i}", [shapes.file_name(split, i)], named))
+        resize_images([shapes.file_name(split, i) for i in range(number)], data / "images", data / "small")
         (data / name).write_text(json.dumps(rows))
 
 
-def squash(names: list[str], source: Path, target: Path) -> None:
-    """Pictures as the base tile shows them."""
+def resize_images(names: list[str], source: Path, target: Path) -> None:
+    """Resize images to one tile, as for the base tile."""
     target.mkdir(parents=True, exist_ok=True)
 
     def save(name: str) -> None:
         Image.open(source / name).resize((TILE, TILE)).save(target / name)
 
-    shapes.save_each("squashing", save, names)
+    shapes.save_each("resizing", save, names)
 
 
 def reset_projector(warm: Path, reset: Path) -> None:
-    """The warmed-up model with a random projector, as LLaVA's stage 1 begins."""
+    """Save the warmed-up model with a random projector, the start of LLaVA's stage 1."""
     tokenizer = tokenizer_of(warm)
-    fresh = start(CONFIG, SEED + 1, tokenizer)
-    save(reset, CONFIG, load(warm) | {"projector": fresh["projector"]}, tokenizer)
+    projector = initialize(CONFIG, SEED + 1, tokenizer)["projector"]
+    save(reset, CONFIG, load(warm) | {"projector": projector}, tokenizer)
 
 
 def stage_config(name: str, output: Path, data: Path, checkpoint: Path, share: float) -> TrainConfig:
@@ -186,14 +186,14 @@ def stage_config(name: str, output: Path, data: Path, checkpoint: Path, share: f
 
 
 def run_stage(name: str, output: Path, data: Path, checkpoint: Path, share: float) -> Path:
-    """Train one stage, or go on with it. Returns the resulting checkpoint."""
+    """Train or resume one stage. Returns the resulting checkpoint."""
     note(f"--- {name}")
     if status := loop.train(prepare(stage_config(name, output, data, checkpoint, share))):
         raise SystemExit(status)
     return output / name / "model"
 
 
-# ---------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------- measurements
 
 
 def captions_loss(output: Path, data: Path, checkpoint: Path) -> float:
@@ -208,7 +208,7 @@ def captions_loss(output: Path, data: Path, checkpoint: Path) -> float:
 
 
 def ask_about_sizes(scenes: list[Scene], path: Path) -> None:
-    """Questions for the shape of the one object of its colour; their kind is that object's size."""
+    """Write questions about the shape of objects with a unique colour; their kind is the object's size."""
     rows = []
     for i, scene in enumerate(scenes):
         rng = shapes.rng_for(SEED, "test", i, 3)
@@ -220,7 +220,7 @@ def ask_about_sizes(scenes: list[Scene], path: Path) -> None:
 
 
 def ask_for_details(scenes: list[Scene], path: Path) -> None:
-    """Requests for a detailed description of each; the answer has to be right to the word."""
+    """Write requests for a detailed description of each scene, to be matched exactly."""
     rows = []
     for i, scene in enumerate(scenes):
         rng = shapes.rng_for(SEED, "test", i, 5)
@@ -230,7 +230,7 @@ def ask_for_details(scenes: list[Scene], path: Path) -> None:
 
 
 def write_noise(data: Path, tests: int, output: Path) -> None:
-    """Noise of the test pictures' sizes."""
+    """Write noise images with the sizes of the test images."""
     (output / "noise").mkdir(parents=True, exist_ok=True)
     for i in range(tests):
         name, rng = shapes.file_name("test", i), np.random.default_rng((SEED, i))
@@ -239,62 +239,62 @@ def write_noise(data: Path, tests: int, output: Path) -> None:
 
 
 def prior(asked: Path, trained_on: Path) -> dict[str, float]:
-    """Accuracy, by kind, of saying whatever the picture what was said most often in training to questions so worded."""
-    said = collections.defaultdict(collections.Counter)
+    """Accuracy by kind of always giving the most frequent training answer to a question's wording."""
+    answers = collections.defaultdict(collections.Counter)
     for _, question, answer in _turns(trained_on):
-        said[_wording(question)][answer] += 1
+        answers[_wording(question)][answer] += 1
     right = collections.defaultdict(list)
     for kind, question, answer in _turns(asked):
-        guess = said[_wording(question)].most_common(1)
+        guess = answers[_wording(question)].most_common(1)
         right[kind].append(bool(guess) and guess[0][0] == answer)
     return {kind: sum(scores) / len(scores) for kind, scores in right.items()}
 
 
 def _turns(path: Path) -> Iterator[tuple[str, str, str]]:
     for row in json.loads(path.read_text()):
-        said = [turn["value"] for turn in row["conversations"]]
-        yield from zip(row["kinds"], said[::2], said[1::2], strict=True)
+        texts = [turn["value"] for turn in row["conversations"]]
+        yield from zip(row["kinds"], texts[::2], texts[1::2], strict=True)
 
 
 def _wording(question: str) -> str:
-    """A question without what it is about: "what shape is the _ object?"."""
+    """A question with names replaced: "what shape is the _ object?"."""
     names = "|".join([*COLOURS, *map(plural, SHAPES), *SHAPES, *SIZES])
     return re.sub(rf"\b({names})\b|<image>|\n", "_", question.lower())
 
 
 def make_bundle(model: Path, bundle: Path) -> None:
-    """What can be given away: the model in transformers' format and bfloat16, and a picture."""
+    """Write the bundle: the model in transformers' format in bfloat16, and an example image."""
     to_hf(model, bundle, dtype="bfloat16", overwrite=True)
     rng = np.random.default_rng(EXAMPLE)
     draw(make_scene(rng), rng).save(bundle / "example.png")
 
 
 def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]:
-    """Accuracy by kind; without looking; without the tiles beyond the base one."""
+    """Measure accuracy by kind, on noise, by prior, and with the base tile only."""
     scenes = [make_scene(shapes.rng_for(SEED, "test", i, 0)) for i in range(tests)]
     ask_about_sizes(scenes, output / "sizes.json")
-    ask_for_details(scenes[: SOME // 4], output / "details.json")
+    ask_for_details(scenes[: SUBSET // 4], output / "details.json")
     write_noise(data, tests, output)
     engine = Engine.load(model)
     base = Engine.load(model)
     base.config = base.config.replace(aspect_ratio="square")
 
-    def ask(engine, file, folder, most=None):
+    def ask(engine, file, folder, limit=None):
         note(f"--- {file.name}, {folder.name}")
-        return evaluate(engine, read_questions(file, folder)[:most], exact_match, rows=64, max_new_tokens=128)
+        return evaluate(engine, read_questions(file, folder)[:limit], exact_match, rows=64, max_new_tokens=128)
 
     return {
         "questions": ask(engine, data / "test.json", data / "images"),
         "details": ask(engine, output / "details.json", data / "images"),
-        "noise": ask(engine, data / "test.json", output / "noise", SOME),
+        "noise": ask(engine, data / "test.json", output / "noise", SUBSET),
         "prior": prior(data / "test.json", data / "train.json"),
-        "sizes": ask(engine, output / "sizes.json", data / "images", SOME),
-        "base tile": ask(base, output / "sizes.json", data / "small", SOME),
+        "sizes": ask(engine, output / "sizes.json", data / "images", SUBSET),
+        "base tile": ask(base, output / "sizes.json", data / "small", SUBSET),
     }
 
 
 def draw_curves(output: Path) -> Any:
-    """A figure: loss and accuracy of the warm-ups, loss of the stages."""
+    """Plot loss and accuracy of the warm-ups, and loss of the stages."""
     runs = {name: read_run(str(output / "log" / name)) for name in WARM_UPS}
     runs |= {name: read_run(str(output / name)) for name in STAGES}
     measured = [name for name, run in runs.items() if any("accuracy" in line for line in run)]
@@ -304,11 +304,11 @@ def draw_curves(output: Path) -> Any:
         steps, losses = points(run, "loss", name)
         ax = next(panels)
         ax.plot(steps, list(smooth(losses, 0.9)))
-        ax.set(title=f"{name}: loss", xlabel="updates", ylim=(0, None))
+        ax.set(title=f"{name}: loss", xlabel="steps", ylim=(0, None))
         if name in measured:
             ax = next(panels)
             ax.plot(*points(run, "accuracy", name), "o-")
-            ax.set(title=f"{name}: held-out {'patches' if name == 'tower' else 'questions'}", xlabel="updates")
+            ax.set(title=f"{name}: held-out {'patches' if name == 'tower' else 'questions'}", xlabel="steps")
             ax.set(ylim=(0, 1.02))
             ax.yaxis.set_major_formatter("{x:.0%}")
     for ax in axes:
@@ -320,37 +320,39 @@ def draw_curves(output: Path) -> Any:
 
 
 def begin(output: Path, settings: dict[str, Any]) -> None:
-    """Take a new directory, or one that was begun with these settings.
+    """Create the output directory, or check that it was created with these settings.
 
     Raises:
-      InputError: it holds something else.
+      InputError: the directory has other contents or settings.
     """
     path, settings = output / "settings.json", json.loads(json.dumps(settings))
-    written = path.with_suffix(".new")
+    temporary = path.with_suffix(".new")
     if path.exists():
         try:
-            there = read_json(path)
+            saved = read_json(path)
         except InputError:
-            there = {}
-        if found := differences(there, settings):
+            saved = {}
+        if found := differences(saved, settings):
             raise InputError(
-                f"--output {output}: was begun with other settings: {'; '.join(found)}; go on with its values, "
-                "or name a new directory"
+                f"--output {output}: was created with other settings: {'; '.join(found)}; resume with those, "
+                "or give a new directory"
             )
         return
-    if output.exists() and set(output.iterdir()) - {written}:
-        raise InputError(f"--output {output}: is not empty; name a new directory")
+    if output.exists() and set(output.iterdir()) - {temporary}:
+        raise InputError(f"--output {output}: is not empty; give a new directory")
     output.mkdir(parents=True, exist_ok=True)
-    written.write_text(json.dumps(settings, indent=2) + "\n")
-    written.replace(path)
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def main() -> None:
     p = Parser(prog="python examples/shapes/recipe.py", description="Train the small model of shapes.")
     p.add_argument("--output", required=True, metavar="DIR")
     p.add_argument("--examples", type=int, default=EXAMPLES, metavar="N", help=f"(default {EXAMPLES})")
-    p.add_argument("--tests", type=int, default=TESTS, metavar="N", help=f"test pictures (default {TESTS})")
-    p.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates, for a quick try (default 1)")
+    p.add_argument("--tests", type=int, default=TESTS, metavar="N", help=f"test images (default {TESTS})")
+    p.add_argument(
+        "--share", type=float, default=1.0, metavar="X", help="fraction of the steps, for a quick try (default 1)"
+    )
     args = p.parse_args()
     for name in ("examples", "tests"):
         if getattr(args, name) < 1:
