@@ -1,13 +1,13 @@
-"""Memory and speed of conversion, both ways, beside `cp -r` of the same files onto the same disk.
+"""Memory and speed of conversion in both directions, compared with `cp -r` of the same files onto the same disk.
 
     python benchmarks/convert.py [--gigabytes 6] [--rounds 3] [--cached] [--directory DIR] [--json FILE]
 
-Makes a random checkpoint in the original's dialect (32 layers, bfloat16, shards of 2 GB), converts it to Orbax
-(`to-orbax`) and back (`to-hf --format original`), each in a child process of its own, in turns with `cp -r`. For both
-the files are not in the page cache (with `--cached`: all in it), and memory has been idle for some seconds (a virtual
-machine that hands idle memory to its host pays for it afterwards; `cp` at once after a deletion would not). Beside the
-time of the program stands the time until the disk has everything (`sync`). Memory is the child's peak resident set
-less that of a child that imports the same and stops.
+Writes a random checkpoint in the original's format (32 layers, bfloat16, shards of 2 GB), then converts it to Orbax
+(`to-orbax`) and back (`to-hf --format original`), each in a child process, alternating with `cp -r`. For both, files
+are not in the page cache (with `--cached`: all are), and memory has been idle for some seconds (a virtual machine that
+returns idle memory to its host pays for it later; `cp` right after a deletion would not). The second time of each
+includes flushing to disk (`sync`). Memory is the child's peak resident set, less that of a child that only imports the
+same modules.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> int:
 
 
 def child(*args: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a Python child, whose standard output is dropped."""
+    """Run a Python child process without its standard output. Returns its seconds and peak resident bytes."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *args], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -96,7 +96,7 @@ def copy(source: Path, destination: Path) -> float:
 
 
 def settle(source: Path, cached: bool) -> None:
-    """Everything on the disk, the source's files out of the page cache (or all in it), memory idle."""
+    """Flush to disk, drop the source's files from the page cache (or load all of them into it), and wait."""
     os.sync()
     for path in source.rglob("*"):
         if path.is_file() and cached:
@@ -120,14 +120,16 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gigabytes", type=float, default=6.0)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--directory", help="where to work; default: a temporary directory")
-    p.add_argument("--cached", action="store_true", help="leave the files in the page cache, for both")
+    p.add_argument("--directory", help="the working directory; default: a temporary one")
+    p.add_argument("--cached", action="store_true", help="keep the files in the page cache, for both")
     p.add_argument(
-        "--kills", type=int, default=0, metavar="N", help="instead interrupt conversions at N random moments"
+        "--kills", type=int, default=0, metavar="N", help="instead, interrupt conversions at N random moments"
     )
-    p.add_argument("--source", type=Path, metavar="DIR", help="for --kills: a checkpoint instead of a random one")
-    p.add_argument("--json", metavar="FILE", help="write the figures there")
-    p.add_argument("--make", metavar="DIR", help=argparse.SUPPRESS)  # a child's task, so that our memory stays small
+    p.add_argument(
+        "--source", type=Path, metavar="DIR", help="for --kills: a checkpoint to use instead of a random one"
+    )
+    p.add_argument("--json", metavar="FILE", help="write the results there")
+    p.add_argument("--make", metavar="DIR", help=argparse.SUPPRESS)  # runs in a child, so that this process stays small
     args = p.parse_args()
     if args.make:
         print(make_checkpoint(Path(args.make), args.gigabytes))
@@ -142,9 +144,9 @@ def main() -> None:
 
 
 def kill(source: Path, work: Path, times: int) -> dict[str, dict[str, int]]:
-    """Interrupt conversions that replace an older one at random moments, every other time by Ctrl-C.
+    """Interrupt conversions that replace an older checkpoint at random moments, every other time by Ctrl-C.
 
-    What is left must be the old checkpoint or the new one, whole; the next command must clean up.
+    Each must leave the old or the new checkpoint, complete; the next command must clean up.
     """
     from convert.verify import verify
 
@@ -153,8 +155,8 @@ def kill(source: Path, work: Path, times: int) -> dict[str, dict[str, int]]:
     same = lambda a, b: all(row.result == "identical" for row in verify(a, b))  # noqa: E731
     pick, report = random.Random(0), {}
     for kind in ("to-orbax", "to-hf"):
-        place = work / kind
-        place.mkdir()
+        directory = work / kind
+        directory.mkdir()
 
         def command(dtype: str, destination: Path, kind=kind) -> list[str]:
             flags = ["--dtype", dtype, "--overwrite"]
@@ -166,29 +168,29 @@ def kill(source: Path, work: Path, times: int) -> dict[str, dict[str, int]]:
             subprocess.run(command(dtype, work / f"{kind}-{dtype}"), check=True, **quiet)
             seconds = time.perf_counter() - start
             whole[dtype] = work / f"{kind}-{dtype}"
-        there, left = "bfloat16", {"old": 0, "new": 0, "between": 0}
-        subprocess.run(command(there, place / "out"), check=True, **quiet)
+        current, left = "bfloat16", {"old": 0, "new": 0, "between": 0}
+        subprocess.run(command(current, directory / "out"), check=True, **quiet)
         for i in range(times):
-            new = "float16" if there == "bfloat16" else "bfloat16"
-            process = subprocess.Popen(command(new, place / "out"), **quiet)
+            new = "float16" if current == "bfloat16" else "bfloat16"
+            process = subprocess.Popen(command(new, directory / "out"), **quiet)
             time.sleep(pick.random() * seconds * 1.1)
             process.send_signal(signal.SIGINT if i % 2 else signal.SIGKILL)
             process.wait()
-            if not (place / "out").exists():  # between two renames: the next command finishes
+            if not (directory / "out").exists():  # killed between two renames: the next command finishes
                 left["between"] += 1
-                subprocess.run(command(new, place / "out"), check=True, **quiet)
-            found = next((dtype for dtype in whole if same(place / "out", whole[dtype])), None)
+                subprocess.run(command(new, directory / "out"), check=True, **quiet)
+            found = next((dtype for dtype in whole if same(directory / "out", whole[dtype])), None)
             if found is None:
-                sys.exit(f"{kind}: neither the old checkpoint nor the new one")
-            left["old" if found == there else "new"] += 1
-            print(f"{kind} {i + 1}: {'old' if found == there else 'new'}", file=sys.stderr, flush=True)
-            there = found
-        subprocess.run(command(there, place / "out"), check=True, **quiet)
-        if os.listdir(place) != ["out"]:
-            sys.exit(f"{kind}: left {os.listdir(place)}")
+                sys.exit(f"{kind}: left neither the old checkpoint nor the new one")
+            left["old" if found == current else "new"] += 1
+            print(f"{kind} {i + 1}: {'old' if found == current else 'new'}", file=sys.stderr, flush=True)
+            current = found
+        subprocess.run(command(current, directory / "out"), check=True, **quiet)
+        if os.listdir(directory) != ["out"]:
+            sys.exit(f"{kind}: left {os.listdir(directory)}")
         report[kind] = left
         print(
-            f"{kind} interrupted {times} times: {left['old']} times the old checkpoint, {left['new']} times the new",
+            f"{kind} interrupted {times} times: left the old checkpoint {left['old']} times, the new one {left['new']}",
             flush=True,
         )
     return report
@@ -232,7 +234,7 @@ def measure(work: Path, args) -> dict:
     for name, values in found.items():
         above = max(values["peak"]) - idle
         figures[name] = values | {"memory_above_idle": above}
-        for end, what in (("", name), ("_sync", "  until on the disk")):
+        for end, what in (("", name), ("_sync", "  including sync")):
             ratio = statistics.median(b / a for a, b in zip(values["copy" + end], values["convert" + end], strict=True))
             figures[name]["ratio" + end] = ratio
             print(

@@ -1,5 +1,5 @@
-"""What other benchmarks are held against, measured in the same process: how fast this device multiplies matrices and
-reads its memory. And models of random weights, with a released model's dimensions or of a size for CPUs.
+"""Reference figures for benchmarks, measured in the same process: the device's matmul throughput and memory bandwidth.
+Also models with random weights, in the dimensions of a released model or small enough for CPUs.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ TRIES = 5
 
 
 def model_config(name: str) -> c.LlavaConfig:
-    """A released model's dimensions, or v1.6 with a decoder of 209M parameters (`SMALL`).
+    """The configuration of a released model, or v1.6 with a decoder of 209M parameters (`SMALL`).
 
-    A released model's vocabulary has room for the marks of transformers' dialect.
+    The vocabulary of a released model is padded as in transformers' conversions, which add tokens.
     """
     if name != SMALL:
         base = c.preset(name)
@@ -37,12 +37,12 @@ def model_config(name: str) -> c.LlavaConfig:
 
 
 def random_params(model: c.LlavaConfig, mesh: Mesh, dtype_of: Callable[[str], str]) -> llava.Params:
-    """Random weights of deviation 0.02, made where they are to lie, in the type that each path's is to have."""
+    """Random weights with standard deviation 0.02, created in their shards, with the dtype of each path."""
     shapes = llava.param_shapes(model)
-    places = flatten_dict(Partition(model, mesh).shardings(shapes), sep="/")
+    shardings = flatten_dict(Partition(model, mesh).shardings(shapes), sep="/")
     return unflatten_dict(
         {
-            path: _random(jax.random.key(i), x.shape, dtype_of(path), places[path])
+            path: _random(jax.random.key(i), x.shape, dtype_of(path), shardings[path])
             for i, (path, x) in enumerate(flatten_dict(shapes, sep="/").items())
         },
         sep="/",
@@ -50,27 +50,27 @@ def random_params(model: c.LlavaConfig, mesh: Mesh, dtype_of: Callable[[str], st
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _random(key: jax.Array, shape: tuple[int, ...], dtype: str, place: jax.sharding.Sharding) -> jax.Array:
-    most = 0.02 * 3**0.5
-    x = jax.random.uniform(key, shape, dtype, -most, most) if len(shape) > 1 else jnp.ones(shape, dtype)
-    return jax.lax.with_sharding_constraint(x, place)
+def _random(key: jax.Array, shape: tuple[int, ...], dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    bound = 0.02 * 3**0.5
+    x = jax.random.uniform(key, shape, dtype, -bound, bound) if len(shape) > 1 else jnp.ones(shape, dtype)
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of one device in products of large square matrices of random numbers, the best of a few."""
+    """FLOP/s of one device in matmuls of large square random matrices, the best of a few runs."""
     n, pairs = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
     x, w = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
     w = w / n**0.5
 
     @jax.jit
-    def multiply(x, w):  # in pairs: a product cannot be written over what it is made of
+    def multiply(x, w):  # in pairs, since a matmul cannot overwrite its input
         return jax.lax.fori_loop(0, pairs, lambda _, x: (x @ w) @ w, x)
 
     return pairs * 4 * n**3 / fastest(lambda: multiply(x, w))
 
 
 def read_bandwidth(dtype: str) -> float:
-    """Bytes/s at which one device reads a matrix that no cache holds, to multiply a vector by it or to add it up."""
+    """Bytes/s at which one device reads a matrix larger than its caches, for a matrix-vector product or a sum."""
     n, times = (2**14, 1) if jax.default_backend() == "cpu" else (2**15, 16)
     w, x = jnp.ones((n, n), dtype), jnp.ones((1, n), dtype)
     size = times * n * n * w.dtype.itemsize
@@ -79,7 +79,7 @@ def read_bandwidth(dtype: str) -> float:
 
 
 def fastest(run: Callable) -> float:
-    """Seconds of the fastest of a few runs, after one that compiles."""
+    """Seconds of the fastest of a few runs, after one to compile."""
     jax.block_until_ready(run())
     seconds = []
     for _ in range(TRIES):
@@ -93,11 +93,11 @@ def device_kind() -> str:
     return jax.local_devices()[0].device_kind
 
 
-def room() -> int | None:
-    """Bytes that a program may use of one device; None where it is not told, as of a CPU."""
+def memory_limit() -> int | None:
+    """Bytes of one device that a program may use; None if unknown, as on CPUs."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
-def picture(size: tuple[int, int], seed: int) -> np.ndarray:
-    """Noise, uint8 [height, width, 3]."""
+def noise_image(size: tuple[int, int], seed: int) -> np.ndarray:
+    """An image of noise, uint8 [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -1,14 +1,14 @@
-"""Damaged files and random commands, to find tracebacks, hangs and files that are changed by mistake.
+"""Fuzz readers and commands with damaged files and random flags, to find tracebacks, hangs and unwanted writes.
 
     python benchmarks/fuzz.py [--seed 0] [--seconds 60] [--only N] [--findings DIR] [--json FILE]
 
-Each attempt (`fuzz_attempts.py`) takes something valid (`fuzz_inputs.py`), changes it at random, and gives it to its
-reader or command. What must hold: an error is one line of at most 300 characters that a terminal shows as it is; an
-attempt ends within its deadline, holds at most 2 GB, and changes no file that is not its own. A finding is printed with
-the command that repeats it (alike ones once), its files are kept in `--findings`, and the exit status is 1.
+Each attempt (`fuzz_attempts.py`) takes a valid input (`fuzz_inputs.py`), changes it at random, and passes it to its
+reader or command. Requirements: an error is one line of at most 300 printable characters; an attempt ends within its
+deadline, uses at most 2 GB, and changes no files but its own. A finding is printed with the command that reproduces it
+(similar ones once), its files are kept in `--findings`, and the exit status is 1.
 
-Attempts run one after the other in a child process, which is started anew after a crash, a hang or a memory too large;
-one in 400 is a command in a process of its own.
+Attempts run one at a time in a child process, which is restarted after a crash, a hang or excessive memory use; one in
+400 is a command in a separate process.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # in this order: `train` is the package, not a file here
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # this order makes `train` the package, not a file here
 
-DEADLINE, SLOW_DEADLINE = 60, 300  # seconds: ten times what an attempt takes where the machine has other things to do
-MEMORY, LENGTH, SLOW_EVERY = 2 * 10**9, 300, 400
+DEADLINE, SLOW_DEADLINE = 60, 300  # seconds: ten times what an attempt takes on a busy machine
+MAX_MEMORY, MAX_LENGTH, SLOW_EVERY = 2 * 10**9, 300, 400
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--seconds", type=float, default=60.0)
-    p.add_argument("--only", type=int, metavar="N", help="repeat attempt N, and show all that it says")
-    p.add_argument("--findings", default="fuzz-findings", metavar="DIR", help="where files of findings are kept")
+    p.add_argument("--only", type=int, metavar="N", help="repeat attempt N, and print all its output")
+    p.add_argument("--findings", default="fuzz-findings", metavar="DIR", help="directory for the files of findings")
     p.add_argument("--json", metavar="FILE", help="write the summary there")
     p.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # a scratch directory, and the first attempt
     args = p.parse_args()
@@ -61,11 +61,11 @@ def main() -> int:
     return 1 if summary["findings"] else 0
 
 
-# ---------------------------------------------------------------- the process that watches
+# ---------------------------------------------------------------- the parent process
 
 
 def drive(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run workers until the time is up. Returns what was attempted, by kind, and what was found."""
+    """Run workers until the time is up. Returns the number of attempts by kind, and the findings."""
     counts, found = collections.Counter(), {}
     stop, next_attempt = None, args.only or 0
     while stop is None or (time.monotonic() < stop and args.only is None):
@@ -85,12 +85,12 @@ def drive(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
                         break
             else:
                 status = process.wait()
-                if kind == "starting" or status == 1:  # what is wrong stands above
+                if kind == "starting" or status == 1:  # the worker has printed the reason
                     raise SystemExit(f"the worker ended with status {status}")
                 if status:
                     how = "hangs" if status == -signal.SIGABRT else f"ends the process with status {status}"
-                    where = (scratch / "stacks").read_text().splitlines() if (scratch / "stacks").exists() else []
-                    ours = next((line.strip() for line in where if f'"{ROOT}' in line and "fuzz" not in line), "")
+                    stack = (scratch / "stacks").read_text().splitlines() if (scratch / "stacks").exists() else []
+                    ours = next((line.strip() for line in stack if f'"{ROOT}' in line and "fuzz" not in line), "")
                     message = {"kind": kind, "attempt": next_attempt, "finding": f"{how} {ours}".strip()}
                     report(found, message, scratch, args)
                     next_attempt += 1
@@ -110,23 +110,23 @@ def worker(scratch: Path, first: int, args: argparse.Namespace) -> Iterator[subp
     }  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env, start_new_session=True,
-        bufsize=0,  # so that `select` sees all that has not been read
+        bufsize=0,  # so that `select` sees all unread output
     )  # fmt: skip
     try:
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it, and the commands that it runs
+            os.killpg(process.pid, signal.SIGKILL)  # the worker, and the commands that it runs
         process.wait()
         process.stdout.close()
 
 
 def messages(process: subprocess.Popen) -> Iterator[dict[str, Any]]:
-    """What a worker says, until it ends; it is ended where it is silent for too long."""
+    """Yield the messages of a worker until it ends; kill it if it is silent for too long."""
     deadline = SLOW_DEADLINE
     while True:
         if not select.select([process.stdout], [], [], deadline)[0]:
-            process.send_signal(signal.SIGABRT)  # which lets it write where it hangs
+            process.send_signal(signal.SIGABRT)  # makes it write its stacks
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
@@ -140,7 +140,7 @@ def messages(process: subprocess.Popen) -> Iterator[dict[str, Any]]:
 
 
 def report(found: dict[str, dict], message: dict[str, Any], scratch: Path, args: argparse.Namespace) -> None:
-    """Print a finding that no other is like, and keep its files."""
+    """Print a finding unless a similar one is known, and keep its files."""
     what = message["finding"].replace(str(scratch), "SCRATCH")
     like = f"{message['kind']} {message.get('like') or what}"
     if like in found:
@@ -158,21 +158,21 @@ def report(found: dict[str, dict], message: dict[str, Any], scratch: Path, args:
             shutil.copytree(scratch / "work", kept, symlinks=True, copy_function=copy)
 
 
-# ---------------------------------------------------------------- the process that attempts
+# ---------------------------------------------------------------- the worker process
 
 
 def work(scratch: Path, first: int, seed: int, *, only: bool) -> int:
-    """Make one attempt after the other, and say of each what it is and what was found."""
-    resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # so that the machine has no share in it
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else is printed is none of that
+    """Run attempts, and send a message about each and its findings."""
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MAX_MEMORY, 4 * MAX_MEMORY))  # protects the machine
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # keeps other output off the channel
     out, err = (open(scratch / name, "w+b") for name in ("stdout", "stderr"))  # noqa: SIM115
     terminal = os.dup(2)
     faulthandler.enable(open(scratch / "stacks", "w"))  # noqa: SIM115
 
-    def say(**message: Any) -> None:
-        said.write(json.dumps(message) + "\n")
-        said.flush()
+    def send(**message: Any) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
 
     import fuzz_attempts as attempts
     from fuzz_inputs import make
@@ -181,14 +181,14 @@ def work(scratch: Path, first: int, seed: int, *, only: bool) -> int:
         with silent(out, err):
             make(scratch / "making")
         (scratch / "making").rename(scratch / "base")
-    say(ready=True)
+    send(ready=True)
     number = first
     while True:
         pick = random.Random(f"{seed} {number}")
         slow = number % SLOW_EVERY == SLOW_EVERY - 1
         kind = pick.choice(attempts.COMMANDS if slow else (*attempts.READERS, attempts.command))
-        say(kind=kind.__name__, attempt=number, slow=slow)
-        here = scratch / "work" / "here"  # so that `..` holds nothing else
+        send(kind=kind.__name__, attempt=number, slow=slow)
+        here = scratch / "work" / "here"  # so that `..` is empty otherwise
         shutil.rmtree(scratch / "work", ignore_errors=True)
         here.mkdir(parents=True)
         os.chdir(here)
@@ -208,19 +208,21 @@ def work(scratch: Path, first: int, seed: int, *, only: bool) -> int:
         changed = [path for path in changed if not any(path == o or path.startswith(o + os.sep) for o in own)]
         if not finding and changed:
             finding, like = f"changes {', '.join(sorted(changed)[:3])}", "changes files"
-        most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
-        if not finding and most > MEMORY:
-            finding, like = f"holds {most / 1e9:.1f} GB", "memory"
+        memory = (
+            max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+        )
+        if not finding and memory > MAX_MEMORY:
+            finding, like = f"uses {memory / 1e9:.1f} GB", "memory"
         command = " ".join(attempt.command)[:1000]
-        say(done=True, kind=kind.__name__, attempt=number, finding=finding, like=like, command=command)
-        if only or most > MEMORY:
+        send(done=True, kind=kind.__name__, attempt=number, finding=finding, like=like, command=command)
+        if only or memory > MAX_MEMORY:
             return 0
         number += 1
 
 
 @contextlib.contextmanager
 def silent(out, err) -> Iterator[None]:
-    """Let standard output and error be these files, for whatever writes there: Python, C, Rust, a command."""
+    """Redirect standard output and error to these files, for Python, C, Rust and child processes."""
     kept = os.dup(1), os.dup(2)
     for number, file in ((1, out), (2, err)):
         file.seek(0)
@@ -238,7 +240,7 @@ def silent(out, err) -> Iterator[None]:
 
 
 def judge(run: Callable[[], Any]) -> tuple[str, str]:
-    """What is wrong with how an attempt ends, and what is the same in findings that are alike."""
+    """Run an attempt. Returns the problem with how it ends, and a key that similar findings share."""
     from llava_jax.console import InputError, printable, shorten_words
 
     try:
@@ -247,9 +249,9 @@ def judge(run: Callable[[], Any]) -> tuple[str, str]:
         if error.code not in (0, 1, 141, None):
             return f"ends with status {error.code}", ""
     except InputError as error:
-        return judge_line(f"error: {printable(shorten_words(str(error)))}"), ""  # as `run_main` writes it
+        return judge_line(f"error: {printable(shorten_words(str(error)))}"), ""  # as `run_main` prints it
     except OSError:
-        pass  # which `run_main` makes one line of
+        pass  # `run_main` prints it as one line
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if str(ROOT) in frame.filename and "fuzz" not in frame.filename]
@@ -260,13 +262,13 @@ def judge(run: Callable[[], Any]) -> tuple[str, str]:
 
 
 def judge_line(line: str) -> str:
-    if len(line) > LENGTH:
+    if len(line) > MAX_LENGTH:
         return f"an error of {len(line)} characters: {line[:100]}"
     return f"an error of several lines: {line[:100]}" if "\n" in line else ""
 
 
 def judge_output(text: str, scratch: str) -> str:
-    """What is wrong with what an attempt wrote to standard error."""
+    """The problem with the standard error of an attempt, or ""."""
     lines = text.replace(scratch, "").splitlines()
     if any(line.startswith("Traceback") for line in lines):
         return f"a traceback: {lines[-1][:200]}"
@@ -282,11 +284,11 @@ def judge_output(text: str, scratch: str) -> str:
 
 
 def contents(scratch: Path) -> dict[str, str]:
-    """Hashes of all files, and kinds of all others, that attempts could change by mistake."""
+    """Hashes of files, and kinds of other paths, that attempts could change by mistake."""
     found = {}
-    for place in ("work", "home", "tmp"):
-        for folder, folders, files in os.walk(scratch / place):
-            if place == "home":  # where libraries keep what they like
+    for root in ("work", "home", "tmp"):
+        for folder, folders, files in os.walk(scratch / root):
+            if root == "home":  # where libraries write caches and settings
                 folders[:] = [name for name in folders if name not in (".cache", ".config")]
             for name in (*folders, *files):
                 path = os.path.join(folder, name)

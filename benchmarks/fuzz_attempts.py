@@ -1,6 +1,6 @@
-"""What `fuzz.py` attempts: a valid file or command, changed at random, and the reader or command that is given it.
+"""The attempts of `fuzz.py`: a reader or command, and a valid file or command line for it, changed at random.
 
-Each function of `READERS` and `COMMANDS` sets an attempt up in the current directory, which is empty, and returns it.
+Each function in `READERS` and `COMMANDS` sets up an attempt in the empty current directory, and returns it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fuzz_inputs import BASE, GOLDEN, bring, change, change_one, damage
+from fuzz_inputs import BASE, GOLDEN, change, change_one, damage, fetch_inputs
 
 from llava_jax.console import run_main
 
@@ -26,7 +26,7 @@ TRAIN = "--preset v1.5-pretrain --global-batch-size 2 --max-length 512 --dtype f
 
 
 class Attempt(NamedTuple):
-    """`own` are the paths that `run` may write; `command` is what it runs, for people."""
+    """`own` are the paths that `run` may write; `command` is what it runs, for display."""
 
     run: Callable[[], Any]
     own: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ def config(pick: random.Random) -> Attempt:
     from llava_jax.checkpoints.checkpoint import open_checkpoint
     from llava_jax.data.templates import choose_template, explain_template
 
-    bring(name := pick.choice(["original", "v1.5", "transformers", "orbax", "bin"]))
+    fetch_inputs(name := pick.choice(["original", "v1.5", "transformers", "orbax", "bin"]))
     change_one(name, pick, (".json", ".jinja"))
 
     def run():
@@ -54,7 +54,7 @@ def config(pick: random.Random) -> Attempt:
 def tensors(pick: random.Random) -> Attempt:
     from llava_jax.checkpoints.checkpoint import open_any
 
-    bring(name := pick.choice(["v1.5", "bin"]))
+    fetch_inputs(name := pick.choice(["v1.5", "bin"]))
     change_one(name, pick, (".safetensors", ".bin"))
     return Attempt(lambda: [tensor.read() for tensor in open_any(name).tensors.values()])
 
@@ -62,7 +62,7 @@ def tensors(pick: random.Random) -> Attempt:
 def tokenizer(pick: random.Random) -> Attempt:
     from llava_jax.data.tokenizer import load_tokenizer
 
-    bring("tokenizers")
+    fetch_inputs("tokenizers")
     name = pick.choice(sorted(path.name for path in Path("tokenizers").iterdir()))
     change_one(f"tokenizers/{name}", pick, (".json", ".model"))
 
@@ -77,8 +77,8 @@ def tokenizer(pick: random.Random) -> Attempt:
 
 
 @functools.cache
-def hurry() -> None:
-    """Let programs of strangers take a second only."""
+def shorten_limits() -> None:
+    """Limit untrusted programs to one second."""
     from llava_jax import limited
 
     limited._shared = limited.Worker(seconds=1)
@@ -87,7 +87,7 @@ def hurry() -> None:
 def template(pick: random.Random) -> Attempt:
     from llava_jax.data.templates import get_template, render
 
-    hurry()
+    shorten_limits()
     parts = (
         *("{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ messages[0] }}", "{{ messages | tojson }}"),
         *("<image>", "{{ 'a' * 10 ** 9 }}", "{% for i in range(99999) %}", "{% if x %}", "{% endif %}", "(" * 999),
@@ -105,8 +105,8 @@ def template(pick: random.Random) -> Attempt:
 def adapter(pick: random.Random) -> Attempt:
     from convert.combine import combine
 
-    hurry()
-    bring("v1.5", "adapter")
+    shorten_limits()
+    fetch_inputs("v1.5", "adapter")
     change_one("adapter", pick, (".json", ".json", ".safetensors"))
 
     def run():
@@ -121,7 +121,7 @@ def image(pick: random.Random) -> Attempt:
     from llava_jax import config
     from llava_jax.data import images
 
-    bring("images")
+    fetch_inputs("images")
     path = pick.choice(sorted(Path("images").iterdir()))
     if pick.random() < 0.9:
         change(path, pick)
@@ -145,7 +145,7 @@ def data(pick: random.Random) -> Attempt:
     from llava_jax.data.tokenizer import load_tokenizer
     from train.samples import BadSample, Sample, Samples
 
-    bring("images", "data.json", "data.jsonl", "mix.yaml")
+    fetch_inputs("images", "data.json", "data.jsonl", "mix.yaml")
     name = pick.choice(["data.json", "data.jsonl", "mix.yaml"])
     change(Path(pick.choice([name, name, "data.json"])), pick)
     words = load_tokenizer(GOLDEN / "tokenizer")
@@ -168,7 +168,7 @@ def questions(pick: random.Random) -> Attempt:
     from infer.answers import AnswersFile
     from infer.questions import read_questions
 
-    bring("images", "questions.jsonl", "answers.jsonl")
+    fetch_inputs("images", "questions.jsonl", "answers.jsonl")
     change(Path(pick.choice(["questions.jsonl", "answers.jsonl"])), pick)
     args = argparse.Namespace(questions="questions.jsonl", image_folder=pick.choice([None, "."]))
 
@@ -182,7 +182,7 @@ def questions(pick: random.Random) -> Attempt:
 def scienceqa(pick: random.Random) -> Attempt:
     from train.datasets.scienceqa import convert
 
-    bring("problems.json", "pid_splits.json")
+    fetch_inputs("problems.json", "pid_splits.json")
     change(Path(pick.choice(["problems.json", "pid_splits.json"])), pick)
     return Attempt(lambda: convert(Path(), pick.choice(["train", "test", "x"]), pick.choice(["QCM-LEA", "x", "CQM-A"])))
 
@@ -194,7 +194,7 @@ READERS = (config, tensors, tokenizer, template, adapter, image, data, questions
 
 OUTPUTS = ("answers", "output", "destination", "paths")
 UNUSED = ("help", "coordinator", "process_id", "processes", "heartbeat", "profile_steps", "tensorboard", "list_presets")
-GIVEN = (
+FLAG_VALUES = (
     *("0", "-1", "1", "2", "3", "8", "2147483648", "18446744073709551616", "1e9", "0.5", "-0.1", "1e-300", "1e400"),
     *("nan", "inf", "1_0", "0x10", "", " ", "none", "auto", "data=1", "data=1,fsdp=-1", "data=1,fsdp=1,tensor=8"),
     *("\x1b[31m", "a\nb", "\udcff", "x" * 5000, "-", "--", "=", "v1", "llava_v0", "projector", "q,v", "5GB", "1B"),
@@ -223,12 +223,12 @@ STARTS = (
 
 
 def command(pick: random.Random) -> Attempt:
-    """A command in this process, with flags at random, over files of which one may be changed."""
+    """A command in this process, with random flags, on files of which one may be changed."""
     module, start = pick.choice(STARTS)
     destination = pick.choice(["new", "new", "transformers", "images", "data.json", "data.json/x"])
     arguments = [destination if argument == "new" else argument for argument in start.split()]
-    bring(*(name for name in PATHS if re.match(r"\w[^/]*$", name) and (BASE / name).exists()))
-    bring("problems.json", "pid_splits.json")
+    fetch_inputs(*(name for name in PATHS if re.match(r"\w[^/]*$", name) and (BASE / name).exists()))
+    fetch_inputs("problems.json", "pid_splits.json")
     os.mkfifo("fifo")
     os.symlink("loop", "loop")
     arguments += random_flags(module, arguments, pick)
@@ -248,7 +248,7 @@ def command(pick: random.Random) -> Attempt:
 
 
 def owned(arguments: list[str]) -> list[str]:
-    """What a command is told to write, and is not there yet."""
+    """The outputs of a command that do not exist yet."""
     named = [arguments[i + 1] for i, flag in enumerate(arguments[:-1]) if flag in ("--answers", "--output")]
     return [name for name in ("new", "llava_train_QCM-LEA.json", *named) if name and not os.path.lexists(name)]
 
@@ -258,7 +258,7 @@ def module_of(name: str):
 
 
 def random_flags(module: str, arguments: list[str], pick: random.Random) -> list[str]:
-    """A few flags of a command, with values that may be anything."""
+    """A few flags of a command, with arbitrary values."""
     made = getattr(module_of(module), "parser", None)
     parser = made() if made else argparse.ArgumentParser()
     for action in parser._actions:
@@ -276,16 +276,16 @@ def random_flags(module: str, arguments: list[str], pick: random.Random) -> list
         elif action.dest in OUTPUTS:
             given += [flag, pick.choice(PATHS)]
         else:
-            given += [flag, pick.choice([*GIVEN, *PATHS, *DEVICES])]
+            given += [flag, pick.choice([*FLAG_VALUES, *PATHS, *DEVICES])]
     return given
 
 
 def process(pick: random.Random) -> Attempt:
-    """A command or a training run in a process of its own, in an unusual environment."""
+    """A command or a training run in a separate process, in an unusual environment."""
     if pick.random() < 0.5:
         attempt = command(pick)
     else:
-        bring("v1.5", "images", "train.json")
+        fetch_inputs("v1.5", "images", "train.json")
         if pick.random() < 0.5:
             change_one(".", pick, (".json", ".png"))
         arguments = f"{TRAIN} --checkpoint v1.5 --data train.json --template v1 --output new".split()
@@ -309,14 +309,14 @@ def process(pick: random.Random) -> Attempt:
 
 
 def resume(pick: random.Random) -> Attempt:
-    """A training run that goes on in a directory of which one file is changed."""
+    """A training run that resumes in a directory in which one file is changed."""
     run = BASE / "run"
     fixed = f"{TRAIN} --checkpoint {BASE}/v1.5 --data {BASE}/train.json --image-folder {BASE} --template v1".split()
     if not run.exists():
         made = subprocess.run([sys.executable, "-m", "train", *fixed, "--output", run], capture_output=True, text=True)
         assert made.returncode == 0, made.stderr
-    bring("run")
-    if pick.random() < 0.5:  # as of a run that was interrupted before its end
+    fetch_inputs("run")
+    if pick.random() < 0.5:  # as if the run had been interrupted
         shutil.rmtree("run/model")
     change_one("run", pick, (".json", ".jsonl", "", ".safetensors"))
     arguments = [*fixed, "--output", "run"]

@@ -1,4 +1,4 @@
-"""What `fuzz.py` changes (valid files of each kind that is read), and how."""
+"""The inputs of `fuzz.py`: valid files of each format, and random changes to them."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-BASE = Path("../../base")  # where `make` writes, from the current directory of an attempt
+BASE = Path("../../base")  # the output of `make`, relative to the current directory of an attempt
 
 
 def make(base: Path) -> None:
-    """Checkpoints of each kind, images of each format, files of data, questions and answers: all of them valid."""
+    """Write valid checkpoints and images of each format, and files of data, questions and answers."""
     from safetensors.numpy import load_file, save_file
 
     from convert.to_hf import to_hf
@@ -63,9 +63,10 @@ def make(base: Path) -> None:
     image.save(images / "frames.gif", save_all=True, append_images=[image.rotate(90)])
 
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    said = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, {"role": "assistant", "content": "So."}]
+    question = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+    messages = [question, {"role": "assistant", "content": "So."}]
     rows = [{"id": str(i), "image": "images/rgb.png", "conversations": turns} for i in range(4)]
-    rows += [{"id": 4, "messages": said, "system": "Be brief."}, {"id": "5", "conversations": turns[:1] * 2}]
+    rows += [{"id": 4, "messages": messages, "system": "Be brief."}, {"id": "5", "conversations": turns[:1] * 2}]
     rows[2] |= {"image": ["images/rgb.png"], "kinds": ["animal"]}
     problem = dict(question="Which?", choices=["cat", "dog"], answer=0, hint="", image=None, lecture="", solution="")
     asked = [{"question_id": i, "text": "What is it?", "image": "images/rgb.png"} for i in range(3)]
@@ -85,8 +86,8 @@ def make(base: Path) -> None:
         (base / file).write_text(text)
 
 
-def bring(*names: str) -> None:
-    """Copy what `make` made here."""
+def fetch_inputs(*names: str) -> None:
+    """Copy inputs that `make` wrote to the current directory."""
     for name in names:
         (shutil.copytree if (BASE / name).is_dir() else shutil.copy)(BASE / name, name)
 
@@ -98,16 +99,16 @@ NUMBERS = (0, 1, -1, 2, 3, 0.5, -0.0, 1e308, float("inf"), float("nan"), 2**31, 
 VALUES = (None, True, False, [], {}, [None], [[[1]]], {"a": {}}, [1, 2], ["x"] * 1000, *TEXTS, *NUMBERS)
 
 
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The paths to all that a JSON value holds."""
+def nested_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The paths of all values nested in a JSON value."""
     for key in value if isinstance(value, dict) else range(min(len(value), 50)) if isinstance(value, list) else ():
         yield (*path, key)
-        yield from places(value[key], (*path, key))
+        yield from nested_paths(value[key], (*path, key))
 
 
 def mutate(value: Any, pick: random.Random) -> Any:
-    """A JSON value with something in it changed."""
-    found = list(places(value))
+    """Change one nested value of a JSON value."""
+    found = list(nested_paths(value))
     if not found or pick.random() < 0.02:
         return pick.choice(VALUES)
     *path, key = pick.choice(found)
@@ -131,7 +132,7 @@ def mutate(value: Any, pick: random.Random) -> Any:
 
 
 def damage(data: bytes, pick: random.Random) -> bytes:
-    """Some bytes changed, put in or cut off."""
+    """Change, insert or delete some bytes."""
     data = bytearray(data)
     for _ in range(pick.choice([1, 1, 2, 8])):
         at = pick.randrange(len(data) or 1) if pick.random() < 0.5 else pick.randrange(min(len(data), 256) or 1)
@@ -148,7 +149,7 @@ def damage(data: bytes, pick: random.Random) -> bytes:
 
 
 def change(path: Path, pick: random.Random) -> None:
-    """Change a file: what its JSON says, its bytes, or what kind of file it is."""
+    """Change a file: its JSON, its bytes, or its type."""
     chance, text = pick.random(), path.suffix in (".json", ".jsonl")
     if chance < 0.02:
         path.unlink()

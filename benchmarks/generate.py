@@ -1,14 +1,13 @@
-"""Speed of generation beside transformers: the same random weights, prompts and pictures, on the same device (not on a
-TPU, which transformers does not run on).
+"""Generation speed compared with transformers: the same random weights, prompts and images, on the same device (on a
+TPU, which transformers does not support, only ours runs).
 
     python benchmarks/generate.py                                         # CPU, float32, 513M parameters
     python benchmarks/generate.py --preset v1.6-mistral-7b --dtype bfloat16 --batch 1,16     # on a GPU
 
-Two child processes hold a model each and take turns, so that both meet the machine in the same mood; each figure
-is the median of the rounds. Prefill is everything from uint8 pixels and token ids to the first token. In the same
-rounds ours measures how fast the device multiplies matrices and reads memory: prefill's operations
-and what decoding has to read (weights and cache) are shares of these. Prints a table, and the figures as JSON with
-`--json FILE`.
+Two child processes hold one model each and alternate, so that both run under the same conditions; each figure is the
+median of the rounds. Prefill is everything from uint8 pixels and token ids to the first token. In the same rounds, our
+process measures the device's matmul throughput and memory bandwidth: prefill's FLOPs, and the bytes that decoding
+reads (weights and cache), are reported as fractions of these. Prints a table; `--json FILE` writes the results.
 """
 
 import argparse
@@ -25,19 +24,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
 
 import devices  # noqa: E402
 
-IMAGE = (672, 672)  # a 2 x 2 grid of tiles and the whole: five tiles, 2,928 features
+IMAGE = (672, 672)  # a 2 x 2 grid of tiles plus the base tile: five tiles, 2,928 image tokens
 TILES, FEATURES, TEXT_TOKENS = 5, 2928, 30
-# Of transformers' speed; of the measured peaks.
-SHARES = {"prefill share": 0.6, "decode share": 0.8}
+# Relative to transformers' speed, and to the measured peaks.
+PEAK_GOALS = {"prefill share": 0.6, "decode share": 0.8}
 GOALS = {
     "cpu": {"prefill": 0.9, "decode": 3.0},
-    "gpu": {"prefill": 1.0, "decode": 2.0, **SHARES},
-    "tpu": SHARES,
+    "gpu": {"prefill": 1.0, "decode": 2.0, **PEAK_GOALS},
+    "tpu": PEAK_GOALS,
 }
 
 
 def make_weights(preset: str, directory: Path, dtype: str) -> None:
-    """A random model in transformers' own classes, saved as it saves."""
+    """Create a random model with transformers, and save it."""
     import torch
     import transformers as tf
 
@@ -69,20 +68,20 @@ def make_weights(preset: str, directory: Path, dtype: str) -> None:
 
 
 def questions(config, rows: int):
-    """A picture and 30 token ids around it, for each row others."""
+    """For each row, a different image and 30 token ids around it."""
     import numpy as np
     from PIL import Image
 
     for seed in range(rows):
         ids = np.random.default_rng(seed).integers(3, config.text.vocab_size - 64, TEXT_TOKENS)
-        yield Image.fromarray(devices.picture(IMAGE, seed)), ids.astype(np.int32)
+        yield Image.fromarray(devices.noise_image(IMAGE, seed)), ids.astype(np.int32)
 
 
-# ---------------------------------------------------------------- the two contestants
+# ---------------------------------------------------------------- the two implementations
 
 
 def serve_ours(pipe, args) -> None:
-    """Told a number of rows, answers so many questions at once; None ends it."""
+    """Serve requests: for a number of rows, answer that many questions at once; None stops."""
     import jax
     import numpy as np
 
@@ -94,30 +93,30 @@ def serve_ours(pipe, args) -> None:
     from llava_jax.sharding.mesh import inference_mesh
 
     if args.dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")  # as torch has it
+        jax.config.update("jax_default_matmul_precision", "highest")  # as in torch
     source = open_any(args.directory)
     config = source.config
-    mesh = inference_mesh(config, jax.devices()[:1])  # as many as transformers takes
+    mesh = inference_mesh(config, jax.devices()[:1])  # one device, as for transformers
     engine = Engine(_load_source(source, mesh, args.dtype), config, _NoTokenizer(), mesh)
     engine.eos_ids = ()
     sampling = Sampling(max_new_tokens=args.new_tokens)
     read = sum(x.nbytes for x in jax.tree.leaves({**engine.params["decoder"], "embed": {}}))
 
-    def prepare(picture, ids):
-        place = images.tile_layout(picture.size, config)
+    def prepare(image, ids):
+        layout = images.tile_layout(image.size, config)
         ids = np.concatenate([ids[:5], [splice.IMAGE], ids[5:]])
-        row = splice.Row(ids, (place,))
+        row = splice.Row(ids, (layout,))
         item = _Prepared(Request(("",)), row, splice.spliced_length(row, config))
-        return item, (images.tile_image(picture, place, config),)
+        return item, (images.tile_image(image, layout, config),)
 
     def run(rows):
-        assert Buckets().up("rows", rows) == rows, f"batches of {rows} would be filled up"
+        assert Buckets().up("rows", rows) == rows, f"batches of {rows} would be padded"
         items, pixels = zip(*(prepare(*question) for question in questions(config, rows)), strict=True)
         *_, answers = engine._run(list(items), list(pixels), sampling, steps=args.new_tokens)
         cached = 2 * config.text.layers * config.text.kv_heads * config.text.head_width * np.dtype(args.dtype).itemsize
         n, steps = items[0].length, args.new_tokens - 1
         assert n == FEATURES + TEXT_TOKENS
-        decode = rows / answers[0].decode_tokens_per_second  # seconds of a step
+        decode = rows / answers[0].decode_tokens_per_second  # seconds per step
         flops = encode_flops(config, rows * TILES) + decoder_flops(config, rows, n, n / 2)
         peaks = {"matmul": devices.matmul_peak(args.dtype), "bandwidth": devices.read_bandwidth(args.dtype)}
         return {
@@ -134,7 +133,7 @@ def serve_ours(pipe, args) -> None:
 
 
 def serve(pipe, run) -> None:
-    """Run what is asked for; the first time each number of rows is asked for, once before, to compile."""
+    """Run each request; the first request of each number of rows runs twice, to compile."""
     seen = set()
     while rows := pipe.recv():
         if rows not in seen:
@@ -174,15 +173,15 @@ def serve_theirs(pipe, args) -> None:
         transformers.LlavaNextForConditionalGeneration.from_pretrained(args.directory, dtype=dtype).to(device).eval()
     )
     config = open_any(args.directory).config.replace(image_rules="transformers")
-    mark = model.config.image_token_id
+    image_id = model.config.image_token_id
     mean, std = (torch.tensor(x, device=device) for x in (config.vision.image_mean, config.vision.image_std))
 
-    def prepare(picture, ids):
-        tiles = images.tile_image(picture, images.tile_layout(picture.size, config), config)
-        return torch.from_numpy(tiles), np.concatenate([ids[:5], [mark] * FEATURES, ids[5:]])
+    def prepare(image, ids):
+        tiles = images.tile_image(image, images.tile_layout(image.size, config), config)
+        return torch.from_numpy(tiles), np.concatenate([ids[:5], [image_id] * FEATURES, ids[5:]])
 
     class Clock(transformers.StoppingCriteria):
-        """Looks at the time after each token, and never stops."""
+        """Records the time after each token, and never stops."""
 
         def __call__(self, input_ids, scores, **_):
             if device == "cuda":
@@ -213,7 +212,7 @@ def serve_theirs(pipe, args) -> None:
     serve(pipe, run)
 
 
-# ---------------------------------------------------------------- the match
+# ---------------------------------------------------------------- the comparison
 
 
 def main() -> None:
@@ -223,10 +222,10 @@ def main() -> None:
     p.add_argument("--batch", default="1", help="numbers of questions answered at once: 1,16; default 1")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--new-tokens", type=int, default=32)
-    p.add_argument("--directory", help="where the weights are, or are to be made; default: a temporary directory")
+    p.add_argument("--directory", help="directory of the weights, created if missing; default: a temporary one")
     p.add_argument("--json", metavar="FILE")
     args = p.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory; the rest is for PyTorch
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory; PyTorch uses the rest
     with tempfile.TemporaryDirectory() as scratch:
         args.directory = args.directory or scratch
         if not (Path(args.directory) / "config.json").exists():
@@ -236,67 +235,68 @@ def main() -> None:
             maker.join()
             if maker.exitcode:
                 raise SystemExit("no weights were made")
-        report(args, *match(args))
+        report(args, *compare(args))
 
 
-def match(args):
-    """What the contestants say of themselves; for each number of rows the results of each round, by contestant."""
+def compare(args):
+    """Run all rounds. Returns a description of each implementation; and, for each number of rows, the results of each
+    round by implementation."""
     context = multiprocessing.get_context("spawn")
-    contestants = {}
+    servers = {}
     for name, serve in (("llava-jax", serve_ours), ("transformers", serve_theirs)):
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, args), daemon=True)
         process.start()
         theirs.close()
-        contestants[name] = (ours, ours.recv())
-        if contestants[name][1].get("platform") == "tpu":
+        servers[name] = (ours, ours.recv())
+        if servers[name][1].get("platform") == "tpu":
             break
     rounds = {}
     for rows in map(int, args.batch.split(",")):
         for n in range(args.rounds):
             results = {}
-            for name, (pipe, _) in contestants.items():
+            for name, (pipe, _) in servers.items():
                 pipe.send(rows)
                 results[name] = pipe.recv()
             rounds.setdefault(rows, []).append(results)
-            said = (f"{name} {r['prefill']:.2f} s, {rows / r['decode']:.1f} tokens/s" for name, r in results.items())
-            print(f"batch {rows}, round {n + 1} of {args.rounds}: {'; '.join(said)}", file=sys.stderr)
-    for pipe, _ in contestants.values():
+            texts = (f"{name} {r['prefill']:.2f} s, {rows / r['decode']:.1f} tokens/s" for name, r in results.items())
+            print(f"batch {rows}, round {n + 1} of {args.rounds}: {'; '.join(texts)}", file=sys.stderr)
+    for pipe, _ in servers.values():
         pipe.send(None)
-    return {name: info for name, (_, info) in contestants.items()}, rounds
+    return {name: info for name, (_, info) in servers.items()}, rounds
 
 
 def report(args, infos, rounds) -> None:
     tokens, goals = FEATURES + TEXT_TOKENS, GOALS[infos["llava-jax"].pop("platform")]
     result = {"preset": args.preset, "dtype": args.dtype, "goals": goals, "devices": infos, "batch": {}}
-    print(f"{args.preset}, {args.dtype}, {tokens} prompt tokens a row, {TILES} tiles; {os.cpu_count()} cores")
+    print(f"{args.preset}, {args.dtype}, {tokens} prompt tokens per row, {TILES} tiles; {os.cpu_count()} cores")
     for name, info in infos.items():
         print(f"  {name}: {info['device']}, {info['version']}")
     print(f"{'batch':>5} {'':14}{'prefill s':>10}{'prompt tok/s':>14}{'decode tok/s':>14}")
-    for rows, played in rounds.items():
+    for rows, results_of in rounds.items():
 
-        def median(of, played=played):
-            return statistics.median(map(of, played))
+        def median(of, results_of=results_of):
+            return statistics.median(map(of, results_of))
 
         figures = result["batch"][rows] = {}
         for name in infos:
             prefill, decode = (median(lambda r, name=name, key=key: r[name][key]) for key in ("prefill", "decode"))
             figures[name] = {"prefill_seconds": prefill, "decode_tokens_per_second": rows / decode}
             print(f"{rows:>5} {name:14}{prefill:10.3f}{rows * tokens / prefill:14.1f}{rows / decode:14.2f}")
-        said = {"prefill": [], "decode": []}
+        summary = {"prefill": [], "decode": []}
         if "transformers" in infos:
-            for key in said:
+            for key in summary:
                 ratio = figures[key] = median(lambda r, key=key: r["transformers"][key] / r["llava-jax"][key])
-                said[key].append(f"{ratio:.2f} x transformers (goal {goals[key]:g})")
-            figures["same_tokens"] = all(r["llava-jax"]["ids"] == r["transformers"]["ids"] for r in played)
+                summary[key].append(f"{ratio:.2f} x transformers (goal {goals[key]:g})")
+            figures["same_tokens"] = all(r["llava-jax"]["ids"] == r["transformers"]["ids"] for r in results_of)
         for key, peak, unit in (("prefill", "matmul", "TFLOP/s"), ("decode", "bandwidth", "TB/s")):
             share = figures[f"{key} share"] = median(lambda r, key=key: r["llava-jax"][f"{key} share"])
             figures[peak] = median(lambda r, peak=peak: r["llava-jax"][peak])
             goal = f" (goal {goals[f'{key} share']:.0%})" if f"{key} share" in goals else ""
-            said[key].append(f"{share:.0%} of {figures[peak] / 1e12:.3g} {unit}{goal}")
-        print("\n".join(f"      {key}: {', '.join(parts)}" for key, parts in said.items()))
+            summary[key].append(f"{share:.0%} of {figures[peak] / 1e12:.3g} {unit}{goal}")
+        print("\n".join(f"      {key}: {', '.join(parts)}" for key, parts in summary.items()))
         if "same_tokens" in figures:
-            same = "the same" if figures["same_tokens"] else "NOT the same (in bfloat16 near-ties part them)"
+            same = "the same" if figures["same_tokens"] else "NOT the same (near-ties may differ in bfloat16)"
             print(f"      the {args.new_tokens} greedy tokens are {same}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""The table of docs/tpu-plan.md: what training and generation need of a chip, for models, stages and slices.
+"""Generate the table of docs/tpu-plan.md: requirements of training and generation per chip, by model, stage and slice.
 
-    python benchmarks/tpu_plan.py               # minutes for each row; goes on where it ended
-    python benchmarks/tpu_plan.py --only 34b    # of what is missing, these rows
+    python benchmarks/tpu_plan.py               # takes minutes per row; resumes where it stopped
+    python benchmarks/tpu_plan.py --only 34b    # only these of the missing rows
 
-Each row is a run of `python -m train.plan` or `python -m infer.plan`. What they print is kept in docs/tpu-plan.json:
-rows that are there are not compiled again. The page gets all of them.
+Each row is a run of `python -m train.plan` or `python -m infer.plan`. Their output is kept in docs/tpu-plan.json, and
+rows in that file are not compiled again. The page gets all rows.
 """
 
 import argparse
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 PLANS, PAGE = ROOT / "docs" / "tpu-plan.json", ROOT / "docs" / "tpu-plan.md"
 
 SMALL, NEXT, MIDDLE, LARGE = "llava-v1.5-7b", "llava-v1.6-mistral-7b", "llava-v1.5-13b", "llava-v1.6-34b"
-FULL = {  # slices where everything is trained
+FULL = {  # slices for full training
     SMALL: ["v4:2x2x4", "v5e:4x4", "v5e:8x8", "v5p:2x2x2", "v6e:2x4"],
     NEXT: ["v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4"],
     MIDDLE: ["v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4"],
     LARGE: ["v4:4x4x4", "v5e:8x16", "v5p:4x4x4", "v6e:8x8"],
 }
-FEW = {  # where little is: a projector, or adapters
+FEW = {  # slices for training a projector or adapters
     SMALL: ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"],
     MIDDLE: ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4"],
     LARGE: ["v4:2x2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4"],
@@ -35,7 +35,7 @@ GENERATE = {
     MIDDLE: ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"],
     LARGE: ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4"],
 }
-# A stage of v1.5 for a model of v1.6: its images, and its template where the stage has one.
+# Flags that adapt a v1.5 stage to a v1.6 model: image mode, and template if the stage has one.
 AS_STAGE = {"v1.5-pretrain": " --aspect-ratio square", "v1.5-finetune-lora": " --aspect-ratio pad --template v1"}
 OTHERS = [
     f"{SMALL} --preset v1.5-finetune --topology v5e:4x4 --reduce-dtype float32",
@@ -68,7 +68,7 @@ def chips(topology: str) -> int:
 
 
 def run(command: str) -> dict | None:
-    """Of a training step with one row a chip, unless it says otherwise: to compare slices, not to plan a batch."""
+    """Run a plan. Training uses one row per chip unless specified, which compares slices rather than plans a batch."""
     rows = ["--rows-per-chip", "1"] if command.startswith("train.plan") and "--rows-per-chip" not in command else []
     done = subprocess.run(
         [sys.executable, "-m", *command.split(), *rows, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -76,18 +76,18 @@ def run(command: str) -> dict | None:
     return json.loads(done.stdout) if done.stdout.strip() else None
 
 
-def asked(command: str) -> list[str]:
+def input_cells(command: str) -> list[str]:
     """The first cells of a row: model, what, slice, flags."""
-    flags = command.split()[1:]
-    of = dict(zip(flags[::2], flags[1::2], strict=True))
-    what = of.pop("--preset", "") or f"batch {of.pop('--batch')}, context {of.pop('--context')}"
-    model, topology = of.pop("--model").removeprefix("llava-"), of.pop("--topology")
-    more = ", ".join(f"{flag.removeprefix('--').replace('-', ' ')} {value}" for flag, value in of.items())
-    return [model, what, topology, more]
+    words = command.split()[1:]
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    what = flags.pop("--preset", "") or f"batch {flags.pop('--batch')}, context {flags.pop('--context')}"
+    model, topology = flags.pop("--model").removeprefix("llava-"), flags.pop("--topology")
+    others = ", ".join(f"{flag.removeprefix('--').replace('-', ' ')} {value}" for flag, value in flags.items())
+    return [model, what, topology, others]
 
 
-def found(plan: dict) -> list[str]:
-    """The others."""
+def result_cells(plan: dict) -> list[str]:
+    """The other cells of a row."""
     gb = lambda n: f"{n / 1e9:.1f}"  # noqa: E731
     cells = [
         f"{gb(plan['peak_bytes_per_chip'])} of {gb(plan['hbm_bytes_per_chip'])}",
@@ -108,21 +108,23 @@ def table(plans: dict[str, dict]) -> str:
         "| sent GB (/ least) | compiled in s |",
         "|" + " --- |" * 9,
     ]
-    rows = ["| " + " | ".join([*asked(command), *found(plan)]) + " |" for command, plan in plans.items()]
+    rows = ["| " + " | ".join([*input_cells(command), *result_cells(plan)]) + " |" for command, plan in plans.items()]
     return "\n".join([*head, *rows])
 
 
 def write_page(plans: dict[str, dict]) -> None:
-    """Put the table between the two marks in the page."""
+    """Write the table between the two markers in the page."""
     before, rest = PAGE.read_text().split("<!-- table -->\n")
     after = rest.split("<!-- end -->\n")[1]
     PAGE.write_text(f"{before}<!-- table -->\n{table(plans)}\n<!-- end -->\n{after}")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="The table of docs/tpu-plan.md.")
-    p.add_argument("--only", default="", metavar="TEXT", help="only rows whose command has this in it")
-    p.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time, some GB each (default 1)")
+    p = argparse.ArgumentParser(description="Generate the table of docs/tpu-plan.md.")
+    p.add_argument("--only", default="", metavar="TEXT", help="only rows whose command contains this")
+    p.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="number to compile at a time, some GB each (default 1)"
+    )
     args = p.parse_args()
     plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
 

@@ -1,10 +1,11 @@
-"""What batching wastes, and whether a training step waits for its data.
+"""The padding of batches, and the time that training steps wait for data.
 
     python benchmarks/train_data.py --json data.json
 
-Lengths are drawn like mix665k's (40 % short answers about a picture, 6 % text only, the rest conversations about a
-picture), for v1.5 at 336 pixels. Padding: packed rows, bucketed ones, and packed by grain's first fit. Waiting: a loop
-that takes a batch, then sleeps for as long as a step is said to take; pictures are JPEGs of COCO's sizes.
+Lengths are drawn like mix665k's (40 % short answers about an image, 6 % text only, the rest conversations about an
+image), for v1.5 at 336 pixels. Padding is measured for packed rows, bucketed rows, and grain's first-fit packing.
+Waiting is measured in a loop that takes a batch and then sleeps for the given step time; images are JPEGs of COCO's
+sizes.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 # ruff: noqa: E402
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # in front of this directory: `train` is the package, not the file beside this one
+sys.path.insert(0, str(ROOT))  # before this directory: `train` is the package, not the file here
 
 import grain
 import numpy as np
@@ -34,10 +35,10 @@ from train.loader import open_data
 from train.packing import WINDOW, fill_rows
 
 ROOT = Path(__file__).parents[1]
-PICTURES = 32
-COMPILE_SECONDS = 5  # between the first batch and the second, as when a step is compiled
+IMAGES = 32
+COMPILE_SECONDS = 5  # between the first batch and the second, as if a step were compiled
 GOALS = {"padding": 0.05, "waiting": 0.02}
-TEMPLATE = "mistral_instruct"  # no system text, so that any length can be had
+TEMPLATE = "mistral_instruct"  # no system text, so that any length is possible
 WORD = "the"  # one token of the tests' tokenizer
 
 
@@ -47,31 +48,31 @@ def conversation(has_image: bool, words: int) -> list[dict[str, str]]:
 
 
 def write_data(folder: Path, tokenizer, lengths: np.ndarray, has_image: np.ndarray, features: int) -> Path:
-    """A data file of conversations that take these positions, and pictures for it."""
+    """Write a data file of conversations with these numbers of positions, and its images."""
     random = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         width, height = [(640, 480), (480, 640), (640, 427), (500, 375)][i % 4]
         small = Image.fromarray(random.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
         small.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
     rows = []
-    for i, (length, picture) in enumerate(zip(lengths.tolist(), has_image.tolist(), strict=True)):
-        ids, _ = encode_conversation(conversation(picture, 1), get_template(TEMPLATE), tokenizer)
-        words = max(1, length - (len(ids) - 1) - (features - 1) * picture)
-        row = {"id": i, "conversations": conversation(picture, words)}
-        rows.append(row | ({"image": f"{i % PICTURES}.jpg"} if picture else {}))
+    for i, (length, with_image) in enumerate(zip(lengths.tolist(), has_image.tolist(), strict=True)):
+        ids, _ = encode_conversation(conversation(with_image, 1), get_template(TEMPLATE), tokenizer)
+        words = max(1, length - (len(ids) - 1) - (features - 1) * with_image)
+        row = {"id": i, "conversations": conversation(with_image, words)}
+        rows.append(row | ({"image": f"{i % IMAGES}.jpg"} if with_image else {}))
     path = folder / "data.json"
     path.write_text(json.dumps(rows))
     return path
 
 
 def packed(sizes: list[tuple[int, int]], length: int, tiles: int) -> float:
-    """Padding of our packing, window after window as training packs."""
+    """Padding of our packing, window by window as in training."""
     rows = sum(len(fill_rows(sizes[i : i + WINDOW], length, tiles)) for i in range(0, len(sizes), WINDOW))
     return 1 - sum(n for n, _ in sizes) / (length * rows)
 
 
 def first_fit(sizes: list[tuple[int, int]], length: int, tiles: int) -> float:
-    """Padding of grain's own packing on the same conversations."""
+    """Padding of grain's first-fit packing on the same conversations."""
     source = grain.MapDataset.source([{"positions": np.zeros(n, bool), "tiles": np.zeros(t, bool)} for n, t in sizes])
     rows = grain.experimental.FirstFitPackIterDataset(
         source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
@@ -82,17 +83,17 @@ def first_fit(sizes: list[tuple[int, int]], length: int, tiles: int) -> float:
 
 
 def wait_share(data, steps: int, seconds: float) -> dict[str, float]:
-    """Share of the time that a loop of steps of a fixed length spends waiting for batches, once it runs."""
-    begun = time.monotonic()
+    """The share of time that a loop of steps of fixed length waits for batches, after its start."""
+    start = time.monotonic()
     next(data)
-    first, waited, conversations = time.monotonic() - begun, 0.0, 0
+    first, waited, conversations = time.monotonic() - start, 0.0, 0
     time.sleep(COMPILE_SECONDS)
     worked = time.process_time()
     for _ in range(steps):
         time.sleep(seconds)
-        begun = time.monotonic()
+        start = time.monotonic()
         _, info = next(data)
-        waited += time.monotonic() - begun
+        waited += time.monotonic() - start
         conversations += info["conversations"]
     return {
         "waiting": waited / (waited + steps * seconds),
@@ -140,7 +141,7 @@ def main() -> None:
         result["padding"] = padding
         print(
             f"padding of positions: packed, rows of {result['row']['positions']}, {padding['packed']:.1%} (goal "
-            f"{GOALS['padding']:.0%}; by grain's first fit {padding['first_fit']:.1%}); bucketed "
+            f"{GOALS['padding']:.0%}; grain's first-fit packing {padding['first_fit']:.1%}); bucketed "
             f"{padding['bucketed']:.1%}; of tiles: {padding['packed_tiles']:.1%} and {padding['bucketed_tiles']:.1%}"
         )
         data = open_data(config.replace(global_batch_size=args.host_batch_size), model, tokenizer)

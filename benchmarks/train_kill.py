@@ -1,13 +1,13 @@
-"""Kill a training run again and again, and see that it computes what it computes undisturbed.
+"""Kill a training run repeatedly, and check that it computes the same as an uninterrupted run.
 
     python benchmarks/train_kill.py                 # 10 kills: a minute or a few
     python benchmarks/train_kill.py --kills 3 --seed 7 --json report.json
     python benchmarks/train_kill.py --kills 20 --moment export
 
-A run of a tiny model on one device is made twice: once in one go, once ended at random moments, by SIGKILL and every
-other time of a kind by Ctrl-C: some as it starts, some between updates, some while a checkpoint is being written, one
-while the result is. Each time the same command goes on. Losses of all updates, and the exported model, must be the same
-bit for bit, and nothing may lie beside the result. Exit status 1 if not.
+Trains a tiny model on one device twice: once uninterrupted, once killed at random moments, by SIGKILL and every other
+time by Ctrl-C: during startup, between steps, while a checkpoint is written, and once while the result is written. Each
+time the same command resumes. The losses of all steps and the exported model must be equal bit for bit, and no
+temporary files may remain. Otherwise the exit status is 1.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MOMENTS = ("start", "update", "save")
 
 
 def write_data(directory: Path, rows: int = 24) -> None:
-    """Pictures of noise and conversations about them, of different lengths."""
+    """Write images of noise, and conversations of different lengths about them."""
     rng = np.random.default_rng(0)
     (directory / "images").mkdir()
     data = []
@@ -47,13 +47,13 @@ class Runs:
         self.directory, self.preset, self.steps = directory, preset, steps
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device; compiling is most of what happens here
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device; compilation dominates here
             "JAX_COMPILATION_CACHE_DIR": str(directory / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def start(self, name: str) -> subprocess.Popen:
-        """A run in the output directory `name`, which is gone on with if it is there."""
+        """Start a run in the output directory `name`, or resume it."""
         command = [
             sys.executable, "-m", "train", "--preset", self.preset, "--checkpoint", CHECKPOINT,
             "--data", self.directory / "data.json", "--image-folder", self.directory / "images",
@@ -69,7 +69,7 @@ class Runs:
 
     def losses(self, name: str) -> list[tuple[int, float]]:
         path = self.directory / name / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that is being written
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without an incomplete last line
         return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
     def model(self, name: str) -> dict[str, np.ndarray]:
@@ -78,13 +78,13 @@ class Runs:
         tensors = open_ours(self.directory / name / "model").tensors
         return {path: tensor.read() for path, tensor in tensors.items()}
 
-    def kill(self, name: str, moment: str, updates: int, by: signal.Signals, rng: random.Random) -> dict:
-        """Start, wait for the moment, after so many updates, and kill. What was there when it died."""
+    def kill(self, name: str, moment: str, steps: int, by: signal.Signals, rng: random.Random) -> dict:
+        """Start a run, wait for `steps` steps and then for the moment, and kill it. Returns the state that it left."""
         output = self.directory / name
-        where, what, seconds = {
+        folder, pattern, seconds = {
             "save": (output / "checkpoints", "*tmp*", 0.02), "export": (output, ".model.*.incomplete", 0.5),
         }.get(moment, (output, "", 0))  # fmt: skip
-        before = set(where.glob(what)) if moment == "export" else set()  # left by earlier kills
+        before = set(folder.glob(pattern)) if moment == "export" else set()  # left by earlier kills
         process = self.start(name)
 
         def wait(condition) -> None:
@@ -94,11 +94,11 @@ class Runs:
         if moment == "start":
             time.sleep(rng.uniform(0, 4))
         else:
-            wait(lambda: len(self.losses(name)) >= updates)
+            wait(lambda: len(self.losses(name)) >= steps)
         if moment == "update":
             time.sleep(rng.uniform(0, 0.2))
         elif moment != "start":
-            wait(lambda: set(where.glob(what)) - before)
+            wait(lambda: set(folder.glob(pattern)) - before)
             time.sleep(rng.uniform(0, seconds))
         ended = process.poll() is not None
         process.send_signal(by)
@@ -114,7 +114,7 @@ class Runs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--moment", choices=(*MOMENTS, "export"), help="only then")
+    parser.add_argument("--moment", choices=(*MOMENTS, "export"), help="kill at this moment only")
     parser.add_argument("--preset", default="v1.5-finetune")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -130,17 +130,17 @@ def main() -> None:
         runs.finish("undisturbed")
         kills = []
         for i, moment in enumerate(moments, 1):
-            updates = min(args.steps, rng.randint(args.steps * i // len(moments) - 2, args.steps * i // len(moments)))
+            steps = min(args.steps, rng.randint(args.steps * i // len(moments) - 2, args.steps * i // len(moments)))
             by = signal.SIGINT if moments[:i].count(moment) % 2 == 0 else signal.SIGKILL
-            kills.append(runs.kill("killed", moment, args.steps if moment == "export" else updates, by, rng))
+            kills.append(runs.kill("killed", moment, args.steps if moment == "export" else steps, by, rng))
             print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
         runs.finish("killed")
-        wanted, got = runs.losses("undisturbed"), runs.losses("killed")
+        expected, got = runs.losses("undisturbed"), runs.losses("killed")
         one, other = runs.model("undisturbed"), runs.model("killed")
         report = {
             "kills": kills,
-            "updates": len(wanted),
-            "losses_equal": wanted == got and [step for step, _ in got] == list(range(1, args.steps + 1)),
+            "updates": len(expected),
+            "losses_equal": expected == got and [step for step, _ in got] == list(range(1, args.steps + 1)),
             "nothing_beside": not [*(runs.directory / "killed").glob(".*model*")],
             "models_equal": one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one),
         }

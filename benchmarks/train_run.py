@@ -1,10 +1,10 @@
-"""Speed of training on this machine: a small v1.5 model on its CPU, through `python -m train`.
+"""Training speed of a small v1.5 model on this machine's CPU, with `python -m train`.
 
     python benchmarks/train_run.py --json train.json
 
-Conversations have lengths drawn like mix665k's and pictures of COCO's sizes. Reported for packed and for bucketed
-batches: positions in use a second, padding, and the share of the time in which the device waited for data. Before that
-`train_data.py` runs: padding over thousands of conversations, and waiting where updates are as short as a TPU's.
+Conversations have lengths drawn like mix665k's, and images of COCO's sizes. Reports for packed and bucketed batches:
+tokens per second, padding, and the share of time that the device waited for data. `train_data.py` runs first: padding
+over thousands of conversations, and waiting with steps as short as on a TPU.
 """
 
 import argparse
@@ -18,15 +18,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # in this order: `train` is the package, not a file here
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # this order makes `train` the package, not a file here
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-WARM = 3  # updates that are not measured: compilation, and the data's start
-GOAL = 0.02  # of the time may be waiting
+WARM_UP = 3  # steps that are not measured: compilation, and the start of the data
+GOAL = 0.02  # share of time spent waiting
 
 
 def write_model(directory: Path) -> None:
-    """A random model of the shape of v1.5, with the tests' tokenizer: 0.7M parameters."""
+    """Write a random model in the architecture of v1.5, with the tests' tokenizer: 0.7M parameters."""
     import jax
 
     from llava_jax import config
@@ -46,7 +46,7 @@ def write_model(directory: Path) -> None:
 
 
 def measure_data(folder: Path, workers: int) -> dict:
-    """The figures of `train_data.py`."""
+    """Run `train_data.py`, and return its results."""
     path = folder / "figures.json"
     command = [
         sys.executable,
@@ -61,14 +61,14 @@ def measure_data(folder: Path, workers: int) -> dict:
 
 
 def measure(folder: Path, batching: str, args: argparse.Namespace) -> dict[str, float]:
-    """Train, and read what the run wrote of itself."""
+    """Train, and read the metrics of the run."""
     from train_data import TEMPLATE
 
     output = folder / batching
     flags = {
         "checkpoint": folder / "model", "data": folder / "data.json", "image-folder": folder, "output": output,
         "template": TEMPLATE, "batching": batching, "global-batch-size": args.batch_size, "workers": args.workers,
-        "steps": WARM + args.steps, "tune": args.tune, "dtype": "float32", "save-every": 0,
+        "steps": WARM_UP + args.steps, "tune": args.tune, "dtype": "float32", "save-every": 0,
     }  # fmt: skip
     command = [
         sys.executable,
@@ -77,7 +77,7 @@ def measure(folder: Path, batching: str, args: argparse.Namespace) -> dict[str, 
         *(str(part) for flag in flags.items() for part in (f"--{flag[0]}", flag[1])),
     ]
     subprocess.run(command, cwd=ROOT, check=True)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM:]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
     seconds = sum(line["seconds"] for line in lines)
     return {
         "tokens_per_second": sum(line["tokens"] for line in lines) / seconds,
@@ -88,12 +88,12 @@ def measure(folder: Path, batching: str, args: argparse.Namespace) -> dict[str, 
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Speed of training of a small model on this machine.")
-    p.add_argument("--batch-size", type=int, default=8, help="conversations of an update")
-    p.add_argument("--steps", type=int, default=10, help="updates measured")
+    p = argparse.ArgumentParser(description="Training speed of a small model on this machine.")
+    p.add_argument("--batch-size", type=int, default=8, help="conversations per step")
+    p.add_argument("--steps", type=int, default=10, help="steps to measure")
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--tune", default="projector,decoder")
-    p.add_argument("--json", metavar="FILE", help="write the figures there")
+    p.add_argument("--json", metavar="FILE", help="write the results there")
     args = p.parse_args()
     from train_data import draw_lengths, write_data
 
@@ -103,13 +103,13 @@ def main() -> None:
         folder = Path(directory)
         write_model(folder / "model")
         tokenizer = load_tokenizer(ROOT / "tests" / "golden" / "tokenizer")
-        drawn = draw_lengths(args.batch_size * (WARM + args.steps), 0, 576, 2048)
+        drawn = draw_lengths(args.batch_size * (WARM_UP + args.steps), 0, 576, 2048)
         write_data(folder, tokenizer, *drawn, 576)
         result = {"settings": vars(args), "goal": {"waiting": GOAL}, "data": measure_data(folder, args.workers)}
         for batching in ("packed", "bucketed"):
             found = result[batching] = measure(folder, batching, args)
             print(
-                f"{batching}: {found['tokens_per_second']:,.0f} tokens/s, an update takes "
+                f"{batching}: {found['tokens_per_second']:,.0f} tokens/s, a step takes "
                 f"{found['median_update_seconds']:.2f} s, padding {found['padding']:.1%}, "
                 f"waiting for data {found['waiting']:.2%} of the time (goal: under {GOAL:.0%})"
             )

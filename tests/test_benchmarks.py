@@ -48,6 +48,10 @@ def test_as_many_layers_as_fit(bench, monkeypatch):
     assert bench.layers_that_fit(model, *asked) == 40  # a CPU does not say how much there is
     peaks, memory = [], bench.tpu.memory
     monkeypatch.setattr(bench.tpu, "memory", lambda compiled: peaks.append(memory(compiled)) or peaks[-1])
-    monkeypatch.setattr(bench.devices, "room", lambda: 10**9 if len(peaks) < 2 else int(peaks[1].peak / bench.USED) + 1)
+    monkeypatch.setattr(
+        bench.devices,
+        "memory_limit",
+        lambda: 10**9 if len(peaks) < 2 else int(peaks[1].peak / bench.MEMORY_FRACTION) + 1,
+    )
     assert bench.layers_that_fit(model, *asked) == 40
     assert bench.layers_that_fit(model, *asked) == 4
