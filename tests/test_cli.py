@@ -50,7 +50,7 @@ def test_as_a_new_user_runs_it():
     want = golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=24).text
     assert run.stdout.strip("\n") == want
     assert run.stderr.splitlines() == [
-        "template mistral_instruct (for a Mistral decoder; --template names another); cpu, mesh data=1,fsdp=1,tensor=1"
+        "template mistral_instruct (for a Mistral decoder; --template selects another); cpu, mesh data=1,fsdp=1,tensor=1"
     ]
 
 
@@ -286,9 +286,9 @@ def test_images_of_questions_may_be_urls_of_files_and_data(answers, folder):
     assert sorted(answer["question_id"] for answer in read_answers(folder)) == [0, 1, 2, 3, 4, 5]
     says = [
         "images in data files are not downloaded",
-        "leads out of",
+        "is outside the image folder",
         "invalid base64",
-        "leads out of",
+        "is outside the image folder",
         "video: video is not supported",
     ]
     for number, what in enumerate(says, 7):

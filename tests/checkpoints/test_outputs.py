@@ -115,7 +115,7 @@ def test_a_url_that_is_no_object_store_is_no_destination(run_cli, models, monkey
     with pytest.raises(InputError, match="is not a supported object store"):
         Output(TrainConfig(output=url))
     status, _, err = run_cli(shapes.main, "--examples", "1", "--output", url)
-    assert (status, err.count("\n")) == (1, 1) and "no local directory" in err
+    assert (status, err.count("\n")) == (1, 1) and "must be a local directory" in err
     assert contents(models) == before
 
 
