@@ -1,4 +1,4 @@
-"""LLaVA in JAX: what training, inference and conversion share.
+"""LLaVA in JAX: the library that training, inference and conversion share.
 
 Letters in the names of arrays, one per axis (`features_BRD` is rows x feature rows x width):
 

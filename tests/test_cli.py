@@ -50,7 +50,7 @@ def test_as_a_new_user_runs_it():
     want = golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=24).text
     assert run.stdout.strip("\n") == want
     assert run.stderr.splitlines() == [
-        "template mistral_instruct (for a Mistral decoder; --template selects another); cpu, mesh data=1,fsdp=1,tensor=1"
+        "template mistral_instruct (for a Mistral decoder; --template overrides it); cpu, mesh data=1,fsdp=1,tensor=1"
     ]
 
 

@@ -171,7 +171,7 @@ def explain_template(config: LlavaConfig, name: str | None = None) -> str:
     if config.template:
         return f"{config.template} (from the checkpoint's {config.template_from or 'configuration'})"
     guessed, reason = _guess(config)
-    return f"{guessed} (for {reason}; --template selects another)"
+    return f"{guessed} (for {reason}; --template overrides it)"
 
 
 def is_jinja(template: str) -> bool:
