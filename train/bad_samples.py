@@ -10,7 +10,7 @@ from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_appended
 from train.config import TrainConfig
-from train.samples import MOST_NAMED, BadSample, Samples, describe_first
+from train.samples import MOST_NAMED, BadSample, SampleSource, describe_first
 
 MAX_LIST = 2**30  # bytes of a list of bad samples
 START = '{"data": '  # how each line of it starts
@@ -39,7 +39,7 @@ class BadSamples:
     """
 
     def __init__(
-        self, config: TrainConfig, samples: Samples, folder: Path | None, process: int = 0, processes: int = 1
+        self, config: TrainConfig, samples: SampleSource, folder: Path | None, process: int = 0, processes: int = 1
     ):
         """`folder` is where the list goes; None for nowhere."""
         self._config, self._samples, self._process, self._alone = config, samples, process, processes == 1

@@ -37,7 +37,7 @@ def draw_captions(n: int, seed: int, features: int, max_length: int) -> tuple[np
 
 
 class DrawnSamples:
-    """Stands for `train.samples.Samples`."""
+    """A `SampleSource` of conversations that are nowhere."""
 
     repeats = 1
 
@@ -62,8 +62,8 @@ class DrawnSamples:
         row = Row(np.zeros(0, int), places)
         return Sample(index, self.path, index, index, epoch, row, ("",) * len(places), length, 0)
 
-    def load(self, one: Sample) -> Row:
-        return one.row
+    def load(self, sample: Sample) -> Row:
+        return sample.row
 
 
 def drawn_data(config: TrainConfig, model: LlavaConfig, rows_multiple: int, n: int | None = None) -> Data:

@@ -16,7 +16,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from train.bucketed import BucketedBatches
 from train.config import TrainConfig
 from train.packed import Filling, PackedBatches, choose_filling, row_limits
 from train.packing import WINDOW
-from train.samples import MOST_TILES, BadSample, Samples, measure_within
+from train.samples import MOST_TILES, BadSample, Samples, SampleSource, measure_within
 from train.survey import Rows, look, unused
 
 NUMBERS = 5  # int32 for each position of a batch, beside its tiles
@@ -122,7 +122,7 @@ class Data:
     def __init__(
         self,
         config: TrainConfig,
-        samples: Samples,
+        samples: SampleSource,
         bad: BadSamples,
         multiple: int,
         process: int,
@@ -133,7 +133,8 @@ class Data:
         self.bad, self._process, self._processes = bad, process, processes
         # Two pools, so that no batch waits for its images while a window is tokenized.
         self._pools = [concurrent.futures.ThreadPoolExecutor(config.workers) for _ in range(2 * bool(config.workers))]
-        self._map_measure, self._map_load = (pool.map for pool in self._pools) if self._pools else (map, map)
+        self._map_measure: Callable[..., Iterator] = self._pools[0].map if self._pools else map
+        self._map_load: Callable[..., Iterator] = self._pools[1].map if self._pools else map
         max_tiles = MOST_TILES if config.tiles_per_row is None else config.tiles_per_row
         measure = functools.partial(measure_within, samples, max_tiles)
         self.survey = look(config, samples, bad, measure, self._map_measure, train=train)

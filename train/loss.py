@@ -57,8 +57,15 @@ def loss_sum(
             params = params | {"decoder": params["decoder"] | {"layers": layers}}
         with lora.adapted(config):
             x_BSD = llava.embed_batch(params, model, batch, partition, config.remat)
-            static = dict(partition=partition, remat=config.remat)
-            x_BSD = llama.decode(params["decoder"], model, x_BSD, batch.positions, batch.segments, **static)
+            x_BSD = llama.decode(
+                params["decoder"],
+                model,
+                x_BSD,
+                batch.positions,
+                batch.segments,
+                partition=partition,
+                remat=config.remat,
+            )
         trained = is_trained("decoder/head/kernel", config)
         return head_loss(params["decoder"], x_BSD, next_tokens(batch), model, partition, trained)
 

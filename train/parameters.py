@@ -57,7 +57,8 @@ def split_params(
     flat = flatten_dict(params, sep="/")
     params.clear()
     layers_of = collections.Counter(LAYER.sub("/layers/", path) for path in flat)
-    frozen, trained = {}, {}
+    frozen: dict[str, Any] = {}  # arrays or shapes
+    trained: dict[str, Any] = {}
     for path, layers in layers_of.items():
         stacked, dtype = "/layers/" in path, jnp.dtype(load_dtype(path, config))
         leaves = [flat.pop(path.replace("/layers/", f"/layers/{i}/")) for i in range(layers)]
@@ -103,7 +104,7 @@ def export_params(frozen: Params, trained: Params) -> Params:
     What was trained is float32, what was not (`{}` leaves it out) is as `split_params` was given it, bit for bit, if
     that was in the compute dtype.
     """
-    exported = {}
+    exported: dict[str, jax.Array] = {}
     for path, x in flatten_dict(union(frozen, trained), sep="/").items():
         head, layers, tail = path.partition("/layers/")
         if layers:

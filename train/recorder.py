@@ -29,11 +29,12 @@ class Recorder:
         self.files = MetricsFiles(run.output.files, run.start) if run.output.first else None
         self.bar = Progress("training", run.total, "steps", every=10.0, done=run.start)
         self.peak = device_peak(run.mesh.devices.flat[0].device_kind)
-        self.skipped, self.lost = skipped, collections.deque(maxlen=MOST_SKIPPED)
+        self.skipped = skipped
+        self.lost: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_SKIPPED)
         self.best = run.checkpoints.best_loss()
         self.waited = 0.0
         self.pending: tuple | None = None  # dispatched, not yet read
-        self.record: dict[str, Any] | None = None  # read, not yet written
+        self.record: dict[str, Any] = {}  # read, not yet written
         self.last_read = time.monotonic()
 
     def __enter__(self) -> "Recorder":
@@ -71,7 +72,7 @@ class Recorder:
             step = self.record["step"]
             if step % self.config.log_every == 0 or step == self.run.total or "eval_loss" in self.record:
                 self.files.write(self.record)
-        self.record = None
+        self.record = {}
 
     def evaluated(self, loss: float) -> bool:
         """Record the loss of the evaluation after the step read last; NaN for none. Whether it is the best so far."""

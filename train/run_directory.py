@@ -54,9 +54,10 @@ class Output:
         self.process, self.first = process, process == 0
         self.remote = is_remote(config.output)
         self.held: LockedFile | tempfile.TemporaryDirectory | None = None
+        self.files = Path(config.output)
         if self.remote:
             self.held = tempfile.TemporaryDirectory(prefix="train-")
-        self.files = Path(self.held.name if self.remote else config.output)
+            self.files = Path(self.held.name)
         self.described = describe(config)
         self.warned = False  # that the object store could not be written
         self.resumed = False

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -83,8 +83,23 @@ def describe_first(bad: Sequence[BadSample], total: int = 0, *, path: str = "") 
     return "; ".join([*named, *[f"and {more} more"] * bool(more)])
 
 
+class SampleSource(Protocol):
+    """What batches are made of: `Samples`, or what a plan assumes (`train.drawn`)."""
+
+    path: str
+    model: LlavaConfig
+    has_image: np.ndarray
+    most_images: int
+    repeats: int
+    template: str
+
+    def __len__(self) -> int: ...
+    def measure(self, index: int, epoch: int = 0) -> Sample | BadSample: ...
+    def load(self, sample: Sample) -> Row | BadSample: ...
+
+
 class Samples:
-    """The conversations of a data file, or of several.
+    """The conversations of a data file, or of several: a `SampleSource`.
 
     Attributes:
       path: the file, or in a few words the files.
@@ -145,13 +160,13 @@ class Samples:
                 note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
         self._paths = [part.path for part in parts]
         chosen = [part.choose(len(self._rows[part.path]), (self._seed, i)) for i, part in enumerate(parts)]
-        rows_of = collections.defaultdict(list)  # of a file, which several parts may name
-        for path, rows in zip(self._paths, chosen, strict=True):
-            rows_of[os.path.realpath(path)].append(rows)
-        self.repeats = max(int(np.bincount(np.concatenate(rows)).max()) for rows in rows_of.values())
+        chosen_of = collections.defaultdict(list)  # of a file, which several parts may name
+        for path, indices in zip(self._paths, chosen, strict=True):
+            chosen_of[os.path.realpath(path)].append(indices)
+        self.repeats = max(int(np.bincount(np.concatenate(indices)).max()) for indices in chosen_of.values())
         self._part, self._index = np.repeat(np.arange(len(parts)), list(map(len, chosen))), np.concatenate(chosen)
         counts = {path: np.array(list(map(count_images, rows))) for path, rows in self._rows.items()}
-        images = np.concatenate([counts[path][rows] for path, rows in zip(self._paths, chosen, strict=True)])
+        images = np.concatenate([counts[path][indices] for path, indices in zip(self._paths, chosen, strict=True)])
         self.has_image, self.most_images = images > 0, int(images.max())
 
     def __len__(self) -> int:
@@ -235,7 +250,7 @@ class Samples:
         return tile_layout(size, self.model)
 
 
-def measure_within(samples: Samples, max_tiles: int, index: int, epoch: int = 0) -> Sample | BadSample:
+def measure_within(samples: SampleSource, max_tiles: int, index: int, epoch: int = 0) -> Sample | BadSample:
     """`samples.measure`, where a conversation of more tiles than `max_tiles`, which fit a row, is bad."""
     one = samples.measure(index, epoch)
     if isinstance(one, Sample) and one.tiles > max_tiles:

@@ -9,7 +9,7 @@ Only the masters are differentiated, so nothing else has a gradient or optimizer
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,11 @@ class TrainState:
     skipped_total: jax.Array
 
 
-StepFn = Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]
+class StepFn(Protocol):
+    def __call__(self, frozen: Params, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]: ...
+    def lower(self, frozen: Params, state: TrainState, batch: Batch, /) -> jax.stages.Lowered: ...
+
+
 EvalFn = Callable[[Params, TrainState, Batch], Metrics]
 
 

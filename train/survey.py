@@ -4,15 +4,14 @@ Up to `packing.WINDOW` conversations, spread over the data, are measured; of a f
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from llava_jax.console import InputError, plural
 from llava_jax.data.images import max_tiles
 from train import packing
 from train.bad_samples import BadSamples
 from train.config import TrainConfig
-from train.samples import BadSample, Sample, Samples, describe_first, split_bad
+from train.samples import BadSample, Sample, SampleSource, describe_first, split_bad
 
 TRIALS = 8  # conversations whose images are tried, until those of one can be read
 FEW = 32  # if at most so many of those looked at have images, those of all are read
@@ -31,7 +30,7 @@ class Survey:
     """
 
     config: TrainConfig
-    samples: Samples
+    samples: SampleSource
     train: bool
     looked_at: int
     measured: list[Sample]
@@ -89,10 +88,10 @@ class Survey:
 
 def look(
     config: TrainConfig,
-    samples: Samples,
+    samples: SampleSource,
     bad_samples: BadSamples,
     measure: Callable[[int], Sample | BadSample],
-    map: Callable[..., Any] = map,
+    map: Callable[..., Iterable] = map,
     *,
     train: bool,
 ) -> Survey:
