@@ -17,8 +17,10 @@ from msgspec import Meta
 
 from llava_jax import limited
 from llava_jax.checkpoints import tensor_names
-from llava_jax.checkpoints.config_json import is_original
+from llava_jax.checkpoints.config_json import has_eyes, is_original
 from llava_jax.checkpoints.sources import (
+    EMBEDDING,
+    HEAD,
     Found,
     Source,
     Tensor,
@@ -79,8 +81,7 @@ def combine(
         return from_parts(base, vision_tower, projector or found[0], fields=fields), base
     if base:
         raise InputError(f"{source}: neither an adapter nor a projector for --base {base}")
-    plain = bool(fields) and not any(key in fields for key in ("text_config", "mm_vision_tower", "mm_hidden_size"))
-    if plain:
+    if fields and is_original(fields) and not has_eyes(fields):  # a plain language model
         options = _mm_fields(vision_tower, projector, projector_type, aspect_ratio)
         return from_parts(source, vision_tower, projector, fields=options, seed=seed), source
     if projector_type or aspect_ratio:
@@ -379,7 +380,7 @@ def add_delta(base: Path, delta: Path, vision_tower: Path | None) -> Source:
 
 
 def _sum(delta: Tensor, base: Tensor, path: str, directory: Path) -> Tensor:
-    grows = path in ("decoder/embed/embedding", "decoder/head/kernel")
+    grows = path in (EMBEDDING, HEAD)
     fits = base.shape == delta.shape or (grows and all(b <= d for b, d in zip(base.shape, delta.shape, strict=True)))
     if not fits:
         raise InputError(

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from llava_jax.checkpoints import tensor_names
-from llava_jax.checkpoints.config_json import is_original, read_config
-from llava_jax.checkpoints.config_keys import Tower
+from llava_jax.checkpoints.config_json import has_eyes, is_original, read_config
+from llava_jax.checkpoints.config_parts import read_tower
 from llava_jax.checkpoints.directories import find_directory
+from llava_jax.checkpoints.families import TOWERS
 from llava_jax.checkpoints.orbax_files import open_ours
 from llava_jax.checkpoints.sources import open_file, tensor_files
 from llava_jax.config import LlavaConfig, tiny
@@ -84,13 +85,13 @@ def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig
         return "none", None
     if not is_original(fields):
         dialect = "transformers"
-    elif any(key in fields for key in ("mm_vision_tower", "mm_hidden_size")):
+    elif has_eyes(fields):
         dialect = "original"
     else:
         return f"none ({shorten(fields.get('model_type', 'unknown model'))})", None
     tower = fields.get("mm_vision_tower") if dialect == "original" else None
     try:
-        vision = read_json(directory / tower / "config.json", Tower) if isinstance(tower, str) and tower else None
+        vision = read_tower(directory / tower) if isinstance(tower, str) and tower else None
         return dialect, read_config(fields, vision=vision, name=directory.name, file=directory / "config.json")
     except InputError as error:
         note(f"warning: {str(error).partition(': give ')[0]}")
@@ -116,9 +117,9 @@ def describe(config: LlavaConfig) -> str:
     return (
         f"{text.family} decoder: {text.layers} layers, width {text.width}, feed-forward {text.ffn_width}, {heads}, "
         f"vocabulary {text.vocab_size}, context {text.max_positions}; "
-        f"CLIP tower: {vision.layers} layers ({vision.layers_used} used), width {vision.width}, "
-        f"{vision.image_size} px in patches of {vision.patch_size}; projector {config.projector}; "
-        f"images {config.aspect_ratio}, merge {config.merge}{grids}"
+        f"{TOWERS[vision.family].title} tower: {vision.layers} layers ({vision.layers_used} used), "
+        f"width {vision.width}, {vision.image_size} px in patches of {vision.patch_size}; "
+        f"projector {config.projector}; images {config.aspect_ratio}, merge {config.merge}{grids}"
     )
 
 

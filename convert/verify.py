@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.checkpoints.checkpoint import open_any
-from llava_jax.checkpoints.sources import read_ahead
+from llava_jax.checkpoints.sources import EMBEDDING, HEAD, read_ahead
 from llava_jax.console import Progress
 
 # The largest relative error of rounding to a dtype.
@@ -17,7 +17,6 @@ ROUNDING = {
     np.dtype(np.float64): 2.0**-53,
 }  # fmt: skip
 STRIP = 2**20
-VOCABULARY = ("decoder/embed/embedding", "decoder/head/kernel")
 
 
 class Difference(NamedTuple):
@@ -51,7 +50,7 @@ def verify(
         arrays = read_ahead(reads)
         for path in both:
             x, y = next(arrays), next(arrays)
-            yield compare_vocabulary(path, x, y) if path in VOCABULARY else compare(path, x, y)
+            yield compare_vocabulary(path, x, y) if path in (EMBEDDING, HEAD) else compare(path, x, y)
             bar.advance(x.nbytes + y.nbytes)
     # Either checkpoint may lack tensors that LLaVA does not use; they are reported, but make no difference.
     yield from (Difference(path, "only in A") for path in first if path not in second)

@@ -68,7 +68,7 @@ class TextConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     tied_head: bool = False
-    family: str = "llama"  # llama | mistral | qwen2: the class that holds it in transformers
+    family: str = "llama"  # of `checkpoints.families`
     bos_id: TokenId | None = 1
     eos_ids: tuple[TokenId, ...] = (2,)
     pad_id: TokenId | None = None
@@ -80,7 +80,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The CLIP vision tower. `feature_layers` index the hidden states: 0 is the embedding, -2 the last but one."""
+    """The vision tower. `feature_layers` index the hidden states: 0 is the embedding, -2 the last but one."""
 
     image_size: Pixels = 336
     patch_size: Pixels = 14
@@ -92,6 +92,7 @@ class VisionConfig:
     activation: str = "quick_gelu"
     feature_layers: tuple[FeatureLayer, ...] = (-2,)
     keep_class_token: bool = False  # `cls_patch` (original), `full` (Hugging Face)
+    family: str = "clip"  # of `checkpoints.families`
     # What the image processor does to an image that is no grid of tiles (`preprocessor_config.json`).
     resize: tuple[Pixels, ...] | None = None  # (shortest edge,), or (height, width); () not; None to `image_size`
     center_crop: bool = True
@@ -146,7 +147,7 @@ class LlavaConfig:
 
     def __post_init__(self):
         for part in (self, self.text, self.vision, *filter(None, [self.text.rope_scaling])):
-            for field, kind in _types(type(part)).items():
+            for field, kind in field_types(type(part)).items():
                 check_json(getattr(part, field), kind, f"config: {field}")
         for field, value, known in (
             ("image_aspect_ratio", self.aspect_ratio, ASPECT_RATIOS),
@@ -223,7 +224,7 @@ class LlavaConfig:
 
 
 @functools.cache
-def _types(part: type) -> dict[str, Any]:
+def field_types(part: type) -> dict[str, Any]:
     """Type of each field of a dataclass, ranges included."""
     return typing.get_type_hints(part, include_extras=True)
 

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from llava_jax.checkpoints.hf_files import check_expressible
+from llava_jax.checkpoints.transformers_config import check_expressible
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, plural
 from llava_jax.sharding.mesh import FSDP, format_mesh, make_mesh, parse_mesh, row_multiple

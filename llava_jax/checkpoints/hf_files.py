@@ -19,15 +19,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llava_jax.checkpoints import safetensors_files, tensor_names
-from llava_jax.checkpoints.config_json import KNOWN_TOWERS
+from llava_jax.checkpoints import original_config, safetensors_files, tensor_names, transformers_config
+from llava_jax.checkpoints.config_keys import write_ids
+from llava_jax.checkpoints.config_parts import PUBLISHED
+from llava_jax.checkpoints.families import TOWERS
+from llava_jax.checkpoints.image_processor import LLAVA, NEXT, write_pixels
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.checkpoints.safetensors_files import Pending
-from llava_jax.checkpoints.sources import Source, Tensor, contiguous, optional_shapes, read_ahead
-from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
+from llava_jax.checkpoints.sources import EMBEDDING, HEAD, Source, Tensor, contiguous, optional_shapes, read_ahead
+from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Progress
 from llava_jax.data.prompts import end_ids
-from llava_jax.data.templates import IMAGE_TOKEN, choose_template, get_template, is_jinja, to_jinja
+from llava_jax.data.templates import IMAGE_TOKEN, choose_template, get_template, to_jinja
 from llava_jax.data.tokenizer import Tokenizer
 
 PAD = "<pad>"
@@ -60,7 +63,7 @@ def write_hf(
     """
     config = source.config
     if form == "transformers":
-        check_expressible(config)
+        transformers_config.check_expressible(config)
         extra = _Vocabulary.plan(config, tokenizer)
         files = _transformers_files(config, tokenizer, extra)
     else:
@@ -71,7 +74,7 @@ def write_hf(
     files["config.json"]["torch_dtype"] = common
     with new_directory(destination, overwrite=overwrite, sources=sources) as staged:
         _write_tensors(staged, tensors, shard_bytes)
-        if form == "original" and config.vision_tower not in KNOWN_TOWERS:
+        if form == "original" and config.vision_tower not in PUBLISHED:
             _write_tower(staged / "vision_tower", source)
         for name, contents in files.items():
             if isinstance(contents, bytes):
@@ -98,7 +101,7 @@ def write_projector(
         raise InputError(f"{source.directory}: has no projector")
     with new_directory(destination, overwrite=overwrite, sources=sources) as staged:
         safetensors_files.write(staged / "mm_projector.safetensors", tensors)
-        (staged / "config.json").write_text(json.dumps(_original_config(source.config), indent=2) + "\n")
+        (staged / "config.json").write_text(json.dumps(original_config.write(source.config), indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- tensors
@@ -114,16 +117,17 @@ def _named_tensors(source: Source, form: str, extra: "_Vocabulary | None") -> di
         name, (_, to_theirs) = tensor_names.write_name(path, form, config)
         shape = tensor_names.shape_after(to_theirs, tensor.shape)
         read = lambda tensor=tensor, to_theirs=to_theirs: contiguous(to_theirs(tensor.read()))  # noqa: E731
-        if extra and path in ("decoder/embed/embedding", "decoder/head/kernel"):
+        if extra and path in (EMBEDDING, HEAD):
             shape, read = (extra.rows, *shape[1:]), lambda read=read: extra.grow(read())
         named[name] = Pending(shape, tensor.dtype, read)
     return named
 
 
 def _whole_tower(source: Source) -> dict[str, Tensor]:
-    """The tower's tensors that LLaVA does not need but CLIP's own class wants: as they came, or neutral ones."""
+    """The tower's tensors that LLaVA does not need but its own class wants: as they came, or neutral ones."""
     wanted = {p: shape for p, shape in optional_shapes(source.config).items() if p.startswith("vision/")}
-    like = source.tensors["vision/pre_norm/scale"].dtype
+    norms = [path for path in source.tensors if path.startswith("vision/") and path.endswith("/scale")]
+    like = source.tensors[norms[0]].dtype
     neutral = lambda path, shape: Tensor(  # noqa: E731
         path, "", shape, like, lambda: (np.ones if path.endswith("scale") else np.zeros)(shape, like)
     )
@@ -178,61 +182,22 @@ class _Vocabulary:
         return grown
 
 
-# ---------------------------------------------------------------- transformers' files
-
-
-def check_expressible(config: LlavaConfig) -> None:
-    """Raise an InputError if transformers' classes cannot hold the model."""
-    anyres = config.aspect_ratio == "anyres"
-    merge = "spatial_unpad" if anyres else "flat"
-    text = config.text
-    for bad, what in (
-        (config.projector != "mlp2x_gelu", f"a {config.projector} projector (only mlp2x_gelu)"),
-        (config.merge != merge, f"mm_patch_merge_type {config.merge} with image_aspect_ratio {config.aspect_ratio}"),
-        (
-            text.family == "llama" and text.qkv_bias != text.o_bias,
-            "a LLaMA decoder with biases on some of its projections only",
-        ),
-    ):
-        if bad:
-            raise InputError(f"transformers' LLaVA has no {what}; --format original writes it")
+# ---------------------------------------------------------------- the files around them
 
 
 def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocabulary) -> dict[str, Any]:
-    anyres = config.aspect_ratio == "anyres"
-    kind = "LlavaNext" if anyres else "Llava"
-    vision = config.vision
-    layers = list(vision.feature_layers) if len(vision.feature_layers) > 1 else vision.feature_layers[0]
-    strategy = "full" if vision.keep_class_token else "default"
-    model = {
-        "architectures": [f"{kind}ForConditionalGeneration"],
-        "model_type": "llava_next" if anyres else "llava",
-        "ignore_index": -100,
-        "image_token_index": extra.image_id,
-        "image_seq_length": vision.features_per_tile,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": config.projector_bias,
-        "vision_feature_layer": layers,
-        "vision_feature_select_strategy": strategy,
-        "tie_word_embeddings": config.text.tied_head,
-        "image_aspect_ratio": config.aspect_ratio,  # ours, for the way back, as conversation_template is
-        "text_config": _text_fields(config.text) | {"vocab_size": extra.rows, "pad_token_id": extra.pad_id},
-        "vision_config": _vision_fields(vision),
-    }
-    if not is_jinja(choose_template(config)):
-        model["conversation_template"] = choose_template(config)
-    if anyres:
-        model["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
+    model = transformers_config.write(config, extra.image_id, extra.pad_id, extra.rows)
+    following = model["model_type"] == "llava_next"
+    kind = "LlavaNextProcessor" if following else "LlavaProcessor"
     pixels = {
-        "image_processor_type": f"{kind}ImageProcessor",
-        "processor_class": f"{kind}Processor",
-        "do_pad": anyres or config.aspect_ratio == "pad", **_pixel_fields(vision),
+        "image_processor_type": NEXT if following else LLAVA, "processor_class": kind,
+        "do_pad": config.aspect_ratio in ("anyres", "pad"), **write_pixels(config.vision),
     }  # fmt: skip
-    if anyres:
+    if following:
         pixels["image_grid_pinpoints"] = model["image_grid_pinpoints"]
     processor = {
-        "processor_class": f"{kind}Processor", "image_token": IMAGE_TOKEN, "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": strategy, "num_additional_image_tokens": 1,
+        "processor_class": kind, "image_token": IMAGE_TOKEN, "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": model["vision_feature_select_strategy"], "num_additional_image_tokens": 1,
     }  # fmt: skip
     template = get_template(choose_template(config))
     return {
@@ -245,129 +210,32 @@ def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocab
     }
 
 
-def _generation_fields(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """With every token that ends an answer here, the template's among them."""
-    ends = end_ids(config, tokenizer, get_template(choose_template(config)))
-    return _special_ids(config.text) | {"eos_token_id": _one_or_all(ends)}
-
-
-def _special_ids(text: TextConfig) -> dict[str, Any]:
-    return {"bos_token_id": text.bos_id, "eos_token_id": _one_or_all(text.eos_ids), "pad_token_id": text.pad_id}
-
-
-def _one_or_all(ids: tuple[int, ...]) -> int | list[int] | None:
-    return ids[0] if len(ids) == 1 else list(ids) or None
-
-
-def _text_fields(text: TextConfig) -> dict[str, Any]:
-    """A decoder in the words of its class in transformers (version 4's, which version 5 reads too)."""
-    fields = {
-        "model_type": text.family, "vocab_size": text.vocab_size, "hidden_size": text.width,
-        "intermediate_size": text.ffn_width, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
-        "num_key_value_heads": text.kv_heads, "head_dim": text.head_width, "hidden_act": text.activation,
-        "max_position_embeddings": text.max_positions, "rms_norm_eps": text.norm_eps, "rope_theta": text.rope_theta,
-        "tie_word_embeddings": text.tied_head, **_special_ids(text),
-    }  # fmt: skip
-    if text.rope_scaling:
-        fields["rope_scaling"] = _scaling_fields(text.rope_scaling)
-    if text.family == "llama":
-        fields |= {"attention_bias": text.o_bias, "mlp_bias": text.mlp_bias}
-    else:
-        fields["sliding_window"] = text.sliding_window
-    if text.family == "qwen2":
-        fields |= {"use_sliding_window": text.sliding_window is not None, "max_window_layers": 0}
-    return fields
-
-
-def _scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
-    fields: dict[str, Any] = {"rope_type": scaling.kind, "type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        fields |= {
-            "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }  # fmt: skip
-    return fields
-
-
-def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "model_type": "clip_vision_model", "hidden_size": vision.width, "intermediate_size": vision.ffn_width,
-        "num_hidden_layers": vision.layers, "num_attention_heads": vision.heads, "image_size": vision.image_size,
-        "patch_size": vision.patch_size, "hidden_act": vision.activation, "layer_norm_eps": vision.norm_eps,
-        "projection_dim": 768,
-    }  # fmt: skip
-
-
-def _pixel_fields(vision: VisionConfig) -> dict[str, Any]:
-    """What an image processor does to pixels, in transformers' words."""
-    side = vision.image_size
-    resize = (side,) if vision.resize is None else vision.resize
-    fields = {
-        "do_convert_rgb": True, "do_resize": bool(resize), "do_center_crop": vision.center_crop, "do_rescale": True,
-        "do_normalize": vision.normalize, "crop_size": {"height": side, "width": side}, "resample": vision.resample,
-        "rescale_factor": vision.rescale_factor,
-        "image_mean": list(vision.image_mean), "image_std": list(vision.image_std),
-    }  # fmt: skip
-    if resize:
-        fields["size"] = {"shortest_edge": resize[0]} if len(resize) == 1 else {"height": resize[0], "width": resize[1]}
-    return fields
-
-
-# ---------------------------------------------------------------- the original's files
-
-
 def _original_files(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         **tokenizer.files,
         "generation_config.json": _generation_fields(config, tokenizer),
-        "config.json": _original_config(config),
+        "config.json": original_config.write(config),
     }
 
 
-def _original_config(config: LlavaConfig) -> dict[str, Any]:
-    text, vision = config.text, config.vision
-    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}[text.family]
-    known = config.vision_tower in KNOWN_TOWERS
-    fields = _text_fields(text) | {
-        "architectures": [f"Llava{kind}ForCausalLM"],
-        "model_type": f"llava_{kind.lower()}",
-        "mm_vision_tower": config.vision_tower if known else "vision_tower",
-        "mm_hidden_size": vision.width,
-        "mm_vision_select_layer": vision.feature_layers[0],
-        "mm_vision_select_feature": "cls_patch" if vision.keep_class_token else "patch",
-        "mm_projector_type": config.projector,
-        "mm_patch_merge_type": config.merge,
-        "image_aspect_ratio": config.aspect_ratio,
-        "mm_use_im_start_end": config.use_im_start_end,
-        "mm_use_im_patch_token": config.use_im_patch,
-        "unfreeze_mm_vision_tower": True,  # the tower's weights are here: take them, not the published ones
-        "tokenizer_padding_side": config.padding_side,
-        "use_mm_proj": True,
-        "conversation_template": choose_template(config),  # ours, for the way back
-    }
-    if config.aspect_ratio == "anyres":
-        fields["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
-    if config.max_length:
-        fields["tokenizer_model_max_length"] = config.max_length
-    if len(vision.feature_layers) > 1 or not config.projector_bias:
-        raise InputError("the original takes features of one layer, and its projector has biases; use transformers'")
-    return fields
+def _generation_fields(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """With every token that ends an answer here, the template's among them."""
+    ends = end_ids(config, tokenizer, get_template(choose_template(config)))
+    return {"bos_token_id": config.text.bos_id, "eos_token_id": write_ids(ends), "pad_token_id": config.text.pad_id}
 
 
 def _write_tower(directory: epath.Path, source: Source) -> None:
-    """A CLIP directory, for a tower that is not one of those that the original fetches by name."""
+    """A directory for a vision tower that is not one of those that the original fetches by name."""
     directory.mkdir()
-    prefix = "model.vision_tower.vision_tower."
     tensors = {
-        name.removeprefix(prefix): pending
+        name.removeprefix(tensor_names.TOWER_PREFIX): pending
         for name, pending in _named_tensors(source, "original", None).items()
-        if name.startswith(prefix)
+        if name.startswith(tensor_names.TOWER_PREFIX)
     }
     _write_tensors(directory, tensors, SHARD_BYTES)
     vision = source.config.vision
-    fields = _vision_fields(vision) | {"architectures": ["CLIPVisionModel"]}
-    pixels = {
-        "image_processor_type": "CLIPImageProcessor", **_pixel_fields(vision)
-    }  # fmt: skip
+    tower = TOWERS[vision.family]
+    fields = tower.given(vision) | {"architectures": [*tower.classes]}
+    pixels = {"image_processor_type": tower.processor, **write_pixels(vision)}
     (directory / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

@@ -1,15 +1,51 @@
-"""What a checkpoint's image processor does to pixels, from the files of transformers that say so."""
+"""What a checkpoint's image processor does to pixels, in the files of transformers that say so: read and written."""
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from llava_jax.checkpoints.config_keys import Grid, Preprocessor, check_keys
-from llava_jax.config import CLIP_MEAN, CLIP_STD
+from msgspec import Meta
+
+from llava_jax.checkpoints.config_keys import Grid, Keys, check_keys
+from llava_jax.checkpoints.families import TOWERS, Tower
+from llava_jax.config import VisionConfig
 from llava_jax.console import InputError, shorten
 from llava_jax.json_files import check_json, parse_json, read_json
 
-PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+# LLaVA's own; each vision tower has one too.
+LLAVA, NEXT = "LlavaImageProcessor", "LlavaNextImageProcessor"
+Colours = Annotated[list[float], Meta(min_length=3, max_length=3)]
+
+
+class Preprocessor(TypedDict, total=False):
+    """`preprocessor_config.json`. What is `Any` here has many spellings."""
+
+    crop_size: Any
+    default_to_square: bool | None
+    do_center_crop: bool | None
+    do_normalize: bool | None
+    do_pad: bool | None
+    do_rescale: bool | None
+    do_resize: bool | None
+    feature_extractor_type: str | None
+    image_grid_pinpoints: str | Grid | None
+    image_mean: Colours | None
+    image_processor_type: str | None
+    image_std: Colours | None
+    rescale_factor: float
+    resample: int
+    size: Any
+    pad_size: Any
+
+
+KEYS = Keys(
+    frozenset(Preprocessor.__annotations__),
+    ignored=frozenset(
+        """_processor_class _valid_processor_keys aspect_ratio_setting auto_map data_format device
+        disable_grouping do_convert_rgb image_seq_length input_data_format num_additional_image_tokens
+        patch_size processor_class return_tensors use_fast vision_feature_select_strategy""".split()
+    ),
+)
 
 
 class Processor(TypedDict, total=False):
@@ -18,10 +54,20 @@ class Processor(TypedDict, total=False):
     image_processor: Preprocessor | None
 
 
-def processor_class(preprocessor: dict[str, Any]) -> str:
-    """The class of transformers that does it; CLIP's where none is named. Its backends are all the same here."""
-    kind = str(preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type") or PROCESSORS[0])
-    return kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+def processor_class(preprocessor: dict[str, Any]) -> str | None:
+    """The class of transformers that does it, if one is named. Its backends are all the same here."""
+    kind = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
+    return (
+        None
+        if not kind
+        else str(kind).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    )
+
+
+def pads_to_squares(preprocessor: dict[str, Any]) -> bool:
+    """Whether transformers pads images to squares, as none of the towers' own image processors does."""
+    towers = {tower.processor for tower in TOWERS.values()}
+    return bool(preprocessor.get("do_pad", False)) and processor_class(preprocessor) not in towers
 
 
 def read_preprocessor(directory: Path) -> dict[str, Any]:
@@ -32,29 +78,34 @@ def read_preprocessor(directory: Path) -> dict[str, Any]:
 
 
 def read_pixels(
-    preprocessor: dict[str, Any], image_size: int, aspect_ratio: str, pinpoints: tuple[tuple[int, int], ...]
+    preprocessor: dict[str, Any],
+    tower: Tower,
+    image_size: int,
+    aspect_ratio: str,
+    pinpoints: tuple[tuple[int, int], ...],
 ) -> dict[str, Any]:
-    """The fields of `VisionConfig` that an image processor's settings make.
+    """The fields of `VisionConfig` that an image processor's settings make; those left out are the tower's own.
 
     Raises:
       InputError: it makes something of an image that neither the original nor transformers would feed this tower.
     """
-    get = preprocessor.get
+    get, known = (tower.pixels | preprocessor).get, (tower.processor, LLAVA, NEXT)
+    kind = processor_class(preprocessor) or tower.processor
 
     def refuse(field: str, why: str) -> InputError:
         value = json.dumps(get(field)) if field in preprocessor else "missing"
         return InputError(f"the image processor's {field} ({shorten(value)}) {why}")
 
-    if processor_class(preprocessor) not in PROCESSORS:
-        raise refuse("image_processor_type", f"is not supported, only {', '.join(PROCESSORS)}")
-    check_keys("preprocessor", preprocessor, file="the image processor's settings")
-    if get("do_pad") and get("pad_size") and processor_class(preprocessor) == "CLIPImageProcessor":
+    if kind not in known:
+        raise refuse("image_processor_type", f"is not supported, only {', '.join(known)}")
+    check_keys(preprocessor, KEYS, file="the image processor's settings")
+    if get("do_pad") and get("pad_size") and kind == tower.processor:
         raise refuse("pad_size", "is not supported: images are padded to squares, if at all")
-    crops = get("do_center_crop", True)
+    crops = get("do_center_crop")
     crop = _edges(get("crop_size")) or (image_size,)
     if crops and set(crop) != {image_size}:
         raise refuse("crop_size", f"is not the vision tower's image size, {image_size}")
-    resize = (_edges(get("size"), get("default_to_square")) or (image_size,)) if get("do_resize", True) else ()
+    resize = (_edges(get("size"), get("default_to_square")) or (image_size,)) if get("do_resize") else ()
     if not crops and resize != (image_size, image_size):
         raise refuse("do_center_crop", f"wants a size of height and width {image_size}: tiles are square")
     if aspect_ratio == "anyres":
@@ -64,13 +115,13 @@ def read_pixels(
         listed = get("image_grid_pinpoints")
         if listed and read_pinpoints(listed) != pinpoints:
             raise refuse("image_grid_pinpoints", "are not those of config.json")
-    resample = get("resample", 3)
+    resample = get("resample")
     if type(resample) is not int or not 1 <= resample <= 5:
         raise refuse("resample", "is not supported, only Pillow's 1 to 5 (Lanczos, bilinear, bicubic, box, Hamming)")
-    factor = get("rescale_factor", 1 / 255) if get("do_rescale", True) else 1.0
+    factor = get("rescale_factor") if get("do_rescale") else 1.0
     if type(factor) not in (int, float) or not 0 < factor <= 1:
         raise refuse("rescale_factor", "must be above 0, and at most 1")
-    mean, std = get("image_mean") or CLIP_MEAN, get("image_std") or CLIP_STD
+    mean, std = (get(field) or tower.pixels[field] for field in ("image_mean", "image_std"))
     for field, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, list | tuple) or len(values) != 3 or not all(type(x) in (int, float) for x in values):
             raise refuse(field, "must be three numbers, one for each colour")
@@ -81,7 +132,7 @@ def read_pixels(
         center_crop=bool(crops),
         resample=resample,
         rescale_factor=float(factor),
-        normalize=bool(get("do_normalize", True)),
+        normalize=bool(get("do_normalize")),
         image_mean=tuple(map(float, mean)),
         image_std=tuple(map(float, std)),
     )
@@ -118,3 +169,18 @@ def read_pinpoints(value) -> tuple[tuple[int, int], ...]:
                 f"config.json: image_grid_pinpoints {shorten(repr(value))} is not a list of sizes"
             ) from None
     return tuple(map(tuple, check_json(value, Grid, "config.json: image_grid_pinpoints")))
+
+
+def write_pixels(vision: VisionConfig) -> dict[str, Any]:
+    """The settings of an image processor that does to pixels what the configuration says."""
+    side = vision.image_size
+    resize = (side,) if vision.resize is None else vision.resize
+    fields = {
+        "do_convert_rgb": True, "do_resize": bool(resize), "do_center_crop": vision.center_crop, "do_rescale": True,
+        "do_normalize": vision.normalize, "crop_size": {"height": side, "width": side}, "resample": vision.resample,
+        "rescale_factor": vision.rescale_factor,
+        "image_mean": list(vision.image_mean), "image_std": list(vision.image_std),
+    }  # fmt: skip
+    if resize:
+        fields["size"] = {"shortest_edge": resize[0]} if len(resize) == 1 else {"height": resize[0], "width": resize[1]}
+    return fields

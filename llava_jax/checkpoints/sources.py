@@ -22,8 +22,9 @@ import numpy as np
 
 from llava_jax.checkpoints import safetensors_files, tensor_names, torch_files
 from llava_jax.checkpoints.chat_template import with_chat_template
-from llava_jax.checkpoints.config_json import is_original, read_config
-from llava_jax.checkpoints.config_keys import Generation, Tower
+from llava_jax.checkpoints.config_json import Generation, is_original, read_config
+from llava_jax.checkpoints.config_parts import read_tower
+from llava_jax.checkpoints.families import TOWERS
 from llava_jax.checkpoints.image_processor import read_preprocessor
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
@@ -111,7 +112,7 @@ def configure(
     original = is_original(fields)
     config = read_config(
         fields,
-        vision=read_json(tower / "config.json", Tower) if tower else None,
+        vision=read_tower(tower) if tower else None,
         preprocessor=read_preprocessor(tower if original and tower else directory),
         generation=read_json((decoder or directory) / "generation_config.json", Generation),
         name=name,
@@ -261,13 +262,13 @@ class Found:
         """Take the vision tower of a CLIP directory, unless there is one already."""
         self.files.add(os.fspath(directory))  # its configuration is read anyway
         if not self.has_tower() and (asked or has_tensors(directory)):
-            self.add_directory(directory, ignore=tensor_names.CLIP_TEXT)
+            self.add_directory(directory, ignore=re.compile(TOWERS[self.config.vision.family].other_half))
 
     def add(self, name: str, file: AnyFile, file_name: str, *, called: str = "", replace: bool = False) -> None:
         """Take one tensor of a file, known by its name there or by what it is `called` otherwise."""
         dtype, shape, *_ = file.tensors[name]
         self.files.add(file.path)
-        if tensor_names.COMPUTED.search(name):
+        if tensor_names.is_computed(name, self.config):
             return
         known = tensor_names.read_name(called or name, self.config)
         if known is None:
@@ -367,7 +368,7 @@ def optional_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(whole)["vision"]["layers"])
     shapes = {f"vision/layers/{path_of(path)}": leaf.shape for path, leaf in leaves}
     shapes = {path: shape for path, shape in shapes.items() if int(path.split("/")[2]) >= vision.layers_used}
-    shapes |= {f"vision/post_norm/{name}": (vision.width,) for name in ("scale", "bias")}
+    shapes |= TOWERS[vision.family].unused(vision)
     if not config.has_newline:
         shapes["newline"] = (text.width,)
     if text.tied_head:

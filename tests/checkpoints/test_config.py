@@ -9,6 +9,7 @@ import pytest
 from helpers import GOLDEN, HUB_CONFIG, ORIGINAL_CONFIG
 from llava_jax import config as c
 from llava_jax.checkpoints.config_json import read_config
+from llava_jax.checkpoints.families import DECODERS, TOWERS
 from llava_jax.console import InputError
 
 
@@ -238,3 +239,28 @@ def test_the_name_is_the_last_part_of_a_path():
     fields = json.loads((GOLDEN / "checkpoints" / "v1.5-llama" / "config.json").read_text())
     config = read_config(fields | {"_name_or_path": "/m/llama-2/vicuna-7b/"}, vision={}, name="org/llava-7b")
     assert config.name == "vicuna-7b llava-7b"
+
+
+@pytest.mark.parametrize("family", (*DECODERS.values(), *TOWERS.values()), ids=lambda family: family.name)
+def test_a_family_reads_what_it_writes(family):
+    config = c.tiny(text=dataclasses.replace(c.tiny().text, eos_ids=(2, 7), rope_scaling=c.RopeScaling("linear", 4.0)))
+    part = config.text if family in DECODERS.values() else config.vision
+    part = dataclasses.replace(part, family=family.name, **({"qkv_bias": True} if family.name == "qwen2" else {}))
+    written = family.given(part)
+    assert dataclasses.replace(part, **family.values(written)) == part
+    family.check(json.loads(json.dumps(written)), "config.json")
+
+
+def test_our_own_file_names_its_families():
+    fields = json.loads(json.dumps(c.tiny().to_json()))
+    for part in ("text", "vision"):
+        with pytest.raises(InputError, match=f"{part}.family 'siglip' is not supported, only"):
+            read_config(fields | {part: fields[part] | {"family": "siglip"}})
+    del fields["vision"]["family"]  # as the first release wrote it
+    assert read_config(fields) == c.tiny()
+
+
+def test_biases_that_no_format_has_are_refused():
+    text = dataclasses.replace(c.tiny().text, qkv_bias=True)
+    with pytest.raises(InputError, match="biases on some projections"):
+        DECODERS["llama"].given(text)

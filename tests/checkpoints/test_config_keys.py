@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 
 from helpers import HUB_CONFIG, ORIGINAL_CONFIG
-from llava_jax.checkpoints import config_json, config_keys, image_processor, sources
+from llava_jax.checkpoints import (
+    config_json,
+    config_keys,
+    config_parts,
+    image_processor,
+    original_config,
+    transformers_config,
+)
 from llava_jax.checkpoints.config_json import read_config
+from llava_jax.checkpoints.config_keys import Keys
+from llava_jax.checkpoints.families import DECODERS, TOWERS, rope
 from llava_jax.console import InputError
 
 # As published, but for sizes: keys of the reference's releases, of LLaVA-NeXT's, and of conversions by transformers 4.
@@ -69,16 +78,30 @@ def test_every_key_that_transformers_writes_is_known(kind, decoder, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_table_of_keys_that_are_read_is_true():
-    """What the table calls read is looked at by the code, and no key is in two of its lists."""
-    source = "".join(Path(module.__file__).read_text() for module in (config_json, image_processor, sources))
-    for kind, keys in config_keys.READ.items():
-        for key in keys:
-            assert f'"{key}"' in source, (kind, key)
-    for kind in config_keys.READ:
-        general = {"_name_or_path", "architectures"}  # of a part they make no difference
-        lists = [config_keys.READ[kind] - general, config_keys.NO_DIFFERENCE[kind], config_keys.ONLY[kind].keys()]
-        assert sum(map(len, lists)) == len(set().union(*lists)), kind
+def assert_apart(keys: Keys) -> None:
+    general = {"_name_or_path", "architectures"}  # of a part they make no difference
+    lists = keys.read - general, keys.ignored, keys.only.keys()
+    assert sum(map(len, lists)) == len(set().union(*lists))
+
+
+def test_the_lists_of_keys_that_are_read_are_true():
+    """What is listed as read is looked at by the code, and no key is in two lists."""
+    others = config_json, config_keys, config_parts
+    for module in (original_config, transformers_config, image_processor, rope):
+        source = "".join(Path(part.__file__).read_text() for part in (module, *others))
+        for key in module.KEYS.read:
+            assert f'"{key}"' in source, (module, key)
+        assert_apart(module.KEYS)
+
+
+@pytest.mark.parametrize("family", (*DECODERS.values(), *TOWERS.values()), ids=lambda family: family.name)
+def test_the_fields_that_a_family_reads_are_read(family):
+    asked = set()
+    defaults = {field.theirs: field.default for field in family.fields}
+    window = {"use_sliding_window": True, "max_window_layers": 0}
+    family.read(lambda key: asked.add(key) or (defaults | window).get(key))
+    assert family.more.keys() <= asked
+    assert_apart(family.keys)
 
 
 def test_a_key_that_nothing_is_known_of_is_named(capsys):
