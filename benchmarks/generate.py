@@ -86,8 +86,8 @@ def serve_ours(pipe, args) -> None:
     import numpy as np
 
     from infer.engine import Buckets, Engine, Request, _Prepared
-    from infer.plan import decoder_flops, encode_flops
     from infer.sampling import Sampling
+    from llava_jax.aot.flops import decoder_flops, encode_flops
     from llava_jax.checkpoints.checkpoint import _load_source, open_any
     from llava_jax.data import images, splice
     from llava_jax.sharding.mesh import inference_mesh

@@ -29,6 +29,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from llava_jax.aot import tpu, tpu_plan  # noqa: E402
+from llava_jax.aot.flops import step_flops  # noqa: E402
 from llava_jax.config import LlavaConfig  # noqa: E402
 from llava_jax.console import note  # noqa: E402
 from llava_jax.data.splice import TEXT, Batch  # noqa: E402
@@ -38,7 +39,7 @@ from llava_jax.sharding.mesh import FSDP, make_mesh, row_multiple  # noqa: E402
 from train.config import PRESETS, TrainConfig  # noqa: E402
 from train.loop import put_batch  # noqa: E402
 from train.parameters import load_dtype  # noqa: E402
-from train.plan import batch_shapes, default_tiles, model_flops  # noqa: E402
+from train.plan import batch_shapes, default_tiles  # noqa: E402
 from train.step import setup  # noqa: E402
 
 STAGES = {"stage 1": "projector", "LoRA": "lora", "full": "projector,decoder"}
@@ -93,7 +94,7 @@ def measure(model: LlavaConfig, config: TrainConfig, rows: int, length: int, til
     """Measure the seconds of a step, and the matmul peak before and after."""
     mesh = make_mesh({FSDP: -1})
     rows *= row_multiple(mesh)
-    flops = model_flops(model, config, rows, length, tiles)
+    flops = step_flops(model, config.tune, rows, length, tiles)
     peak = devices.matmul_peak(config.dtype)
     params = devices.random_params(model, mesh, lambda path: load_dtype(path, config))
     frozen, state, step, _ = setup(params, model, config, mesh, STEPS)

@@ -9,7 +9,6 @@ figures are one step's. Exit status 1 if any of them needs more than the chips h
 import dataclasses
 import functools
 import json
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from infer.choosing import row_keys
 from infer.flags import add_cache_flag
 from infer.sampling import Sampling
 from llava_jax.aot import tpu, tpu_plan
+from llava_jax.aot.flops import decoder_flops, encode_flops
 from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, Parser, integer, run_main
@@ -131,28 +131,6 @@ def plan_generation(
             least(params, model, mesh, cut_rows, cut_rows),
         )
     return made
-
-
-def decoder_flops(model: LlavaConfig, rows: int, length: int, seen: float) -> float:
-    """Of the decoder for `length` new positions a row, each of which sees `seen`, and the head for the last.
-
-    Of the last layer all positions but the last need keys and values only.
-    """
-    t = model.text
-    keys_values = 2 * t.width * t.head_width * t.kv_heads
-    rest = t.width * (2 * t.head_width * t.heads + 3 * t.ffn_width) + 2 * t.heads * t.head_width * seen
-    through = (t.layers - 1) * length + 1  # of positions, summed over layers
-    return 2 * rows * (t.layers * length * keys_values + through * rest + t.width * t.vocab_size)
-
-
-def encode_flops(model: LlavaConfig, tiles: int) -> float:
-    """Of the tower and the projector."""
-    v = model.vision
-    patches = v.patches_per_side**2 + 1
-    tower = v.layers_used * (4 * v.width**2 + 2 * v.width * v.ffn_width + 2 * v.width * patches) * patches
-    tower += v.patches_per_side**2 * v.patch_size**2 * 3 * v.width
-    kernels = [x for x in jax.tree.leaves(llava.param_shapes(model).get("projector", {})) if x.ndim == 2]
-    return 2 * tiles * (tower + v.features_per_tile * sum(math.prod(x.shape) for x in kernels))
 
 
 def least(params: dict, model: LlavaConfig, mesh: Mesh, rows: int, positions: int) -> float:

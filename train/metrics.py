@@ -1,4 +1,4 @@
-"""What is written about each step: metrics.jsonl, TensorBoard events; and what it is measured against."""
+"""What is written about each step: metrics.jsonl, TensorBoard events."""
 
 import contextlib
 import itertools
@@ -11,42 +11,12 @@ from typing import Any, TypedDict
 
 import jax
 
-from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_appended
-from train.config import TrainConfig
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
 START = '{"step": '  # how each line of it starts
-# Peak of one device in bfloat16, FLOP/s, by a part of its name in JAX; the makers' figures, without sparsity.
-PEAKS = {
-    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
-    "H200": 989e12, "H100": 989e12, "A100": 312e12,
-}  # fmt: skip
-
-
-def device_peak(kind: str) -> float | None:
-    """Peak FLOP/s of a device kind (`TPU v5 lite`, `NVIDIA H100 80GB HBM3`), None if it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in kind), None)
-
-
-def flops_of_batch(model: LlavaConfig, config: TrainConfig, rows: int, length: int, tiles: int) -> float:
-    """Floating-point operations that an update needs, without what is computed twice to save memory.
-
-    Two for each weight and position forward, two backward for the gradient that is passed on, two more for the
-    weight's own where it is trained. Padding is counted. The head is not: few positions have labels.
-    """
-    t, v = model.text, model.vision
-    heads = t.head_width * (2 * t.heads + 2 * t.kv_heads)
-    decoder = t.layers * t.width * (heads + 3 * t.ffn_width) * rows * length
-    scores = t.layers * t.heads * t.head_width * rows * length**2  # two products, half of each masked
-    patches = (v.patches_per_side**2 + 1) * tiles * rows
-    tower = v.layers_used * (4 * v.width**2 + 2 * v.width * v.ffn_width) * patches
-    tower_scores = v.layers_used * 2 * v.width * patches * (v.patches_per_side**2 + 1)
-    decoder_passes = 3 if "decoder" in config.tune else 2
-    tower_passes = 3 if "vision" in config.tune else 1
-    return 2 * (decoder * decoder_passes + scores * 3 + tower * tower_passes + tower_scores * tower_passes)
 
 
 def device_memory() -> float | None:

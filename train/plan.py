@@ -12,7 +12,6 @@ whatever the batch.
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import sys
@@ -24,6 +23,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from llava_jax.aot import tpu, tpu_plan
+from llava_jax.aot.flops import step_flops
 from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import LlavaConfig
@@ -37,7 +37,6 @@ from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, row_multiple
 from llava_jax.sharding.partition import batch_sharding
 from train.__main__ import add_fields, config_of
 from train.config import PRESETS, TrainConfig, check_preset
-from train.metrics import flops_of_batch
 from train.plan_run import between_slices, more_bounds, plan_run
 from train.step import TrainState, setup
 
@@ -107,23 +106,11 @@ def plan_step(
         parameter_bytes_per_chip=parameters,
         optimizer_bytes_per_chip=optimizer,
         executed_flops_per_chip=made.work and made.work.flops,
-        model_flops_per_chip=model_flops(model, config, rows, length, tiles) / mesh.size,
+        model_flops_per_chip=step_flops(model, config.tune, rows, length, tiles) / mesh.size,
         collective_bytes_per_chip=made.work and made.work.collectives,
         least_collective_bytes_per_chip=least_collectives(frozen, state, model, config, mesh, rows, length),
         compile_seconds=round(made.seconds, 1),
     ), made
-
-
-def model_flops(model: LlavaConfig, config: TrainConfig, rows: int, length: int, tiles: int) -> float:
-    """Of a step, on all chips: as `metrics.flops_of_batch`, and the head at all positions, and the projector."""
-    t, v = model.text, model.vision
-    head = 2 * t.width * t.vocab_size * rows * length * (3 if "decoder" in config.tune else 2)
-    depth = sum(
-        name.endswith("kernel") for name in flatten_dict(llava.param_shapes(model).get("projector", {}), sep="/")
-    )
-    wide = [model.projector_in, *[t.width] * depth]
-    projector = sum(2 * a * b for a, b in itertools.pairwise(wide)) * rows * tiles * v.features_per_tile * 3
-    return flops_of_batch(model, config, rows, length, tiles) + head + projector
 
 
 def least_collectives(
@@ -165,7 +152,8 @@ def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
         more.append("fsdp instead of data in --mesh")
     if not more or held > 0.8 * needs.hbm_bytes_per_chip:
         least = math.ceil(needs.peak_bytes_per_chip * mesh.size / needs.hbm_bytes_per_chip)
-        more.append(f"a slice of more than {max(least, mesh.size)} such chips")
+        cores = tpu.CHIPS[tpu.parse_topology(args.topology)[0]].cores
+        more.append(f"a slice of more than {max(least, mesh.size) // cores} such chips")
     return "what would: " + ", or ".join(more)
 
 

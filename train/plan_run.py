@@ -272,8 +272,7 @@ def larger_slice(asked: Choice, plan_with: PlanWith, default: Callable, slices: 
     rest = (needs.peak_bytes_per_chip - held / asked.mesh.size) / asked.batch.rows_at_once
     tried = 0
     for topology in tpu.larger_slices(asked.topology):
-        _, sides = tpu.parse_topology(topology)
-        if held / (math.prod(sides) * slices) + rest / 2 > needs.hbm_bytes_per_chip:
+        if held / (tpu.device_count(topology) * slices) + rest / 2 > needs.hbm_bytes_per_chip:
             continue
         mesh = tpu_plan.mesh_of(None, default, topology, slices)
         if asked.config.global_batch_size % row_multiple(mesh) or tried == MOST_SLICES:
@@ -328,7 +327,7 @@ def lines(choice: Choice, slices: int) -> Iterator[tuple[str, str]]:
         )
     run = f"{plural(batch.steps, 'step')}, {batch.steps * batch.tokens:.3g} tokens"
     if hours := least_hours(choice, slices):
-        chips = hours * choice.mesh.size
+        chips = hours * choice.mesh.size / tpu.CHIPS[tpu.parse_topology(choice.topology)[0]].cores
         run += f", at least {hours:.3g} hours ({chips:.3g} of chips): the roofline's bound, not measured"
     yield "run", run
     yield "fits", "yes" if choice.needs.fits else "no"

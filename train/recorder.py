@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import jax
 
+from llava_jax.aot.chips import device_peak
+from llava_jax.aot.flops import step_flops
 from llava_jax.console import InputError, Progress, note
 from llava_jax.data.splice import Batch
 from train.loader import Info
-from train.metrics import MetricsFiles, device_memory, device_peak, flops_of_batch
+from train.metrics import MetricsFiles, device_memory
 from train.run import Run
 
 MOST_SKIPPED = 10  # steps in a row that may be left out for a loss or gradient that is not finite
@@ -128,7 +130,7 @@ class Recorder:
         if (memory := device_memory()) is not None:
             record["device_memory_gb"] = memory
         if self.peak:
-            needed = flops_of_batch(self.run.model, self.config, self.run.data.rows, *shape)
+            needed = step_flops(self.run.model, self.config.tune, self.run.data.rows, *shape, layers_only=True)
             record["peak_share"] = needed / seconds / (self.peak * self.run.mesh.size)
         return record
 

@@ -11,31 +11,12 @@ import os
 import re
 from typing import Any
 
+from llava_jax.aot.chips import CHIPS
 from llava_jax.aot.hlo import Work
 from llava_jax.console import InputError, first_line, shorten
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Makers' figures (cloud.google.com/tpu/docs), but for `hbm`: what its compiler says that a program may use."""
-
-    peak: float  # FLOP/s in bfloat16
-    hbm: int  # bytes
-    bandwidth: float  # bytes/s of HBM
-    link: float  # bytes/s one way of one link to a neighbour
-    wraps_at: int  # sides of a slice that are a multiple of this are rings
-    largest: tuple[int, ...]  # sides of the largest slice; beyond them libtpu ends the process
-
-
-GIB = 2**30
-CHIPS = {
-    "v4": Chip(275e12, int(30.75 * GIB), 1228e9, 45e9, 4, (16, 16, 16)),
-    "v5e": Chip(197e12, int(15.75 * GIB), 819e9, 45e9, 16, (1, 16, 16)),
-    "v5p": Chip(459e12, int(95.73 * GIB), 2765e9, 90e9, 4, (16, 20, 28)),
-    "v6e": Chip(918e12, int(31.24 * GIB), 1640e9, 90e9, 16, (1, 16, 16)),
-}
 # Slices as they are usually reserved (cloud.google.com/tpu/docs), by what their names begin with: kind, what a chip
-# counts for in the number behind it (v4 and v5p: two cores), sides by number of chips.
+# counts for in the number behind it (v4, v5p and v7x: two cores), sides by number of chips.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
@@ -46,6 +27,7 @@ SLICES = {
     "v5litepod": ("v5e", 1, _FLAT),
     "v5p": ("v5p", 2, _CUBES | {4096: "16x16x16", 6144: "16x16x24"}),
     "v6e": ("v6e", 1, _FLAT),
+    "tpu7x": ("v7x", 2, _CUBES | {4096: "16x16x16", 8192: "16x16x32"}),
 }
 MOST_CHIPS = 10_000  # of several slices: what a plan takes grows with them
 DCN = 3.1e9  # bytes/s a chip has between slices: 100 Gbit/s of a host of four (an assumption; hosts differ)
@@ -69,8 +51,8 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
     match = re.fullmatch(r"(\w+):([1-9][0-9]{0,4}(?:x[1-9][0-9]{0,4}){1,2})", topology)
     if not match or match[1] not in CHIPS:
         raise InputError(
-            f"--topology {shorten(topology)!r}: write it as v5e:4x8 (kinds: {', '.join(CHIPS)}; v4 and v5p have three "
-            "sides), or as v5litepod-32"
+            f"--topology {shorten(topology)!r}: write it as v5e:4x8 (kinds: {', '.join(CHIPS)}; v4, v5p and v7x have "
+            "three sides), or as v5litepod-32"
         )
     sides = tuple(map(int, match[2].split("x")))
     largest = CHIPS[match[1]].largest
@@ -107,6 +89,12 @@ def larger_slices(topology: str) -> list[str]:
     return [f"{kind}:{text}" for chips, text in known.items() if chips > math.prod(sides)]
 
 
+def device_count(topology: str) -> int:
+    """Devices of a slice: its chips, or their cores where each is a device."""
+    kind, sides = parse_topology(topology)
+    return math.prod(sides) * CHIPS[kind].cores
+
+
 def links(topology: str) -> int:
     """Links that feed a chip at an edge: two along a side that is a ring, one along any other."""
     kind, sides = parse_topology(topology)
@@ -114,7 +102,7 @@ def links(topology: str) -> int:
 
 
 def slice_devices(topology: str, slices: int = 1) -> list:
-    """Devices of a TPU slice, or of several alike, to compile for.
+    """Devices of a TPU slice, or of several alike, to compile for: one for each chip, of v7x one for each core.
 
     Raises:
       InputError: there is no libtpu here, or no such slice.
@@ -137,7 +125,8 @@ def slice_devices(topology: str, slices: int = 1) -> list:
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # a chip's two cores as one device
     try:
-        return list(topologies.get_topology_desc(by_sides(topology), platform="tpu", **options).devices)
+        name = by_sides(topology).replace("v7x", "tpu7x")  # as libtpu spells it
+        return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except Exception as error:  # of several types, all about the topology
         raise InputError(f"--topology {shorten(topology)!r}: {shorten(first_line(error))}") from None
 

@@ -26,8 +26,8 @@ from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, parse_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes and floating-point operations of one chip. None: the program was too large to be compiled, or libtpu did
-    not write it down.
+    """Bytes and floating-point operations of one chip, of v7x of one of its two cores. None: the program was too large
+    to be compiled, or libtpu did not write it down.
 
     peak_bytes_per_chip     arguments, results, temporaries and the program itself
     hbm_bytes_per_chip      what a program may use
@@ -163,6 +163,7 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
       more: seconds of further bounds, by name.
     """
     gb = lambda n: f"{n / 1e9:,.2f} GB"  # noqa: E731
+    chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
     rows = [
         ("parameters", gb(plan.parameter_bytes_per_chip)),
         ("optimizer", gb(plan.optimizer_bytes_per_chip)) if plan.optimizer_bytes_per_chip else None,
@@ -181,7 +182,7 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
         over = f"{total / least:.2f} times the least" if least else ""
         bounds = tpu.roofline(made.work, topology) | (more or {})
         slowest = max(bounds, key=bounds.get)
-        useful = plan.model_flops_per_chip / tpu.CHIPS[tpu.parse_topology(topology)[0]].peak / bounds[slowest]
+        useful = plan.model_flops_per_chip / chip.peak / bounds[slowest]
         rows += [
             (
                 "executed FLOPs",
@@ -193,7 +194,7 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
             ("bound by", f"{slowest}: at most {useful:.0%} of the chip's peak goes into the model"),
         ]
     rows.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
-    print(title)
+    print(title + (f" (figures of one of a chip's {chip.cores} cores)" if chip.cores > 1 else ""))
     for row in filter(None, rows):
         print(f"  {row[0]:36}{row[1]}")
 

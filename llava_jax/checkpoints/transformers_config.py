@@ -133,6 +133,7 @@ def check_expressible(config: LlavaConfig) -> None:
     ):
         if bad:
             raise InputError(f"transformers' LLaVA has no {what}; --format original writes it")
+    DECODERS[config.text.family].given(config.text)  # which raises if its class has no fields for it
 
 
 def write(config: LlavaConfig, image_id: int, pad_id: int | None, vocab_size: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llava_jax.aot import hlo, tpu
+from llava_jax.aot import chips, hlo, tpu
 from llava_jax.console import InputError
 from llava_jax.sharding.mesh import fsdp_lines, make_mesh
 
@@ -102,6 +102,29 @@ def test_of_two_branches_the_more_expensive_one_counts():
     assert hlo.Program(text).work.flops == 6 * 2 * 8 * 16 * 32
 
 
+KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "v7x": "TPU7x"}  # in JAX
+
+
+def test_chips_are_as_jax_knows_them():
+    """Which rounds, and has HBM as a whole, of which the compiler keeps a part; of one core."""
+    from jax.experimental.pallas import tpu as pallas
+
+    assert KINDS.keys() == chips.CHIPS.keys()
+    for kind, chip in chips.CHIPS.items():
+        info = pallas.get_tpu_info_for_chip(pallas.ChipVersion({"v7x": "7x"}.get(kind, kind)), 1)
+        cores = 2 if kind in ("v4", "v5p") else 1  # two cores are one device
+        assert chip.peak == pytest.approx(cores * info.bf16_ops_per_second, rel=0.005)
+        assert chip.bandwidth == pytest.approx(cores * info.mem_bw_bytes_per_second, rel=0.13)
+        assert 0.9 < chip.hbm / (cores * info.hbm_capacity_bytes) < 1
+
+
+def test_peaks_of_devices_by_their_names():
+    for kind, name in KINDS.items():
+        assert chips.device_peak(name) == chips.CHIPS[kind].peak
+    assert chips.device_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert chips.device_peak("cpu") is None
+
+
 @pytest.mark.parametrize(("topology", "count"), [("v5e:4x8", 2), ("v5e:16x16", 4), ("v5p:2x2x4", 4), ("v6e:1x1", 0)])
 def test_links(topology, count):
     assert tpu.links(topology) == count
@@ -113,6 +136,7 @@ def test_links(topology, count):
         ("v5litepod-1", "v5e:1x1"), ("v5litepod-8", "v5e:2x4"), ("v5litepod-16", "v5e:4x4"),
         ("v5litepod-256", "v5e:16x16"), ("v6e-4", "v6e:2x2"), ("v6e-128", "v6e:8x16"),
         ("v4-8", "v4:2x2x1"), ("v4-32", "v4:2x2x4"), ("v5p-8", "v5p:2x2x1"), ("v5p-128", "v5p:4x4x4"),
+        ("tpu7x-8", "v7x:2x2x1"), ("tpu7x-128", "v7x:4x4x4"),
     ],
 )  # fmt: skip
 def test_slices_by_the_names_under_which_they_are_reserved(name, topology):
@@ -122,9 +146,9 @@ def test_slices_by_the_names_under_which_they_are_reserved(name, topology):
 
 def test_every_reserved_slice_has_as_many_chips_as_its_name_says():
     for name, (kind, each, known) in tpu.SLICES.items():
-        for chips, sides in known.items():
-            assert math.prod(tpu.parse_topology(f"{name}-{each * chips}")[1]) == chips
-            assert tpu.larger_slices(f"{kind}:{sides}") == [f"{kind}:{text}" for n, text in known.items() if n > chips]
+        for count, sides in known.items():
+            assert math.prod(tpu.parse_topology(f"{name}-{each * count}")[1]) == count
+            assert tpu.larger_slices(f"{kind}:{sides}") == [f"{kind}:{text}" for n, text in known.items() if n > count]
     assert tpu.slice_name("v5e:2x8") is None
     with pytest.raises(InputError, match="--topology v5litepod-17: v5litepod comes in 1, 4, 8, 16, 32, 64, 128, 256$"):
         tpu.parse_topology("v5litepod-17")
@@ -189,6 +213,13 @@ class TestOnTpu:
         for dimension in lines:
             for line in dimension:
                 assert sum(len(set(axis)) > 1 for axis in coords[list(line)].T) == 1
+
+    @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"])
+    def test_devices_of_a_slice(self, topology):
+        devices = tpu.slice_devices(topology)
+        assert len(devices) == tpu.device_count(topology)
+        chip = chips.CHIPS[tpu.parse_topology(topology)[0]]
+        assert chips.device_peak(devices[0].device_kind) == chip.peak
 
     def test_slices_are_apart_along_data(self):
         devices = tpu.slice_devices("v5e:2x2", slices=2)

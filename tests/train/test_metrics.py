@@ -11,28 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from helpers import files_of_at_most
-from llava_jax.config import tiny
-from train.config import TrainConfig
-from train.metrics import Events, MetricsFiles, device_peak, flops_of_batch
+from train.metrics import Events, MetricsFiles
 from training import read_metrics
-
-
-def test_peak_share():
-    """Of one layer, by hand; six operations a weight and position where it is trained, four where it is not."""
-    assert [device_peak(kind) for kind in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "cpu")] == [
-        197e12,
-        459e12,
-        918e12,
-        None,
-    ]
-    model = tiny(merge="flat", aspect_ratio="pad")
-    weights = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)  # q, k and v, o, feed-forward, of two layers
-    attention = 2 * 2 * 4 * 8 * 3 * 100**2  # forward
-    tower = 2 * 2 * 3 * 5 * 17 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 4 * 16 * 3 * 5 * 17 * 17
-    got = flops_of_batch(model, TrainConfig(), rows=3, length=100, tiles=5)
-    assert got == 6 * weights * 300 + 3 * attention + tower
-    got = flops_of_batch(model, TrainConfig(tune="projector"), rows=3, length=100, tiles=5)
-    assert got == 4 * weights * 300 + 3 * attention + tower
 
 
 def read_events(directory: Path) -> dict[str, list[tuple[int, float]]]:
