@@ -16,7 +16,7 @@ from llava_jax.models.llava import param_shapes
 
 
 class Weights(NamedTuple):
-    """Numbers of a model that are multiplied with every position that passes them."""
+    """Numbers of a model that are multiplied with every position that passes them; and how many of these a tile has."""
 
     decoder: int  # kernels of all layers
     keys_values: int  # of them those that make keys and values
@@ -24,12 +24,14 @@ class Weights(NamedTuple):
     tower: int  # kernels of all layers that are used
     patches: int  # what makes a patch's embedding
     projector: int
+    positions: int  # of a tile in the tower: its patches, and a class token if there is one
 
 
 @functools.cache
 def weights(model: LlavaConfig) -> Weights:
     """Counted from the shapes of the parameters."""
-    sizes = {path: math.prod(x.shape) for path, x in flatten_dict(param_shapes(model), sep="/").items()}
+    shapes = {path: x.shape for path, x in flatten_dict(param_shapes(model), sep="/").items()}
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
 
     def kernels(part: str, ends: tuple[str, ...] = ("kernel",)) -> int:
         return sum(n for path, n in sizes.items() if path.startswith(part) and path.endswith(ends))
@@ -41,6 +43,7 @@ def weights(model: LlavaConfig) -> Weights:
         tower=kernels("vision/layers/"),
         patches=sizes["vision/embed/patch"],
         projector=kernels("projector/"),
+        positions=shapes["vision/embed/position"][0],
     )
 
 
@@ -59,8 +62,7 @@ def step_flops(
     decoder_passes = 3 if "decoder" in tune else 2
     tower_passes = 3 if "vision" in tune else 1
     scores = t.layers * t.heads * t.head_width * rows * length**2  # two products, half of each masked
-    patches = (v.patches_per_side**2 + 1) * tiles * rows
-    tower = w.tower * patches + v.layers_used * 2 * v.width * patches * (v.patches_per_side**2 + 1)
+    tower = tiles * rows * w.positions * (w.tower + v.layers_used * 2 * v.width * w.positions)
     layers = 2 * (w.decoder * rows * length * decoder_passes + scores * 3 + tower * tower_passes)
     if layers_only:
         return layers
@@ -82,6 +84,5 @@ def decoder_flops(model: LlavaConfig, rows: int, length: int, seen: float) -> fl
 def encode_flops(model: LlavaConfig, tiles: int) -> float:
     """Of the tower and the projector."""
     v, w = model.vision, weights(model)
-    patches = v.patches_per_side**2 + 1
-    tower = w.tower * patches + v.layers_used * 2 * v.width * patches**2 + w.patches * v.patches_per_side**2
+    tower = w.positions * (w.tower + v.layers_used * 2 * v.width * w.positions) + w.patches * v.patches_per_side**2
     return 2 * tiles * (tower + v.features_per_tile * w.projector)
