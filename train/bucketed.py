@@ -3,22 +3,15 @@
 A batch is as long, and has as many tiles a row, as its largest conversation needs, rounded up to one of a few sizes.
 """
 
-import bisect
 from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from llava_jax.console import InputError
+from llava_jax.data.buckets import LENGTHS, TILES, round_up
 from train.samples import MOST_TILES, BadSample, Sample
 from train.survey import Rows, Survey, describe_multiple, estimate
-
-# What the longest row and the most tiles of a batch are rounded up to.
-LENGTHS = (
-    *(128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768),
-    *(49152, 65536, 98304, 131072),
-)  # fmt: skip
-TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, MOST_TILES)
 
 
 class BucketedBatches:
@@ -101,8 +94,3 @@ class BucketedBatches:
     def warnings(self) -> list[str]:
         """Ways in which batches are not what was asked for: none."""
         return []
-
-
-def round_up(ladder: tuple[int, ...], n: int) -> int:
-    """`n` rounded up to a rung; the top one if it is above."""
-    return ladder[min(bisect.bisect_left(ladder, n), len(ladder) - 1)]

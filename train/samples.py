@@ -15,6 +15,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
+from llava_jax.data.buckets import TILES
 from llava_jax.data.conversations import count_images, has_system, read_conversation, read_rows, warn_unknown_keys
 from llava_jax.data.images import ImageFolder, TileLayout, image_size, read_tiles, tile_layout
 from llava_jax.data.prompts import encode_conversation, prepare_tokenizer
@@ -25,7 +26,7 @@ from llava_jax.data.urls import display_name
 from train import mixture
 
 MOST_NAMED = 3  # those that an error names
-MOST_TILES = 128  # of a conversation, where --tiles-per-row does not say
+MOST_TILES = TILES[-1]  # of a conversation, where --tiles-per-row does not say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,20 @@
+"""The ladders of static shapes, which bound the number of compiled programs."""
+
+import bisect
+
+# Positions of a training row, and of a prompt, which has two rungs more.
+LENGTHS = (
+    *(128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768),
+    *(49152, 65536, 98304, 131072),
+)  # fmt: skip
+PROMPT_LENGTHS = tuple(sorted((*LENGTHS, 2560, 5120)))
+# Tiles of a training row, and of a prompt: an anyres image has up to five.
+TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
+PROMPT_TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+NEW_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def round_up(ladder: tuple[int, ...], n: int) -> int:
+    """The smallest size of a ladder that is at least `n`; its largest size if `n` exceeds it."""
+    return ladder[min(bisect.bisect_left(ladder, n), len(ladder) - 1)]
