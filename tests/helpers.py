@@ -146,7 +146,7 @@ def turns(*values) -> list[dict]:
 
 
 def make_row(conversation, pictures, template: str, config: LlavaConfig, tokenizer) -> splice.Row:
-    """A training row from a conversation and the paths of its pictures."""
+    """A training row from a conversation and the paths of its images."""
     ids, labels = encode_conversation(conversation, get_template(template), tokenizer, config, images=len(pictures))
     opened = [images.open_image(path) for path in pictures]
     places = tuple(images.tile_layout(image.size, config) for image in opened)
@@ -191,7 +191,7 @@ def files_of_at_most(size: int):
 
 
 def damage(data: bytes, pick: random.Random) -> bytes:
-    """A few bytes changed, put in or cut off."""
+    """A few bytes changed, put in or left out."""
     data = bytearray(data)
     for _ in range(pick.choice([1, 1, 2, 8])):
         at, what = pick.randrange(len(data)), pick.random()

@@ -26,7 +26,7 @@ def bench(monkeypatch):
     return module
 
 
-def test_an_update_is_measured(bench, monkeypatch):
+def test_a_step_is_measured(bench, monkeypatch):
     monkeypatch.setattr(bench.devices, "matmul_peak", lambda dtype: 1e9)
     found = bench.measure(c.tiny(), CONFIG, rows=1, length=128, tiles=5, steps=1)
     assert 5 < found["loss"] < 8  # of 512 tokens that are alike: 6.2

@@ -70,7 +70,7 @@ def test_it_answers_from_a_quantized_cache(run_cli, fresh, engine, monkeypatch):
     assert sum(same) / len(same) > 0.97
 
 
-def test_it_answers_about_any_picture(run_cli, tmp_path):
+def test_it_answers_about_any_image(run_cli, tmp_path):
     scene = make_scene(rng := np.random.default_rng(6))
     draw(scene, rng).save(tmp_path / "mine.png")
     out = run_cli(generate.main, "--image", tmp_path / "mine.png", "--prompt", "How many objects are there?")[1]
@@ -110,7 +110,7 @@ def test_it_sees(engine, fresh, tmp_path):
     assert accuracy(engine, fresh, tmp_path) < seen - 0.3
 
 
-def test_its_pictures_come_in_every_grid(engine):
+def test_its_images_come_in_every_grid(engine):
     scenes = [make_scene(np.random.default_rng(seed)) for seed in range(200)]
     grids = {tile_layout((scene.width, scene.height), engine.config).grid for scene in scenes}
     assert grids == {(2, 1), (1, 2), (2, 2), (3, 1), (1, 3)}

@@ -43,7 +43,7 @@ def modules(monkeypatch):
 
 
 def write_rows(folder: Path, split: str, number: int, seed: int) -> Path:
-    """Pictures of one large object, and the question for its colour."""
+    """Images of one large object, and the question for its colour."""
     rng, rows = np.random.default_rng(seed), []
     while len(rows) < number:
         scene = make_scene(rng)
@@ -93,7 +93,7 @@ def test_it_learns_to_see(modules, tmp_path, monkeypatch):
     assert accuracy(tmp_path / "run" / "model") > 2 * chance
 
 
-# ---------------------------------------------------------------- pieces of the recipe
+# ---------------------------------------------------------------- parts of the recipe
 
 
 def test_gradients_that_cpus_like_are_the_gradients(modules):
@@ -129,7 +129,7 @@ def test_the_first_patch_embedding_tells_patches_apart(modules):
 
 
 def test_the_tower_is_told_of_every_object_once(modules, tmp_path):
-    """At its middle on the base tile, with its place in the picture, and again on the tiles of the grid together."""
+    """At its middle on the base tile, with its place in the image, and again on the tiles of the grid together."""
     warm_up, config = modules("warm_up"), modules("model").CONFIG
     scenes, paths = [make_scene(np.random.default_rng(seed)) for seed in range(12)], []
     for i, scene in enumerate(scenes):
@@ -214,7 +214,7 @@ def test_the_curves_of_all_phases_are_drawn(modules, tmp_path):
     assert list(axes[1].get_lines()[0].get_ydata()) == [0.1, 0.2]
 
 
-def test_a_run_goes_on_only_with_the_settings_that_it_was_begun_with(modules, tmp_path, run_cli):
+def test_a_run_is_resumed_only_with_the_settings_that_it_was_begun_with(modules, tmp_path, run_cli):
     recipe, run = modules("recipe"), tmp_path / "run"
     settings = {"share": 1.0, "tower": {"steps": 2}, "grid": ((1, 2),)}
     recipe.begin(run, settings)

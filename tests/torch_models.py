@@ -64,7 +64,7 @@ def make_model(kind: str, decoder: str, directory):
             else:
                 p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(directory)
-    if kind == "llava":  # whose processor pads only if told to
+    if kind == "llava":  # whose processor pads only where its settings say so
         (directory / "preprocessor_config.json").write_text(json.dumps({"do_pad": True}))
     for file in (GOLDEN / "tokenizer").iterdir():
         shutil.copy(file, directory)

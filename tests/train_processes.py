@@ -2,7 +2,7 @@
 
     python tests/train_processes.py --processes 2 --devices 4 -- --preset v1.5-pretrain --checkpoint DIR ...
 
-Everything behind `--` goes to `python -m train`. `--kill I` ends process I by SIGKILL after the third update.
+Everything behind `--` goes to `python -m train`. `--kill I` ends process I by SIGKILL after the third step.
 """
 
 import argparse
@@ -37,10 +37,10 @@ def start(flags: list[str], *, processes: int = 2, devices: int = 4, environment
     ]  # fmt: skip
 
 
-def wait_for_updates(output: Path, updates: int, process: subprocess.Popen) -> None:
-    """Until the run has written so many, or its process has ended."""
+def wait_for_steps(output: Path, steps: int, process: subprocess.Popen) -> None:
+    """Wait until the run has logged so many steps, or its process has ended."""
     metrics = output / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= updates):
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
         time.sleep(0.01)
 
 
@@ -53,7 +53,7 @@ def main() -> int:
     flags = flags[1:] if flags[:1] == ["--"] else flags
     started = start(flags, processes=args.processes, devices=args.devices)
     if args.kill is not None:
-        wait_for_updates(Path(flags[flags.index("--output") + 1]), 3, started[0])
+        wait_for_steps(Path(flags[flags.index("--output") + 1]), 3, started[0])
         started[args.kill].send_signal(signal.SIGKILL)
         begun = time.monotonic()
     codes = [process.wait() for process in started]

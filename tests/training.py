@@ -18,7 +18,7 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
 
 
 def good_row(i: int) -> dict:
-    """A conversation, about one picture, two, or none; no two are alike."""
+    """A conversation about one image, two, or none; no two are alike."""
     answer = f"{i} " + "the " * (i * 7 % 23)
     if i % 10 == 3:
         return {"id": f"row{i}", "conversations": turns(f"Say {i}", answer, "More?", "is and")}

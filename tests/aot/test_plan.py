@@ -79,7 +79,7 @@ def test_stages_of_a_7b_model_compute_at_most_four_fifths_of_full_training():
 @compiles
 @needs_libtpu
 def test_nothing_moves_that_grows_with_the_sequence():
-    """Neither for the splice nor the embedding nor the loss, which is two pieces of 512 positions: all but parameters
+    """Neither for the splice nor the embedding nor the loss, which is two chunks of 512 positions: all but parameters
     and gradients is less than a third of a row's activations, sent once, to one chip."""
     needs = plan_step(MODEL, "v1.5-finetune", "v6e:2x4", rows=1, length=1024, tiles=4)
     check_step(needs)

@@ -185,7 +185,7 @@ class TestOnTpu:
     pytestmark = needs_libtpu
 
     def test_products_and_gathers_of_a_compiled_program(self):
-        """Three layers of x W, W cut over four chips: all by hand."""
+        """Three layers of x W, W sharded over four chips: all by hand."""
         mesh = make_mesh({"fsdp": 4}, tpu.slice_devices("v5e:2x2"))
 
         def f(w_LDD, x_BD):

@@ -50,7 +50,7 @@ def test_loading_onto_a_mesh_from_either_format(tmp_path, mesh):
         assert_same_params(params, load_golden("v1.6-mistral")[1])
 
 
-def test_existing_destination_is_kept_unless_told(tmp_path, run_cli):
+def test_existing_destination_is_kept_without_overwrite(tmp_path, run_cli):
     destination = tmp_path / "o"
     source = GOLDEN / "checkpoints/v1.5-llama"
     to_hf(source, destination, part="projector")

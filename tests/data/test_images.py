@@ -49,7 +49,7 @@ def test_anyres_layout_equals_the_reference():
         assert [rows, columns] == case["unpadded_rows_cols"], case
 
 
-def test_very_long_picture_may_leave_no_rows():
+def test_very_long_image_may_leave_no_rows():
     config = c.preset("v1.6-vicuna-7b")
     assert count_features(TileLayout((10_000, 100), (3, 1)), config) == 576
 
@@ -153,7 +153,7 @@ def test_what_is_no_image_is_named():
             open_image(what)
 
 
-def test_a_square_around_a_long_picture_has_a_limit():
+def test_a_square_around_a_long_image_has_a_limit():
     config = c.tiny(aspect_ratio="pad", merge="flat")
     tile_layout((13000, 100), config)
     with pytest.raises(InputError, match="too long to be padded"):
@@ -203,7 +203,7 @@ def test_broken_bytes_never_escape_as_anything_but_an_input_error(scene):
         (lambda d: write(d / "a.tif", image_file(Image.new("I", (20, 20), 10**6), "TIFF")), "32-bit"),
     ],
 )
-def test_pictures_nobody_can_look_at(tmp_path, make, says):
+def test_images_nobody_can_look_at(tmp_path, make, says):
     with pytest.raises(InputError, match=says):
         open_image(make(tmp_path))
 

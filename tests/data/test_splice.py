@@ -35,7 +35,7 @@ def test_flat_takes_all_rows_in_order():
 
 def test_spatial_puts_tiles_side_by_side():
     rows = merge_rows(TileLayout((56, 28), (2, 1)), SPATIAL)
-    assert rows[:16].tolist() == list(range(16))  # the whole picture first
+    assert rows[:16].tolist() == list(range(16))  # the whole image first
     assert rows[16:24].tolist() == [16, 17, 18, 19, 32, 33, 34, 35]  # then lines across both tiles
 
 
@@ -62,7 +62,7 @@ def test_rounding_of_either_rule():
     assert counts[0] != counts[1]
 
 
-def test_small_pictures_tie_and_each_rule_reads_the_list_its_own_way():
+def test_small_images_tie_and_each_rule_reads_the_list_its_own_way():
     config = c.preset("v1.6-vicuna-7b")
     assert tile_layout((300, 300), config).grid == (1, 2)
     assert tile_layout((300, 300), config.replace(image_rules="transformers")).grid == (2, 1)
@@ -101,7 +101,7 @@ def test_left_padding():
     assert batch.segments.tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
 
 
-def test_truncation_cuts_the_right_even_through_an_image():
+def test_truncation_is_on_the_right_even_through_an_image():
     place = TileLayout((20, 20))
     labels = np.array([IGNORE, IGNORE, 6], np.int32)
     long = row(5, IMAGE, 6, layouts=[place], labels=labels)

@@ -59,7 +59,7 @@ def test_questions_come_with_what_was_said_before(folder):
     assert (third.turns, third.answer, third.kind, third.images) == (("c?",), "3", "all", ())
 
 
-def test_a_picture_comes_with_the_turn_that_shows_it(folder):
+def test_an_image_comes_with_the_turn_that_shows_it(folder):
     turns = ["hi", "hello", "b?\n<image>", "2"]
     write(folder, "\n".join(map(json.dumps, [row(turns, image=PICTURES[0]), row(["a?", "1"], image=PICTURES)])))
     first, second, third = read_questions(folder / "test.json", folder / "images")
@@ -69,7 +69,7 @@ def test_a_picture_comes_with_the_turn_that_shows_it(folder):
 
 
 def test_accuracy_by_kind(run, folder):
-    """Right answers are the model's own; one of them is told wrong, one is in other letters."""
+    """Right answers are the model's own; one of them is wrong, one is in other letters."""
     engine = golden_engine("v1.6-mistral")
     pictures = [folder / "images" / name for name in PICTURES]
     one = engine.ask(QUESTION, pictures[0], max_new_tokens=4).text
@@ -112,7 +112,7 @@ def test_a_question_that_cannot_be_asked_is_named_and_counts_as_wrong(run, folde
 @pytest.mark.parametrize(
     ("answers", "says"), [(["?"], "1 answer"), (["?", "A"], "1 answer"), (["?", "?"], "2 answers")]
 )
-def test_what_counts_as_wrong_is_told_of_one_and_of_several(run, folder, monkeypatch, answers, says):
+def test_what_counts_as_wrong_is_said_of_one_and_of_several(run, folder, monkeypatch, answers, says):
     result = {"no_option": sum(answer == "?" for answer in answers), "failed": 1, "questions": len(answers)}
     monkeypatch.setattr(evaluate, "load_engine", lambda args: None)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: result)

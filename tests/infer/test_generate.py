@@ -231,13 +231,13 @@ def test_a_tokenizer_of_another_model_is_noticed():
         engine.ask("Hi", [picture(0)])
 
 
-def test_longer_answers_than_the_context_are_cut_there():
+def test_longer_answers_than_the_context_are_truncated_there():
     engine = golden_engine("v1.5-llama")
     answer = engine.ask("Hi", max_new_tokens=10**6, temperature=1.0, top_k=1)
     assert answer.prompt_tokens + len(answer.token_ids) <= engine.context
 
 
-def test_a_picture_is_fetched_once(monkeypatch):
+def test_an_image_is_fetched_once(monkeypatch):
     data, asked = (GOLDEN / "images" / "0_64x48.png").read_bytes(), []
     monkeypatch.setattr(urls, "_download", lambda url: asked.append(url) or data)
     engine = golden_engine("v1.5-llama")
@@ -246,7 +246,7 @@ def test_a_picture_is_fetched_once(monkeypatch):
     assert answer.token_ids == engine.ask("Hi", [picture(0)], max_new_tokens=4).token_ids
 
 
-def test_one_picture_is_held_at_a_time(monkeypatch):
+def test_one_image_is_held_at_a_time(monkeypatch):
     opened, alive, decode = [], [], images._decode
 
     def watched(*arguments, **options):
@@ -278,7 +278,7 @@ def test_logits_for_a_conversation():
 
 
 def test_after_one_warm_up_per_bucket_nothing_compiles():
-    """200 pictures of random sizes, with questions of random lengths."""
+    """200 images of random sizes, with questions of random lengths."""
     found, params = load_golden("v1.6-mistral")
     buckets = Buckets(lengths=(64, 96, 128, 160), tiles=(0, 3, 4, 5))
     engine = Engine(params, found.config, found.tokenizer, one_device(), buckets=buckets)

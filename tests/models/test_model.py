@@ -115,7 +115,7 @@ def naive_attention(q, k, v, mask):
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("S", [5, 300, 700])
 def test_attention_equals_the_definition(S, segments, window, devices):
-    """Both ways of running plain attention, whole blocks and pieces of them."""
+    """Both ways of running plain attention, whole blocks and parts of them."""
     q, k, v = random_heads(S=S)
     ids = np.ones((2, S), np.int32)
     if segments:

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, run beside ours: logits, greedy tokens, any size of picture.
+"""Tiny random models of transformers, run beside ours: logits, greedy tokens, any size of image.
 
 Needs torch, which is not needed for anything else.
 """
@@ -71,7 +71,7 @@ def test_logits_and_greedy_tokens_over_random_sizes(pair):
 
 
 @torch.inference_mode()
-def test_several_pictures_and_none(pair):
+def test_several_images_and_none(pair):
     kind, model, engine = pair
     two = [picture((60, 40)), picture((33, 90))]
     for images in ([], two):

@@ -29,7 +29,7 @@ MESHES = [
 
 @functools.cache
 def mixed_batch(name: str) -> Batch:
-    """Eight rows: no picture, one, two."""
+    """Eight rows: no image, one, two."""
     found, _ = load_golden(name)
     talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "Yes."}]
     several = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "Both."}]
@@ -181,12 +181,12 @@ def test_specs():
     assert spec("decoder/norm/scale") == P()
     assert spec("vision/layers/0/mlp/up/bias") == P("tensor")
     assert spec("projector/linear_0/kernel") == P("fsdp", "tensor")
-    # Nearly all of the model is cut by every axis.
+    # Nearly all of the model is sharded by every axis.
     whole = sum(np.prod(shape) for path, shape in shapes.items() if set(spec(path)) < {"fsdp", "tensor"})
     assert whole / sum(np.prod(shape) for shape in shapes.values()) < 0.03
 
 
-def test_rows_are_cut_rather_than_columns_where_either_will_do():
+def test_rows_are_sharded_rather_than_columns_where_either_will_do():
     config = c.preset("v1.5-7b")
     down, table = "decoder/layers/0/mlp/down/kernel", "decoder/embed/embedding"
     assert Partition(config, make_mesh({"fsdp": 8})).spec(down, (11008, 4096)) == P("fsdp", None)
@@ -194,7 +194,7 @@ def test_rows_are_cut_rather_than_columns_where_either_will_do():
     assert Partition(config, make_mesh({"fsdp": 8})).spec(table, (32003, 4096)) == P(None, "fsdp")
 
 
-def test_heads_are_not_cut_through():
+def test_no_head_is_split_between_shards():
     config = c.preset("v1.6-mistral-7b")  # 8 key/value heads
     mesh = make_mesh({"tensor": 8})
     assert Partition(config, mesh).spec("decoder/layers/0/attention/k/kernel", (4096, 1024)) == P("fsdp", "tensor")

@@ -22,7 +22,7 @@ SIZES = [(20, 20), (40, 20), (20, 50), (56, 56), (90, 30), (30, 90)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures 0.png ... 11.png, all different, and broken ones."""
+    """Images 0.png ... 11.png, all different, and broken ones."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for i in range(12):
@@ -74,7 +74,7 @@ WORDS = ("cat", "dog", "tree", "house", "street")
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Twenty conversations; those with a picture, as stage 1 wants them; half of these for evaluation."""
+    """Twenty conversations; those with an image, as stage 1 wants them; half of these for evaluation."""
     directory = tmp_path_factory.mktemp("data")
     shutil.copytree(GOLDEN / "images", directory / "images")
     names = sorted(path.name for path in (directory / "images").iterdir())

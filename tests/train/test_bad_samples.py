@@ -55,7 +55,7 @@ def test_bad_samples_are_listed_once_over_restarts(write, config, models, capsys
     assert not file.with_name("bad_samples.1.jsonl").exists()
 
 
-def test_each_process_lists_the_broken_pictures_of_its_own_rows(write, config, models):
+def test_each_process_lists_the_broken_images_of_its_own_rows(write, config, models):
     rows = [good_row(i) | ({"image": "truncated.jpg"} if i % 5 == 1 else {}) for i in range(40)]
     settings = config(write(rows), max_bad_share=0.3)
     for process in (0, 1):
@@ -126,7 +126,7 @@ def test_one_bad_sample_of_a_few_stops_nothing(write, config, models, capsys):
 
 
 def test_processes_stop_together_at_what_each_of_them_found(write, config, models):
-    """Ten of a hundred pictures are broken. Either process knows of some, and goes on until both know of all."""
+    """Ten of a hundred images are broken. Either process knows of some, and continues until both know of all."""
     rows = [good_row(i) | ({"image": "truncated.jpg"} if i % 10 == 1 else {}) for i in range(100)]
 
     def stop(**changes) -> set[str]:
@@ -149,12 +149,12 @@ def test_processes_stop_together_at_what_each_of_them_found(write, config, model
     (one,) = stop(**share)
     assert "bad samples: 10 among the first 100, more than --max-bad-share 0.08 allows" in one
     data = open_data(config(write(rows), max_bad_share=0.19), *models["v1.6-mistral"])
-    data.bad.set_state([20, 50])  # of the run that goes on
+    data.bad.set_state([20, 50])  # of the run that is resumed
     with pytest.raises(InputError, match="bad samples: (29|30) among the first 150"):
         take(data, 30)
 
 
-def test_nothing_but_broken_pictures(write, config, models):
+def test_nothing_but_broken_images(write, config, models):
     path = write([good_row(0) | {"image": "truncated.jpg"}] * 3)
     with pytest.raises(InputError, match=r"none of its images can be read; .*row 0 \(id row0\): .*broken image"):
         open_data(config(path), *models["v1.6-mistral"])
@@ -162,7 +162,7 @@ def test_nothing_but_broken_pictures(write, config, models):
 
 @pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
 def test_text_does_not_hide_a_wrong_image_folder(name, write, config, models, tmp_path, monkeypatch):
-    """Of v1.5 no picture is touched before it is loaded; of v1.6 the head of each has been read."""
+    """Of v1.5 no image is touched before it is loaded; of v1.6 the head of each has been read."""
     tried, load = [], Samples.load
     monkeypatch.setattr(Samples, "load", lambda self, one: tried.append(one.index) or load(self, one))
     path = write([good_row(3)] * 2 + [good_row(i) for i in range(98)])

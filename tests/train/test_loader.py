@@ -109,10 +109,10 @@ def test_epochs(write, config, models):
     assert [i for _, info in other for i in info["ids"]] != passes[0][: sum(len(info["ids"]) for _, info in other)]
 
 
-def test_bucketed_batches_have_pictures_throughout_or_nowhere(write, config, models):
+def test_bucketed_batches_have_images_throughout_or_nowhere(write, config, models):
     settings = config(write([good_row(i) for i in range(95)]), batching="bucketed", global_batch_size=4)
     data = open_data(settings, *models["v1.6-mistral"])
-    assert data.steps_per_epoch == 24  # 10 texts, 85 pictures: 2 and 21 batches, one of what is left
+    assert data.steps_per_epoch == 24  # 10 texts, 85 images: 2 and 21 batches, one of what is left
     orders = []
     for _ in range(2):
         found = [next(data) for _ in range(24)]
@@ -131,7 +131,7 @@ def test_bucketed_batches_have_pictures_throughout_or_nowhere(write, config, mod
     assert sum(int(a[3:]) < int(b[3:]) for a, b in itertools.pairwise(orders[0])) < 70
 
 
-def test_what_is_told_of_a_batch(write, config, models):
+def test_what_is_logged_of_a_batch(write, config, models):
     settings = config(write([good_row(i) for i in range(40)]), tiles_per_row=10)
     data = open_data(settings, *models["v1.6-mistral"])
     assert "40 conversations, template mistral_instruct" in data.describe()
@@ -269,7 +269,7 @@ def test_tiles_of_a_row_are_few_but_hardly_decide_what_fits(write, config, model
     assert found[60][1] <= found[None][1] < found[60][1] + 0.01 < found[14][1]
 
 
-def test_longer_rows_where_pictures_leave_too_much_of_short_ones(write, config, models):
+def test_longer_rows_where_images_leave_too_much_of_short_ones(write, config, models):
     model, tokenizer = models["v1.5-llama"]
     row = {"image": "0.png", "conversations": turns("<image>", " ".join(["the"] * 540))}
     settings = config(write([row] * 8), template="plain", max_length=1024, global_batch_size=4)

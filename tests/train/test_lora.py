@@ -164,8 +164,8 @@ def test_dropout_is_one_operation_for_each_adapter():
     assert text.count("stablehlo.rng_bit_generator") == 2 * 7
 
 
-@pytest.mark.parametrize("rank", [4, 16])  # the former is not cut by columns
-def test_factors_are_cut_by_rows(rank):
+@pytest.mark.parametrize("rank", [4, 16])  # the former is not sharded by columns
+def test_factors_are_sharded_by_rows(rank):
     mesh = make_mesh({"fsdp": 8})
     for name in ("attention/o", "mlp/down"):
         assert Partition(c.tiny(), mesh).spec(f"decoder/layers/0/{name}/lora_a", (64, rank)) == P("fsdp", None)

@@ -64,7 +64,7 @@ def test_preview_in_json_is_what_a_batch_holds(write, config, models, run_cli):
         assert shown[name]["ids"] == np.where(text, batch.ids[b, :n], IMAGE).tolist()
         assert sum(image["features"] for image in shown[name]["images"]) >= (~text).sum()
     assert shown["row7"]["cut"] > 0
-    assert shown["row6"]["ids"][-1] == IMAGE  # cut through a picture
+    assert shown["row6"]["ids"][-1] == IMAGE  # truncated within an image
     assert [image["file"] for image in shown["row1"]["images"]] == ["1.png"]
     assert shown["row1"]["trained"] == sum(label != IGNORE for label in shown["row1"]["labels"])
 

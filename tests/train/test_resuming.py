@@ -14,11 +14,11 @@ from helpers import ROOT
 from llava_jax.checkpoints.orbax_files import open_ours
 from train import loop
 from train import run_directory as output_module
-from train_processes import start, wait_for_updates
+from train_processes import start, wait_for_steps
 from training import CHECKPOINT, flags, mesh_of_one, read_metrics, steps_and_losses
 
 
-def test_told_to_stop_a_run_loses_no_update(train, finished, on_one_device, monkeypatch, tmp_path):
+def test_a_run_that_a_signal_stops_loses_no_step(train, finished, on_one_device, monkeypatch, tmp_path):
     output, asked = tmp_path / "out", loop.StopSignal.at
 
     def at(self, step):
@@ -129,14 +129,14 @@ def test_killed_at_any_moment_a_run_computes_the_same():
 
 
 def test_two_processes_are_one_run(train, finished, on_one_device, monkeypatch, data, tmp_path):
-    """They go on with what one process on one device began. Process 1 is killed; process 0 says so in one line, and
+    """They resume what one process on one device began. Process 1 is killed; process 0 says so in one line, and
     ends. Started again they end the run: the losses and the model of one process in one go."""
     output = tmp_path / "out"
     monkeypatch.setattr(loop.StopSignal, "at", lambda self, step: signal.SIGTERM if step == 3 else 0)
     assert train(output)[0] == 128 + signal.SIGTERM
     run = dict(stderr=subprocess.PIPE, text=True)
     started = start([*flags(data, output), "--heartbeat", 5], **run)
-    wait_for_updates(output, 4, started[0])
+    wait_for_steps(output, 4, started[0])
     started[1].kill()
     begun = time.monotonic()
     said = started[0].communicate()[1]
@@ -155,7 +155,7 @@ def test_two_processes_are_one_run(train, finished, on_one_device, monkeypatch, 
         np.testing.assert_allclose(one[path].read(), other[path].read(), rtol=1e-3, atol=1e-4, err_msg=path)
 
 
-def test_a_picture_that_one_process_cannot_read_stops_both(data, tmp_path):
+def test_an_image_that_one_process_cannot_read_stops_both(data, tmp_path):
     """Each says which, and ends with status 1: not aborted, and not with the advice to start again. Before that they
     train in bfloat16."""
     rows = json.loads((data / "plain.json").read_text())

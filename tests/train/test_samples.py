@@ -136,7 +136,7 @@ def test_absolute_paths_in_the_image_folder_are_taken(write, folder, models, tmp
             assert "is outside the image folder" in samples.measure(4).reason
 
 
-def test_a_picture_is_at_fault_by_name(write, folder, models):
+def test_an_image_is_at_fault_by_name(write, folder, models):
     rows = [{"id": 9, "image": ["0.png", "truncated.jpg"], "conversations": turns("<image><image>", "x")}]
     samples = Samples(write(rows), str(folder), *models["v1.5-llama"])
     found = samples.load(samples.measure(0))
@@ -184,7 +184,7 @@ def test_links_are_followed_within_the_image_folder(name, write, folder, models,
         assert isinstance(found, BadSample) == (image in ("loop.png", "gone.png")), (image, says)
 
 
-def test_a_long_conversation_is_cut_and_pictures_behind_the_cut_are_forgotten(write, folder, models):
+def test_a_long_conversation_is_truncated_and_images_behind_its_end_are_forgotten(write, folder, models):
     model, tokenizer = models["v1.5-llama"]
     row = {"image": ["0.png", "missing.png"], "conversations": turns("<image> a", "the", "b <image>", "is")}
     path = write([row])

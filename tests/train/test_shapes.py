@@ -1,4 +1,4 @@
-"""Pictures of shapes: their questions follow from what is drawn, and their files are training data."""
+"""Images of shapes: their questions follow from what is drawn, and their files are training data."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def test_objects_lie_apart_and_inside():
 
 
 def test_small_and_large_differ_in_whatever_grid_they_are_seen():
-    """A picture is scaled to its grid of tiles; an object's pixels there tell its size."""
+    """An image is scaled to its grid of tiles; an object's pixels there tell its size."""
     config, seen = tiny(), {size: [] for size in SIZES}
     for seed in range(400):
         scene = make_scene(np.random.default_rng(seed))
@@ -149,7 +149,7 @@ def test_answers_follow_from_the_scene_and_nothing_ambiguous_is_asked(kind, some
     assert {question: found.get(question) for question in some} == some
 
 
-def test_lists_name_each_once_and_pictures_are_told_as_one_reads():
+def test_lists_name_each_once_and_images_are_described_as_one_reads():
     things = [
         thing("small red star", (5, 10, 15, 20)),
         thing("large red circle", (20, 5, 35, 20)),
@@ -184,7 +184,7 @@ def test_reasoning_shows_its_steps():
     assert {question: found.get(question) for question in some} == some
 
 
-def test_two_pictures():
+def test_two_images():
     other = Scene(60, 60, "noisy", (thing("large blue star", (10, 10, 30, 30)),))
     found = ask_often(questions.two_images, SCENE, other)
     some = {
@@ -290,7 +290,7 @@ def test_every_kind_is_tested_as_often(data):
     assert max(numbers) - min(numbers) <= 2
 
 
-def test_train_and_test_share_no_picture(data):
+def test_train_and_test_share_no_image(data):
     def images(*names):
         rows = [row for name in names for row in read(data, name) if "image" in row]
         return {image for row in rows for image in np.atleast_1d(row["image"])}

@@ -21,7 +21,7 @@ def test_a_run_saves_by_the_clock_too(train, on_one_device, tmp_path):
 
 
 def saves_by(clocks, minutes: float, updates: int, monkeypatch) -> list[list[int]]:
-    """The updates after which processes save whose clocks these are: functions of the number of updates made."""
+    """The steps after which processes save whose clocks these are: functions of the number of steps made."""
     now, now_at, said, asked = [0.0], [0], {}, set()
 
     def share(text):  # process 0 comes first
@@ -122,7 +122,7 @@ def test_latest_and_best_checkpoints_are_kept(tmp_path):
     np.testing.assert_array_equal(again.restore(small_state(0))["a"], np.full((4, 4), 6))
 
 
-def test_a_failed_save_is_told_and_loses_nothing(tmp_path, capsys):
+def test_a_failed_save_is_warned_of_and_loses_nothing(tmp_path, capsys):
     directory, away = tmp_path / "c", tmp_path / "away"
     checkpoints = Checkpoints(directory, keep=1)
     checkpoints.save(1, small_state(1), {"step": 1})
@@ -141,7 +141,7 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path, capsys):
     assert sorted(path.name for path in directory.iterdir()) == ["3"]
 
 
-def test_a_save_that_fails_as_it_is_written_is_told(tmp_path, capsys):
+def test_a_save_that_fails_as_it_is_written_is_warned_of(tmp_path, capsys):
     """As on a full disk: files may not grow beyond a size."""
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     large = {"a": jax.random.normal(jax.random.key(0), (300, 300))}

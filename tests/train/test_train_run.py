@@ -84,7 +84,7 @@ def test_an_evaluation_on_the_training_data_and_on_text_alone(train, data, on_on
         assert "evaluation after step 2: loss" in err and "warning: no evaluation" not in err
 
 
-FATES = {  # of an image, while a run goes on
+FATES = {  # of an image, during a run
     "is gone": (Path.unlink, "no such image"),
     "is a directory": (lambda path: (path.unlink(), path.mkdir()), "a directory, not a file"),
     "is a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe, not a file"),
@@ -93,7 +93,7 @@ FATES = {  # of an image, while a run goes on
 }
 
 
-def test_what_becomes_of_images_while_a_run_goes_on_ends_no_run(train, data, on_one_device, monkeypatch, tmp_path):
+def test_what_becomes_of_images_during_a_run_ends_no_run(train, data, on_one_device, monkeypatch, tmp_path):
     """Each is listed with its reason; another image in the place of one is read like any other."""
     names = sorted(path.name for path in (data / "images").iterdir())
     (tmp_path / "images").mkdir()
@@ -150,7 +150,7 @@ def changed_paths(output) -> set[str]:
 
 
 def test_what_eight_devices_write_is_what_one_writes(train, data, monkeypatch, tmp_path):
-    """Every weight is trained, cut and put together again."""
+    """Every weight is trained, sharded and put together again."""
     full = (
         "--preset", "v1.5-finetune", "--tune", "projector,decoder,vision", "--data", data / "data.json", "--steps", 2,
         "--mesh", "data=2,fsdp=2,tensor=2", "--adam-eps", 0.01, "--global-batch-size", 8,

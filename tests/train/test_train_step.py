@@ -1,4 +1,4 @@
-"""One update: against the reference's curves, against itself cut up in every way, and what it leaves alone."""
+"""One step: against the reference's curves, against itself split in every way, and what it leaves alone."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ def start(config: TrainConfig, batch, model=None, mesh=None, params=None, total_
 
 
 def conversation(rng: np.random.Generator, model, sizes=()) -> Row:
-    """Random ids and pictures; what comes after the pictures is partly labelled."""
+    """Random ids and images; what comes after the images is partly labelled."""
     places = tuple(images.tile_layout(size, model) for size in sizes)
     side = model.vision.image_size
     tiles = tuple(rng.integers(0, 256, (place.tiles, side, side, 3), dtype=np.uint8) for place in places)
@@ -92,7 +92,7 @@ def test_losses_and_gradient_norms_of_the_reference(curve):
     np.testing.assert_allclose(norms, want["grad_norms"], rtol=2e-4)
 
 
-# ---------------------------------------------------------------- the same however it is cut
+# ---------------------------------------------------------------- the same however it is split
 
 STILL = PLAIN.replace(tune="projector,decoder,vision", learning_rate=0.0, adam_b1=0.0)  # so that `mu` is the gradient
 
@@ -169,8 +169,8 @@ def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding():
 
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_pieces_of_the_head_add_up(monkeypatch, tied, trained):
-    """Six pieces, of which the last ones are needed by no row and skipped."""
+def test_chunks_of_the_head_add_up(monkeypatch, tied, trained):
+    """Six chunks, of which the last ones are needed by no row and skipped."""
     rng = np.random.default_rng(0)
     model = c.tiny()
     model = model.replace(text=dataclasses.replace(model.text, tied_head=tied))
@@ -334,7 +334,7 @@ def test_remat_policies_trade_memory_for_work():
 # ---------------------------------------------------------------- what goes wrong
 
 
-def test_an_update_that_is_not_finite_is_left_out():
+def test_a_step_that_is_not_finite_is_skipped():
     model = c.tiny()
     batch = splice(conversations(model)[:2], model)
     frozen, state, step, _, batch = start(PLAIN.replace(tune="projector"), batch)
