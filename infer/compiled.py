@@ -55,7 +55,7 @@ def splice(params, features_BRD, ids_BS, feature_rows_BS, *, partition: Partitio
 @functools.partial(jax.jit, static_argnames=("partition", "eos_ids", "new_tokens", "int8_cache"))
 def prefill(params, x_BSD, lengths, limits, keys, knobs, *, partition, eos_ids, new_tokens, int8_cache=False) -> State:
     """Fill a new cache with the prompts, and choose the first token of each answer."""
-    config, (B, S, _) = partition.config, x_BSD.shape
+    config, (B, S, _) = partition.config.text, x_BSD.shape
     decoder, slots = params["decoder"], S + new_tokens
     x_BD, cache = llama.prefill(decoder, config, x_BSD, lengths, slots, int8=int8_cache, partition=partition)
     tokens = choose(llama.logits(decoder, config, x_BD, partition), _fold(keys, 0), knobs, partition)
@@ -66,9 +66,9 @@ def prefill(params, x_BSD, lengths, limits, keys, knobs, *, partition, eos_ids, 
 
 def _decode(params, state: State, stopped, steps, knobs, *, partition, eos_ids) -> State:
     """Up to `steps` decode steps, for the rows that are neither done nor `stopped` [B]."""
-    config = partition.config
+    config = partition.config.text
     last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
-    slots_M = jnp.arange(state.cache[0][0].shape[3])
+    slots_M = jnp.arange(state.cache[0].keys_BKNM.shape[3])
     S = state.prompt_slots
 
     def body(state: State) -> State:
@@ -76,9 +76,9 @@ def _decode(params, state: State, stopped, steps, knobs, *, partition, eos_ids) 
         positions = state.lengths + state.step
         slot_positions = jnp.where(slots_M < S, slots_M, state.lengths[:, None] + slots_M - S)
         visible_BM = (slots_M < state.lengths[:, None]) | ((slots_M >= S) & (slots_M < slot))
-        if config.text.sliding_window:
-            visible_BM &= positions[:, None] - slot_positions < config.text.sliding_window
-        x_BD = llama.embed(params["decoder"], config, state.tokens, partition)
+        if config.sliding_window:
+            visible_BM &= positions[:, None] - slot_positions < config.sliding_window
+        x_BD = llama.embed(params["decoder"], state.tokens, partition)
         x_BD, cache = llama.decode_step(
             params["decoder"], config, x_BD, positions, visible_BM, slot, state.cache, partition
         )
@@ -118,8 +118,8 @@ def _fold(keys: jax.Array, step) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="partition")
 def logits(params, x_BSD, lengths, *, partition: Partition) -> jax.Array:
     """Logits [B, S, V] of whole conversations, without a cache."""
-    config, (B, S, _) = partition.config, x_BSD.shape
+    config, (B, S, _) = partition.config.text, x_BSD.shape
     positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
     segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)
-    x_BSD = llama.decode(params["decoder"], config, x_BSD, positions_BS, segments_BS, partition=partition)
+    x_BSD = llama.forward(params["decoder"], config, x_BSD, positions_BS, segments_BS, partition=partition)
     return llama.logits(params["decoder"], config, x_BSD, partition)

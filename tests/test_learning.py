@@ -103,7 +103,7 @@ def test_gradients_that_cpus_like_are_the_gradients(modules):
 
     def gradients():
         def loss(params):
-            features = vision_features(params["vision"], model, normalise(tiles, model.vision))
+            features = vision_features(params["vision"], model.vision, normalise(tiles, model.vision))
             return jnp.sum(project(params["projector"], model, features) ** 2)
 
         return jax.jit(jax.grad(loss))(params)

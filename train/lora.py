@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.checkpoints.tensor_names import write_name
 from llava_jax.config import LlavaConfig
+from llava_jax.models.layers import SAVED_LORA
 from llava_jax.models.llava import Params
 from llava_jax.sharding.fsdp import row_shard_index
 from train.config import TrainConfig
@@ -81,7 +82,7 @@ def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
             kept = jax.lax.map(lambda key: jax.random.bits(key, x.shape[1:], "uint16") >= dropped, keys)
             x = jnp.where(kept, x / (1 - config.lora_dropout), 0).astype(x.dtype)
         a, b = (dense.get_variable("params", name) for name in FACTORS)
-        return out + checkpoint_name(x @ a * scale(config), "lora") @ b
+        return out + checkpoint_name(x @ a * scale(config), SAVED_LORA) @ b
 
     return nn.intercept_methods(step_in)
 

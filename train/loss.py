@@ -57,15 +57,10 @@ def loss_sum(
             params = params | {"decoder": params["decoder"] | {"layers": layers}}
         with lora.adapted(config):
             x_BSD = llava.embed_batch(params, model, batch, partition, config.remat)
-            x_BSD = llama.decode(
-                params["decoder"],
-                model,
-                x_BSD,
-                batch.positions,
-                batch.segments,
-                partition=partition,
-                remat=config.remat,
-            )
+            x_BSD = llama.forward(
+                params["decoder"], model.text, x_BSD, batch.positions, batch.segments,
+                partition=partition, remat=config.remat,
+            )  # fmt: skip
         trained = is_trained("decoder/head/kernel", config)
         return head_loss(params["decoder"], x_BSD, next_tokens(batch), model, partition, trained)
 
@@ -170,7 +165,7 @@ def _pick(x_BSD: jax.Array, order_Bn: jax.Array, partition: Partition) -> jax.Ar
 def _loss_of_chunk(
     params: Params, picked_BnD: jax.Array, targets_Bn: jax.Array, model: LlavaConfig, partition: Partition
 ) -> jax.Array:
-    logits_BnV = partition.constrain(llama.logits(params, model, picked_BnD), BATCH, None, TENSOR)
+    logits_BnV = partition.constrain(llama.logits(params, model.text, picked_BnD), BATCH, None, TENSOR)
     wanted = jnp.arange(logits_BnV.shape[-1]) == targets_Bn[..., None]
     right_Bn = jnp.sum(jnp.where(wanted, logits_BnV, 0), axis=-1)
     return jnp.sum(jnp.where(targets_Bn != IGNORE, jax.nn.logsumexp(logits_BnV, axis=-1) - right_Bn, 0))

@@ -241,7 +241,7 @@ def warm_up_tower(
     directions = jax.random.normal(jax.random.key(seed), (width, 5)) / width
 
     def predict(trained, tiles):
-        x = vision_features(trained["vision"], config, normalise(tiles, config.vision))
+        x = vision_features(trained["vision"], config.vision, normalise(tiles, config.vision))
         x = project(trained["projector"], config, x)
         x = x.reshape(len(tiles), config.vision.patches_per_side, -1, width)
         return x, [x @ token for token in tokens]
@@ -308,9 +308,11 @@ def warm_up_decoder(configs: Sequence[TrainConfig], steps: int, rate: float) -> 
     def wrong(trained, frozen, batch):
         params = union(frozen, trained)
         x = llava.embed_batch(params, found.config, batch, partition)
-        x = llama.decode(params["decoder"], found.config, x, batch.positions, batch.segments, partition=partition)
+        x = llama.forward(params["decoder"], found.config.text, x, batch.positions, batch.segments, partition=partition)
         targets = next_tokens(batch)
-        return (targets != IGNORE) & (llama.logits(params["decoder"], found.config, x, partition).argmax(-1) != targets)
+        return (targets != IGNORE) & (
+            llama.logits(params["decoder"], found.config.text, x, partition).argmax(-1) != targets
+        )
 
     def accuracy(trained) -> float:
         right = asked = 0

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llava_jax.config import LlavaConfig, VisionConfig
+from llava_jax.config import VisionConfig
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, init_layers, init_module, run_layers
 from llava_jax.sharding.mesh import BATCH, TENSOR
@@ -67,9 +67,9 @@ class Attention(nn.Module):
     def __call__(self, x_BPC: jax.Array, partition: Partition) -> jax.Array:
         c = self.config
         B, P, C = x_BPC.shape
-        q, k, v = (Dense(c.width, True, name)(x_BPC).reshape(B, P, c.heads, -1) for name in ("q", "k", "v"))
+        q, k, v = (Dense(c.width, bias=True, name=name)(x_BPC).reshape(B, P, c.heads, -1) for name in ("q", "k", "v"))
         q, k, v = (partition.constrain(t, BATCH, None, TENSOR, None) for t in (q * q.shape[-1] ** -0.5, k, v))
-        return Dense(c.width, True, "o")(attention(q, k, v, partition=partition).reshape(B, P, C))
+        return Dense(c.width, bias=True, name="o")(attention(q, k, v, partition=partition).reshape(B, P, C))
 
 
 class FeedForward(nn.Module):
@@ -78,17 +78,19 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BPC: jax.Array) -> jax.Array:
         c = self.config
-        return Dense(c.width, True, "down")(ACTIVATIONS[c.activation](Dense(c.ffn_width, True, "up")(x_BPC)))
+        return Dense(c.width, bias=True, name="down")(
+            ACTIVATIONS[c.activation](Dense(c.ffn_width, bias=True, name="up")(x_BPC))
+        )
 
 
 def vision_features(
-    params, config: LlavaConfig, pixels_BHW3: jax.Array, partition: Partition = UNSHARDED, remat: str = "none"
+    params, config: VisionConfig, pixels_BHW3: jax.Array, partition: Partition = UNSHARDED, remat: str = "none"
 ) -> jax.Array:
     """The features of normalised tiles: [B, P, C] (llava/model/multimodal_encoder/clip_encoder.py).
 
     `params` is the `vision` part of the tree; its layers may be stacked (`layers.run_layers`).
     """
-    c = config.vision
+    c = config
     x = Embedding(c).apply({"params": partition.gather(params["embed"], "vision/embed")}, pixels_BHW3)
     x = LayerNorm(c.norm_eps).apply({"params": params["pre_norm"]}, x)
 

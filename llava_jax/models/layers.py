@@ -1,4 +1,4 @@
-"""What towers and decoders are built from: linear layers, norms, activations, and running through a list of layers."""
+"""Building blocks of towers and decoders: linear layers, norms, activations, and applying a list of layers."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
+
+from llava_jax.sharding.partition import GATHERED
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -15,21 +17,24 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+SAVED_LORA, SAVED_ATTENTION = "lora", "attention"  # names of low-rank activations; of attention's inputs and outputs
+
+
 def _all_but_weights(primitive, *_, **parameters) -> bool:
     """Everything but gathered weights, of which each device keeps its shard."""
-    return primitive.name != "all_gather" and parameters.get("name") != "gathered"
+    return primitive.name != "all_gather" and parameters.get("name") != GATHERED
 
 
 # What a layer saves for the backward pass, which recomputes the rest.
 REMAT = {
-    "full": checkpoint_policies.save_only_these_names("lora"),  # the low-rank activations (train/lora.py)
-    "minimal": checkpoint_policies.save_only_these_names("lora", "attention"),  # its inputs and outputs
+    "full": checkpoint_policies.save_only_these_names(SAVED_LORA),
+    "minimal": checkpoint_policies.save_only_these_names(SAVED_LORA, SAVED_ATTENTION),
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
     "none": _all_but_weights,
 }
 
 
-def Dense(features: int, bias: bool = False, name: str | None = None) -> nn.Dense:
+def Dense(features: int, *, bias: bool = False, name: str | None = None) -> nn.Dense:
     return nn.Dense(features, use_bias=bias, kernel_init=nn.initializers.normal(0.02), name=name)
 
 
@@ -67,7 +72,7 @@ def init_module(module: nn.Module, keys: Iterator[jax.Array], *args) -> dict:
 
 
 def init_layers(number: int, module: nn.Module, keys: Iterator[jax.Array], *args) -> dict:
-    """Those of `number` equal layers, from as many keys: `{"0": ..., "1": ...}`; traced once."""
+    """Random parameters of `number` identical layers, one key each: `{"0": ..., "1": ...}`. Traces the module once."""
     init = jax.jit(lambda key: module.init(key, *args)["params"])
     return {str(i): init(next(keys)) for i in range(number)}
 

@@ -1,4 +1,4 @@
-"""LLaVA as pure functions: encode tiles, splice with one gather, decode. Training and inference call these.
+"""LLaVA as pure functions: encode tiles, splice with one gather, run the decoder. Training and inference call these.
 
 Parameters are a plain nested dictionary, one entry for each layer (training stacks them: `layers.run_layers`):
 
@@ -21,6 +21,7 @@ from llava_jax.sharding.partition import UNSHARDED, Partition
 
 Params = dict
 
+# So that jitted functions take a batch.
 jax.tree_util.register_dataclass(Batch, [field.name for field in dataclasses.fields(Batch)], [])
 
 
@@ -39,7 +40,7 @@ def encode_tiles(
     dtype = params["decoder"]["embed"]["embedding"].dtype
     pixels = clip.normalise(tiles_BTHW3.reshape(B * T, *tiles_BTHW3.shape[2:]), config.vision, dtype)
     pixels = partition.constrain(pixels, BATCH, None, None, None)
-    features = clip.vision_features(params["vision"], config, pixels, partition, remat)
+    features = clip.vision_features(params["vision"], config.vision, pixels, partition, remat)
     features = project(params.get("projector", {}), config, features, partition)
     table_BRD = partition.constrain(features.reshape(B, -1, features.shape[-1]), BATCH, None, None)
     if config.has_newline:
@@ -60,7 +61,7 @@ def splice_embeddings(
 
     `features_BRD` None means that no row has an image.
     """
-    x_BSD = partition.constrain(llama.embed(params["decoder"], config, ids_BS, partition), BATCH, None, None)
+    x_BSD = partition.constrain(llama.embed(params["decoder"], ids_BS, partition), BATCH, None, None)
     if features_BRD is None:
         return x_BSD
     rows = jnp.maximum(feature_rows_BS, 0)[..., None]
@@ -79,8 +80,8 @@ def embed_batch(
 def forward(params: Params, config: LlavaConfig, batch: Batch, partition: Partition = UNSHARDED) -> jax.Array:
     """Logits [B, S, V] in float32 for every position of a batch."""
     x_BSD = embed_batch(params, config, batch, partition)
-    x_BSD = llama.decode(params["decoder"], config, x_BSD, batch.positions, batch.segments, partition=partition)
-    return llama.logits(params["decoder"], config, x_BSD, partition)
+    x_BSD = llama.forward(params["decoder"], config.text, x_BSD, batch.positions, batch.segments, partition=partition)
+    return llama.logits(params["decoder"], config.text, x_BSD, partition)
 
 
 def init_params(config: LlavaConfig, key: jax.Array, dtype=jnp.float32) -> Params:

@@ -17,7 +17,7 @@ class Projector(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(projector_depth(self.config.projector)):
             x = ACTIVATIONS["gelu"](x) if i else x
-            x = Dense(self.config.text.width, self.config.projector_bias, f"linear_{i}")(x)
+            x = Dense(self.config.text.width, bias=self.config.projector_bias, name=f"linear_{i}")(x)
         return x
 
 

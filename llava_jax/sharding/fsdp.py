@@ -1,7 +1,8 @@
 """Parameters sharded along `fsdp`: gathered where they are used, their gradients reduce-scattered, each once.
 
-Left to itself the compiler reduces gradients as whole arrays, those of the head once for each chunk of the sequence.
-Inside `map_rows` nothing is sent along `data` and `fsdp` but what `gather_shard` gathers, and its gradients.
+Training only: in inference `Partition.gather` is a sharding constraint. Left to itself the compiler all-reduces whole
+gradients, that of the head once for each chunk of the sequence. Inside `map_rows` nothing is sent along `data` and
+`fsdp` but what `gather_shard` gathers, and its gradients.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def gather_shard(shard: Shard, mesh: Mesh) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(array: jax.Array, dtype: jax.typing.DTypeLike, axis: int, mesh: Mesh) -> jax.Array:
-    """All-gather along one dimension of the slice after the other, in the reverse order of `_reduce_scatter`: XLA's TPU
+    """All-gather along one torus dimension at a time, in the reverse order of `_reduce_scatter`: XLA's TPU
     compiler turns an all-gather over 64 chips at once into all-reduces."""
     whole = array.astype(dtype)
     for lines in reversed(fsdp_lines(mesh)):
@@ -97,7 +98,7 @@ def _gather_forward(array: jax.Array, dtype: jax.typing.DTypeLike, axis: int, me
 
 
 def _reduce_scatter(dtype, axis: int, mesh: Mesh, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    """In the dtype of the shard, along one dimension of the slice after the other.
+    """Reduce-scatter in the dtype of the shard, along one torus dimension at a time.
 
     XLA's TPU compiler turns a reduce-scatter over all of a 4x4 slice into an all-reduce, which sends twice as much, but
     leaves those along lines of chips as they are.

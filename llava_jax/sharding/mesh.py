@@ -1,8 +1,8 @@
-"""The device mesh: its three axes, from text and back, laid out over devices.
+"""The device mesh: the names of its axes, parsing, and the order of devices.
 
 data    rows of the batch; every replica holds all parameters
 fsdp    rows of the batch too; parameters are sharded along it and gathered, layer by layer, where they are used
-tensor  heads, feed-forward width and vocabulary of each layer
+tensor  heads and feed-forward width of each layer, and the vocabulary of the head
 """
 
 import functools
@@ -75,15 +75,13 @@ def _by_coordinates(devices: list, sizes: dict[str, int]) -> list | None:
         return getattr(device, "slice_index", 0), *device.coords
 
     slices = {place(device)[0] for device in devices}
-    if len({place(device) for device in devices}) != len(devices) or sizes[FSDP] * len(slices) != len(devices):
-        if len(slices) > 1 and sizes[DATA] % len(slices) == 0:
-            return sorted(devices, key=place)
-        if len(slices) > 1:
-            raise InputError(
-                f"with {len(slices)} slices `data` must be a multiple of that: it is the only axis that may span slices"
-            )
-        return None
-    return sorted(devices, key=place)
+    if len(slices) > 1 and sizes[DATA] % len(slices):
+        raise InputError(
+            f"with {len(slices)} slices `data` must be a multiple of that: it is the only axis that may span slices"
+        )
+    one_core_a_chip = len({place(device) for device in devices}) == len(devices)
+    whole_slices_along_fsdp = one_core_a_chip and sizes[FSDP] * len(slices) == len(devices)
+    return sorted(devices, key=place) if len(slices) > 1 or whole_slices_along_fsdp else None
 
 
 def inference_mesh(config: LlavaConfig, devices: list | None = None) -> Mesh:

@@ -1,4 +1,4 @@
-"""One object that says how a model is sharded over a mesh: parameters by a table of paths, activations where named.
+"""How a model is sharded over a mesh: parameters by a table of paths, activations where the model constrains them.
 
 An axis that does not divide a dimension is left out of its spec (heads count whole), so that every mesh runs every
 model; `tensor` beyond the number of key/value heads replicates those.
@@ -19,9 +19,12 @@ from llava_jax.config import LlavaConfig
 from llava_jax.sharding import fsdp
 from llava_jax.sharding.mesh import AXES, BATCH, DATA, FSDP, TENSOR
 
-# (last parts of a path, spec). Kernels of q, k, v and o are sharded by whole heads (`_divides`). LoRA's two factors of
-# a kernel are sharded as the kernel is, and along their rank. Columns are sharded along `fsdp` only where rows cannot
-# be (`Partition.spec`).
+GATHERED = "gathered"  # the checkpoint name of gathered weights, which no remat policy saves
+
+# (last parts of a path, spec). Kernels of q, k, v and o are sharded by whole heads (`Partition._divides`). LoRA's two
+# factors of a kernel are sharded as the kernel is, and along their rank. P(TENSOR, FSDP) and P(None, FSDP) become
+# P(FSDP, None) where no `tensor` shards the rows and `fsdp` divides them (`Partition.spec`): a 32000 x 4096 embedding
+# is sharded by rows, one of 32003 x 4096 by columns.
 RULES: tuple[tuple[str, P], ...] = (
     ("embed/embedding", P(None, FSDP)),
     ("head/kernel", P(FSDP, TENSOR)),
@@ -51,7 +54,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A model's place on a mesh. `Partition()` is one device: it shards nothing, and its methods return what they get.
+    """How a model is sharded over a mesh; without a mesh its methods return their arguments unchanged.
 
     Hashable, so that it can be a static argument of `jax.jit`.
     """
@@ -64,7 +67,7 @@ class Partition:
         return self.mesh.shape[axis] if self.mesh else 1
 
     @property
-    def devices(self) -> int:
+    def device_count(self) -> int:
         return self.mesh.size if self.mesh else 1
 
     @property
@@ -81,8 +84,8 @@ class Partition:
     def spec(self, path: str, shape: tuple[int, ...]) -> P:
         """How the parameter at `path` (`decoder/layers/0/attention/q/kernel`) is sharded; replicated if no rule fits.
 
-        Rows take the place of columns along `fsdp` where they divide and `tensor` does not shard them: XLA's TPU
-        compiler turns the reduce-scatter of narrow columns into an all-reduce, which sends twice as much.
+        Rows are sharded along `fsdp` instead of columns if nothing else shards them and `fsdp` divides them: XLA for
+        TPUs turns the reduce-scatter of narrow columns into an all-reduce, which sends twice as much.
         """
         spec = next((spec for tail, spec in RULES if path.endswith("/" + tail)), None)
         if spec is None or self.mesh is None:
@@ -115,9 +118,9 @@ class Partition:
         )
 
     def gather(self, params: Any, path: str) -> Any:
-        """The parameters below `path`, all-gathered along `fsdp` for use.
+        """The parameters below `path`, all-gathered along `fsdp` for use. (Norms and biases are replicated anyway.)
 
-        Without this constraint the compiler may send activations, which grow with the sequence, instead.
+        Without this constraint the compiler may send activations instead, which grow with the sequence.
         """
         if self.size(FSDP) == 1:
             return params
@@ -128,12 +131,15 @@ class Partition:
             elif not fsdp.in_map_rows():
                 spec = self.spec("/".join(filter(None, (path, path_of(tail)))), x.shape)
                 x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, fsdp.without(spec, FSDP)))
-            return checkpoint_name(x, "gathered")
+            return checkpoint_name(x, GATHERED)
 
         return jax.tree_util.tree_map_with_path(gathered, params, is_leaf=fsdp.is_shard)
 
     def map_rows(self, f: Callable, params: Any, rows: Any, *others: Any) -> jax.Array:
-        """`fsdp.map_rows` for parameters whose layers are stacked."""
+        """The sum over devices of the scalar `f(params, rows, *others)`, each device on its own rows.
+
+        `fsdp.map_rows` for parameters whose layers are stacked.
+        """
         if self.row_shards == 1:
             return f(params, rows, *others)
         specs = jax.tree_util.tree_map_with_path(
@@ -149,7 +155,7 @@ class Partition:
         Axes that do not divide their dimension are left out.
         """
         mesh = self.mesh
-        if self.devices == 1:
+        if self.device_count == 1:
             return x
         if fsdp.in_map_rows():
             if self.size(TENSOR) == 1:
@@ -168,7 +174,7 @@ class Partition:
         Rows are replicated where the mesh does not divide them; `tensor` must divide the heads.
         """
         arrays, in_rows = (*heads_BSHN, *rows_BS), fsdp.in_map_rows()
-        if self.devices == 1:
+        if self.device_count == 1:
             return f(*arrays)
         rows = BATCH if not in_rows and arrays[0].shape[0] % self.row_shards == 0 else None
         return jax.shard_map(

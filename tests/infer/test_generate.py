@@ -98,18 +98,18 @@ def test_cached_decoding_gives_the_logits_of_a_full_pass(name):
     batch = splice([Row(x[:n]) for x, n in zip(ids, prompts, strict=True)], config, length=S)
     lengths = jnp.array(prompts)
     x_BSD = llava.embed_batch(params, config, batch)
-    x_BD, cache = llama.prefill(params["decoder"], config, x_BSD, lengths, S + steps)
+    x_BD, cache = llama.prefill(params["decoder"], config.text, x_BSD, lengths, S + steps)
     slots = jnp.arange(S + steps)
     for step in range(steps + 1):
-        logits = llama.logits(params["decoder"], config, x_BD)
+        logits = llama.logits(params["decoder"], config.text, x_BD)
         for b in range(2):
             np.testing.assert_allclose(logits[b], whole[b, prompts[b] + step - 1], atol=1e-5)
         if step == steps:
             break
         tokens = jnp.array([x[n + step] for x, n in zip(ids, prompts, strict=True)])
         visible = (slots < lengths[:, None]) | ((slots >= S) & (slots < S + step))
-        x_BD = llama.embed(params["decoder"], config, tokens)
-        x_BD, cache = llama.decode_step(params["decoder"], config, x_BD, lengths + step, visible, S + step, cache)
+        x_BD = llama.embed(params["decoder"], tokens)
+        x_BD, cache = llama.decode_step(params["decoder"], config.text, x_BD, lengths + step, visible, S + step, cache)
 
 
 def test_sliding_window_in_generation():

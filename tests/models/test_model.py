@@ -15,7 +15,7 @@ from llava_jax.checkpoints import checkpoint
 from llava_jax.data.splice import IGNORE, splice
 from llava_jax.data.templates import choose_template
 from llava_jax.models import llama, llava
-from llava_jax.models.attention import attention, cached_attention
+from llava_jax.models.attention import LayerCache, attention, cached_attention
 from llava_jax.sharding.mesh import make_mesh
 from llava_jax.sharding.partition import Partition
 
@@ -144,7 +144,7 @@ def test_cached_attention_equals_the_last_row_of_attention():
     values = jnp.concatenate([v[:, :-1].swapaxes(1, 2), jnp.nan_to_num(garbage, nan=1e4).swapaxes(2, 3)], axis=2)
     visible = jnp.broadcast_to(jnp.arange(319) < 299, (2, 319))
     np.testing.assert_allclose(
-        cached_attention(q[:, -1], k[:, -1], v[:, -1], (keys, values), visible), whole, atol=2e-6
+        cached_attention(q[:, -1], k[:, -1], v[:, -1], LayerCache(keys, values), visible), whole, atol=2e-6
     )
 
 
@@ -157,10 +157,11 @@ def test_prefill_gives_what_a_whole_pass_gives(window):
     x_BSD = jax.random.normal(jax.random.key(1), (3, 20, 32))
     lengths = jnp.array([20, 11, 1])
     positions = jnp.broadcast_to(jnp.arange(20), (3, 20))
-    whole = llama.decode(params, config, x_BSD, positions, (positions < lengths[:, None]).astype(int))
-    last, cache = llama.prefill(params, config, x_BSD, lengths, 32)
+    whole = llama.forward(params, config.text, x_BSD, positions, (positions < lengths[:, None]).astype(int))
+    last, cache = llama.prefill(params, config.text, x_BSD, lengths, 32)
     np.testing.assert_allclose(last, whole[jnp.arange(3), lengths - 1], atol=1e-5)
-    assert [(k.shape, v.shape) for k, v in cache] == [((3, 2, 8, 32), (3, 2, 32, 8))] * 3
+    shapes = [(layer.keys_BKNM.shape, layer.values_BKMN.shape) for layer in cache]
+    assert shapes == [((3, 2, 8, 32), (3, 2, 32, 8))] * 3
 
 
 def test_a_cache_in_int8():
@@ -171,15 +172,15 @@ def test_a_cache_in_int8():
     lengths, slots = jnp.array([20, 11, 1]), jnp.arange(32)
     results = {}
     for int8 in (False, True):
-        x_BD, cache = llama.prefill(params, config, x_BSD, lengths, 32, int8=int8)
+        x_BD, cache = llama.prefill(params, config.text, x_BSD, lengths, 32, int8=int8)
         for step in range(4):
             visible = (slots < lengths[:, None]) | ((slots >= 20) & (slots < 20 + step))
             more = jax.random.normal(jax.random.key(2 + step), (3, 32))
-            x_BD, cache = llama.decode_step(params, config, more, lengths + step, visible, 20 + step, cache)
+            x_BD, cache = llama.decode_step(params, config.text, more, lengths + step, visible, 20 + step, cache)
         results[int8] = x_BD, cache
     (exact, plain), (near, small) = results[False], results[True]
     assert [[x.dtype.name for x in layer] for layer in small] == [["int8", "int8", "float32", "float32"]] * len(plain)
-    (keys, values), (small_keys, small_values, key_scales, value_scales) = plain[0], small[0]
+    (keys, values, *_), (small_keys, small_values, key_scales, value_scales) = plain[0], small[0]
     for x, whole, scale, axis in ((keys, small_keys, key_scales, 2), (values, small_values, value_scales, 3)):
         assert whole.shape == x.shape
         scale = jnp.expand_dims(scale, axis)
@@ -227,7 +228,7 @@ def test_tied_head_and_biases():
     x = jnp.ones((1, 32))
     normed = x / jnp.sqrt((x * x).mean() + 1e-5)
     np.testing.assert_allclose(
-        llama.logits(params["decoder"], config.replace(text=text), x),
+        llama.logits(params["decoder"], text, x),
         normed @ params["decoder"]["embed"]["embedding"].T,
         atol=1e-5,
     )

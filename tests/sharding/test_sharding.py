@@ -86,7 +86,7 @@ def test_every_mesh_quantizes_the_same(mesh):
     def cache(params, mesh=None):
         prefill = jax.jit(llama.prefill, static_argnums=(1, 4), static_argnames=("int8", "partition"))
         static = dict(int8=True, partition=Partition(found.config, mesh))
-        return prefill(params["decoder"], found.config, x_BSD, jnp.full(8, 12), 16, **static)[1]
+        return prefill(params["decoder"], found.config.text, x_BSD, jnp.full(8, 12), 16, **static)[1]
 
     alone, cut = cache(load_golden("v1.6-mistral")[1]), cache(place("v1.6-mistral", mesh)[1], mesh)
     assert sum(x.dtype == "int8" for x in jax.tree.leaves(alone)) == 2 * found.config.text.layers

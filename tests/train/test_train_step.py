@@ -179,7 +179,7 @@ def test_chunks_of_the_head_add_up(monkeypatch, tied, trained):
     params = {name: random_params(model)["decoder"][name] for name in ("norm", "embed" if tied else "head")}
 
     def naive(params, x_BSD):
-        logits = jax.nn.log_softmax(llama.logits(params, model, x_BSD))
+        logits = jax.nn.log_softmax(llama.logits(params, model.text, x_BSD))
         picked = jnp.take_along_axis(logits, np.maximum(targets_BS, 0)[..., None], axis=-1)[..., 0]
         return -0.37 * jnp.sum(jnp.where(targets_BS != IGNORE, picked, 0))
 
@@ -322,7 +322,7 @@ def test_remat_policies_trade_memory_for_work():
     x_BSD, ids_BS = jax.ShapeDtypeStruct((2, 64, 32), np.float32), jax.ShapeDtypeStruct((2, 64), np.int32)
 
     def loss(layers, x_BSD, ids_BS, remat):
-        return jnp.sum(llama.decode({"layers": layers}, model, x_BSD, ids_BS, ids_BS, remat=remat) ** 2)
+        return jnp.sum(llama.forward({"layers": layers}, model.text, x_BSD, ids_BS, ids_BS, remat=remat) ** 2)
 
     gradient = jax.jit(jax.grad(loss), static_argnums=3)
     count = [gradient.lower(layers, x_BSD, ids_BS, remat).cost_analysis()["flops"] for remat in REMAT]
