@@ -6,6 +6,7 @@ delta    a base and the difference to it                                        
 """
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -190,10 +191,11 @@ def fresh_tensors(config: LlavaConfig, seed: int, dtype: np.dtype) -> dict[str, 
         inputs = width
     if config.has_newline:
         made["newline"] = random.standard_normal(width).astype(np.float32) / np.float32(math.sqrt(width))
-    return {
-        path: Tensor(path, f"seed {seed}", x.shape, dtype, lambda x=x: np.ascontiguousarray(x.astype(dtype)))
-        for path, x in made.items()
-    }
+
+    def fresh(path: str, x: np.ndarray) -> Tensor:
+        return Tensor(path, f"seed {seed}", x.shape, dtype, lambda: np.ascontiguousarray(x.astype(dtype)))
+
+    return {path: fresh(path, x) for path, x in made.items()}
 
 
 # ---------------------------------------------------------------- LoRA
@@ -289,7 +291,7 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
             problems.append(f"{name}: the base has no such module")
             continue
         pair = pairs.setdefault(known[0], _Pair(module))
-        tensor = Tensor(name, path.name, shape, dtype, lambda name=name: file.read(name))
+        tensor = Tensor(name, path.name, shape, dtype, functools.partial(file.read, name))
         setattr(pair, match["side"] or match["embedding_side"], tensor)
     modules = [pair.module for pair in pairs.values()]
     config_file = path.with_name("adapter_config.json")
@@ -335,6 +337,7 @@ def _by_module(settings: dict, key: str, pattern_key: str, modules: list[str], f
 
 def _merged(kernel: Tensor, pair: _Pair) -> Tensor:
     def read() -> np.ndarray:
+        assert pair.A and pair.B
         A, B = (factor.read().astype(np.float32) for factor in (pair.A, pair.B))
         update = A.T @ B.T
         update *= np.float32(pair.scale)

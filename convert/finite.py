@@ -57,5 +57,5 @@ def _checked(tensor: Tensor, dtype: str | None, allow: bool, directory: Path) ->
 def is_finite(array: np.ndarray) -> bool:
     """Whether all elements of a float array (C order) are finite."""
     kind, exponent = EXPONENTS[array.dtype]
-    bits, magnitude = array.reshape(-1).view(kind), kind(~(1 << (8 * array.itemsize - 1)) & np.iinfo(kind).max)
+    bits, magnitude = array.reshape(-1).view(kind), kind(2 ** (8 * array.itemsize - 1) - 1)
     return all(np.max(bits[i : i + STRIP] & magnitude) < exponent for i in range(0, bits.size, STRIP))

@@ -39,6 +39,7 @@ def inspect(where: str | os.PathLike) -> dict[str, Any]:
         fields, files = read_json(directory / "config.json"), []
     if fields and fields.get("format") == "llava-jax":
         source = open_ours(directory)
+        config: LlavaConfig | None
         dialect, config = "llava-jax", source.config
         rows = [
             _row(p, p, f"{t.file}/", t.shape, t.dtype)
@@ -158,7 +159,7 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _size(nbytes: int) -> str:
+def _size(nbytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

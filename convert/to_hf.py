@@ -40,9 +40,9 @@ def to_hf(
     SHARD_BYTES.check("--max-shard-size", shard_bytes)
     tower = None if vision_tower is None else find_directory(vision_tower)
     opened = check_finite(open_any(source, vision_tower=tower), dtype, allow_nonfinite)
-    options = dict(overwrite=overwrite, sources=[opened.directory, *opened.files])
+    sources: list[str | os.PathLike] = [opened.directory, *opened.files]
     if part == "projector":
-        write_projector(destination, opened, **options)
+        write_projector(destination, opened, overwrite=overwrite, sources=sources)
         return
     tokenizer = load_tokenizer(opened.directory)
-    write_hf(destination, opened, tokenizer, form=form, shard_bytes=shard_bytes, **options)
+    write_hf(destination, opened, tokenizer, form=form, shard_bytes=shard_bytes, overwrite=overwrite, sources=sources)

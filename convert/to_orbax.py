@@ -48,14 +48,17 @@ def to_orbax(
         out of range.
     """
     SEED.check("--seed", seed)
-    find = lambda where: None if where is None else find_directory(where)  # noqa: E731
+
+    def find(where: str | os.PathLike | None) -> Path | None:
+        return None if where is None else find_directory(where)
+
     start, base, delta, vision_tower = find_directory(source), find(base), find(delta), find(vision_tower)
     opened, tokenizer = combine(
         start,
         base=base,
         delta=delta,
         vision_tower=vision_tower,
-        projector=projector and Path(projector),
+        projector=Path(projector) if projector else None,
         projector_type=projector_type,
         aspect_ratio=aspect_ratio,
         seed=seed,

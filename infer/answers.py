@@ -62,7 +62,7 @@ class AnswersFile:
     def _read(self, data: bytes) -> None:
         """Count the answers. An incomplete last line, left by a killed process, is recognized by its beginning."""
         *lines, last = data.split(b"\n")
-        self.answered = collections.Counter()
+        self.answered: collections.Counter[str] = collections.Counter()
         self.end, self.gap = (
             len(data),
             b"\n" if last else b"",

@@ -42,7 +42,7 @@ STREAM_STEPS = 8  # the same when streaming
 class Request:
     """A prompt. `turns` is question, answer, ..., question; `images` are paths, URLs, bytes or Pillow images."""
 
-    turns: tuple[str, ...]
+    turns: tuple[str | None, ...]
     images: tuple = ()
     system: str | None = None
     name: str = ""  # for errors
@@ -139,8 +139,7 @@ class Engine:
         placed = mesh or inference_mesh(config)
         placed = make_mesh(parse_mesh(placed)) if isinstance(placed, str) else placed
         params = found.load(placed, dtype or default_dtype(placed))
-        options = dict(int8_cache=int8_cache, template=template, buckets=buckets)
-        return cls(params, config, found.tokenizer, placed, **options)
+        return cls(params, config, found.tokenizer, placed, int8_cache=int8_cache, template=template, buckets=buckets)
 
     @property
     def context(self) -> int:

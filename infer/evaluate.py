@@ -213,9 +213,11 @@ def evaluate(engine, questions: list[Question], metric: Metric, *, rows: int, ma
         some = [score for score, question in zip(scores, questions, strict=True) if chosen(question)]
         return {"accuracy": _mean(some), "questions": len(some)}
 
-    kinds = dict.fromkeys(question.kind for question in questions)
+    def part_of_kind(kind: str) -> dict[str, Any]:
+        return part(lambda one: one.kind == kind)
+
     result = part(lambda one: True) | {"failed": failed}
-    result["by_kind"] = {kind: part(lambda one, kind=kind: one.kind == kind) for kind in kinds}
+    result["by_kind"] = {kind: part_of_kind(kind) for kind in dict.fromkeys(one.kind for one in questions)}
     if metric is scienceqa:
         result |= {"with_images": part(lambda one: bool(one.images)), "no_option": unread}
     return result

@@ -95,9 +95,9 @@ def plan_generation(
             hbm_bytes_per_chip=hbm,
             parameter_bytes_per_chip=held,
             optimizer_bytes_per_chip=0,
-            executed_flops_per_chip=one.work and one.work.flops,
+            executed_flops_per_chip=one.work.flops if one.work else None,
             model_flops_per_chip=flops / mesh.size,
-            collective_bytes_per_chip=one.work and one.work.collectives,
+            collective_bytes_per_chip=one.work.collectives if one.work else None,
             least_collective_bytes_per_chip=least,
             compile_seconds=round(one.seconds, 1),
         )

@@ -93,7 +93,7 @@ class Range:
         if problem := self._problem(value) if is_number else f"must be {self}":
             raise InputError(f"{name} {show_value(value)}: {problem}")
 
-    def _problem(self, value: numbers.Real) -> str:
+    def _problem(self, value: float) -> str:
         """The problem with a number; "" if it is in range. NaN never is."""
         if not self.minimum <= value <= self.maximum or (self.above and value == self.minimum):
             return f"must be {self}"
@@ -223,7 +223,7 @@ def enable_compilation_cache() -> None:
     """Cache compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # options are set at run time
         try:
             root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         except RuntimeError:  # no home directory

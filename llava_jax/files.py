@@ -55,8 +55,9 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
     """
     try:
         if "://" in os.fspath(path):  # an `epath.Path`
-            size = path.stat().length
-            data = path.read_bytes() if size <= max_bytes else b""
+            remote = epath.Path(path)
+            size = remote.stat().length
+            data = remote.read_bytes() if size <= max_bytes else b""
         else:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -103,7 +104,7 @@ def check_tree(directory: str | os.PathLike) -> None:
     """
     if "://" in os.fspath(directory):
         return
-    for folder, folders, files in os.walk(directory):
+    for folder, folders, files in os.walk(os.fspath(directory)):
         for path in (os.path.join(folder, name) for name in (*folders, *files)):
             with contextlib.suppress(OSError):  # a dangling link: the library reports the missing file
                 kind = kind_of(os.stat(path))

@@ -5,6 +5,7 @@ le=...)]` for ranges. Keys that a `TypedDict` does not declare are allowed, sinc
 ignored here.
 """
 
+import functools
 import json
 import os
 import re
@@ -194,5 +195,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_NUMBERS = dict(parse_constant=_no_number, parse_float=_number, parse_int=_integer)
-_DECODER, _UNIQUE = json.JSONDecoder(**_NUMBERS), json.JSONDecoder(**_NUMBERS, object_pairs_hook=_object)
+_decoder = functools.partial(json.JSONDecoder, parse_constant=_no_number, parse_float=_number, parse_int=_integer)
+_DECODER, _UNIQUE = _decoder(), _decoder(object_pairs_hook=_object)

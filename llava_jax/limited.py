@@ -35,7 +35,8 @@ class Worker:
 
     def __init__(self, seconds: int = SECONDS, memory: int = MEMORY, setup: tuple = ()):
         self._seconds, self._memory, self._setup = seconds, memory, setup
-        self._process, self._owner, self._lock = None, 0, threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner, self._lock = 0, threading.Lock()
 
     def __reduce__(self):  # pickles as its settings: another process starts its own worker
         return Worker, (self._seconds, self._memory, self._setup)
@@ -83,6 +84,7 @@ class Worker:
 
     def _exchange(self, task: str, args: tuple) -> dict[str, Any]:
         process = self._process
+        assert process and process.stdin and process.stdout
         alarm = threading.Timer(WALL_TIME_FACTOR * self._seconds, process.kill)
         alarm.daemon = True
         alarm.start()
@@ -106,6 +108,7 @@ class Worker:
 
 
 def _end(process: subprocess.Popen) -> None:
+    assert process.stdin and process.stdout
     process.kill()
     process.wait()
     process.stdout.close()

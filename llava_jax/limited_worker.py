@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 MAX_ADDED_CHARS = 2**20  # characters of a chat template's output beyond its input
-_tokenizer = None
+_tokenizer: Any = None  # a `tokenizers.Tokenizer`
 
 
 def match(pattern: str, names: list[str]) -> list[bool]:

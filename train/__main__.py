@@ -12,6 +12,7 @@ import difflib
 import os
 import sys
 import types
+import typing
 
 from llava_jax.console import (
     InputError,
@@ -25,6 +26,9 @@ from llava_jax.console import (
     silence_notes,
 )
 from train.processes import are_several, connect, watched
+
+if typing.TYPE_CHECKING:
+    from train.config import TrainConfig
 
 SEVERAL = ("data", "eval_data")  # flags that are given once for each file
 MOST_PROCESSES = 2**16
@@ -92,7 +96,7 @@ def parse(field: dataclasses.Field, text: str):
     return text if str in kinds else tuple(filter(None, text.split(",")))
 
 
-def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"]:  # noqa: F821
+def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"]:
     """Flags, and the configuration that they and the preset make.
 
     Raises:
@@ -116,7 +120,7 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
     return args, config
 
 
-def config_of(args: argparse.Namespace) -> "TrainConfig":  # noqa: F821
+def config_of(args: argparse.Namespace) -> "TrainConfig":
     """The configuration that flags of `add_fields` and `--preset` make.
 
     Raises:
@@ -149,7 +153,7 @@ def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def describe(preset: str | None, config: "TrainConfig") -> str:  # noqa: F821
+def describe(preset: str | None, config: "TrainConfig") -> str:
     """What a configuration has that its preset, or the defaults without one, have not."""
     from train.config import PRESETS, TrainConfig
 

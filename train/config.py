@@ -41,8 +41,15 @@ DECAY = number(0, 0.999999)  # float32 has few numbers between that and 1
 EVERY = integer(0, MAX_INT32)
 
 
+class _Origin:
+    """What `TrainConfig` is told of itself, and keeps beside its fields."""
+
+    preset: str | None
+    given: frozenset[str]
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Origin):
     """A run. Field names are the flags' (`learning_rate` is `--learning-rate`), `metadata["help"]` says what each is,
     and `metadata["range"]` what it may be, if it is a number.
 
@@ -227,6 +234,7 @@ def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
     found = _contradictions(config, model)
     if not found:
         return
+    assert config.preset is not None
     flags = [flag_of(name) for name in found]
     preset, own = zip(*found.values(), strict=True)
     as_preset, as_checkpoint = (" ".join(sum(zip(flags, values, strict=True), ())) for values in (preset, own))

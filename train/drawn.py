@@ -4,6 +4,8 @@ Lengths are like those of the data that LLaVA is trained on. The same code as in
 a row, and how many rows a batch has.
 """
 
+from typing import Any
+
 import numpy as np
 
 from llava_jax.config import LlavaConfig
@@ -69,5 +71,5 @@ class DrawnSamples:
 def drawn_data(config: TrainConfig, model: LlavaConfig, rows_multiple: int, n: int | None = None) -> Data:
     """As `train.loader.open_data`, of n conversations that are not there; None: as many as the stage's data has."""
     config = config.replace(workers=0)
-    samples = DrawnSamples(config, model, n)
+    samples: Any = DrawnSamples(config, model, n)  # in the place of `Samples`
     return Data(config, samples, BadSamples(config, samples, None), rows_multiple, 0, 1, True)

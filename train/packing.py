@@ -72,7 +72,7 @@ def _best_fill(sizes: Sizes, length: int, tiles: int) -> list[int]:
 def spread(rows: list[list[int]], least: int) -> list[list[int]]:
     """Split rows evenly, those of most conversations into most parts, until there are `least` or all have one each."""
     parts = [1] * len(rows)
-    heap = [(-len(row), number) for number, row in enumerate(rows)]
+    heap: list[tuple[float, int]] = [(-len(row), number) for number, row in enumerate(rows)]
     heapq.heapify(heap)
     for _ in range(least - len(rows)):
         largest, number = heap[0]
@@ -125,7 +125,7 @@ def good_length(sizes: Sizes, least: int, width: int) -> int:
     used = sum(n for n, _ in sizes)
     # A length that would not do without any padding need not be tried.
     found = {length: work_of_rows(length) for length in lengths if work(used, length) < enough}
-    best = min(found, key=found.get, default=least)
+    best = min(found, key=found.__getitem__, default=least)
     return best if found.get(best, enough) < enough else least
 
 

@@ -97,7 +97,7 @@ def plan_step(
     hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
     parameters, optimizer = tpu_plan.per_chip((frozen, state.trained)), tpu_plan.per_chip(state.opt_state)
     made = tpu_plan.too_large(batch, parameters + optimizer, hbm) or tpu_plan.compile_for_tpu(
-        step.lower(frozen, state, batch)
+        step.lower(frozen, state, batch)  # type: ignore[attr-defined]  # of a jitted function
     )
     return Plan(
         fits=made.memory is not None and made.peak <= hbm,
@@ -213,7 +213,7 @@ def search(
                 if needs.fits and made.work:
                     bounds = tpu.roofline(made.work, topology)
                     bounds["between slices"] = between_slices(made, config, slices)
-                    bound = max(bounds, key=bounds.get)
+                    bound = max(bounds, key=bounds.__getitem__)
                     useful = needs.model_flops_per_chip / chip.peak / bounds[bound]
                     choice = dataclasses.replace(choice, bound=bound, useful=useful)
                 found.append(choice)
@@ -298,7 +298,8 @@ def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Toke
       InputError: it cannot be used, or contradicts the preset as in training; the data needs a tokenizer and there is
         none.
     """
-    model = tokenizer = None
+    model: LlavaConfig | None = None
+    tokenizer = None
     if config.checkpoint:
         found = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
         check_preset(config, found.config)
@@ -308,6 +309,7 @@ def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Toke
     if name:
         model = tpu_plan.model_of(name)
         check_preset(config, model)
+    assert model is not None  # one of them is given
     return model, tokenizer
 
 

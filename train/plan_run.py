@@ -144,6 +144,7 @@ def open_lengths(
     """
     multiple = row_multiple(mesh) * config.accumulate
     if config.data:
+        assert tokenizer is not None  # as `open_model` sees to
         return open_data(config.replace(output=""), model, tokenizer, rows_multiple=multiple)
     return drawn_data(config, model, multiple, examples)
 
@@ -184,7 +185,7 @@ def between_slices(made: Compiled, config: TrainConfig, slices: int) -> float:
 
 def least_hours(choice: Choice, slices: int) -> float | None:
     """Of the run, if each step took no longer than the roofline allows; None where the work is not known."""
-    if choice.made.work is None:
+    if choice.made is None or choice.made.work is None:
         return None
     bounds = tpu.roofline(choice.made.work, choice.topology)
     bounds |= more_bounds(choice.made, choice.config, slices) or {}
@@ -278,8 +279,10 @@ def larger_slice(asked: Choice, plan_with: PlanWith, default: Callable, slices: 
         if asked.config.global_batch_size % row_multiple(mesh) or tried == MOST_SLICES:
             return None
         found = plan_with(asked.flags, asked.config, mesh, topology)
-        if found.needs.fits or (found := more_parts(found, plan_with)):
+        if found.needs.fits:
             return found
+        if more := more_parts(found, plan_with):
+            return more
         tried += 1
     return None
 
@@ -294,6 +297,7 @@ def show_run(args: argparse.Namespace, asked: Choice, found: Choice | None) -> N
         print(json.dumps(describe(asked, args.slices) | {"fits_with": fits_with}))
         return
     config = asked.config
+    assert asked.made is not None
     what = args.model or config.checkpoint
     title = f"{what}, {args.preset}, {name_of(asked, args.slices)}, remat {config.remat}"
     tpu_plan.show(asked.needs, asked.made, args.topology, title, more_bounds(asked.made, config, args.slices))

@@ -106,6 +106,7 @@ def main() -> int:
                 print_json(described)
             note(f"error: {row.describe()}")
             continue
+        assert isinstance(sample, Sample)
         described = describe(samples, sample, row, model, found.tokenizer)
         print_json(described) if args.json else print(render(samples, described))
     return 1 if bad else 0
@@ -141,6 +142,7 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
 
 def pieces(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
     """The text of a conversation's tokens, including special ones, in runs that are trained or not."""
+    assert row.labels is not None
     trained = row.labels != IGNORE
     image = row.ids == IMAGE
     changes = np.flatnonzero((trained[1:] != trained[:-1]) | image[1:] | image[:-1]) + 1

@@ -50,7 +50,7 @@ def watched(main: Callable[[], int | None]) -> int | None:
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
         return main()
-    asked = []
+    asked: list[int] = []
 
     def pass_on(number: int, _) -> None:
         # Ctrl-C asks to stop as preemption does, after a step and with a checkpoint; once more, at once.
@@ -89,14 +89,14 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
     given = [value is not None for value in (coordinator, process, processes)]
     if any(given) and not all(given):
         raise InputError("--coordinator HOST:PORT, --process-id and --processes go together")
-    if all(given) and not 0 <= process < processes:
+    if process is not None and processes is not None and not 0 <= process < processes:
         raise InputError(f"--process-id {process}: must be 0 to {processes - 1}, one for each of --processes")
-    port = re.fullmatch(r".+:([0-9]{1,5})", coordinator) if all(given) else None
-    if all(given) and not (port and 1 <= int(port[1]) <= MOST_PORT):
+    port = re.fullmatch(r".+:([0-9]{1,5})", coordinator) if coordinator is not None else None
+    if coordinator is not None and not (port and 1 <= int(port[1]) <= MOST_PORT):
         raise InputError(f"--coordinator {shorten(coordinator)}: write HOST:PORT, the port from 1 to {MOST_PORT}")
     if not any(given) and not _on_cloud_tpu():
         return
-    if "cpu" in (jax.config.jax_platforms or ""):
+    if "cpu" in (jax.config.jax_platforms or ""):  # type: ignore[attr-defined]  # options are set at run time
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(

@@ -81,6 +81,7 @@ class Recorder:
         self.last_read = time.monotonic()  # an evaluation is no part of the next step
         if math.isnan(loss):
             return False
+        assert self.record
         self.record["eval_loss"] = loss
         note(f"evaluation after step {self.record['step']}: loss {loss:.4f}")
         better = math.isfinite(loss) and (self.best is None or loss < self.best)

@@ -172,7 +172,7 @@ def rows_part(mesh: Mesh) -> tuple[int, int]:
     """
     rows_of = collections.defaultdict(set)
     for device, (rows,) in batch_sharding(mesh).devices_indices_map((row_multiple(mesh),)).items():
-        rows_of[device.process_index].add(rows.start or 0)
+        rows_of[device.process_index].add(rows.start or 0)  # type: ignore[attr-defined]  # jaxlib's types lack it
     parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
     if sum(map(len, parts)) != row_multiple(mesh) or len({len(part) for part in parts}) > 1:
         axes = format_mesh(mesh.shape)

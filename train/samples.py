@@ -155,9 +155,9 @@ class Samples:
         """Read the rows of all files, and choose those that are taken of each."""
         self.path = mixture.describe(parts)
         self._rows = {path: read_rows(path) for path in dict.fromkeys(part.path for part in parts)}
-        for path, rows in self._rows.items():
-            warn_unknown_keys(path, rows)
-            if self._template.style == "plain" and any(map(has_system, rows)):
+        for path, contents in self._rows.items():
+            warn_unknown_keys(path, contents)
+            if self._template.style == "plain" and any(map(has_system, contents)):
                 note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
         self._paths = [part.path for part in parts]
         chosen = [part.choose(len(self._rows[part.path]), (self._seed, i)) for i, part in enumerate(parts)]
@@ -203,6 +203,7 @@ class Samples:
             image = None
             whole = Row(ids, tuple(layouts), labels=labels)
             row, length = self._truncate(whole)
+            assert row.labels is not None
             if not (row.labels[1:] != IGNORE).any():
                 asked = (labels[1:] != IGNORE).any()
                 raise InputError(f"no answer within {self._max_length} positions" if asked else "no answer")
@@ -238,6 +239,7 @@ class Samples:
         length = int(taken.sum())
         if self._max_length is None or length <= self._max_length:
             return row, length
+        assert row.labels is not None
         kept = np.cumsum(taken) - taken < self._max_length
         ids, labels = row.ids[kept], row.labels[kept]
         return Row(ids, row.layouts[: int((ids == IMAGE).sum())], labels=labels), length

@@ -56,6 +56,7 @@ class Instruction:
 
     def __init__(self, text: str):
         match = self.HEAD.match(text)
+        assert match, text
         self.is_root, self.name = bool(match[1]), match[2]
         start = match.end()
         behind = _closing(text, start) if text[start] == "(" else text.index(" ", start)
@@ -66,12 +67,13 @@ class Instruction:
         self.inside, self.attributes = text[bracket + 1 : end - 1], text[end:]
         self.args = re.findall(r"%([\w.\-#]+)", self.inside)
 
-    def attribute(self, key: str) -> str | None:
+    def attribute(self, key: str) -> str:
+        """The first word of an attribute; "" without it."""
         match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
-        return match and match[1]
+        return match[1] if match else ""
 
     @property
-    def calls(self) -> str | None:
+    def calls(self) -> str:
         return self.attribute("calls") or self.attribute("to_apply") or self.attribute("called_computations")
 
 
@@ -115,7 +117,8 @@ class Program:
         self.entry = ""
         found = re.search(r"num_partitions=(\d+)", text[:100_000])
         self.chips = int(found[1]) if found else 1
-        current, lines = None, []
+        current: dict[str, Instruction] | None = None
+        lines: list[str] = []
         for line in [*text.splitlines(), "}"]:
             head = None if line.startswith(" ") else re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             new = bool(Instruction.HEAD.match(line))
@@ -147,12 +150,12 @@ class Program:
 
     @functools.cache  # noqa: B019
     def _work(self, name: str) -> Work:
-        total, chains = Work(), set()
+        total, chains = Work(), set[str]()
         for one in self.computations[name].values():
             total = total.plus(self._work_of(name, one, chains))
         return total
 
-    def _work_of(self, name: str, one: Instruction, chains: set) -> Work:
+    def _work_of(self, name: str, one: Instruction, chains: set[str]) -> Work:
         if one.op == "while":
             return Work().plus(self._work(one.attribute("body")), self.trips(name, one))
         if one.op == "call":
@@ -184,16 +187,17 @@ class Program:
             where = compare.calls
             compare = self._root(where)
         sides = [self._affine(where, a, bound) for a in compare.args]
+        known = [side for side in sides if side is not None]
         start = self.computations[name][loop.args[0]]
 
-        def initial(slot):
+        def initial(slot: int) -> int | None:
             value = self._affine(name, start.args[slot], {}) if start.op == "tuple" else None
             return value[1] if value and value[0] is None else None
 
-        if len(sides) == 2 and None not in sides:
-            (counter, offset), (slot, limit) = sides if sides[0][0] is not None else sides[::-1]
-            if slot is not None:
-                limit = None if initial(slot) is None else initial(slot) + limit
+        if len(sides) == len(known) == 2:
+            (counter, offset), (slot, more) = known if known[0][0] is not None else known[::-1]
+            first = 0 if slot is None else initial(slot)
+            limit = None if first is None else first + more
             after = self._root(body)
             step = (
                 self._affine(body, after.args[counter], None) if counter is not None and after.op == "tuple" else None
@@ -228,8 +232,9 @@ class Program:
         values = [self._affine(name, a, bound) for a in one.args]
         if one.op == "fusion":
             return self._affine(one.calls, self._root(one.calls).name, dict(enumerate(values)))
-        if one.op in ("add", "subtract") and None not in values:
-            (p, x), (q, y) = values
+        terms = [value for value in values if value is not None]
+        if one.op in ("add", "subtract") and len(terms) == len(values):
+            (p, x), (q, y) = terms
             if one.op == "add" and None in (p, q):
                 return (q if p is None else p, x + y)
             if one.op == "subtract" and q is None:
@@ -252,8 +257,9 @@ class Program:
             return self._kernel_flops(name, one)
         operands = [self.computations[name][a].out[0].dims for a in one.args[:2]] if one.op in _PRODUCTS else []
         if one.op == "dot":
-            summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)[1]
-            return 2 * math.prod(one.out[0].dims) * math.prod(operands[0][int(d)] for d in summed.split(",") if d)
+            summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+            assert summed, one.attributes
+            return 2 * math.prod(one.out[0].dims) * math.prod(operands[0][int(d)] for d in summed[1].split(",") if d)
         if one.op == "convolution":
             return 2 * _multiplications(one, *operands)
         return 0
@@ -272,12 +278,13 @@ class Program:
         queries = one.attributes.split("operand_layout_constraints={")[1]
         *many, S, N = max((s.dims for s in _shapes(queries.split("}}")[0]) if len(s.dims) > 2), key=math.prod)
         block = re.search(rf'block_q{"" if phase == "fwd" else "_" + phase}\\*": (\d+)', one.attributes)
+        assert block, one.attributes
         blocks = S // int(block[1])
         return products * 2 * math.prod(many) * S * S * N * (blocks + 1) / (2 * blocks)
 
     # ------------------------------------------------------------ between chips
 
-    def _collective(self, name: str, one: Instruction, chains: set) -> tuple[str, float] | None:
+    def _collective(self, name: str, one: Instruction, chains: set[str]) -> tuple[str, float] | None:
         """Kind of a collective and the bytes that each chip sends for it.
 
         A fusion may hold one, or one stage of one that runs beside others: its stages have a chain's number in common.
@@ -376,14 +383,15 @@ _FREE = {
 
 def _multiplications(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
     """Of a convolution, which on a TPU every matrix product is: padding and what dilation puts in do not count."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    assert labels, one.attributes
     window = re.search(r"window=\{(.*?)\}", one.attributes)
     given = dict(re.findall(r"(\w+)=([\dx_\-]+)", window[1])) if window else {}
 
     def setting(key: str, dimension: int, default: str) -> int:
         return int(given[key].split("x")[dimension].split("_")[0] if key in given else default)
 
-    left, right, out = labels
+    left, right, out = labels.groups()
     count = lhs[left.index("b")] // int(one.attribute("batch_group_count") or 1)
     count *= rhs[right.index("o")] * rhs[right.index("i")]
     for d in range(sum(c.isdigit() for c in left)):

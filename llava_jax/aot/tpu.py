@@ -43,8 +43,8 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
       InputError: the kind is unknown, no slice has that name, or the sides are not written like that.
     """
     if (named := re.fullmatch(r"(\w+)-([0-9]{1,6})", topology)) and named[1] in SLICES:
-        kind, each, sides = SLICES[named[1]]
-        known = {each * chips: text for chips, text in sides.items()}
+        kind, each, slices = SLICES[named[1]]
+        known = {each * chips: text for chips, text in slices.items()}
         if int(named[2]) not in known:
             raise InputError(f"--topology {shorten(topology)}: {named[1]} comes in {', '.join(map(str, known))}")
         topology = f"{kind}:{known[int(named[2])]}"

@@ -101,7 +101,7 @@ def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
 def without_cache() -> Iterator[None]:
     """JAX's persistent cache would keep programs for TPUs that are not there, and cannot read them; besides, what comes
     from a cache is not compiled, so neither timed nor written down."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # options are set at run time
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # it asks only once whether it is enabled
     try:
@@ -176,8 +176,8 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
         ("model's FLOPs", f"{plan.model_flops_per_chip:.4g}"),
     ]
     if made.work:
-        total = sum(plan.collective_bytes_per_chip.values())
-        kinds = ", ".join(f"{kind} {gb(n)}" for kind, n in plan.collective_bytes_per_chip.items() if n >= 1e6)
+        total = sum(made.work.collectives.values())
+        kinds = ", ".join(f"{kind} {gb(n)}" for kind, n in made.work.collectives.items() if n >= 1e6)
         least = plan.least_collective_bytes_per_chip
         over = f"{total / least:.2f} times the least" if least else ""
         bounds = tpu.roofline(made.work, topology) | (more or {})
@@ -186,8 +186,7 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
         rows += [
             (
                 "executed FLOPs",
-                f"{plan.executed_flops_per_chip:.4g}, "
-                f"{plan.executed_flops_per_chip / plan.model_flops_per_chip:.3f} times the model's",
+                f"{made.work.flops:.4g}, {made.work.flops / plan.model_flops_per_chip:.3f} times the model's",
             ),
             ("sent to other chips", gb(total) + (f" ({', '.join(filter(None, (kinds, over)))})" if total else "")),
             ("roofline", ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in bounds.items())),

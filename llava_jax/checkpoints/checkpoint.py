@@ -104,13 +104,13 @@ def _load_source(source: Source, mesh: Mesh, dtype=None) -> Params:
         arrays = read_ahead([(tensor.nbytes, tensor.read) for tensor in tensors])
         for (path, sharding), tensor, array in zip(places.items(), tensors, arrays, strict=True):
             whole = array.astype(dtype_of(path), copy=False)
-            loaded[path] = jax.make_array_from_callback(tensor.shape, sharding, lambda index, whole=whole: whole[index])
+            loaded[path] = jax.make_array_from_callback(tensor.shape, sharding, whole.__getitem__)
             bar.advance(tensor.nbytes)
     return unflatten_dict(loaded, sep="/")
 
 
 def _dtype_of(dtype, mesh: Mesh) -> Callable[[str], np.dtype]:
     """Path -> the type to load a parameter in: one for all, one for each, or the default."""
-    if isinstance(dtype, Callable) and not isinstance(dtype, type):
+    if callable(dtype) and not isinstance(dtype, type):
         return lambda path: np.dtype(dtype(path))
     return lambda path: np.dtype(dtype or default_dtype(mesh))

@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def write_hf(
     form: str = "transformers",
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
-    sources: Sequence[Path] = (),
+    sources: Sequence[str | os.PathLike] = (),
 ) -> None:
     """Write a checkpoint in the format of `transformers` or of the `original`. It appears whole, or not at all.
 
@@ -85,7 +84,11 @@ def write_hf(
 
 
 def write_projector(
-    destination: str | os.PathLike, source: Source, *, overwrite: bool = False, sources: Sequence[Path] = ()
+    destination: str | os.PathLike,
+    source: Source,
+    *,
+    overwrite: bool = False,
+    sources: Sequence[str | os.PathLike] = (),
 ) -> None:
     """Write `mm_projector.safetensors` (and `config.json`) as the original's first stage names them.
 

@@ -143,6 +143,7 @@ def _edges(size: Any, square: bool | None = False) -> tuple[int, ...] | None:
     CLIP's first files have it, is the shortest edge, unless it is to make a `square`."""
     if size is None:
         return None
+    edges: tuple[Any, ...]
     if type(size) is int:
         edges = (size, size) if square else (size,)
     elif isinstance(size, dict) and set(size) == {"shortest_edge"}:

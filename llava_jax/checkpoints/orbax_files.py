@@ -16,7 +16,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -171,7 +170,8 @@ def _check(directory, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str
 
 
 def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct], limit: int):
-    group, size = {}, 0
+    group: dict[str, jax.ShapeDtypeStruct] = {}
+    size = 0
     for path, leaf in leaves.items():
         nbytes = leaf.size * leaf.dtype.itemsize
         if group and size + nbytes > limit:
@@ -194,7 +194,7 @@ def save(
     unused: Mapping[str, Any] | None = None,
     dtype=None,
     overwrite: bool = False,
-    sources: Sequence[Path] = (),
+    sources: Sequence[str | os.PathLike] = (),
 ) -> None:
     """Write a checkpoint directory of ours. It appears whole, or not at all.
 

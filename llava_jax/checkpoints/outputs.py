@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -65,7 +65,7 @@ def check_replaceable(directory: Path, name: str) -> None:
         raise InputError(f"{name}: is not replaced: it is no checkpoint, with the config.json of a model and weights")
 
 
-def _stranger(directory: Path, files: Sequence[str], directories: dict[str, Sequence[str]]) -> str | None:
+def _stranger(directory: Path, files: Sequence[str], directories: Mapping[str, Sequence[str]]) -> str | None:
     """The first thing in a directory that is not one of these files, nor in one of these directories."""
     for entry in sorted(directory.iterdir()):
         if entry.is_dir() and not entry.is_symlink():

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -128,9 +128,9 @@ def read_into(out: np.ndarray, path: str, first: int, name: str) -> None:
     try:
         with open_regular(path, buffering=0) as file:
             file.seek(first)
-            view, done = memoryview(out.view(np.uint8)), 0
+            view, done = out.view(np.uint8).data, 0
             while done < len(view):
-                n = file.readinto(view[done:])
+                n = file.readinto(view[done:])  # type: ignore[attr-defined]  # `BinaryIO` lacks what all files have
                 if not n:
                     raise InputError(f"{shorten(path)}: truncated within tensor {shorten(name)!r}; fetch it again")
                 done += n
@@ -159,7 +159,8 @@ def write(path: Path, tensors: Mapping[str, Pending]) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
+    at = 0
     for name, tensor in tensors.items():
         code, offsets = CODES[tensor.dtype], [at, at + tensor.nbytes]
         header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": offsets}
@@ -170,7 +171,7 @@ def write(path: Path, tensors: Mapping[str, Pending]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             array = np.ascontiguousarray(tensor.read(), tensor.dtype)
-            view = memoryview(array.reshape(-1).view(np.uint8))
+            view = array.reshape(-1).view(np.uint8).data
             for i in range(0, len(view), WRITE_BYTES):
                 file.write(view[i : i + WRITE_BYTES])
 

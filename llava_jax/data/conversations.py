@@ -265,7 +265,8 @@ class _ImageParts:
     """The images of a row: message parts either name them, or refer to entries of `images`."""
 
     def __init__(self, names: list[str]):
-        self.given, self.found = names, []
+        self.given = names
+        self.found: list[str] = []
         self._referenced: list[int] = []  # indices into `given` that parts refer to
         self._indexed: bool | None = None  # whether the parts have an index
 
@@ -357,7 +358,7 @@ def _check_supported(mapping: dict[str, Any], unsupported: dict[str, str]) -> No
 
 def _pick_key(mapping: dict[str, Any], first: str, second: str) -> str:
     """The one of two synonymous keys that is present."""
-    empty = (None, "", [])
+    empty: tuple[Any, ...] = (None, "", [])
     if second not in mapping or mapping[second] in empty:
         return second if first not in mapping and second in mapping else first
     if first in mapping and mapping[first] not in empty:

@@ -195,9 +195,12 @@ def _decode(name: str, image: Image.Image, *, in_place: bool) -> Image.Image:
         if image.mode == "F":
             raise InputError(f"{name}: floating-point pixels; save it with 8 or 16 bits a channel")
         if image.format in ("JPEG", "MPO") and in_place:
-            _check_scans(image.fp)
+            _check_scans(image.fp)  # type: ignore[attr-defined]  # of an image that has just been opened
         image.load()
-        image = ImageOps.exif_transpose(image, in_place=in_place) or image
+        if in_place:
+            ImageOps.exif_transpose(image, in_place=True)
+        else:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # I;16 in either byte order; I in formats that have no narrower mode
             return _scale_16_bits(name, image)
         mode = "L" if image.mode in ("1", "L") else "RGB"
@@ -239,7 +242,7 @@ def _scale_16_bits(name: str, image: Image.Image) -> Image.Image:
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
     shift = 8
     if image.mode == "I":
-        low, high = image.getextrema()
+        low, high = np.asarray(image.getextrema())
         if low < 0 or high > 0xFFFF:
             raise InputError(f"{name}: 32-bit pixels; save it with 8 or 16 bits a channel")
         shift = 8 if high > 0xFF else 0
@@ -359,7 +362,8 @@ def tile_image(image: Image.Image, layout: TileLayout, config: LlavaConfig) -> n
     tile = config.vision.image_size
     if layout.grid is None:
         if config.aspect_ratio == "pad":
-            image = _pad_to_square(image, tuple(int(x * 255) for x in config.vision.image_mean))
+            red, green, blue = (int(x * 255) for x in config.vision.image_mean)
+            image = _pad_to_square(image, (red, green, blue))
         return _resize_and_crop(image, config.vision)[None]
     # The original always resizes grids bicubically, transformers with the image processor's resample.
     resample = Image.Resampling(config.vision.resample if config.image_rules == "transformers" else BICUBIC)

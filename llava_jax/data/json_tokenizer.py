@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from llava_jax.console import InputError, first_line, shorten
-from llava_jax.data.sentencepiece_tokenizer import Offsets, added_token, prefix_after_images
+from llava_jax.data.sentencepiece_tokenizer import Offsets, Token, added_token, prefix_after_images
 from llava_jax.json_files import parse_json
 from llava_jax.limited import LimitError, Worker
 
@@ -53,7 +53,7 @@ class JsonTokenizer:
         files: dict[str, bytes],
         settings: dict[str, Any],
         added: dict[int, AddedToken],
-        special: list[str | dict],
+        special: list[str | Token],
         directory: Path,
     ):
         self._file = directory / ("tokenizer.json" if "tokenizer.json" in files else "vocab.json")

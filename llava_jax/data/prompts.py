@@ -39,7 +39,7 @@ def add_image_tokens(turns: Sequence[str | None], images: int, config: LlavaConf
             f"the prompt has {count} {IMAGE_TOKEN} tokens for {images} images; give one for each image, or none"
         )
     if count == 0:
-        turns = [f"{IMAGE_TOKEN}\n" * images + turns[0], *turns[1:]]
+        turns = [f"{IMAGE_TOKEN}\n" * images + (turns[0] or ""), *turns[1:]]
     return [turn and turn.replace(IMAGE_TOKEN, image_markup(config)) for turn in turns]
 
 
@@ -79,7 +79,7 @@ def encode_prompt(
     """Token ids [n] of a conversation for the model to continue."""
     text, _ = render(template, turns, system=system)
     if template.style == "jinja" and tokenizer.bos_id is not None:  # the template writes BOS, and `encode` adds it
-        text = text.removeprefix(tokenizer.token(tokenizer.bos_id))
+        text = text.removeprefix(tokenizer.token(tokenizer.bos_id) or "")
     return encode(text, tokenizer)[0]
 
 
@@ -94,8 +94,8 @@ def prepare_tokenizer(tokenizer: Tokenizer, config: LlavaConfig) -> None:
 def end_ids(config: LlavaConfig, tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
     """The ids that end an answer: those of the configuration and tokenizer, and the template's stop string if it is one
     token."""
-    ends = {*config.text.eos_ids, tokenizer.eos_id, template.stop and tokenizer.token_id(template.stop)}
-    return tuple(sorted(ends - {None, ""}))
+    ends = (*config.text.eos_ids, tokenizer.eos_id, tokenizer.token_id(template.stop) if template.stop else None)
+    return tuple(sorted({end for end in ends if end is not None}))
 
 
 # ---------------------------------------------------------------- training

@@ -92,8 +92,9 @@ class SentencePieceTokenizer:
             # Skip defaults that are not in the model's vocabulary.
             is_missing_default = token in LLAMA_SPECIAL_TOKENS and self._piece_id(token) is None
             if content_of(token) not in contents and not is_missing_default:
-                contents.add(content_of(token))
-                self._add(added_token(token, True))
+                new = added_token(token, True)
+                contents.add(new.content)
+                self._add(new)
         self._index()
 
     def __len__(self) -> int:
@@ -130,7 +131,8 @@ class SentencePieceTokenizer:
         shift = 0
         if not self.legacy and text:
             text, shift = SPACE + text.replace(SPACE, " "), 1
-        ids, offsets = [], []
+        ids: list[int] = []
+        offsets: Offsets = []
         for piece in self._split(text):
             if piece.id is not None:
                 if shift and len(ids) == 1 and self.token(ids[0]) == SPACE and piece.text in self._special:
@@ -248,7 +250,7 @@ def prefix_after_images(engine: tokenizers.Tokenizer) -> None:
 def _parse(proto: bytes):
     from sentencepiece import sentencepiece_model_pb2
 
-    return sentencepiece_model_pb2.ModelProto.FromString(proto)
+    return sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]  # protobuf makes it at run time
 
 
 def _without_dummy_prefix(proto: bytes) -> bytes:

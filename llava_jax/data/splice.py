@@ -11,6 +11,7 @@ model has one. For each position, `feature_rows` holds a row of that table, or -
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +23,8 @@ IMAGE = -200  # the id of an image token (llava/constants.py IMAGE_TOKEN_INDEX)
 IGNORE = -100  # the label of a position that is not trained
 TEXT = -1  # the feature row of a text token
 NEWLINE = -2  # in merge_rows: the newline row, whose index depends on the table's size
+
+Array: TypeAlias = Any  # NumPy's on the host, JAX's on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +58,12 @@ class Batch:
     labels        [B, S] token to be predicted *at* this position (not yet shifted), `IGNORE` elsewhere
     """
 
-    tiles: np.ndarray
-    ids: np.ndarray
-    feature_rows: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    labels: np.ndarray
+    tiles: Array
+    ids: Array
+    feature_rows: Array
+    positions: Array
+    segments: Array
+    labels: Array
 
     @property
     def lengths(self) -> np.ndarray:

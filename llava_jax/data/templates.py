@@ -297,9 +297,10 @@ def render_chat(source: str, turns: Sequence[str | None], *, system: str | None 
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    lines = re.match(rf"(?:{re.escape(IMAGE_TOKEN)}\n)*", text)[0]
-    images = [{"type": "image"}] * lines.count(IMAGE_TOKEN)
-    return [*images, {"type": "text", "text": text[len(lines) :]}]
+    rest, count = text, 0
+    while rest.startswith(f"{IMAGE_TOKEN}\n"):
+        rest, count = rest.removeprefix(f"{IMAGE_TOKEN}\n"), count + 1
+    return [*[{"type": "image"}] * count, {"type": "text", "text": rest}]
 
 
 def image_markup(config: LlavaConfig) -> str:

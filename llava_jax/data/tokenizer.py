@@ -17,7 +17,7 @@ beginning of the text only (`USER`). Weights need the setting that they were tra
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -113,11 +113,11 @@ class Tokenizer:
         """Encode a text, including added tokens but without BOS or EOS: ids, and the (start, end) of each."""
         return self._engine.encode(text)
 
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Decode ids; special tokens are skipped unless `special`."""
         return self._engine.decode([int(i) for i in ids], special)
 
-    def decode_settled(self, ids: Sequence[int]) -> str:
+    def decode_settled(self, ids: Iterable[int]) -> str:
         """Decode the part of the text that later ids cannot change: it ends before an incomplete character."""
         return self._engine.decode_settled([int(i) for i in ids]).rstrip("\ufffd")
 
@@ -205,6 +205,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         raise InputError(f"{directory}: vocab.json needs a tokenizer_config.json with its tokenizer_class")
     if "tokenizer.json" in files and TIKTOKEN.match(files.get("tokenizer.model", b"")):
         files.pop("tokenizer.model")
+    engine: SentencePieceTokenizer | JsonTokenizer
+    fallback: dict[str, Any] = {}
     if "tokenizer.model" in files:
         fallback = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         engine = SentencePieceTokenizer(
@@ -217,7 +219,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         )
     elif "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys():
         engine = JsonTokenizer(files, settings, _added_tokens(settings, added), _special_tokens(settings), directory)
-        first, fallback = engine.first_token, {}
+        first = engine.first_token
         if str(settings.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
             # The defaults of this class in transformers, which override the file.
             defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

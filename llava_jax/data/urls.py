@@ -85,6 +85,7 @@ def _download(url: str) -> bytes:
         if not attempt.is_transient or time.monotonic() + wait > deadline:
             break
         time.sleep(wait)
+    assert attempt.error
     raise attempt.error
 
 

@@ -100,7 +100,7 @@ def fsdp_lines(mesh: Mesh) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """
     devices = mesh.devices[0, :, 0]
     everyone = np.arange(len(devices))
-    sides = (len(devices),)
+    sides: tuple[int, ...] = (len(devices),)
     if devices[0].platform == "tpu":
         coords = np.array([device.coords for device in devices])
         coords = coords - coords.min(axis=0)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.config import LlavaConfig
@@ -59,7 +59,7 @@ class Partition:
     Hashable, so that it can be a static argument of `jax.jit`.
     """
 
-    config: LlavaConfig | None = None
+    config: LlavaConfig = dataclasses.field(default_factory=LlavaConfig)
     mesh: Mesh | None = None
 
     def size(self, axis: str) -> int:
@@ -78,6 +78,11 @@ class Partition:
     @property
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend()
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None, "there is no mesh to shard over"
+        return self.mesh
 
     # ---------------------------------------------------------------- parameters
 
@@ -109,12 +114,12 @@ class Partition:
         """The sharding of the parameter at `path` in a tree whose layers are stacked along a leading axis, which is not
         sharded."""
         stacked = "/layers/" in path
-        return NamedSharding(self.mesh, P(None, *self.spec(path, shape[1:])) if stacked else self.spec(path, shape))
+        return NamedSharding(self._mesh, P(None, *self.spec(path, shape[1:])) if stacked else self.spec(path, shape))
 
     def shardings(self, params: Any) -> Any:
         """A tree like `params` (arrays or shapes) of `NamedSharding`."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: NamedSharding(self.mesh, self.spec(path_of(path), x.shape)), params
+            lambda path, x: NamedSharding(self._mesh, self.spec(path_of(path), x.shape)), params
         )
 
     def gather(self, params: Any, path: str) -> Any:
@@ -127,10 +132,10 @@ class Partition:
 
         def gathered(tail, x):
             if fsdp.is_shard(x):
-                x = fsdp.gather_shard(x, self.mesh)
+                x = fsdp.gather_shard(x, self._mesh)
             elif not fsdp.in_map_rows():
                 spec = self.spec("/".join(filter(None, (path, path_of(tail)))), x.shape)
-                x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, fsdp.without(spec, FSDP)))
+                x = jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, fsdp.without(spec, FSDP)))
             return checkpoint_name(x, GATHERED)
 
         return jax.tree_util.tree_map_with_path(gathered, params, is_leaf=fsdp.is_shard)
@@ -145,7 +150,7 @@ class Partition:
         specs = jax.tree_util.tree_map_with_path(
             lambda path, x: self.stacked_sharding(path_of(path), x.shape).spec, params
         )
-        return fsdp.map_rows(f, params, specs, rows, *others, mesh=self.mesh)
+        return fsdp.map_rows(f, params, specs, rows, *others, mesh=self._mesh)
 
     # ---------------------------------------------------------------- activations
 
@@ -154,13 +159,13 @@ class Partition:
 
         Axes that do not divide their dimension are left out.
         """
-        mesh = self.mesh
         if self.device_count == 1:
             return x
+        mesh: Mesh | AbstractMesh = self._mesh
         if fsdp.in_map_rows():
             if self.size(TENSOR) == 1:
                 return x
-            mesh, axes = jax.sharding.get_abstract_mesh(), [axis if axis == TENSOR else None for axis in axes]
+            mesh, axes = jax.sharding.get_abstract_mesh(), tuple(TENSOR if axis == TENSOR else None for axis in axes)
 
         def divides(axis, n):
             return n % math.prod(map(self.size, axis if isinstance(axis, tuple) else (axis,))) == 0
@@ -179,7 +184,7 @@ class Partition:
         rows = BATCH if not in_rows and arrays[0].shape[0] % self.row_shards == 0 else None
         return jax.shard_map(
             f,
-            mesh=jax.sharding.get_abstract_mesh() if in_rows else self.mesh,
+            mesh=jax.sharding.get_abstract_mesh() if in_rows else self._mesh,
             axis_names={TENSOR} if in_rows else set(AXES),
             in_specs=(P(rows, None, TENSOR),) * len(heads_BSHN) + (P(rows),) * len(rows_BS),
             out_specs=P(rows, None, TENSOR),

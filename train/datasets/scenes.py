@@ -93,7 +93,7 @@ def _place(rng: np.random.Generator, count: int, width: int, height: int) -> lis
                 break
         else:
             return None
-        things.append(Thing(str(rng.choice(shapes)), str(rng.choice(colours)), size, tuple(map(float, box))))
+        things.append(Thing(str(rng.choice(shapes)), str(rng.choice(colours)), size, box))
     return things
 
 

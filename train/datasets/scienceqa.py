@@ -31,7 +31,7 @@ ANSWERS = {
     "EA": "Answer: {E} The answer is {A}.",
     "LEA": "Answer: {L} {E} The answer is {A}.",
     "ELA": "Answer: {E} {L} The answer is {A}.",
-    "LEPA": None,  # see `_answer`
+    "LEPA": "",  # see `_answer`
 }
 OPTIONS = "ABCDE"
 MAX_FILE_BYTES = 2**30
@@ -118,11 +118,10 @@ def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, An
     rows = []
     for number in numbers:
         where = f"{shorten(base_dir / 'problems.json')}: problem {shorten(number)}"
-        problem = problems.get(number)
-        check_json(problem, Problem, f"{where} is not ScienceQA's")
-        answer, n = problem["answer"], len(problem["choices"])
-        if type(answer) is not int or not 0 <= answer < n:
-            raise InputError(f"{where}: answer {shorten(repr(answer))} is not one of its {n} choices (counted from 0)")
+        problem = check_json(problems.get(number), Problem, f"{where} is not ScienceQA's")
+        option, n = problem["answer"], len(problem["choices"])
+        if type(option) is not int or not 0 <= option < n:
+            raise InputError(f"{where}: answer {shorten(repr(option))} is not one of its {n} choices (counted from 0)")
         question, answer = question_and_answer(problem, prompt_format)
         image = problem["image"]
         row = {"id": number}

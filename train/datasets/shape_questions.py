@@ -212,8 +212,8 @@ def pick_compared(rng: Rng, scene: Scene) -> tuple[tuple[str, int], tuple[str, i
         b = pick(rng, here if rng.random() < 0.7 else options)
         numbers = len(scene.having(**{key: a})), len(scene.having(**{key: b}))
         if a != b and (numbers[0] != numbers[1] or rng.random() < 0.1):
-            pair = [(called(a), numbers[0]), (called(b), numbers[1])]
-            return tuple(pair if rng.random() < 0.5 else pair[::-1])
+            one, other = (called(a), numbers[0]), (called(b), numbers[1])
+            return (one, other) if rng.random() < 0.5 else (other, one)
     return None
 
 
@@ -232,9 +232,9 @@ def reasoning(rng: Rng, scene: Scene) -> Turn | None:
         if a <= b:
             return None
         return f"how many more {one} than {other} are there? explain.", f"{facts}, so {a - b}"
-    if (found := pick_group_where(rng, scene, lambda n: 0 < n < len(scene.things))) is None:
+    if (group := pick_group_where(rng, scene, lambda n: 0 < n < len(scene.things))) is None:
         return None
-    number, name = found
+    number, name = group
     question = f"how many objects are left without the {name}? explain."
     whole = len(scene.things)
     return question, f"objects: {whole}, {name}: {number}, so {whole - number}"
@@ -288,7 +288,7 @@ def caption(rng: Rng, scene: Scene) -> Turn:
 
 def counted(scene: Scene) -> list[str]:
     """The number of all objects, and of objects of each size, shape and colour present."""
-    groups = [("objects", {})]
+    groups: list[tuple[str, dict[str, str]]] = [("objects", {})]
     groups += [(f"{size} objects", {"size": size}) for size in SIZES]
     groups += [(plural(shape), {"shape": shape}) for shape in SHAPES]
     groups += [(f"{colour} objects", {"colour": colour}) for colour in COLOURS]

@@ -131,8 +131,8 @@ def train_rows(scenes: list[Scene], seed: int) -> list[Row]:
         rows.append(make_row(rng, f"train-{i}", images, turns))
     for i in range(0, len(scenes), 20):
         rng = rng_for(seed, "train", i, 2)
-        turns = {questions.text(rng): "text" for _ in range(6)}
-        rows.append(make_row(rng, f"train-text-{i}", [], [(kind, turn) for turn, kind in turns.items()]))
+        texts = dict.fromkeys(questions.text(rng) for _ in range(6))
+        rows.append(make_row(rng, f"train-text-{i}", [], [("text", turn) for turn in texts]))
     return rows
 
 
@@ -163,6 +163,7 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
         rng, found = rng_for(seed, "test", i, 1), 0
         for kind, _ in reversed(asked.most_common()):
             images = [file_name("test", i)]
+            turn: Turn | None
             if kind == "text":
                 turn, images = questions.text(rng), []
             elif kind == "two":
