@@ -135,10 +135,10 @@ def test_what_may_pass_is_tried_again(server, scene, monkeypatch, fates):
 @pytest.mark.parametrize(
     ("fates", "times", "says"),
     [
-        ("503&503&503&503&503", 3, "the server answers 503"),
+        ("503&503&503&503&503", 3, "the server returned 503"),
         ("404&404", 0, "the server returned 404"),
-        ("503=30&503=400", 1, "the server answers 503"),  # 400 s are more than are left
-        ("429=" + "9" * 400, 0, "the server answers 429"),
+        ("503=30&503=400", 1, "the server returned 503"),  # 400 s are more than are left
+        ("429=" + "9" * 400, 0, "the server returned 429"),
         ("503=Fri, 31 Dec 1999 23:59:59 GMT&404", 1, "the server returned 404"),
     ],
 )
