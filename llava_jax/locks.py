@@ -1,4 +1,8 @@
-"""Lock files, which one command holds at a time."""
+"""Lock files, which one command holds at a time.
+
+filelock, which huggingface_hub uses, has files that are only locks, and cannot name their holder. Here the answers file
+itself is locked, so that nothing is left behind, and errors name the process that holds it.
+"""
 
 import errno
 import fcntl
