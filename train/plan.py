@@ -97,7 +97,7 @@ def plan_step(
     hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
     parameters, optimizer = tpu_plan.per_chip((frozen, state.trained)), tpu_plan.per_chip(state.opt_state)
     made = tpu_plan.too_large(batch, parameters + optimizer, hbm) or tpu_plan.compile_for_tpu(
-        step.lower(frozen, state, batch)  # type: ignore[attr-defined]  # of a jitted function
+        step.lower(frozen, state, batch)
     )
     return Plan(
         fits=made.memory is not None and made.peak <= hbm,
@@ -105,9 +105,9 @@ def plan_step(
         hbm_bytes_per_chip=hbm,
         parameter_bytes_per_chip=parameters,
         optimizer_bytes_per_chip=optimizer,
-        executed_flops_per_chip=made.work and made.work.flops,
+        executed_flops_per_chip=made.work.flops if made.work else None,
         model_flops_per_chip=step_flops(model, config.tune, rows, length, tiles) / mesh.size,
-        collective_bytes_per_chip=made.work and made.work.collectives,
+        collective_bytes_per_chip=made.work.collectives if made.work else None,
         least_collective_bytes_per_chip=least_collectives(frozen, state, model, config, mesh, rows, length),
         compile_seconds=round(made.seconds, 1),
     ), made

@@ -181,7 +181,7 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
         least = plan.least_collective_bytes_per_chip
         over = f"{total / least:.2f} times the least" if least else ""
         bounds = tpu.roofline(made.work, topology) | (more or {})
-        slowest = max(bounds, key=bounds.get)
+        slowest = max(bounds, key=bounds.__getitem__)
         useful = plan.model_flops_per_chip / chip.peak / bounds[slowest]
         rows += [
             (

@@ -99,9 +99,9 @@ def _from_ours(config: dict[str, Any], file: str) -> LlavaConfig:
         if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(part)}):
             raise InputError(f"{file}: unknown fields {shorten(', '.join(where + name for name in unknown))}")
     read = check_json(top, LlavaConfig, file)
-    for part, family, known in (("text", read.text.family, DECODERS), ("vision", read.vision.family, TOWERS)):
+    for key, family, known in (("text", read.text.family, DECODERS), ("vision", read.vision.family, TOWERS)):
         if family not in known:
-            raise refuse(f"{part}.family", family, known, file)
+            raise refuse(f"{key}.family", family, known, file)
     return read
 
 

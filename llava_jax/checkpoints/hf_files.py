@@ -9,10 +9,11 @@ only `flat` (v1, v1.5) and `spatial_unpad` (v1.6).
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,11 +120,17 @@ def _named_tensors(source: Source, form: str, extra: "_Vocabulary | None") -> di
     for path, tensor in tensors.items():
         name, (_, to_theirs) = tensor_names.write_name(path, form, config)
         shape = tensor_names.shape_after(to_theirs, tensor.shape)
-        read = lambda tensor=tensor, to_theirs=to_theirs: contiguous(to_theirs(tensor.read()))  # noqa: E731
-        if extra and path in (EMBEDDING, HEAD):
-            shape, read = (extra.rows, *shape[1:]), lambda read=read: extra.grow(read())
-        named[name] = Pending(shape, tensor.dtype, read)
+        grown = extra if path in (EMBEDDING, HEAD) else None
+        if grown:
+            shape = (grown.rows, *shape[1:])
+        named[name] = Pending(shape, tensor.dtype, functools.partial(_read, tensor, to_theirs, grown))
     return named
+
+
+def _read(tensor: Tensor, to_theirs: Callable[[np.ndarray], np.ndarray], extra: "_Vocabulary | None") -> np.ndarray:
+    """A tensor as it is written."""
+    array = contiguous(to_theirs(tensor.read()))
+    return extra.grow(array) if extra else array
 
 
 def _whole_tower(source: Source) -> dict[str, Tensor]:
@@ -146,7 +153,7 @@ def _write_tensors(directory: epath.Path, tensors: dict[str, Pending], shard_byt
             bar.advance(tensor.nbytes)
             return array
 
-        ordered = {name: t._replace(read=lambda t=t: next_array(t)) for name, t in tensors.items()}
+        ordered = {name: t._replace(read=functools.partial(next_array, t)) for name, t in tensors.items()}
         safetensors_files.write_shards(directory, ordered, shard_bytes)
 
 
@@ -167,7 +174,7 @@ class _Vocabulary:
         new = [token for token in (IMAGE_TOKEN, PAD) if tokenizer.token_id(token) is None]
         first = len(tokenizer)
         ids = {token: first + i for i, token in enumerate(new)}
-        ids |= {token: tokenizer.token_id(token) for token in (IMAGE_TOKEN, PAD) if token not in ids}
+        ids |= {token: i for token in (IMAGE_TOKEN, PAD) if (i := tokenizer.token_id(token)) is not None}
         if max(ids.values()) >= rows:
             rows = math.ceil((max(ids.values()) + 1) / ROUND_VOCAB) * ROUND_VOCAB
         return cls(ids[IMAGE_TOKEN], ids[PAD], rows, tuple(new))

@@ -1,6 +1,7 @@
 """What a checkpoint's image processor does to pixels, in the files of transformers that say so: read and written."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -89,7 +90,8 @@ def read_pixels(
     Raises:
       InputError: it makes something of an image that neither the original nor transformers would feed this tower.
     """
-    get, known = (tower.pixels | preprocessor).get, (tower.processor, LLAVA, NEXT)
+    get: Callable[..., Any] = {**tower.pixels, **preprocessor}.get
+    known = (tower.processor, LLAVA, NEXT)
     kind = processor_class(preprocessor) or tower.processor
 
     def refuse(field: str, why: str) -> InputError:

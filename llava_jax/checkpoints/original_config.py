@@ -88,7 +88,7 @@ def read(config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: di
     return LlavaConfig(
         text=read_text(decoder, config, tied=is_tied(config)),
         vision=read_vision(
-            PUBLISHED[tower] if vision is None else vision,
+            PUBLISHED[str(tower)] if vision is None else vision,
             preprocessor,
             aspect,
             pinpoints,
@@ -114,7 +114,8 @@ def _decoder(config: dict[str, Any]) -> Decoder:
         raise refuse("model_type", kind, MODEL_TYPES)
     if unknown := [name for name in classes if name not in CLASSES]:
         raise refuse("architecture", unknown[0], [name for name in CLASSES if name.startswith("Llava")])
-    found = {MODEL_TYPES[kind], *(CLASSES[name] for name in classes)} - {None} or {DECODERS["llama"]}
+    named = (MODEL_TYPES[kind], *(CLASSES[name] for name in classes))
+    found = {family for family in named if family is not None} or {DECODERS["llama"]}
     if len(found) > 1:
         raise InputError(f"config.json: model_type {kind} and architecture {classes[0]} contradict each other")
     return found.pop()

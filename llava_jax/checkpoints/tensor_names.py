@@ -114,6 +114,7 @@ def write_name(path: str, dialect: str, config: LlavaConfig) -> tuple[str, Layou
     prefix = names.prefixes[part][_DIALECT[dialect]]
     if part != "projector":
         return prefix + theirs.replace("{i}", number[0] if number else ""), layout
+    assert number, path
     i, tail = int(number[0]), theirs.removeprefix("{i}.")
     if dialect == "transformers":
         return f"{prefix}{i + 1}.{tail}", layout

@@ -9,6 +9,7 @@ computes attention, and with a cache records the layer's keys and values.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -264,7 +265,8 @@ def _write(x: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Arra
 
 def _map_arrays(f, *caches: LayerCache) -> LayerCache:
     """`f(*arrays, axis)` for each array of a layer's cache and the axis of its slots."""
-    return LayerCache(*(None if arrays[0] is None else f(*arrays) for arrays in zip(*caches, SLOT_AXES, strict=True)))
+    mapped: list[Any] = [None if x[0] is None else f(*x) for x in zip(*caches, SLOT_AXES, strict=True)]
+    return LayerCache(*mapped)
 
 
 # ---------------------------------------------------------------- random parameters

@@ -115,9 +115,9 @@ class Family:
     def check(self, given: Any, file: str, key: str = "") -> None:
         """Raise an `InputError` if a part's object, the file's or what it has under a key, has something else than it
         should."""
-        schema: Any = TypedDict(self.name, self.types, total=False)  # type: ignore
+        schema: Any = TypedDict(self.name, self.types, total=False)  # type: ignore[misc]  # known at run time alone
         if key:
-            given, schema = {key: given}, TypedDict(self.name, {key: schema})  # type: ignore
+            given, schema = {key: given}, TypedDict(self.name, {key: schema})  # type: ignore[misc, operator]  # likewise
         check_json(given, schema, file)
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
