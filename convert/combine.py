@@ -1,8 +1,8 @@
-"""Whole models out of what people have instead: parts, adapters, deltas. All lazy, one tensor at a time.
+"""Combine parts, adapters and deltas into complete models, lazily, one tensor at a time.
 
-parts    a language model, a CLIP directory, a projector trained or fresh          how training starts
-LoRA     a base and an adapter of PEFT's with the original's non_lora_trainables   llava/model/builder.py
-delta    a base and the difference to it                                           llava/model/apply_delta.py
+parts    a language model, a CLIP directory, a trained or new projector            for training
+LoRA     a base, and a PEFT adapter with the original's non_lora_trainables        llava/model/builder.py
+delta    a base, and a model's difference from it                                  llava/model/apply_delta.py
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from llava_jax import limited
 from llava_jax.checkpoints import tensor_names
-from llava_jax.checkpoints.config_json import has_eyes, is_original
+from llava_jax.checkpoints.config_json import has_vision_fields, is_original
 from llava_jax.checkpoints.sources import (
     EMBEDDING,
     HEAD,
@@ -41,8 +41,8 @@ LORA = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)"
     r"\.lora_(?:(?P<side>[AB])(?:\.\w+)?\.weight|embedding_(?P<embedding_side>[AB])(?:\.\w+)?)$"
 )
-PATIENCE = 30  # seconds for all patterns of an adapter
-OTHER_STARTS = ("pissa", "olora", "loftq", "corda")  # of factors, that change the base too
+PATTERN_SECONDS = 30  # for all patterns of an adapter
+OTHER_STARTS = ("pissa", "olora", "loftq", "corda")  # initialisations of the factors that change the base too
 
 
 def combine(
@@ -57,36 +57,38 @@ def combine(
     seed: int = 0,
     name: str = "",
 ) -> tuple[Source, Path]:
-    """Open what `to-orbax` was given.
+    """Open the inputs of `to-orbax`.
 
     Returns:
-      The checkpoint, and the directory that its tokenizer is in.
+      The checkpoint, and the directory of its tokenizer.
 
     Raises:
-      InputError: it does not make a whole LLaVA.
+      InputError: the inputs do not form a complete LLaVA.
     """
     fields = read_json(source / "config.json") or {}
     fresh = projector or projector_type or aspect_ratio
     if fresh and (delta or (source / "adapter_config.json").exists()):
-        raise InputError("--projector, --projector-type and --aspect-ratio do not go with an adapter or a delta")
+        raise InputError("--projector, --projector-type and --aspect-ratio cannot be used with an adapter or a delta")
     if base and delta:
         return add_delta(base, delta, vision_tower), delta
     if (source / "adapter_config.json").exists():
         if base is None:
-            raise InputError(f"{source}: a LoRA adapter; give the model that it was trained on with --base")
+            raise InputError(f"{source}: is a LoRA adapter; pass the model that it was trained on with --base")
         return merge_lora(base, source, vision_tower), _with_tokenizer(source, base)
     if base and has_tensors(source):
-        raise InputError(f"{source}: a whole model, which needs no --base; a delta is named with --delta")
+        raise InputError(f"{source}: is a complete model, which needs no --base; pass a delta with --delta")
     trained = [source / f"mm_projector{suffix}" for suffix in (".safetensors", ".bin")]
-    if base and (found := [file for file in trained if file.exists()]):  # what the original's first stage leaves
+    if base and (found := [file for file in trained if file.exists()]):  # an output of the original's first stage
         return from_parts(base, vision_tower, projector or found[0], fields=fields), base
     if base:
-        raise InputError(f"{source}: neither an adapter nor a projector for --base {base}")
-    if fields and is_original(fields) and not has_eyes(fields):  # a plain language model
+        raise InputError(f"{source}: contains neither an adapter nor a projector for --base {base}")
+    if fields and is_original(fields) and not has_vision_fields(fields):  # a plain language model
         options = _mm_fields(vision_tower, projector, projector_type, aspect_ratio)
         return from_parts(source, vision_tower, projector, fields=options, seed=seed), source
     if projector_type or aspect_ratio:
-        raise InputError(f"{source}: a whole LLaVA; --projector-type and --aspect-ratio are for plain language models")
+        raise InputError(
+            f"{source}: is a complete LLaVA; --projector-type and --aspect-ratio are for plain language models"
+        )
     opened = open_source(source, vision_tower=vision_tower, name=name)
     return (_with_projector(opened, projector) if projector else opened), source
 
@@ -100,7 +102,7 @@ def _with_tokenizer(*directories: Path) -> Path:
 
 
 def _mm_fields(tower: Path | None, projector: Path | None, projector_type: str | None, aspect: str | None) -> dict:
-    """What the original's config.json says of a model's eyes, for a language model that has none yet."""
+    """The fields of the original's config.json that add vision to a plain language model."""
     aspect = aspect or "pad"
     anyres = aspect == "anyres"
     return {
@@ -126,16 +128,16 @@ def _read_type(projector: Path) -> str:
 def from_parts(
     language_model: Path, tower: Path | None, projector: Path | None, *, fields: dict, seed: int = 0
 ) -> Source:
-    """A language model that sees through a CLIP directory and a projector.
+    """A LLaVA from a language model, a CLIP directory and a projector.
 
     Args:
-      projector: `mm_projector.bin` or `.safetensors` as the original's first stage writes it; None for a fresh one.
+      projector: `mm_projector.bin` or `.safetensors` as the original's first stage writes it; None for a new one.
       fields: `mm_...` fields as in the original's config.json.
-      seed: of a fresh projector, which is then torch's own after `torch.manual_seed(seed)`.
+      seed: of a new projector, which equals torch's after `torch.manual_seed(seed)`.
     """
     if tower is None:
         raise InputError(
-            f"{language_model}: a language model without a vision tower; give a CLIP directory with --vision-tower"
+            f"{language_model}: is a language model without a vision tower; pass a CLIP directory with --vision-tower"
         )
     fields = (read_json(language_model / "config.json") or {}) | fields
     config = configure(fields, language_model, tower, name=language_model.name)
@@ -167,16 +169,16 @@ def _add_projector(found: Found, path: Path) -> None:
         inner = name.rpartition("mm_projector.")[2]
         if "embed_tokens" in name:
             raise InputError(
-                f"{path}: holds {name} for the tokens <im_start> and <im_end>, which a language model without them "
-                "cannot take; convert the whole checkpoint that was trained with it"
+                f"{path}: holds {name} for the tokens <im_start> and <im_end>, which a plain language model lacks; "
+                "convert the complete checkpoint that was trained with it"
             )
         bare = inner in ("weight", "bias") or inner[:1].isdigit()
         found.add(name, file, path.name, called=f"model.mm_projector.{inner}" if bare else name, replace=True)
 
 
 def fresh_tensors(config: LlavaConfig, seed: int, dtype: np.dtype) -> dict[str, Tensor]:
-    """A projector as torch initialises one (uniform within 1 / sqrt(inputs), bit for bit), and a newline."""
-    random = np.random.RandomState(seed & 0xFFFFFFFF)  # torch's CPU generator is this one, seeded the same
+    """A projector that equals torch's initial one bit for bit (uniform within 1 / sqrt(inputs)), and a newline."""
+    random = np.random.RandomState(seed & 0xFFFFFFFF)  # torch's CPU generator is the same, seeded the same way
 
     def uniform(shape: tuple[int, ...], bound: float) -> np.ndarray:
         bits = random.randint(0, 2**32, math.prod(shape), dtype=np.uint32) & np.uint32(2**24 - 1)
@@ -206,7 +208,7 @@ Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
 class Adapter(TypedDict, total=False):
-    """`adapter_config.json` of PEFT's, as far as it is read."""
+    """The fields that are read of PEFT's `adapter_config.json`."""
 
     alpha_pattern: dict[str, Alpha] | None
     init_lora_weights: bool | str | None
@@ -220,7 +222,7 @@ class Adapter(TypedDict, total=False):
 
 @dataclasses.dataclass
 class _Pair:
-    """The two factors of a module's update: A [r, in], B [out, r]; for an embedding A [r, V], B [D, r]."""
+    """The two factors of a module's weight difference: A [r, in], B [out, r]; for an embedding A [r, V], B [D, r]."""
 
     module: str
     scale: float = 0.0
@@ -229,12 +231,12 @@ class _Pair:
 
 
 def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
-    """A base with an adapter of PEFT's merged into it: W + scale * B A, in float32.
+    """Merge a PEFT adapter into its base: W + scale * B A, in float32.
 
     Args:
-      base: the language model that was tuned, or a whole LLaVA.
-      adapter: `adapter_config.json`, `adapter_model.safetensors` or `.bin`, and where the original trained it
-        `config.json` and `non_lora_trainables.bin`.
+      base: the language model that the adapter was trained on, or a complete LLaVA.
+      adapter: a directory with `adapter_config.json`, `adapter_model.safetensors` or `.bin`, and, if the original
+        trained it, `config.json` and `non_lora_trainables.bin`.
     """
     settings = read_json(adapter / "adapter_config.json", Adapter) or {}
     if settings.get("peft_type", "LORA") != "LORA" or settings.get("use_dora"):
@@ -243,12 +245,12 @@ def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
     if str(settings.get("init_lora_weights", "")).startswith(OTHER_STARTS):
         raise InputError(
             f"{shorten(adapter)}: init_lora_weights {shorten(settings['init_lora_weights'], 40)} changed the base too; "
-            "merge it with PEFT, or save it there as a plain LoRA"
+            "merge it with PEFT, or save it with PEFT as a plain LoRA"
         )
     fields = read_json(adapter / "config.json")
     directory = base if fields is None else adapter
     if fields:
-        fields.pop("quantization_config", None)  # of the base that QLoRA trained on; the one given here is whole
+        fields.pop("quantization_config", None)  # describes the base that QLoRA trained on, not `base`
     fields = fields or read_json(base / "config.json") or {}
     original = is_original(fields)
     tower = find_tower(directory, fields, vision_tower) if original else vision_tower
@@ -259,7 +261,9 @@ def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
         found.add_tower(tower, asked=vision_tower is not None)
     weights = [adapter / f"adapter_model{suffix}" for suffix in (".safetensors", ".bin")]
     if not any(file.exists() for file in weights):
-        raise InputError(f"{adapter}: has adapter_config.json, but no adapter_model.safetensors or adapter_model.bin")
+        raise InputError(
+            f"{adapter}: has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin"
+        )
     for path in (adapter / "non_lora_trainables.bin", adapter / "non_lora_trainables.safetensors"):
         if path.exists():
             file = open_file(path)
@@ -272,7 +276,7 @@ def merge_lora(base: Path, adapter: Path, vision_tower: Path | None) -> Source:
 
 
 def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -> dict[str, _Pair]:
-    """Path of each tuned kernel -> its factors. Tensors of the adapter that are whole ones replace the base's."""
+    """Path of each trained kernel -> its factors. Complete tensors in the adapter replace the base's."""
     file = open_file(path)
     pairs: dict[str, _Pair] = {}
     problems = []
@@ -280,7 +284,7 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
         match = LORA.match(name)
         if not match:
             if "lora_" in name:
-                problems.append(f"{name}: not of a plain LoRA")
+                problems.append(f"{name}: does not belong to a plain LoRA")
             else:  # `modules_to_save`, biases
                 called = PEFT.sub("", name).replace(".base_layer.", ".")
                 found.add(name, file, path.name, called=called, replace=True)
@@ -303,7 +307,7 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
         is_embedding = ours.endswith("embedding")
         wide, narrow = kernel.shape if is_embedding else kernel.shape[:2]
         if pair.A is None or pair.B is None:
-            problems.append(f"{pair.module}: only one of its two factors is there")
+            problems.append(f"{pair.module}: one of its two factors is missing")
         elif pair.A.shape != (rank, wide) or pair.B.shape != (narrow, rank):
             problems.append(
                 f"{pair.module}: factors of shapes {list(pair.A.shape)} and {list(pair.B.shape)} "
@@ -315,10 +319,10 @@ def _read_pairs(path: Path, settings: dict, config: LlavaConfig, found: Found) -
 
 
 def _by_module(settings: dict, key: str, pattern_key: str, modules: list[str], file: Path) -> list[float]:
-    """PEFT's `r` or `lora_alpha` of each module: of the first pattern in `rank_pattern` or `alpha_pattern`, a regular
-    expression for the end of a module's name, that matches; else the adapter's own.
+    """PEFT's `r` or `lora_alpha` of each module: that of the first matching pattern in `rank_pattern` or
+    `alpha_pattern`, a regular expression for the end of a module's name; else the adapter's own.
 
-    The patterns are a stranger's programs, and run within limits.
+    The patterns are untrusted, and run within limits.
     """
     patterns = settings.get(pattern_key) or {}
     values, start = dict.fromkeys(modules, settings.get(key, 8)), time.monotonic()
@@ -326,8 +330,8 @@ def _by_module(settings: dict, key: str, pattern_key: str, modules: list[str], f
     for pattern, value in patterns.items():
         try:
             matched = limited.run("match", pattern, left)
-            if time.monotonic() - start > PATIENCE:
-                raise limited.LimitError(f"and those before it take more than {PATIENCE} s")
+            if time.monotonic() - start > PATTERN_SECONDS:
+                raise limited.LimitError(f"and those before it take more than {PATTERN_SECONDS} s")
         except (ValueError, limited.LimitError) as error:
             raise InputError(f"{file}: the {pattern_key} {shorten(pattern)}: {first_line(error)}") from None
         values |= {module: value for module, yes in zip(left, matched, strict=True) if yes}
@@ -339,10 +343,10 @@ def _merged(kernel: Tensor, pair: _Pair) -> Tensor:
     def read() -> np.ndarray:
         assert pair.A and pair.B
         A, B = (factor.read().astype(np.float32) for factor in (pair.A, pair.B))
-        update = A.T @ B.T
-        update *= np.float32(pair.scale)
-        update += kernel.read()
-        return update.astype(kernel.dtype, copy=False)
+        merged = A.T @ B.T
+        merged *= np.float32(pair.scale)
+        merged += kernel.read()
+        return merged.astype(kernel.dtype, copy=False)
 
     return dataclasses.replace(kernel, read=read)
 
@@ -351,14 +355,14 @@ def _merged(kernel: Tensor, pair: _Pair) -> Tensor:
 
 
 def add_delta(base: Path, delta: Path, vision_tower: Path | None) -> Source:
-    """The model whose difference to a base was published: v0 and v1.1.
+    """A model that was published as its difference from a base (v0 and v1.1): their sum, in float32.
 
-    Added in float32. A delta with more rows (new tokens) adds the base to its first ones; what the base lacks
-    (the projector) is taken as it is.
+    If the delta has more rows (new tokens), the base is added to its first ones; tensors that the base lacks (the
+    projector) are the delta's.
     """
     fields = read_json(delta / "config.json")
     if fields is None:
-        raise InputError(f"{delta}: no delta (there is no config.json)")
+        raise InputError(f"{delta}: not a delta (it has no config.json)")
     tower = find_tower(delta, fields, vision_tower)
     config = configure(fields, delta, tower, name=delta.name)
     found, below = Found(config), Found(config)
@@ -386,9 +390,7 @@ def _sum(delta: Tensor, base: Tensor, path: str, directory: Path) -> Tensor:
     grows = path in (EMBEDDING, HEAD)
     fits = base.shape == delta.shape or (grows and all(b <= d for b, d in zip(base.shape, delta.shape, strict=True)))
     if not fits:
-        raise InputError(
-            f"{directory}: {base.name} {list(base.shape)} does not go with the delta's {list(delta.shape)}"
-        )
+        raise InputError(f"{directory}: {base.name} {list(base.shape)} does not fit the delta's {list(delta.shape)}")
 
     def read() -> np.ndarray:
         total = delta.read().astype(np.float32)

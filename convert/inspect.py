@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.checkpoints import tensor_names
-from llava_jax.checkpoints.config_json import has_eyes, is_original, read_config
+from llava_jax.checkpoints.config_json import has_vision_fields, is_original, read_config
 from llava_jax.checkpoints.config_parts import read_tower
 from llava_jax.checkpoints.directories import find_directory
 from llava_jax.checkpoints.families import TOWERS
@@ -86,7 +86,7 @@ def _read_fields(fields: dict | None, directory: Path) -> tuple[str, LlavaConfig
         return "none", None
     if not is_original(fields):
         dialect = "transformers"
-    elif has_eyes(fields):
+    elif has_vision_fields(fields):
         dialect = "original"
     else:
         return f"none ({shorten(fields.get('model_type', 'unknown model'))})", None

@@ -1,4 +1,7 @@
-"""What a LLaVA is: frozen dataclasses, the released models' and a tiny one. `config_json` reads them from files."""
+"""The configuration of a LLaVA: frozen dataclasses, and presets of the released models and of a tiny one.
+
+`checkpoints.config_json` reads them from files.
+"""
 
 import dataclasses
 import functools
@@ -22,14 +25,14 @@ ACTIVATIONS = ("silu", "gelu", "quick_gelu", "gelu_pytorch_tanh")
 ROPE_SCALINGS = ("linear", "llama3")
 MAX_TILES = 1000  # of an image
 
-# What a number can be, well beyond all models that there are.
+# Ranges of numbers, well beyond those of all known models.
 Layers = Annotated[int, Meta(ge=1, le=1000)]
 Heads = Annotated[int, Meta(ge=1, le=2**12)]
 Width = Annotated[int, Meta(ge=1, le=2**18)]
 Vocabulary = Annotated[int, Meta(ge=1, le=2**24)]
 Positions = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Window = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # 0 for none
-TokenId = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # -1 for none, as LLaMA's first files have it
+TokenId = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # -1 for none, as in LLaMA's first files
 Pixels = Annotated[int, Meta(ge=1, le=10_000)]
 FeatureLayer = Annotated[int, Meta(ge=-1001, le=1000)]
 Epsilon = Annotated[float, Meta(ge=0, le=1)]
@@ -38,7 +41,7 @@ Positive = Annotated[float, Meta(gt=0, le=1e15)]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: `linear` (all alike) or `llama3` (low ones only)."""
+    """How rotary frequencies are scaled: `linear` (all equally) or `llama3` (only low ones)."""
 
     kind: str
     factor: Positive
@@ -49,7 +52,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The decoder: LLaMA, Mistral, Vicuna, Yi, Qwen2 and their kin."""
+    """The decoder: LLaMA, Mistral, Vicuna, Yi, Qwen2 and related models."""
 
     vocab_size: Vocabulary = 32000
     width: Width = 4096
@@ -91,13 +94,13 @@ class VisionConfig:
     norm_eps: Epsilon = 1e-5
     activation: str = "quick_gelu"
     feature_layers: tuple[FeatureLayer, ...] = (-2,)
-    keep_class_token: bool = False  # `cls_patch` (original), `full` (Hugging Face)
+    keep_class_token: bool = False  # `cls_patch` (original), `full` (transformers)
     family: str = "clip"  # of `checkpoints.families`
-    # What the image processor does to an image that is no grid of tiles (`preprocessor_config.json`).
-    resize: tuple[Pixels, ...] | None = None  # (shortest edge,), or (height, width); () not; None to `image_size`
+    # How the image processor resizes an image without a grid of tiles (`preprocessor_config.json`).
+    resize: tuple[Pixels, ...] | None = None  # (shortest edge,) or (height, width); (): no resizing; None: `image_size`
     center_crop: bool = True
     resample: Annotated[int, Meta(ge=1, le=5)] = BICUBIC
-    # And to the pixels of all: (value * rescale_factor - mean) / deviation, the latter two only if `normalize`.
+    # All pixels become value * rescale_factor, and then (value - mean) / deviation if `normalize`.
     rescale_factor: Annotated[float, Meta(gt=0, le=1)] = 1 / 255
     normalize: bool = True
     image_mean: tuple[float, float, float] = CLIP_MEAN
@@ -131,18 +134,18 @@ class LlavaConfig:
     projector_bias: bool = True
     aspect_ratio: str = "pad"
     merge: str = "flat"
-    grid_pinpoints: tuple[tuple[Pixels, Pixels], ...] = ()  # as the file has them; who reads them decides what is width
+    grid_pinpoints: tuple[tuple[Pixels, Pixels], ...] = ()  # as in the file; `image_rules` decides which is the width
     image_rules: str = "original"
-    pads_in_transformers: bool = True  # whether transformers' processor pads, for `image_rules="transformers"`
+    pads_in_transformers: bool = True  # whether transformers' processor does, for `image_rules="transformers"`
     use_im_start_end: bool = False
     use_im_patch: bool = False
     max_length: Annotated[int, Meta(ge=1)] | None = None  # positions after splicing that the model was trained with
     padding_side: str = "right"
-    # The conversation template: its name, or a chat template's Jinja program; None: chosen from the rest.
+    # The conversation template: its name, or a chat template's Jinja program; None: chosen from the other fields.
     template: str | None = None
-    template_from: str = ""  # the file of the checkpoint that says so
-    name: str = ""  # what the checkpoint calls itself, a hint for the template
-    vision_tower: str | None = None  # where the original's config says the tower is
+    template_from: str = ""  # the checkpoint's file that contains it
+    name: str = ""  # the checkpoint's name, a hint for the template
+    vision_tower: str | None = None  # the tower that the original's config names
     image_token_id: TokenId | None = None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded
 
     def __post_init__(self):
@@ -164,17 +167,18 @@ class LlavaConfig:
         projector_depth(self.projector)
         if self.vision.keep_class_token and self.merge != "flat":
             raise InputError(
-                f"config: a class token among the features does not go with mm_patch_merge_type {self.merge}"
+                f"config: mm_patch_merge_type {self.merge} does not support a class token among the features"
             )
         if self.aspect_ratio == "anyres" and not self.grid_pinpoints:
             raise InputError("config: image_aspect_ratio anyres needs image_grid_pinpoints")
         if self.text.heads % self.text.kv_heads:
             raise InputError(
-                f"config: {self.text.heads} attention heads are no multiple of {self.text.kv_heads} key/value heads"
+                f"config: {self.text.heads} attention heads are not a multiple of {self.text.kv_heads} key/value heads"
             )
         if self.vision.width % self.vision.heads:
             raise InputError(
-                f"config: the vision tower's width {self.vision.width} is no multiple of its {self.vision.heads} heads"
+                f"config: the vision tower's width {self.vision.width} must be a multiple of its number of heads, "
+                f"{self.vision.heads}"
             )
         scaling = self.text.rope_scaling
         if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
@@ -183,7 +187,9 @@ class LlavaConfig:
                 f"high_freq_factor {scaling.high_freq_factor:g}"
             )
         if self.text.head_width % 2:
-            raise InputError(f"config: heads of width {self.text.head_width} have no two halves to rotate")
+            raise InputError(
+                f"config: the decoder's head width {self.text.head_width} must be even, for rotary positions"
+            )
         if self.vision.patch_size > self.vision.image_size:
             raise InputError(
                 f"config: the vision tower's patch size {self.vision.patch_size} is larger than its image size "
@@ -193,7 +199,7 @@ class LlavaConfig:
         for height, width in self.grid_pinpoints:
             if (tiles := -(-height // side) * -(-width // side)) > MAX_TILES:
                 raise InputError(
-                    f"config: image_grid_pinpoints: {height} x {width} are {tiles:,} tiles of {side} pixels; at most "
+                    f"config: image_grid_pinpoints: {height} x {width} has {tiles:,} tiles of {side} pixels; at most "
                     f"{MAX_TILES:,} are supported"
                 )
         if not self.vision.feature_layers or any(not 0 <= i <= self.vision.layers for i in self.vision.hidden_states):
@@ -215,7 +221,7 @@ class LlavaConfig:
         return dataclasses.replace(self, **changes)
 
     def with_image_rules(self, rules: str) -> "LlavaConfig":
-        """The model with images cut as the `original` or as `transformers` cuts them."""
+        """The model with images split as by the `original` or by `transformers`."""
         unpadded = rules == "transformers" and self.aspect_ratio == "pad" and not self.pads_in_transformers
         return self.replace(image_rules=rules, aspect_ratio="square" if unpadded else self.aspect_ratio)
 
@@ -225,15 +231,15 @@ class LlavaConfig:
 
 @functools.cache
 def field_types(part: type) -> dict[str, Any]:
-    """Type of each field of a dataclass, ranges included."""
+    """Name -> type of each field of a dataclass, including ranges."""
     return typing.get_type_hints(part, include_extras=True)
 
 
 def projector_depth(projector: str) -> int:
-    """Linear layers of a projector by the original's name for it (llava/model/multimodal_projector/builder.py).
+    """Number of linear layers of a projector, by its name in llava/model/multimodal_projector/builder.py.
 
     Raises:
-      InputError: the name is none of `linear`, `mlpNx_gelu`, `identity`.
+      InputError: the name is not `linear`, `mlpNx_gelu` or `identity`.
     """
     if projector == "identity":
         return 0
@@ -289,7 +295,7 @@ PRESETS: dict[str, LlavaConfig] = {
 
 
 def preset(name: str) -> LlavaConfig:
-    """A released model's configuration by name, with or without the `llava-` in front."""
+    """A released model's configuration by name, with or without the prefix `llava-`."""
     key = name.removeprefix("llava-")
     if key not in PRESETS:
         raise InputError(f"unknown model {shorten(name)!r}; known: {', '.join(PRESETS)}")

@@ -93,7 +93,7 @@ def test_it_answers_files_of_questions(run_cli, tmp_path):
     [
         (("--checkpoint", BUNDLED), "--prompt or --questions"),
         (("--image", "a.png"), "--prompt or --questions"),
-        (("--checkpoint", "", "--prompt", "Hi"), "no checkpoint"),
+        (("--checkpoint", "", "--prompt", "Hi"), "not a checkpoint"),
         (("--vision-tower", "."), "--vision-tower needs --checkpoint"),
     ],
 )

@@ -126,7 +126,7 @@ BAD = {
     "unknown template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
     "checkpoint as a URL": (lambda t: ("--checkpoint", "file:///none"), "file:// is not a supported object store"),
-    "vision tower of no name": (lambda t: ("--vision-tower", ""), "no CLIP directory"),
+    "vision tower of no name": (lambda t: ("--vision-tower", ""), "not a CLIP directory"),
     "broken data URL": (lambda t: ("--image", "data:image/png;base64," + "A" * 9999), "AAA: not an image"),
     "file of a host": (lambda t: ("--image", "file://host/a.png"), "a file on host host"),
     "long flag": (lambda t: ("--top-k", "x" * 9999), "--top-k 'xxx"),

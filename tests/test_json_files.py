@@ -292,9 +292,9 @@ def test_the_file_the_key_and_what_is_wrong_are_named(kind, data, says, tmp_path
 @pytest.mark.parametrize(
     ("part", "layers", "says"),
     [
-        ("text_config", 1000, "config.json says that the decoder has 1,000 layers, the files have 4"),
-        ("text_config", 5, "config.json says that the decoder has 5 layers, the files have 4"),
-        ("vision_config", 900, "config.json says that the vision tower has 900 layers, the files have 3"),
+        ("text_config", 1000, "config.json says that the decoder has 1,000 layers, but the files have 4"),
+        ("text_config", 5, "config.json says that the decoder has 5 layers, but the files have 4"),
+        ("vision_config", 900, "config.json says that the vision tower has 900 layers, but the files have 3"),
     ],
 )
 def test_files_with_fewer_layers_are_refused_before_shapes_of_all_are_made(part, layers, says, tmp_path, monkeypatch):

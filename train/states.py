@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from msgspec import Meta
 
-from llava_jax.checkpoints.orbax_files import hush_late_futures
+from llava_jax.checkpoints.orbax_files import silence_late_futures
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import check_tree
 from llava_jax.json_files import check_json, parse_json
@@ -66,7 +66,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep: int):
         for name in ("absl", "asyncio"):  # errors are reported here, in one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        hush_late_futures()
+        silence_late_futures()
         by_loss = lambda metrics: metrics["eval_loss"]  # noqa: E731
         best = _policies.BestN(get_metric_fn=by_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         _check_losses(directory)

@@ -1,4 +1,4 @@
-"""The chat template that a checkpoint carries, a Jinja program of transformers: read, and compared with ours."""
+"""Read the chat template of a checkpoint, a Jinja program of transformers, and compare it with our templates."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -11,8 +11,8 @@ from llava_jax.data.tokenizer import NamedTemplate, Settings, load_tokenizer
 from llava_jax.files import read_text
 from llava_jax.json_files import read_json
 
-# Conversations that two templates must write alike to be the same: one question, several, without an image, with
-# two. (Without a system message: published templates differ from the originals there, and few people give one.)
+# Two templates count as equal if they render these conversations alike: one question, several, no image, two images.
+# None has a system message: published templates differ from the originals there, and few people pass one.
 PROBES = (
     (f"{IMAGE_TOKEN}\nWhat is it?", None),
     (f"{IMAGE_TOKEN}\nWhat is it?", "A cat.", "Why?", None),
@@ -22,18 +22,18 @@ PROBES = (
 
 
 class Processor(TypedDict, total=False):
-    """`processor_config.json`, as far as it is about text, and `chat_template.json`."""
+    """The fields of `processor_config.json` that concern text, and those of `chat_template.json`."""
 
     chat_template: str | list[NamedTemplate] | dict[str, str] | None
     image_token: str | Token | None
 
 
 def read_chat_template(directory: Path) -> tuple[str, str] | None:
-    """The chat template of a checkpoint, and the file that holds it; None where there is none.
+    """The chat template of a checkpoint, and the file that holds it; None if the checkpoint has none.
 
-    The files are looked at in the order of transformers' processors (processing_utils.py `get_processor_dict`), and the
-    tokenizer's last. The tokens that the program may name are set in front of it, so that it can be run by itself. What
-    it writes for an image becomes `<image>`.
+    It searches the files in the order of transformers' processors (processing_utils.py `get_processor_dict`), and the
+    tokenizer's last. It prepends definitions of the special tokens that the program may use, so that the program runs
+    by itself, and replaces the checkpoint's image token by `<image>`.
 
     Raises:
       InputError: a file cannot be read.
@@ -50,7 +50,7 @@ def read_chat_template(directory: Path) -> tuple[str, str] | None:
 
 
 def _special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens that a tokenizer's files name, which a chat template may use."""
+    """The special tokens in a tokenizer's files that a chat template may use."""
     settings = (read_json(directory / "special_tokens_map.json", Settings) or {}) | (
         read_json(directory / "tokenizer_config.json", Settings) or {}
     )
@@ -76,7 +76,7 @@ def _find(directory: Path) -> tuple[str, str] | None:
 
 
 def _default(template: str | list[NamedTemplate] | dict[str, str] | None) -> str | None:
-    """Of several templates by name, the one that is used without a name."""
+    """The template itself, or the one named `default` of several."""
     if isinstance(template, list):
         template = {one["name"]: one["template"] for one in template}
     if isinstance(template, dict):
@@ -85,8 +85,8 @@ def _default(template: str | list[NamedTemplate] | dict[str, str] | None) -> str
 
 
 def with_chat_template(config: LlavaConfig, directory: Path) -> LlavaConfig:
-    """The configuration with the template that its checkpoint carries: a named one if that writes the same, else the
-    checkpoint's own. What `config.json` names stands."""
+    """The configuration with the template of its checkpoint: one of ours, by name, if that renders the same, else the
+    checkpoint's own. A template that `config.json` names takes precedence."""
     found = None if config.template else read_chat_template(directory)
     if found is None:
         return config
@@ -94,10 +94,12 @@ def with_chat_template(config: LlavaConfig, directory: Path) -> LlavaConfig:
     try:
         written = [render_chat(program, probe) for probe in PROBES]
         bos = _special_tokens(directory).get("bos_token")
-        if bos and written[0].startswith(bos) and load_tokenizer(directory).bos_id is not None:  # which adds it anyway
+        if (
+            bos and written[0].startswith(bos) and load_tokenizer(directory).bos_id is not None
+        ):  # the tokenizer adds it anyway
             written = [text.removeprefix(bos) for text in written]
     except InputError as error:
-        note(f"warning: {file}: not used: {shorten(str(error), 200)}")
+        note(f"warning: {file}: is not used: {shorten(str(error), 200)}")
         return config
     for name, template in TEMPLATES.items():
         if written == [render(template, probe)[0] for probe in PROBES]:

@@ -1,4 +1,4 @@
-"""Checkpoints, anybody's, opened and loaded onto a mesh."""
+"""Open checkpoints in all supported formats, and load them onto a mesh."""
 
 import dataclasses
 import functools
@@ -31,30 +31,32 @@ class Checkpoint:
     directory: Path
     config: LlavaConfig
     tokenizer: Tokenizer
-    load: Callable[..., Params]  # load(mesh, dtype or path -> dtype) -> parameters, each in its place on the mesh
-    source: Callable[[], Source]  # the same as it is stored, to be read tensor by tensor
+    load: Callable[..., Params]  # load(mesh, dtype or path -> dtype) -> parameters, sharded over the mesh
+    source: Callable[[], Source]  # the same as stored, for reading tensor by tensor
 
 
 def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None = None) -> Checkpoint:
     """Open an Orbax directory of ours, a directory of safetensors (original or transformers), or a hub name.
 
     Args:
-      vision_tower: a CLIP directory, for originals that come without their tower.
+      vision_tower: a CLIP directory, for original checkpoints without their tower.
 
     Raises:
-      InputError: there is no such thing, or it is not a whole LLaVA.
+      InputError: there is no such checkpoint, or it is not a complete LLaVA.
     """
     directory = find_directory(where)
     config_json = read_json(directory / "config.json")
     if config_json is None and (directory / "adapter_config.json").exists():
-        raise InputError(f"{directory}: an adapter; `python -m convert to-orbax` merges it into its --base")
+        raise InputError(f"{directory}: is an adapter; merge it into its --base with `python -m convert to-orbax`")
     if config_json is None:
-        raise InputError(f"{directory}: no checkpoint (there is no config.json)")
+        raise InputError(f"{directory}: not a checkpoint (it has no config.json)")
     if "model_type" not in config_json and (directory / "model" / "config.json").exists():
-        raise InputError(f"{directory}: a training run; the model that it made is {directory / 'model'}")
+        raise InputError(f"{directory}: is a training run; its model is {directory / 'model'}")
     if config_json.get("format") == "llava-jax":
         if vision_tower is not None:
-            raise InputError(f"{directory}: has its vision tower; --vision-tower is for originals that come without")
+            raise InputError(
+                f"{directory}: has its vision tower; --vision-tower is for original checkpoints without one"
+            )
         config = read_config(config_json, file=directory / "config.json")
         load = functools.partial(_load_ours, directory / "params", config)
         return Checkpoint(directory, config, load_tokenizer(directory), load, lambda: open_ours(directory))
@@ -64,10 +66,10 @@ def open_checkpoint(where: str | os.PathLike, *, vision_tower: str | os.PathLike
 
 
 def open_any(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None = None) -> Source:
-    """Open a checkpoint of ours or of others as a `Source`, to read it tensor by tensor.
+    """Open a checkpoint in any supported format as a `Source`, to read it tensor by tensor.
 
     Raises:
-      InputError: there is no such thing, or it is not a whole LLaVA.
+      InputError: there is no such checkpoint, or it is not a complete LLaVA.
     """
     directory = find_directory(where)
     if (read_json(directory / "config.json") or {}).get("format") == "llava-jax":
@@ -76,13 +78,13 @@ def open_any(where: str | os.PathLike, *, vision_tower: str | os.PathLike | None
 
 
 def _open_source(where: str | os.PathLike, directory: Path, vision_tower: str | os.PathLike | None) -> Source:
-    hub_name = "" if os.path.exists(where) else os.fspath(where)  # whose directory is called after a commit
+    hub_name = "" if os.path.exists(where) else os.fspath(where)  # a hub model's directory is named after a commit
     tower = None if vision_tower is None else find_directory(vision_tower)
     return open_source(directory, vision_tower=tower, name=hub_name)
 
 
 def default_dtype(mesh: Mesh):
-    """bfloat16 where the hardware multiplies it, float32 on CPUs."""
+    """bfloat16 on accelerators, which multiply it in hardware; float32 on CPUs."""
     return jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
 
 
@@ -94,7 +96,7 @@ def _load_ours(directory: Path, config: LlavaConfig, mesh: Mesh, dtype=None) -> 
 
 
 def _load_source(source: Source, mesh: Mesh, dtype=None) -> Params:
-    """Stream tensors one at a time from their files to their place on the mesh."""
+    """Read tensors from their files one at a time, and shard each over the mesh."""
     dtype_of = _dtype_of(dtype, mesh)
     shardings = Partition(source.config, mesh).shardings(param_shapes(source.config))
     places = {path_of(path): sharding for path, sharding in jax.tree_util.tree_flatten_with_path(shardings)[0]}
@@ -110,7 +112,7 @@ def _load_source(source: Source, mesh: Mesh, dtype=None) -> Params:
 
 
 def _dtype_of(dtype, mesh: Mesh) -> Callable[[str], np.dtype]:
-    """Path -> the type to load a parameter in: one for all, one for each, or the default."""
+    """Path -> the type to load a parameter in: `dtype` for all, `dtype(path)`, or the default."""
     if callable(dtype) and not isinstance(dtype, type):
         return lambda path: np.dtype(dtype(path))
     return lambda path: np.dtype(dtype or default_dtype(mesh))

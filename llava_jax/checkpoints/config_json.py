@@ -1,12 +1,11 @@
-"""Reading `config.json`: what a checkpoint says of itself, in whatever dialect, becomes a `LlavaConfig`.
+"""Read a checkpoint's `config.json`, in any supported dialect, into a `LlavaConfig`.
 
-Three dialects are understood: ours (`"format": "llava-jax"`), written beside our Orbax checkpoints; that of
-transformers (`transformers_config`); and the original's (`original_config`). `model_type` does not tell the last two
-apart (both write `llava`), the fields do.
+There are three dialects: ours (`"format": "llava-jax"`), written beside our Orbax checkpoints; that of transformers
+(`transformers_config`); and the original's (`original_config`). The fields distinguish the last two; `model_type` does
+not, since both write `llava`.
 
-A checkpoint is believed or refused: model types, decoders and vision towers that are not listed are refused by name,
-and every key is read, known to make no difference, supported with some values only, or named in a warning
-(`config_keys`).
+A checkpoint is read faithfully or refused: unlisted model types, decoders and vision towers raise `InputError`, and
+every key is read, known to have no effect, supported with certain values only, or named in a warning (`config_keys`).
 """
 
 import dataclasses
@@ -35,32 +34,32 @@ def read_config(
     name: str = "",
     file: object = "config.json",
 ) -> LlavaConfig:
-    """A `LlavaConfig` from the contents of a `config.json` in any dialect.
+    """Convert the contents of a `config.json` in any dialect to a `LlavaConfig`.
 
     Args:
-      config: the parsed `config.json`, whose types are checked here, by its dialect.
+      config: the parsed `config.json`; this function checks its types, by its dialect.
       vision: the vision tower's own `config.json`, for original checkpoints, which only name their tower
         (`config_parts.read_tower`).
-      preprocessor: the image processor's settings, where there are any (`read_preprocessor`).
-      generation: `generation_config.json`, where there is one, a `Generation`; its `eos_token_id` is the
-        one that counts.
-      name: what to call the checkpoint (its directory or hub name); a hint for the conversation template.
+      preprocessor: the image processor's settings, if any (`read_preprocessor`).
+      generation: the contents of `generation_config.json`, if any, a `Generation`; its `eos_token_id` takes
+        precedence.
+      name: the checkpoint's directory or hub name, a hint for the conversation template.
       file: the path of the `config.json`, for errors.
 
     Raises:
-      InputError: the file is no LLaVA configuration, or asks for something that does not exist here.
+      InputError: the file is not a LLaVA configuration, or uses an unsupported feature.
     """
     file, preprocessor = shorten(file), preprocessor or {}
     if config.get("format") == "llava-jax":
         return _from_ours(config, file)
     if not is_original(config):
         read = transformers_config.read(config, preprocessor, file)
-    elif has_eyes(config):
+    elif has_vision_fields(config):
         read = original_config.read(config, vision, preprocessor, file)
     else:
         kind = shorten(repr(config.get("model_type")))
         raise InputError(
-            f"config.json is not LLaVA's (model_type {kind}): it has neither a text_config nor mm_vision_tower"
+            f"config.json is not LLaVA's (model_type {kind}): it has neither text_config nor mm_vision_tower"
         )
     eos = (generation or {}).get("eos_token_id")
     if eos is not None:
@@ -72,13 +71,13 @@ def read_config(
 
 
 def is_original(config: dict[str, Any]) -> bool:
-    """Whether a foreign `config.json` is the original's, and not transformers'."""
-    parts = [config.get(key) for key in ("text_config", "vision_config")]  # either may be left out: all defaults
+    """Whether a foreign `config.json` is in the original's dialect rather than transformers'."""
+    parts = [config.get(key) for key in ("text_config", "vision_config")]  # a file may omit either, for all defaults
     return "mm_vision_tower" in config or not any(isinstance(part, dict) for part in parts)
 
 
-def has_eyes(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` of the original's kind is a LLaVA's, and not a plain language model's."""
+def has_vision_fields(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` in the original's dialect is a LLaVA's rather than a plain language model's."""
     return any(key in config for key in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size"))
 
 

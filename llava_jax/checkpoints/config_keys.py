@@ -1,7 +1,7 @@
-"""The keys of foreign configuration files: which are read, which make no difference, which must have certain values.
+"""The keys of foreign configuration files: which are read, which have no effect, which must have certain values.
 
-Each kind of object has its `Keys` beside the code that reads it. Whatever is in none of their three lists is named in a
-warning, since it may change what the model computes.
+Each kind of object has its `Keys` beside the code that reads it. A warning names every key that is in none of the three
+lists, since the key may change what the model computes.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,9 +12,9 @@ from msgspec import Meta
 from llava_jax.config import Pixels, TokenId
 from llava_jax.console import InputError, note, shorten
 
-MOST = 10  # unknown keys that are named
+MAX_LISTED = 10  # unknown keys named in a warning
 
-# What transformers' PretrainedConfig writes, of version 4 and 5, and nothing here needs.
+# Fields that transformers' PretrainedConfig writes, in versions 4 and 5, and that nothing here needs.
 GENERAL = """
     _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures auto_map bad_words_ids
     begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
@@ -26,16 +26,16 @@ GENERAL = """
     tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
     use_cache attention_dropout pretraining_tp
 """.split()
-# What no part of a LLaVA can be.
+# Features that no part of a LLaVA has.
 NEVER: dict[str, tuple] = {"is_encoder_decoder": (None, False), "pruned_heads": (None, {})}
 
 
 class Keys(NamedTuple):
-    """The keys of an object that are known.
+    """The known keys of an object.
 
-    read      each is looked at
-    ignored   those that make no difference
-    only      those that are supported with these values only: with others the model would compute something else
+    read      keys that the code reads
+    ignored   keys that have no effect
+    only      keys that are supported with these values only; with others the model would compute something else
     """
 
     read: frozenset[str]
@@ -44,10 +44,10 @@ class Keys(NamedTuple):
 
 
 def check_keys(fields: dict[str, Any], *kinds: Keys, file: str = "config.json") -> None:
-    """Warn of the keys of an object that none of its kinds knows.
+    """Warn of the keys of an object that none of `kinds` knows.
 
     Raises:
-      InputError: a key has a value that is not supported.
+      InputError: a key has an unsupported value.
     """
     only = {key: values for kind in kinds for key, values in kind.only.items()}
     for key, values in only.items():
@@ -55,29 +55,29 @@ def check_keys(fields: dict[str, Any], *kinds: Keys, file: str = "config.json") 
             raise refuse(key, fields[key], [str(value) for value in values if value is not None], file)
     unknown = sorted(set(fields).difference(only, *(kind.read | kind.ignored for kind in kinds)))
     if unknown:
-        more = f" and {len(unknown) - MOST} more" if len(unknown) > MOST else ""
-        names = ", ".join(shorten(name, 40) for name in unknown[:MOST])
-        note(f"warning: {file}: keys that are not known here, and not used: {names}{more}")
+        more = f" and {len(unknown) - MAX_LISTED} more" if len(unknown) > MAX_LISTED else ""
+        names = ", ".join(shorten(name, 40) for name in unknown[:MAX_LISTED])
+        note(f"warning: {file}: unknown keys, which are ignored: {names}{more}")
 
 
 def refuse(field: str, value: Any, known: Collection[str], file: str = "config.json") -> InputError:
-    """The error for a value that is not among those known."""
+    """The error for a value that is not among the `known` ones."""
     return InputError(f"{file}: {field} {shorten(repr(value))} is not supported, only {', '.join(known) or 'none'}")
 
 
-# ---------------------------------------------------------------- what several kinds of object have
+# ---------------------------------------------------------------- fields of several kinds of object
 
 Ids = TokenId | Annotated[list[TokenId], Meta(max_length=100)] | None
 Grid = list[Annotated[list[Pixels], Meta(min_length=2, max_length=2)]]
 
 
 def read_ids(ids: int | list[int] | None) -> tuple[int, ...]:
-    """The tokens that a file names: none, one or several."""
+    """The token ids in a file's field: none, one or several."""
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def write_ids(ids: tuple[int, ...]) -> int | list[int] | None:
-    """The tokens as a file names them."""
+    """Token ids as a file's field holds them: null, a number or a list."""
     return ids[0] if len(ids) == 1 else list(ids) or None
 
 
@@ -99,18 +99,18 @@ class Quantization(TypedDict, total=False):
 
 
 def refuse_quantized(fields: dict[str, Any], preposition: str = "") -> None:
-    """Raise an InputError if weights are quantized: by which method, to how many bits."""
+    """Raise an `InputError` if weights are quantized, with the method and the number of bits."""
     settings = fields.get("quantization_config")
     if not settings:
         return
     loads = {bits: settings.get(f"load_in_{bits}bit") for bits in (4, 8)}
     method = settings.get("quant_method") or ("bitsandbytes" if any(loads.values()) else "an unnamed method")
     if method == "bitsandbytes" and not any(loads.values()):
-        return  # written by a loader that was not asked to quantize
+        return  # a loader wrote it without quantizing
     bits = settings.get("bits") or settings.get("w_bit") or next((b for b, load in loads.items() if load), None)
     for group in (settings.get("config_groups") or {}).values():  # compressed-tensors
         bits = bits or (group.get("weights") or {}).get("num_bits")
     raise InputError(
         f"config.json: quantization_config{preposition}: weights quantized by {shorten(str(method))}"
-        f"{f' to {bits} bits' if bits else ''} are not supported; give the model's unquantized weights"
+        f"{f' to {bits} bits' if bits else ''} are not supported; use the model's unquantized weights"
     )

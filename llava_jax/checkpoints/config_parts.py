@@ -1,4 +1,4 @@
-"""The parts of a foreign `config.json`: the decoder's object and the vision tower's, read by their families' tables."""
+"""Read the parts of a foreign `config.json`, the decoder's object and the vision tower's, by their families' tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from llava_jax.config import TextConfig, VisionConfig
 from llava_jax.console import InputError, shorten
 from llava_jax.json_files import check_json, read_json
 
-# Vision towers that configs name: what their own config.json says.
+# Name of each published vision tower -> the fields of its own config.json.
 PUBLISHED = {name: fields for tower in TOWERS.values() for name, fields in tower.published.items()}
 Grids = tuple[tuple[int, int], ...]
 
@@ -20,7 +20,7 @@ def decoder_of(kind: Any) -> Decoder:
     """The decoder's family by its model type in transformers.
 
     Raises:
-      InputError: it is not supported.
+      InputError: the model type is not supported.
     """
     found = next((decoder for decoder in DECODERS.values() if decoder.model_type == kind), None)
     if found is None:
@@ -32,12 +32,12 @@ def decoder_of(kind: Any) -> Decoder:
 
 
 def read_text(decoder: Decoder, fields: Mapping[str, Any], *, tied: bool) -> TextConfig:
-    """The decoder's configuration from an object that `decoder.check` has passed."""
-    return TextConfig(**decoder.values(fields) | {"tied_head": tied})
+    """The decoder's configuration, from an object that `decoder.check` accepts."""
+    return TextConfig(**decoder.read_fields(fields) | {"tied_head": tied})
 
 
 def is_tied(fields: Mapping[str, Any]) -> bool:
-    """Whether the head is the embeddings, unless the checkpoint has a head of its own (`sources.Found.check`)."""
+    """Whether the head shares the embeddings; a head in the checkpoint takes precedence (`sources.Found.check`)."""
     tied = fields.get("tie_word_embeddings")
     if tied not in (None, True, False):
         raise refuse("tie_word_embeddings", tied, ("true", "false"))
@@ -45,18 +45,18 @@ def is_tied(fields: Mapping[str, Any]) -> bool:
 
 
 def tower_of(fields: dict[str, Any], file: str, key: str = "") -> tuple[Tower, dict[str, Any]]:
-    """The tower's family, and the object that is about the tower: that inside, of a directory with a text model too.
+    """The tower's family, and the tower's object: `vision_config` if the directory holds a text model too.
 
     Args:
-      file: what errors call it.
-      key: what it is under in the file, if it is not the whole.
+      file: the file's name in errors.
+      key: the key of `fields` in the file; "" if they are the whole file.
 
     Raises:
-      InputError: the family is not supported, or the object has something else than it should.
+      InputError: the family is not supported, or a field has the wrong type.
     """
     if any(fields.get("model_type") == tower.whole for tower in TOWERS.values()):
         inner = check_json(fields.get("vision_config"), dict[str, Any] | None, f"{file}: vision_config")
-        if inner:  # weights are quantized as a whole
+        if inner:  # quantization applies to both models
             fields, key = {"quantization_config": fields.get("quantization_config")} | inner, "vision_config"
     kind = fields.get("model_type", "clip_vision_model")
     found = next((tower for tower in TOWERS.values() if tower.model_type == kind), None)
@@ -77,21 +77,21 @@ def read_vision(
     key: str = "",
     **more,
 ) -> VisionConfig:
-    """The tower's configuration, from its object and the image processor's settings. `more`: what LLaVA says of it."""
+    """The tower's configuration, from its object, the image processor's settings and LLaVA's own fields (`more`)."""
     tower, fields = tower_of(fields, file, key)
     refuse_quantized(fields, " of vision_config")
     check_keys(fields, tower.keys)
-    values = tower.values(fields)
+    values = tower.read_fields(fields)
     return VisionConfig(
         **values, **read_pixels(preprocessor, tower, values["image_size"], aspect_ratio, pinpoints), **more
     )
 
 
 def read_tower(directory: Path) -> dict[str, Any] | None:
-    """The `config.json` of a vision tower's directory, None where there is none.
+    """The `config.json` of a vision tower's directory; None if there is no such file.
 
     Raises:
-      InputError: it is of another kind, or broken.
+      InputError: the file is broken, or not a supported tower's.
     """
     fields = read_json(directory / "config.json")
     if fields is not None:

@@ -1,4 +1,4 @@
-"""Directories of checkpoints, found by path or hub name. Local ones, and `gs://`."""
+"""Find the directory of a checkpoint by its path (local or `gs://`) or hub name."""
 
 import os
 import re
@@ -13,10 +13,10 @@ HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "merges.tx
 
 
 def find_directory(where: str | os.PathLike) -> Path:
-    """The directory of a checkpoint: a local one, `gs://...`, or that of a hub name (`org/model`) in the hub's cache.
+    """The directory of a checkpoint, from its path, `gs://...` URL or hub name (`org/model`, in the hub's cache).
 
     Raises:
-      InputError: it is neither.
+      InputError: `where` is none of these.
     """
     where = os.fspath(where)
     name = shorten(where)
@@ -25,19 +25,19 @@ def find_directory(where: str | os.PathLike) -> Path:
         if path.is_dir():
             return path
         exists = path.exists()
-    except Exception as error:  # an object store without its client, without permission
+    except Exception as error:  # an object store whose client is missing, or that denies permission
         reason = first_line(error).replace(where, name)
         raise InputError(f"{name}: cannot be read ({reason})") from None
     if exists:
-        raise InputError(f"{name}: a file, not a checkpoint directory")
+        raise InputError(f"{name}: is a file, not a checkpoint directory")
     if not HUB_NAME.fullmatch(where):
         raise InputError(f"{name}: no such directory")
     import huggingface_hub
 
     try:
         directory = Path(huggingface_hub.snapshot_download(where, allow_patterns=HUB_FILES))
-        if not has_tensors(directory):  # older repositories, CLIP's among them, have no safetensors
+        if not has_tensors(directory):  # older repositories, such as CLIP's, have no safetensors
             directory = Path(huggingface_hub.snapshot_download(where, allow_patterns=[*HUB_FILES, "*.bin"]))
         return directory
-    except Exception as error:  # connection, permission, validation: the hub's own hierarchy of errors
-        raise InputError(f"{name}: no such directory, and the hub did not give it ({first_line(error)})") from None
+    except Exception as error:  # the hub raises many types: connection, permission, validation
+        raise InputError(f"{name}: no such directory, and the hub download failed ({first_line(error)})") from None

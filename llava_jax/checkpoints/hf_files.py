@@ -1,10 +1,10 @@
-"""Checkpoints for the rest of the world: transformers' format, or the original's.
+"""Export checkpoints in transformers' format, or the original's.
 
-Weights are streamed tensor by tensor into safetensors shards. Around them go the files that others' loaders want:
+Weights are streamed tensor by tensor into safetensors shards. The other files are those that foreign loaders need:
 configuration, generation configuration, tokenizer and, for transformers, processor and chat template.
 
-What a format cannot say is an error: transformers' LLaVA has a two-layer projector, and of the ways to merge tiles
-only `flat` (v1, v1.5) and `spatial_unpad` (v1.6).
+A model that a format cannot express raises `InputError`: transformers' LLaVA supports only a two-layer projector, and
+merges tiles only as `flat` (v1, v1.5) or `spatial_unpad` (v1.6).
 """
 
 import collections
@@ -51,11 +51,11 @@ def write_hf(
     """Write a checkpoint in the format of `transformers` or of the `original`. It appears whole, or not at all.
 
     In transformers' format the vocabulary grows by `<image>` and `<pad>` and is padded to a multiple of 64, unless
-    it has its `<image>` already. Published conversions draw the new rows at random; here each is the mean of the
+    it already has an `<image>`. Published conversions draw the new rows at random; here each is the mean of the
     old ones, so that the same input gives the same files (and no new token is ever the likeliest).
 
     Args:
-      shard_bytes: of a file, at most; a larger tensor has one of its own.
+      shard_bytes: the largest size of a file; a larger tensor has a file of its own.
       overwrite, sources: as in `new_directory`.
 
     Raises:
@@ -112,7 +112,7 @@ def write_projector(
 
 
 def _named_tensors(source: Source, form: str, extra: "_Vocabulary | None") -> dict[str, Pending]:
-    """Their name -> what is to be written, layers that LLaVA does not use included."""
+    """Foreign name -> tensor to write, including the layers that LLaVA does not use."""
     config = source.config
     tensors = source.tensors | _whole_tower(source)
     tensors |= {path: tensor for path, tensor in source.unused.items() if not path.startswith("vision/")}
@@ -134,7 +134,7 @@ def _read(tensor: Tensor, to_theirs: Callable[[np.ndarray], np.ndarray], extra: 
 
 
 def _whole_tower(source: Source) -> dict[str, Tensor]:
-    """The tower's tensors that LLaVA does not need but its own class wants: as they came, or neutral ones."""
+    """The tower's tensors that only its own class needs: as the source has them, or neutral ones."""
     wanted = {p: shape for p, shape in optional_shapes(source.config).items() if p.startswith("vision/")}
     norms = [path for path in source.tensors if path.startswith("vision/") and path.endswith("/scale")]
     like = source.tensors[norms[0]].dtype
@@ -159,7 +159,7 @@ def _write_tensors(directory: epath.Path, tensors: dict[str, Pending], shard_byt
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """How transformers' vocabulary differs from the model's: two more tokens, and rows up to a multiple of 64."""
+    """What transformers' vocabulary adds to the model's: two tokens, and rows up to a multiple of 64."""
 
     image_id: int
     pad_id: int | None
@@ -180,7 +180,7 @@ class _Vocabulary:
         return cls(ids[IMAGE_TOKEN], ids[PAD], rows, tuple(new))
 
     def grow(self, table: np.ndarray) -> np.ndarray:
-        """A table [V, D] with its mean for every row that is new."""
+        """Extend a table [V, D] to `rows`; each new row is the mean of the old ones."""
         if self.rows <= len(table):
             return table
         total = np.zeros(table.shape[1], np.float64)
@@ -192,7 +192,7 @@ class _Vocabulary:
         return grown
 
 
-# ---------------------------------------------------------------- the files around them
+# ---------------------------------------------------------------- other files
 
 
 def _transformers_files(config: LlavaConfig, tokenizer: Tokenizer, extra: _Vocabulary) -> dict[str, Any]:
@@ -229,13 +229,13 @@ def _original_files(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def _generation_fields(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """With every token that ends an answer here, the template's among them."""
+    """The end tokens are all that end an answer in our decoding, including the template's."""
     ends = end_ids(config, tokenizer, get_template(choose_template(config)))
     return {"bos_token_id": config.text.bos_id, "eos_token_id": write_ids(ends), "pad_token_id": config.text.pad_id}
 
 
 def _write_tower(directory: epath.Path, source: Source) -> None:
-    """A directory for a vision tower that is not one of those that the original fetches by name."""
+    """Write the directory of a vision tower that the original cannot fetch by name."""
     directory.mkdir()
     tensors = {
         name.removeprefix(tensor_names.TOWER_PREFIX): pending
@@ -245,7 +245,7 @@ def _write_tower(directory: epath.Path, source: Source) -> None:
     _write_tensors(directory, tensors, SHARD_BYTES)
     vision = source.config.vision
     tower = TOWERS[vision.family]
-    fields = tower.given(vision) | {"architectures": [*tower.classes]}
+    fields = tower.write_fields(vision) | {"architectures": [*tower.classes]}
     pixels = {"image_processor_type": tower.processor, **write_pixels(vision)}
     (directory / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What a checkpoint's image processor does to pixels, in the files of transformers that say so: read and written."""
+"""Read and write the settings of a checkpoint's image processor, in the files of transformers."""
 
 import json
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from llava_jax.config import VisionConfig
 from llava_jax.console import InputError, shorten
 from llava_jax.json_files import check_json, parse_json, read_json
 
-# LLaVA's own; each vision tower has one too.
+# LLaVA's own image processors; each vision tower has one too.
 LLAVA, NEXT = "LlavaImageProcessor", "LlavaNextImageProcessor"
 Colours = Annotated[list[float], Meta(min_length=3, max_length=3)]
 
 
 class Preprocessor(TypedDict, total=False):
-    """`preprocessor_config.json`. What is `Any` here has many spellings."""
+    """`preprocessor_config.json`. A field of type `Any` has several spellings."""
 
     crop_size: Any
     default_to_square: bool | None
@@ -50,13 +50,13 @@ KEYS = Keys(
 
 
 class Processor(TypedDict, total=False):
-    """`processor_config.json`, as far as it is about pixels."""
+    """The fields of `processor_config.json` that concern pixels."""
 
     image_processor: Preprocessor | None
 
 
 def processor_class(preprocessor: dict[str, Any]) -> str | None:
-    """The class of transformers that does it, if one is named. Its backends are all the same here."""
+    """The class of image processor in transformers, if the settings name one; all its backends count as one."""
     kind = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
     return (
         None
@@ -66,13 +66,13 @@ def processor_class(preprocessor: dict[str, Any]) -> str | None:
 
 
 def pads_to_squares(preprocessor: dict[str, Any]) -> bool:
-    """Whether transformers pads images to squares, as none of the towers' own image processors does."""
+    """Whether transformers pads images to squares; the towers' own image processors never do."""
     towers = {tower.processor for tower in TOWERS.values()}
     return bool(preprocessor.get("do_pad", False)) and processor_class(preprocessor) not in towers
 
 
 def read_preprocessor(directory: Path) -> dict[str, Any]:
-    """The image processor's settings: those that transformers 5 writes into `processor_config.json`, or those of
+    """The image processor's settings, from `processor_config.json` (transformers 5), else from
     `preprocessor_config.json` (models/auto/image_processing_auto.py `get_image_processor_config`)."""
     nested = (read_json(directory / "processor_config.json", Processor) or {}).get("image_processor")
     return nested or read_json(directory / "preprocessor_config.json", Preprocessor) or {}
@@ -85,10 +85,10 @@ def read_pixels(
     aspect_ratio: str,
     pinpoints: tuple[tuple[int, int], ...],
 ) -> dict[str, Any]:
-    """The fields of `VisionConfig` that an image processor's settings make; those left out are the tower's own.
+    """Convert an image processor's settings to fields of `VisionConfig`; omitted settings have the tower's defaults.
 
     Raises:
-      InputError: it makes something of an image that neither the original nor transformers would feed this tower.
+      InputError: a setting is unsupported: neither the original nor transformers would feed this tower such pixels.
     """
     get: Callable[..., Any] = {**tower.pixels, **preprocessor}.get
     known = (tower.processor, LLAVA, NEXT)
@@ -109,14 +109,14 @@ def read_pixels(
         raise refuse("crop_size", f"is not the vision tower's image size, {image_size}")
     resize = (_edges(get("size"), get("default_to_square")) or (image_size,)) if get("do_resize") else ()
     if not crops and resize != (image_size, image_size):
-        raise refuse("do_center_crop", f"wants a size of height and width {image_size}: tiles are square")
+        raise refuse("do_center_crop", f"needs a size of height and width {image_size}, since tiles are square")
     if aspect_ratio == "anyres":
         if resize and set(resize) != {image_size}:
-            raise refuse("size", f"is not the vision tower's image size, {image_size}, which tiles of a grid have")
-        resize, crops = (image_size,), True  # tiles are of that size already
+            raise refuse("size", f"is not the vision tower's image size, {image_size}, the size of a grid's tiles")
+        resize, crops = (image_size,), True  # tiles already have that size
         listed = get("image_grid_pinpoints")
         if listed and read_pinpoints(listed) != pinpoints:
-            raise refuse("image_grid_pinpoints", "are not those of config.json")
+            raise refuse("image_grid_pinpoints", "differ from those of config.json")
     resample = get("resample")
     if type(resample) is not int or not 1 <= resample <= 5:
         raise refuse("resample", "is not supported, only Pillow's 1 to 5 (Lanczos, bilinear, bicubic, box, Hamming)")
@@ -141,8 +141,8 @@ def read_pixels(
 
 
 def _edges(size: Any, square: bool | None = False) -> tuple[int, ...] | None:
-    """(shortest edge,) or (height, width) of a `size` in any of its spellings; None where there is none. A number, as
-    CLIP's first files have it, is the shortest edge, unless it is to make a `square`."""
+    """(shortest edge,) or (height, width) of a `size` in any of its spellings; None if there is none. A number, as in
+    CLIP's first files, is the shortest edge, or both edges of a `square`."""
     if size is None:
         return None
     edges: tuple[Any, ...]
@@ -163,7 +163,7 @@ def _edges(size: Any, square: bool | None = False) -> tuple[int, ...] | None:
 
 
 def read_pinpoints(value) -> tuple[tuple[int, int], ...]:
-    """`image_grid_pinpoints`, a list of sizes or such a list written out."""
+    """Read `image_grid_pinpoints`: a list of sizes, or such a list as a string."""
     if isinstance(value, str):
         try:
             value = parse_json(value.translate(str.maketrans("()", "[]")))
@@ -175,7 +175,7 @@ def read_pinpoints(value) -> tuple[tuple[int, int], ...]:
 
 
 def write_pixels(vision: VisionConfig) -> dict[str, Any]:
-    """The settings of an image processor that does to pixels what the configuration says."""
+    """The image processor's settings for a configuration, the inverse of `read_pixels`."""
     side = vision.image_size
     resize = (side,) if vision.resize is None else vision.resize
     fields = {

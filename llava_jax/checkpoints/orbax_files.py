@@ -1,13 +1,13 @@
-"""Our own checkpoints: Orbax, saved and loaded.
+"""Save and load checkpoints in our own format, with Orbax.
 
-A directory, written by `save` and by nothing else:
+Only `save` writes such a directory:
 
-    config.json     LlavaConfig (`"format": "llava-jax"`); written last, so a directory that has it is whole
+    config.json     LlavaConfig (`"format": "llava-jax"`); written last, so a directory that has it is complete
     params/         Orbax (OCDBT): the parameter tree
-    unused/         Orbax: tensors that only others need (the vision tower's last layer), to give them back
-    tokenizer.*     as they came
+    unused/         Orbax: tensors that only foreign formats need (the vision tower's last layer), kept for export
+    tokenizer.*     unchanged copies of the source's
 
-Orbax's newer interface still changes without notice, so only its stable one is used, and only here.
+Orbax's newer interface still changes without notice, so this module uses only the stable one.
 """
 
 import functools
@@ -35,22 +35,22 @@ from llava_jax.json_files import read_json
 from llava_jax.models.llava import Params, param_shapes
 from llava_jax.sharding.partition import Partition, path_of
 
-CHUNK_BYTES = 64 * 2**20  # of a stored array, so that a host that wants a slice reads little more than that
-GROUP_BYTES = 2**30  # restored at a time
-COMMIT_BYTES = 64 * 2**20  # written at a time
+CHUNK_BYTES = 64 * 2**20  # chunks of a stored array, so that a host that needs a slice reads little more than the slice
+GROUP_BYTES = 2**30  # of tensors, restored at a time
+COMMIT_BYTES = 64 * 2**20  # of tensors, committed at a time
 
 
 # ---------------------------------------------------------------- loading
 
 
 def load_params(directory: epath.Path, config: LlavaConfig, mesh: Mesh, dtype_of: Callable[[str], np.dtype]) -> Params:
-    """The parameters that `save` wrote into `params/`, each in its place on the mesh.
+    """Load the parameters that `save` wrote into `params/`, sharded over the mesh.
 
     Args:
       dtype_of: path -> the type to load a parameter in.
 
     Raises:
-      InputError: it is broken, or of another model.
+      InputError: the directory is broken, or holds another model.
     """
     import orbax.checkpoint as ocp
 
@@ -90,7 +90,7 @@ def open_ours(directory: epath.Path) -> Source:
     """Open a directory that `save` wrote as a `Source`, for reading it tensor by tensor.
 
     Raises:
-      InputError: it is broken.
+      InputError: the directory is broken.
     """
     config = read_config(read_json(directory / "config.json"), file=directory / "config.json")
     tensors = _open_tree(directory / "params")
@@ -106,7 +106,7 @@ def open_ours(directory: epath.Path) -> Source:
 
 
 def _open_tree(directory: epath.Path) -> dict[str, Tensor]:
-    """The arrays of an Orbax directory. Orbax restores trees; single arrays are read by TensorStore, 50 times as fast.
+    """The arrays of an Orbax directory. TensorStore reads one array 50 times as fast as Orbax, which restores trees.
 
     (Layout: orbax.checkpoint, `use_ocdbt` and `use_zarr3`: one key-value store, arrays under dotted names.)
     """
@@ -129,7 +129,7 @@ def _open_tree(directory: epath.Path) -> dict[str, Tensor]:
 
 
 def _stored(directory: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Path -> shape and type of what an Orbax directory holds."""
+    """Path -> shape and type of each array in an Orbax directory."""
     import orbax.checkpoint as ocp
 
     check_tree(directory)
@@ -140,11 +140,11 @@ def _stored(directory: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]
             leaves = flatten_dict(dict(getattr(stored, "tree", stored)), sep="/")
             return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
         except Exception as error:
-            raise InputError(f"{directory}: no Orbax checkpoint, or a broken one ({first_line(error)})") from None
+            raise InputError(f"{directory}: not an Orbax checkpoint, or a broken one ({first_line(error)})") from None
 
 
 def _absolute(directory: epath.Path) -> epath.Path:
-    """Orbax wants whole paths."""
+    """Orbax requires absolute paths."""
     return directory if "://" in os.fspath(directory) else directory.absolute()
 
 
@@ -196,17 +196,17 @@ def save(
     overwrite: bool = False,
     sources: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Write a checkpoint directory of ours. It appears whole, or not at all.
+    """Write a checkpoint directory in our format. It appears whole, or not at all.
 
-    The calling process writes, alone; leaves must be within its reach.
+    Only the calling process writes; it must be able to address all leaves.
 
     Args:
-      params: the tree, or `{path: leaf}`; leaves are arrays, or tensors of a `Source`, which are then read, written
-        and forgotten one at a time.
-      config: goes along, with the template that it leads to.
+      params: the tree, or `{path: leaf}`; leaves are arrays, or tensors of a `Source`, which `save` reads, writes and
+        releases one at a time.
+      config: is stored with the template that it selects.
       tokenizer_files: name -> contents.
-      unused: `Source.unused`, so that the checkpoint can be given back whole.
-      dtype: what to store; None for each leaf's own.
+      unused: `Source.unused`, so that an export can contain all tensors.
+      dtype: the stored type; None for each leaf's own.
       overwrite, sources: as in `new_directory`.
 
     Raises:
@@ -232,16 +232,16 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
     with Progress(f"writing {path.name}", sum(leaf.nbytes for leaf in leaves), "B") as bar:
 
         class Streamed(ocp.type_handlers.NumpyHandler):
-            """Reads a tensor, writes it, forgets it; threads read ahead a little.
+            """Reads, writes and releases tensors one by one; threads read a few ahead.
 
-            Tensors are committed some at a time, while the next are prepared: a commit for each, which Orbax would
-            make, writes the store's tree anew every time.
+            Several tensors are committed at once, while the next are prepared: Orbax would commit each, and every
+            commit rewrites the store's tree.
             """
 
             async def serialize(self, values, infos, args=None):
                 cast = lambda value: value.read().astype(dtype or value.dtype, copy=False)  # noqa: E731
                 arrays = read_ahead([(value.nbytes, functools.partial(cast, value)) for value in values])
-                # Flushing every write to the disk, as is TensorStore's way, takes 20 times as long as the writes.
+                # TensorStore flushes every write to the disk by default, which takes 20 times as long as the writes.
                 caches = {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#ocdbt": {"total_bytes_limit": 10**8}}
                 context = ts.Context(caches | {"file_io_sync": False})
                 self.transaction, staged, committing = ts.Transaction(), 0, None
@@ -295,25 +295,25 @@ def _save_tree(path: epath.Path, params: Any, dtype, directory) -> None:
 
 
 @functools.cache
-def hush_late_futures() -> None:
-    """When one file cannot be read or written Orbax closes the event loop, and TensorStore, as the others end, finds
-    nobody to tell, which it would show as so many tracebacks."""
-    others = sys.unraisablehook
+def silence_late_futures() -> None:
+    """Suppress TensorStore's tracebacks about a closed event loop: Orbax closes the loop when one file cannot be read
+    or written, while TensorStore is still handling the others."""
+    previous = sys.unraisablehook
 
     def hook(problem: "sys.UnraisableHookArgs") -> None:
         is_closed = problem.exc_type is RuntimeError and str(problem.exc_value) == "Event loop is closed"
         code = getattr(problem.object, "cr_code", None)  # of a coroutine
         if not (is_closed or (code and f"{os.sep}orbax{os.sep}" in code.co_filename)):
-            others(problem)
+            previous(problem)
 
     sys.unraisablehook = hook
 
 
 class _quiet:
-    """Orbax and its friends log what only they care about."""
+    """Silences the logs of Orbax and its dependencies, which do not concern the user."""
 
     def __enter__(self):
-        hush_late_futures()
+        silence_late_futures()
         self.logger = logging.getLogger("absl")
         self.level = self.logger.level
         self.logger.setLevel(logging.CRITICAL)

@@ -1,6 +1,6 @@
-"""LLaVA's `config.json` in the original's dialect, read and written: `mm_...` beside the fields of the decoder.
+"""Read and write LLaVA's `config.json` in the original's dialect: `mm_...` fields beside those of the decoder.
 
-It names its vision tower, which is elsewhere (llava/model/multimodal_encoder/builder.py).
+The file only names its vision tower (llava/model/multimodal_encoder/builder.py).
 """
 
 from typing import Annotated, Any, TypedDict
@@ -16,21 +16,21 @@ from llava_jax.console import InputError, shorten
 from llava_jax.data.templates import choose_template
 from llava_jax.json_files import check_json
 
-# Model type, or class, -> the decoder's family. Plain language models are parts of a LLaVA to be.
+# Model type, or class -> the decoder's family. Both include plain language models, from which a LLaVA is assembled.
 MODEL_TYPES = {"llava": None} | {kind: decoder for decoder in DECODERS.values() for kind in decoder.originals}
 CLASSES = {name: decoder for decoder in DECODERS.values() for name in decoder.classes}
-TOWER = "vision_tower"  # the directory beside it of a tower that the original cannot fetch by name
+TOWER = "vision_tower"  # beside config.json: the directory of a tower that the original cannot fetch by name
 
 
 class Original(TypedDict, total=False):
-    """The original's: the decoder's fields are beside these."""
+    """The original's fields; the decoder's are in the same object."""
 
     _name_or_path: str | None
     architectures: list[str] | None
     conversation_template: str | None
     image_aspect_ratio: str | None
     image_grid_pinpoints: str | Grid | None
-    mm_hidden_size: Any  # tells that it is the original's; the tower says what it is
+    mm_hidden_size: Any  # marks the original's dialect; its value comes from the tower
     mm_patch_merge_type: str
     mm_projector_type: str
     mm_use_im_patch_token: bool | None
@@ -58,15 +58,15 @@ KEYS = Keys(
 
 
 def read(config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: dict[str, Any], file: str) -> LlavaConfig:
-    """What a file in the original's dialect says.
+    """Convert a file in the original's dialect to a `LlavaConfig`.
 
     Args:
-      vision: the vision tower's own `config.json`, where it is here.
+      vision: the vision tower's own `config.json`, if present.
       preprocessor: the image processor's settings.
-      file: what errors about types call it.
+      file: the file's name in errors about types.
 
     Raises:
-      InputError: it asks for something that is not supported, or names a tower that is not known.
+      InputError: the file uses an unsupported feature, or names an unknown tower without `vision`.
     """
     check_json(config, Original, file)
     decoder = _decoder(config)
@@ -76,8 +76,8 @@ def read(config: dict[str, Any], vision: dict[str, Any] | None, preprocessor: di
     tower = config.get("mm_vision_tower")
     if vision is None and tower not in PUBLISHED:
         raise InputError(
-            f"config.json names the vision tower {shorten(repr(tower))}, which is not here: give its directory with "
-            "--vision-tower"
+            f"config.json names the vision tower {shorten(repr(tower))}, which is not in the checkpoint; pass its "
+            "directory with --vision-tower"
         )
     aspect = config.get("image_aspect_ratio") or "square"
     pinpoints = config.get("image_grid_pinpoints")
@@ -125,12 +125,14 @@ def write(config: LlavaConfig) -> dict[str, Any]:
     """The `config.json` of a model.
 
     Raises:
-      InputError: the original cannot hold the model.
+      InputError: the original's format cannot express the model.
     """
     vision, decoder = config.vision, DECODERS[config.text.family]
     if len(vision.feature_layers) > 1 or not config.projector_bias:
-        raise InputError("the original takes features of one layer, and its projector has biases; use transformers'")
-    fields = decoder.given(config.text) | {
+        raise InputError(
+            "the original's format needs features of one layer and a projector with biases; use transformers'"
+        )
+    fields = decoder.write_fields(config.text) | {
         "architectures": [decoder.classes[0]],
         "model_type": decoder.originals[0],
         "mm_vision_tower": config.vision_tower if config.vision_tower in PUBLISHED else TOWER,
@@ -142,10 +144,10 @@ def write(config: LlavaConfig) -> dict[str, Any]:
         "image_aspect_ratio": config.aspect_ratio,
         "mm_use_im_start_end": config.use_im_start_end,
         "mm_use_im_patch_token": config.use_im_patch,
-        "unfreeze_mm_vision_tower": True,  # the tower's weights are here: take them, not the published ones
+        "unfreeze_mm_vision_tower": True,  # loads the checkpoint's tower, not the published one
         "tokenizer_padding_side": config.padding_side,
         "use_mm_proj": True,
-        "conversation_template": choose_template(config),  # ours, for the way back
+        "conversation_template": choose_template(config),  # our own field, read back by `read_config`
     }
     if config.aspect_ratio == "anyres":
         fields["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]

@@ -1,9 +1,9 @@
-"""Where commands write: what may be replaced, and files and directories that appear whole or not at all.
+"""Write files and directories that appear whole or not at all, and check what may be replaced.
 
-A directory is replaced only if all that is in it is part of a checkpoint, and nothing in it is read meanwhile: paths
-are compared with their links resolved. Everything is checked before anything is touched, and once more before the old
-goes. The new one is written beside its place, under a name that nobody else uses, and then moved there. A lock beside
-it (`.NAME.KEY.lock`) lets the next command tell what a killed one has left from what another is writing.
+A command replaces a directory only if all its contents are part of a checkpoint, and the command reads none of them;
+paths are compared with their links resolved. All checks run before any change, and again before the old directory is
+removed. The command writes the new directory beside its target, under a unique name, and then moves it there. A lock
+beside it (`.NAME.KEY.lock`) lets the next command distinguish the remains of a killed one from a running one's files.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import kind_of, read_bytes, remote_path
 from llava_jax.locks import InUseError, LockedFile
 
-# What directories of checkpoints hold: ours, the original's, transformers' and PEFT's.
+# The files in directories of checkpoints: ours, the original's, transformers' and PEFT's.
 CHECKPOINT_FILES = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin",
     "non_lora_trainables.bin", "training_args.bin", "pytorch_model.bin.index.json",
@@ -51,26 +51,26 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def check_replaceable(directory: Path, name: str) -> None:
-    """Complain unless a directory is empty, or a checkpoint as a whole.
+    """Check that a directory is empty, or that all of it is a checkpoint.
 
     Raises:
-      InputError: naming what is no part of one.
+      InputError: it is neither; the error names the first entry that is not part of a checkpoint, if any.
     """
     if directory.is_symlink() or not directory.is_dir():
-        raise InputError(f"{name}: a file, not a checkpoint, so it is not replaced")
-    stranger = _stranger(directory, CHECKPOINT_FILES, DIRECTORIES)
-    if stranger:
-        raise InputError(f"{name}: is not replaced: it holds {shorten(stranger, 60)}, which is no part of a checkpoint")
+        raise InputError(f"{name}: is not replaced: it is a file, not a checkpoint directory")
+    foreign = _foreign_entry(directory, CHECKPOINT_FILES, DIRECTORIES)
+    if foreign:
+        raise InputError(f"{name}: is not replaced: it holds {shorten(foreign, 60)}, which is not part of a checkpoint")
     if any(directory.iterdir()) and not _is_model(directory):
-        raise InputError(f"{name}: is not replaced: it is no checkpoint, with the config.json of a model and weights")
+        raise InputError(f"{name}: is not replaced: it is not a checkpoint (no weights, or no config.json of a model)")
 
 
-def _stranger(directory: Path, files: Sequence[str], directories: Mapping[str, Sequence[str]]) -> str | None:
-    """The first thing in a directory that is not one of these files, nor in one of these directories."""
+def _foreign_entry(directory: Path, files: Sequence[str], directories: Mapping[str, Sequence[str]]) -> str | None:
+    """The first entry of a directory that matches neither `files` nor the contents of `directories`."""
     for entry in sorted(directory.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             patterns = directories.get(entry.name)
-            inner = entry.name if patterns is None else _stranger_below(entry, patterns)
+            inner = entry.name if patterns is None else _foreign_file_below(entry, patterns)
             if inner:
                 return inner
         elif not (_matches(entry.name, files) and (entry.is_file() or not entry.exists())):
@@ -78,7 +78,7 @@ def _stranger(directory: Path, files: Sequence[str], directories: Mapping[str, S
     return None
 
 
-def _stranger_below(directory: Path, patterns: Sequence[str]) -> str | None:
+def _foreign_file_below(directory: Path, patterns: Sequence[str]) -> str | None:
     for path in sorted(directory.rglob("*")):
         if not path.is_dir() and not _matches(path.relative_to(directory).as_posix(), patterns):
             return path.relative_to(directory.parent).as_posix()
@@ -90,7 +90,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _is_model(directory: Path) -> bool:
-    """Whether it has weights, and a configuration of a model or an adapter."""
+    """Whether a directory has weights, and the configuration of a model or an adapter."""
     names = [path.name for path in directory.iterdir()]
     if not any(_matches(name, (*WEIGHTS, "params")) for name in names):
         return False
@@ -103,25 +103,25 @@ def _is_model(directory: Path) -> bool:
 
 
 def check_apart(target: Path, name: str, sources: Sequence[str | os.PathLike]) -> None:
-    """Complain if what is to be replaced is, holds, or lies in something that is read meanwhile.
+    """Check that the target to replace neither is nor contains a source that the command reads, nor is inside one.
 
     Raises:
-      InputError: it does.
+      InputError: it is one, contains one or is inside one.
     """
     if not target.exists():
         return
     target_id, around = _identity(target), set(map(_identity, target.parents))
     for source in filter(os.path.exists, (s for s in sources if "://" not in os.fspath(s))):
         real = Path(os.path.realpath(source))
-        inside = [Path(os.path.realpath(path)) for path in _links(real)]  # such as a hub cache's
+        inside = [Path(os.path.realpath(path)) for path in _links(real)]  # such as those of the hub's cache
         if _identity(real) in around or any(
             target_id in map(_identity, (path, *path.parents)) for path in (real, *inside) if path.exists()
         ):
-            raise InputError(f"{name}: holds what is to be read; write elsewhere")
+            raise InputError(f"{name}: overlaps an input of this command; write elsewhere")
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Of a file or directory, under whatever name: mounts and case-insensitive file systems give it several."""
+    """Identifies a file or directory: mounts and case-insensitive file systems can give it several names."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -140,22 +140,22 @@ def new_directory(
 ) -> Iterator[epath.Path]:
     """A directory to write into that appears under its name when the block ends, whole or not at all.
 
-    It is written beside its place and then moved there. Object stores (`gs://`) cannot move a directory: there it is
-    written in its place, and whoever writes `config.json` last, and reads it first, knows that it is whole.
+    The block writes it beside its target, and it is then moved there. Object stores (`gs://`) cannot move a directory:
+    there the block writes it in place, and should write `config.json` last, which then marks a complete directory.
 
     Args:
-      overwrite: replace what is there, if it is a checkpoint and nothing else.
-      sources: files and directories that are read meanwhile, and must not be replaced.
+      overwrite: replace an existing directory, if it is a checkpoint and nothing else.
+      sources: files and directories that the block reads, and that must not be replaced.
 
     Raises:
-      InputError: the directory exists and is not to be replaced, was written by another command meanwhile, or cannot
+      InputError: the directory exists and must not be replaced, another command wrote it in the meantime, or it cannot
         be written.
     """
     name = shorten(os.fspath(directory))
     try:
         target = Path(os.path.realpath(directory))
     except ValueError as error:
-        raise InputError(f"{name}: no name of a directory ({first_line(error)})") from None
+        raise InputError(f"{name}: not a valid directory name ({first_line(error)})") from None
     try:
         if "://" in os.fspath(directory):
             with _remote_directory(remote_path(directory), name, overwrite, sources) as staged:
@@ -180,9 +180,9 @@ def _remote_directory(
             raise InputError(f"{name}: exists already; --overwrite replaces it")
         for source in map(epath.Path, sources):
             if source == directory or source in directory.parents or directory in source.parents:
-                raise InputError(f"{name}: holds what is to be read; write elsewhere")
+                raise InputError(f"{name}: overlaps an input of this command; write elsewhere")
         if any(directory.iterdir()) and not (directory / "config.json").exists():
-            raise InputError(f"{name}: no checkpoint (there is no config.json), so it is not replaced")
+            raise InputError(f"{name}: is not replaced: it is not a checkpoint (it has no config.json)")
     try:
         directory.rmtree(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
@@ -208,23 +208,23 @@ def _local_directory(target: Path, name: str, overwrite: bool, sources: Sequence
     try:
         make_directories(target.parent)
         with _Staging(target, name) as staging:
-            before = check()  # once more: a killed command's work may have been undone
+            before = check()  # again: `_Staging` may have undone a killed command's work
             staging.new.mkdir()
             yield staging.new
             if check() != before:
-                raise InputError(f"{name}: was written by another command meanwhile, and is not replaced")
+                raise InputError(f"{name}: is not replaced: another command wrote it in the meantime")
             staging.move()
     finally:
-        with contextlib.suppress(OSError):  # of the first that holds something: the new directory
+        with contextlib.suppress(OSError):  # at the first that is not empty: it holds the new directory
             for parent in made:
                 os.rmdir(parent)
 
 
 def make_directories(directory: Path) -> None:
-    """Make a directory and those above it, however many: the library's way calls itself for each.
+    """Make a directory and any number of parents: `Path.mkdir` recurses for each.
 
     Raises:
-      OSError: it cannot be made. Where its name is too long, or it would lie below a file, none is made.
+      OSError: it cannot be made. If its name is too long, or a parent is a file, no directory is made.
     """
     with contextlib.suppress(FileNotFoundError):
         directory.stat()
@@ -233,9 +233,10 @@ def make_directories(directory: Path) -> None:
 
 
 class _Staging:
-    """Names beside a directory that nobody else uses, for its new contents and its old ones.
+    """Unique names beside a directory, for its new contents and its old ones.
 
-    A lock beside them says that somebody is at work. Where one is free its command was killed: its work is undone.
+    The lock beside them is held while its command runs. If a lock is free, its command was killed, and its work is
+    undone.
     """
 
     def __init__(self, target: Path, name: str):
@@ -243,7 +244,7 @@ class _Staging:
         short = re.escape(_short(target.name))
         for path in target.parent.iterdir():
             if found := re.fullmatch(rf"\.{short}\.([0-9a-f]{{8}})\.lock", path.name):
-                self._look_at(path, found[1], name)
+                self._recover(path, found[1], name)
         key = secrets.token_hex(4)
         self.lock = LockedFile(self._path(key, "lock"))
         try:
@@ -256,16 +257,16 @@ class _Staging:
     def _path(self, key: str, kind: str) -> Path:
         return _beside(self.target, key, kind)
 
-    def _look_at(self, path: Path, key: str, name: str) -> None:
+    def _recover(self, path: Path, key: str, name: str) -> None:
         try:
             with LockedFile(path) as lock:
-                if lock.is_locked and (lock.is_new or lock.is_mine()):  # new: its holder has just removed it
+                if lock.is_locked and (lock.is_new or lock.is_mine()):  # new: its holder has just removed the file
                     self._settle(self._path(key, "incomplete"), self._path(key, "replaced"))
                     lock.path.unlink()
         except InUseError as error:
-            note(f"warning: {name}: is being written by {error.owner} too; the later one will be refused")
+            note(f"warning: {name}: is also being written by {error.owner}; the command that finishes last will fail")
         except (InputError, OSError):
-            pass  # no lock of ours, or not ours to remove
+            pass  # not a lock of ours, or this user may not remove it
 
     def __enter__(self) -> "_Staging":
         return self
@@ -281,14 +282,14 @@ class _Staging:
         self.lock.close()
 
     def _settle(self, new: Path, old: Path) -> None:
-        """Leave what was there before, or what was put in its place, and nothing else."""
+        """Restore the old contents if no new ones were moved to the target, and remove the rest."""
         if old.exists() and not self.target.exists():
             old.rename(self.target)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
 
     def move(self) -> None:
-        """Put the new contents into their place."""
+        """Move the new contents to the target."""
         if self.target.exists():
             self.target.rename(self.old)
         self.new.rename(self.target)
@@ -299,7 +300,7 @@ def _beside(target: Path, key: str, kind: str) -> Path:
 
 
 def _short(name: str) -> str:
-    """A name, or what stands for it where it is so long that nothing can be added."""
+    """A name, shortened with a hash if it leaves no room for a suffix."""
     data = os.fsencode(name)
     return name if len(data) <= 200 else os.fsdecode(data[:150]) + hashlib.sha256(data).hexdigest()[:32]
 
@@ -308,11 +309,11 @@ def _short(name: str) -> str:
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file that appears under its name whole or not at all; one that is there is replaced, a link's target.
+    """Write a file that appears under its name whole or not at all. It replaces an existing file, or a link's target.
 
     Raises:
-      InputError: there is something else than a file.
-      OSError: it cannot be written.
+      InputError: the path exists and is not a file.
+      OSError: the file cannot be written.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and (kind := kind_of(target.stat())):

@@ -1,8 +1,8 @@
-"""Safetensors files: read with the header whole and checked, tensors one at a time by plain reads; written likewise.
+"""Read and write safetensors files, tensor by tensor with plain reads and writes; the header is checked on opening.
 
 The format is a length, a JSON header and bytes (https://github.com/huggingface/safetensors). The library of that
-name maps files into memory, where every page that was touched counts as ours until the file is closed; with
-plain reads a checkpoint of any size passes through the memory of its largest tensor.
+name maps files into memory, where every touched page counts as the process's until the file is closed; with plain
+reads, a checkpoint of any size needs only the memory of its largest tensor.
 """
 
 import json
@@ -28,13 +28,13 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 16 * 2**20  # a hundred thousand tensors; the format allows 100 MB, which JSON could make gigabytes of
+MAX_HEADER = 16 * 2**20  # a hundred thousand tensors; the format allows 100 MB, which JSON could expand to gigabytes
 MAX_NAME = 1000
 MAX_RANK = 16
 MAX_SIDE = 2**48
 INDEX = "model.safetensors.index.json"
-# At a time. Of larger writes Linux makes huge pages in its cache, which a virtual machine that has lent its free memory
-# to the host gets back at a third of the speed.
+# The size of a write. Linux caches larger ones in huge pages, and a virtual machine that has lent its free memory to
+# the host reclaims those at a third of the speed.
 WRITE_BYTES = 2**17
 
 
@@ -60,7 +60,7 @@ class File:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, MAX_HEADER):
                     raise InputError(
-                        f"{self.name}: truncated, or no safetensors file ({size} bytes, header of {length} bytes)"
+                        f"{self.name}: truncated, or not a safetensors file ({size} bytes, header of {length} bytes)"
                     )
                 text = file.read(length)
         except OSError as error:
@@ -70,7 +70,7 @@ class File:
         except InputError as error:
             raise InputError(f"{self.name}: the safetensors header is {error}") from None
         if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-            raise InputError(f"{self.name}: the safetensors header is no JSON object")
+            raise InputError(f"{self.name}: the safetensors header is not a JSON object")
         self.metadata = header.pop("__metadata__", {})
         self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
         self._check_places(8 + length, size)
@@ -81,7 +81,7 @@ class File:
             dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             ok = type(shape) is list and len(shape) <= MAX_RANK and len(name) <= MAX_NAME
             ok = ok and all(type(n) is int and 0 <= n < MAX_SIDE for n in (*shape, first, last))
-            ok = ok and math.prod(filter(None, shape)) < MAX_SIDE  # NumPy counts so for empty tensors, too
+            ok = ok and math.prod(filter(None, shape)) < MAX_SIDE  # NumPy has the same limit for empty tensors
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
@@ -90,8 +90,8 @@ class File:
             raise InputError(f"{tensor} has a broken header entry{of_kind}")
         if last - first != math.prod(shape) * dtype.itemsize:
             raise InputError(
-                f"{tensor} of shape {shorten(shape)} and type {entry['dtype']} wants "
-                f"{math.prod(shape) * dtype.itemsize} bytes, its offsets give {last - first}"
+                f"{tensor} of shape {shorten(shape)} and type {entry['dtype']} needs "
+                f"{math.prod(shape) * dtype.itemsize} bytes, but its offsets give {last - first}"
             )
         return dtype, tuple(shape), start + first, start + last
 
@@ -101,18 +101,18 @@ class File:
             if first < at:
                 raise InputError(f"{self.name}: tensors {shorten(before, 60)!r} and {shorten(name, 60)!r} overlap")
             if first > at:
-                raise InputError(f"{self.name}: {first - at} bytes before tensor {shorten(name)!r} belong to none")
+                raise InputError(f"{self.name}: {first - at} bytes before tensor {shorten(name)!r} belong to no tensor")
             at, before = last, name
         if at > size:
             raise InputError(
-                f"{self.name}: truncated: tensor {shorten(before, 60)!r} ends at byte {at}, the file has {size}; "
-                "fetch it again"
+                f"{self.name}: truncated: tensor {shorten(before, 60)!r} ends at byte {at}, but the file has {size}; "
+                "download it again"
             )
         if at < size:
-            raise InputError(f"{self.name}: {size - at} bytes after the last tensor belong to none")
+            raise InputError(f"{self.name}: {size - at} bytes after the last tensor belong to no tensor")
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own."""
+        """Read one tensor into new memory."""
         dtype, shape, first, _ = self.tensors[name]
         out = np.empty(math.prod(shape), dtype)
         read_into(out, self.path, first, name)
@@ -123,16 +123,16 @@ def read_into(out: np.ndarray, path: str, first: int, name: str) -> None:
     """Fill `out` with the bytes of a file from `first` on, by plain reads.
 
     Raises:
-      InputError: the file ends before, or cannot be read.
+      InputError: the file ends too early, or cannot be read.
     """
     try:
         with open_regular(path, buffering=0) as file:
             file.seek(first)
             view, done = out.view(np.uint8).data, 0
             while done < len(view):
-                n = file.readinto(view[done:])  # type: ignore[attr-defined]  # `BinaryIO` lacks what all files have
+                n = file.readinto(view[done:])  # type: ignore[attr-defined]  # `BinaryIO` does not declare it
                 if not n:
-                    raise InputError(f"{shorten(path)}: truncated within tensor {shorten(name)!r}; fetch it again")
+                    raise InputError(f"{shorten(path)}: truncated within tensor {shorten(name)!r}; download it again")
                 done += n
     except OSError as error:
         raise InputError(f"{shorten(path)}: cannot be read ({first_line(error)})") from None
@@ -142,7 +142,7 @@ def read_into(out: np.ndarray, path: str, first: int, name: str) -> None:
 
 
 class Pending(NamedTuple):
-    """A tensor to be written: what the header must know now, and its elements when their turn comes."""
+    """A tensor to write: its shape and type for the header, and a function that reads its elements later."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -154,12 +154,12 @@ class Pending(NamedTuple):
 
 
 def write(path: Path, tensors: Mapping[str, Pending]) -> None:
-    """Write a file, tensor after tensor.
+    """Write a file, tensor by tensor.
 
     Raises:
       OSError: the file cannot be written.
     """
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # transformers requires the format
     at = 0
     for name, tensor in tensors.items():
         code, offsets = CODES[tensor.dtype], [at, at + tensor.nbytes]
@@ -177,7 +177,7 @@ def write(path: Path, tensors: Mapping[str, Pending]) -> None:
 
 
 def write_shards(directory: Path, tensors: Mapping[str, Pending], limit: int) -> None:
-    """Write `model.safetensors`, or shards of at most `limit` bytes (or one tensor) with their index.
+    """Write `model.safetensors`, or an index and shards of at most `limit` bytes (or one tensor) each.
 
     Raises:
       OSError: a file cannot be written.

@@ -1,9 +1,9 @@
-"""Checkpoints of others, opened lazily: a configuration, and tensors that are read when asked for.
+"""Open foreign checkpoints lazily: a configuration, and tensors that are read on demand.
 
-`open_source` looks at headers only, checks that every tensor of the model is there once and in shape, and hands
-out a `Source` whose tensors have our paths, layouts and shapes. Conversion streams it to Orbax, `checkpoint.load`
-to its place on a mesh. What is no whole LLaVA (a language model, an adapter, a projector) is met as `Found`, which
-`convert` completes.
+`open_source` reads headers only, checks that every tensor of the model occurs once and has the right shape, and
+returns a `Source` whose tensors have our paths, layouts and shapes. Conversion streams a `Source` to Orbax;
+`Checkpoint.load` shards it over a mesh. `Found` collects the tensors of an incomplete LLaVA (a language model, an
+adapter, a projector), which `convert` completes.
 """
 
 import collections
@@ -32,24 +32,24 @@ from llava_jax.json_files import read_json
 from llava_jax.models.llava import param_shapes
 from llava_jax.sharding.partition import path_of
 
-MOST = 8  # tensors of a kind of mistake that are named
-ROOM = 190  # characters for their names in a line
-# What comes with quantized weights (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, HQQ, AQLM, EETQ, quanto).
+MAX_LISTED = 8  # tensors named for one kind of problem
+MAX_LISTED_CHARS = 190  # of all names in an error
+# Tensors that accompany quantized weights (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, HQQ, AQLM, EETQ, quanto).
 QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|W_q|codes|codebooks|input_scale|weight_(packed|scale|zero_point).*"
     r"|weight\.(absmax|quant_map|nested_|quant_state|_data|_scale).*)$"
 )
 FLOATS = {np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
 INDEXES = (safetensors_files.INDEX, "pytorch_model.bin.index.json")
-AHEAD = 2  # threads that read tensors while one is being written
-AHEAD_BYTES = 256 * 2**20  # so much may wait
+AHEAD = 2  # threads that read tensors while another is being written
+AHEAD_BYTES = 256 * 2**20  # the most that they hold
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """A tensor that has not been read yet, in our layout."""
 
-    name: str  # what it is called in its file
+    name: str  # the name in its file
     file: str
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -65,8 +65,8 @@ class Source:
     """A checkpoint whose tensors have our paths.
 
     tensors  path -> tensor, exactly the parameters of the model
-    unused   path -> tensor that LLaVA does not need but others expect (the tower's last layer and norm)
-    files    that are read for it, and directories
+    unused   path -> tensor that LLaVA does not need but foreign formats expect (the tower's last layer and norm)
+    files    the files and directories that it is read from
     """
 
     directory: Path
@@ -80,16 +80,17 @@ def open_source(directory: Path, *, vision_tower: Path | None = None, name: str 
     """Open a directory of safetensors or `.bin` files in the original's or transformers' dialect.
 
     Args:
-      directory: with `config.json` and the tensors' files.
-      vision_tower: a CLIP directory, for originals that come without their tower.
-      name: what the checkpoint is called, if not as its directory.
+      directory: contains `config.json` and the tensors' files.
+      vision_tower: a CLIP directory, for original checkpoints without their tower.
+      name: the checkpoint's name, if it differs from its directory's.
 
     Raises:
-      InputError: something is missing, broken, doubled, misshapen, or not understood; all such tensors are named.
+      InputError: a file is missing, broken or unsupported, or tensors are missing, duplicate, unknown or of the wrong
+        shape; the error lists them.
     """
     fields = read_json(directory / "config.json")
     if fields is None:
-        raise InputError(f"{directory}: no checkpoint (there is no config.json)")
+        raise InputError(f"{directory}: not a checkpoint (it has no config.json)")
     original = is_original(fields)
     tower = find_tower(directory, fields, vision_tower) if original else vision_tower
     config = configure(fields, directory, tower, name=name or directory.resolve().name)
@@ -103,11 +104,11 @@ def open_source(directory: Path, *, vision_tower: Path | None = None, name: str 
 def configure(
     fields: dict, directory: Path, tower: Path | None, *, name: str, decoder: Path | None = None
 ) -> LlavaConfig:
-    """The configuration that the fields of a config.json make, with what stands in the files beside it.
+    """The configuration from the fields of a config.json and the files beside it.
 
     Args:
-      tower: a CLIP directory; the original cuts images as the file beside that says.
-      decoder: the directory of the language model, where that is another.
+      tower: a CLIP directory; the original's tiles follow the preprocessor file in it.
+      decoder: the directory of the language model, if it differs from `directory`.
     """
     original = is_original(fields)
     config = read_config(
@@ -118,20 +119,20 @@ def configure(
         name=name,
         file=directory / "config.json",
     )
-    # The template beside an original is its language model's, which knows no images and was not trained with.
+    # The template beside an original is its language model's: it has no images, and LLaVA was not trained with it.
     return config if original else with_chat_template(config, directory)
 
 
 def find_tower(directory: Path, fields: dict, given: Path | None) -> Path | None:
-    """Where the vision tower of an original checkpoint is: as given, or where config.json says. None: nowhere here."""
+    """The directory of an original's vision tower: `given`, or the one that config.json names. None: not found."""
     if given is not None:
         if not os.path.exists(given / "config.json"):
-            raise InputError(f"--vision-tower {given}: no CLIP directory (there is no config.json)")
+            raise InputError(f"--vision-tower {given}: not a CLIP directory (it has no config.json)")
         return given
     tower = fields.get("mm_vision_tower")
     if not isinstance(tower, str) or not tower:
         return None
-    beside = directory / tower  # or elsewhere, where the name is an absolute path
+    beside = directory / tower  # not beside it if the name is an absolute path
     return beside if os.path.exists(beside / "config.json") else None
 
 
@@ -142,21 +143,21 @@ AnyFile = safetensors_files.File | torch_files.File
 
 
 def open_file(path: Path) -> AnyFile:
-    """A file of tensors: `.safetensors`, or anything else as `torch.save` writes it."""
+    """Open a file of tensors: `.safetensors`, or, with any other suffix, the format of `torch.save`."""
     return (safetensors_files if path.suffix == ".safetensors" else torch_files).File(path)
 
 
 class Index(TypedDict):
-    """`model.safetensors.index.json`: in which file each tensor is."""
+    """`model.safetensors.index.json`: the file of each tensor."""
 
     weight_map: dict[str, str]
 
 
 def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that hold a model's tensors, and name -> file as the index says, where there is one.
+    """The files that hold a model's tensors, and name -> file from the index, if there is one.
 
     Raises:
-      InputError: there are none, or the index names one that is not there, or that is elsewhere.
+      InputError: there are no such files, or the index names one that is missing or outside the directory.
     """
     safe = sorted(f for f in directory.glob("*.safetensors") if f.stem not in ("adapter_model", "mm_projector"))
     for index in (directory / name for name in INDEXES):
@@ -167,18 +168,18 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         file_of = read_json(index, Index)["weight_map"]
         wanted = sorted(set(file_of.values()))
         if outside := [name for name in wanted if name in ("", "..") or PurePath(name).name != name]:
-            raise InputError(f"{shorten(index)}: names {shorten(outside[0])!r}, which is no file of its directory")
+            raise InputError(f"{shorten(index)}: names {shorten(outside[0])!r}, which is not a file of its directory")
         if missing := [name for name in wanted if not os.path.exists(directory / name)]:
-            raise InputError(f"{shorten(directory)}: the index names files that are not there: {listed(missing, 100)}")
+            raise InputError(f"{shorten(directory)}: the index names missing files: {listed(missing, 100)}")
         return [directory / name for name in wanted], file_of
     files = safe or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
-        raise InputError(f"{directory}: no *.safetensors and no pytorch_model*.bin in it")
+        raise InputError(f"{directory}: contains neither *.safetensors nor pytorch_model*.bin")
     return files, {}
 
 
 def has_tensors(directory: Path) -> bool:
-    """Whether there are files of a model's tensors."""
+    """Whether a directory holds files of a model's tensors."""
     try:
         return bool(tensor_files(directory))
     except InputError:
@@ -188,45 +189,45 @@ def has_tensors(directory: Path) -> bool:
 HEAD, EMBEDDING = "decoder/head/kernel", "decoder/embed/embedding"
 
 
-def listed(names: Sequence[str], room: int = ROOM) -> str:
-    """The first few of names, in about so many characters, and how many more there are."""
-    named = [shorten(name, room) for name in names[:MOST]]
-    while len(named) > 1 and sum(map(len, named)) > room:
+def listed(names: Sequence[str], max_chars: int = MAX_LISTED_CHARS) -> str:
+    """The first few names, in about `max_chars` characters, and the number of the others."""
+    named = [shorten(name, max_chars) for name in names[:MAX_LISTED]]
+    while len(named) > 1 and sum(map(len, named)) > max_chars:
         named.pop()
     more = f" and {len(names) - len(named)} more" if len(names) > len(named) else ""
     return ", ".join(named) + more
 
 
 class Found:
-    """Tensors met so far, by our paths, and what is wrong with them."""
+    """The tensors found so far, by our paths, and the problems with them."""
 
     def __init__(self, config: LlavaConfig, dialect: str = "original"):
         self.config, self.dialect = config, dialect
         self.tensors: dict[str, Tensor] = {}
         self.unused: dict[str, Tensor] = {}
         self.unknown: list[str] = []
-        self.doubled: list[str] = []
+        self.duplicates: list[str] = []
         self.absent: list[str] = []
         self.files: set[str] = set()
 
-    # Shapes of a model of many layers take seconds to make: they are not made before files are known to hold as many.
+    # The shapes of many layers take seconds, so they are computed only once the files are known to hold as many.
 
     @functools.cached_property
     def wanted(self) -> dict[str, tuple[int, ...]]:
-        """Path -> shape of what must be there."""
+        """Path -> shape of each required tensor."""
         shapes, _ = jax.tree_util.tree_flatten_with_path(param_shapes(self.config))
         return {path_of(path): leaf.shape for path, leaf in shapes}
 
     @functools.cached_property
     def optional(self) -> dict[str, tuple[int, ...]]:
-        """The same of what may be there although the model has no use for it."""
+        """Path -> shape of each tensor that may be present although the model does not use it."""
         return optional_shapes(self.config)
 
     def has_tower(self) -> bool:
         return any(path.startswith("vision/") for path in self.tensors)
 
     def add_directory(self, directory: Path, *, ignore=None) -> None:
-        """Take the tensors of all files of a directory; names that match `ignore` are passed over."""
+        """Add the tensors of all files of a directory, except names that match `ignore`."""
         files, index = tensor_files(directory)
         promised = collections.defaultdict(list)
         for name, file_name in index.items():
@@ -241,7 +242,7 @@ class Found:
                     self.add(name, file, path.name)
 
     def _check_layers(self, directory: Path, names_there: Sequence[str]) -> None:
-        found = {"decoder": 0, "vision": 0}  # the highest number of a layer, counted from 1
+        found = {"decoder": 0, "vision": 0}  # the highest layer number, from 1
         for name in names_there:
             path = (tensor_names.read_name(name, self.config) or [""])[0].split("/")
             if path[0] in found and path[1] == "layers":
@@ -254,18 +255,18 @@ class Found:
             if 0 < found[part] < needed:
                 what = "decoder" if part == "decoder" else "vision tower"
                 raise InputError(
-                    f"{shorten(directory)}: config.json says that the {what} has {declared:,} layers, the files have "
-                    f"{found[part]:,}"
+                    f"{shorten(directory)}: config.json says that the {what} has {declared:,} layers, but the files "
+                    f"have {found[part]:,}"
                 )
 
     def add_tower(self, directory: Path, *, asked: bool) -> None:
-        """Take the vision tower of a CLIP directory, unless there is one already."""
-        self.files.add(os.fspath(directory))  # its configuration is read anyway
+        """Add the vision tower of a CLIP directory, unless one was found already. `asked`: --vision-tower names it."""
+        self.files.add(os.fspath(directory))  # its configuration is always read
         if not self.has_tower() and (asked or has_tensors(directory)):
             self.add_directory(directory, ignore=re.compile(TOWERS[self.config.vision.family].other_half))
 
     def add(self, name: str, file: AnyFile, file_name: str, *, called: str = "", replace: bool = False) -> None:
-        """Take one tensor of a file, known by its name there or by what it is `called` otherwise."""
+        """Add one tensor of a file, at the path of its name there or of the name `called`."""
         dtype, shape, *_ = file.tensors[name]
         self.files.add(file.path)
         if tensor_names.is_computed(name, self.config):
@@ -277,16 +278,16 @@ class Found:
         path, (to_ours, _) = known
         try:
             shape = tensor_names.shape_after(to_ours, shape)
-        except ValueError:  # too few or too many dimensions for its layout: reported with the misshapen ones
+        except ValueError:  # too few or too many dimensions for its layout: `check` reports it
             to_ours = lambda x: x  # noqa: E731
         tensor = Tensor(name, file_name, shape, dtype, lambda: contiguous(to_ours(file.read(name))))
         self.put(path, tensor, replace=replace)
 
     def put(self, path: str, tensor: Tensor, *, replace: bool = False) -> None:
-        """Take a tensor at its path."""
+        """Add a tensor at its path."""
         other = self.tensors.get(path) or self.unused.get(path)
         if other and not replace:
-            self.doubled.append(f"{tensor.name} ({tensor.file}) and {other.name} ({other.file})")
+            self.duplicates.append(f"{tensor.name} ({tensor.file}) and {other.name} ({other.file})")
         elif path in self.wanted:
             self.tensors[path] = tensor
         elif path in self.optional:
@@ -295,24 +296,24 @@ class Found:
             self.unknown.append(f"{tensor.name} ({tensor.file})")
 
     def check(self, directory: Path) -> Source:
-        """The whole checkpoint.
+        """The complete checkpoint.
 
         Raises:
-          InputError: it is not whole; everything that is wrong is named.
+          InputError: it is not complete; the error lists all problems.
         """
         quantized = [name for name in self.unknown if QUANTIZED.search(name.split(" ")[0])]
         quantized += [f"{t.name} {t.dtype} ({t.file})" for t in self.tensors.values() if t.dtype in (np.int8, np.uint8)]
         if quantized:
             raise InputError(
                 f"{shorten(directory)}: its weights are quantized ({shorten(quantized[0])}), which is not supported; "
-                "give the model's unquantized weights"
+                "use the model's unquantized weights"
             )
         self._resolve_head()
         missing = [path for path in self.wanted if path not in self.tensors]
         if any(path.startswith("vision/") for path in missing) and not self.has_tower():
             raise InputError(
                 f"{shorten(directory)}: the checkpoint has no vision tower (config.json names "
-                f"{shorten(self.config.vision_tower or 'none')}); give the CLIP directory with --vision-tower"
+                f"{shorten(self.config.vision_tower or 'none')}); pass the CLIP directory with --vision-tower"
             )
         misshapen = [
             f"{t.name} ({t.file}) {self._theirs(path, t.shape)} {t.dtype} should be "
@@ -324,36 +325,34 @@ class Found:
             (what, which)
             for what, which in [
                 ("missing tensors", [tensor_names.write_name(p, self.dialect, self.config)[0] for p in missing]),
-                ("tensors that the index names and their file lacks", self.absent),
+                ("tensors in the index but not in their file", self.absent),
                 ("unknown tensors", self.unknown),
-                ("tensors twice", self.doubled),
+                ("duplicate tensors", self.duplicates),
                 ("tensors of the wrong shape or type", misshapen),
             ]
             if which
         ]
         if problems:
-            room = (ROOM - 20 * (len(problems) - 1)) // len(problems)
-            told = "; ".join(f"{what}: {listed(which, room)}" for what, which in problems)
-            raise InputError(shorten(f"{shorten(directory, 60)}: {told}", 299))
+            max_chars = (MAX_LISTED_CHARS - 20 * (len(problems) - 1)) // len(problems)
+            message = "; ".join(f"{what}: {listed(which, max_chars)}" for what, which in problems)
+            raise InputError(shorten(f"{shorten(directory, 60)}: {message}", 299))
         return Source(directory, self.config, self.tensors, self.unused, frozenset(self.files))
 
     def _resolve_head(self) -> None:
-        """A head of the checkpoint's own is used although the configuration ties it to the embeddings, as transformers
-        5 does (modeling_utils.py `tie_weights`); one that equals them is not needed."""
+        """Use the checkpoint's own head even if the configuration ties it to the embeddings, as transformers 5 does
+        (modeling_utils.py `tie_weights`), unless it equals them."""
         head, embedding = (self.unused.get(HEAD), self.tensors.get(EMBEDDING))
         if not (self.config.text.tied_head and head and embedding) or head.shape != embedding.shape[::-1]:
             return
         if np.array_equal(head.read(), embedding.read().T):
             return
-        note(
-            f"warning: config.json ties the head to the embeddings, but the checkpoint has its own ({head.name}): used"
-        )
+        note(f"warning: config.json ties the head to the embeddings, but the checkpoint's own ({head.name}) is used")
         self.config = self.config.replace(text=dataclasses.replace(self.config.text, tied_head=False))
         self.wanted[HEAD] = self.optional.pop(HEAD)
         self.tensors[HEAD] = self.unused.pop(HEAD)
 
     def _theirs(self, path: str, shape: tuple[int, ...]) -> list[int]:
-        """A shape as their file has it."""
+        """A shape as the foreign file has it."""
         _, (_, to_theirs) = tensor_names.write_name(path, self.dialect, self.config)
         try:
             return list(tensor_names.shape_after(to_theirs, shape))
@@ -362,7 +361,7 @@ class Found:
 
 
 def optional_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of what may be there although the model has no use for it."""
+    """Path -> shape of each tensor that may be present although the model does not use it."""
     vision, text = config.vision, config.text
     whole = config.replace(vision=dataclasses.replace(vision, feature_layers=(-1,)))
     leaves, _ = jax.tree_util.tree_flatten_with_path(param_shapes(whole)["vision"]["layers"])
@@ -391,9 +390,9 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def read_ahead(reads: Sequence[tuple[int, Callable[[], np.ndarray]]]) -> Iterator[np.ndarray]:
-    """What the functions return, in order, while threads run the next few: `(bytes, function)` each.
+    """Yield what the functions of `(bytes, function)` pairs return, in order, while threads run the next few.
 
-    Of arrays that wait there are at most `AHEAD_BYTES`, or one.
+    Arrays that wait take at most `AHEAD_BYTES`, or there is only one.
     """
     waiting: collections.deque = collections.deque()
     held, todo = 0, collections.deque(reads)
@@ -406,7 +405,7 @@ def read_ahead(reads: Sequence[tuple[int, Callable[[], np.ndarray]]]) -> Iterato
                     waiting.append((nbytes, pool.submit(read)))
                 nbytes, future = waiting.popleft()
                 array = [future.result()]
-                del future  # and with it the array, once it has been dealt with
+                del future  # it would keep the array in memory after its use
                 yield array.pop()
                 held -= nbytes
         finally:

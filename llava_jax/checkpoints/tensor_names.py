@@ -1,11 +1,11 @@
-"""What tensors are called elsewhere, and the path and layout they have here.
+"""Translate the names of tensors in foreign formats to our paths and layouts, and back.
 
-Names elsewhere are a prefix, which differs from dialect to dialect, and a name within a part of the model, which
-does not. `read_name` takes every prefix known, `write_name` those of one dialect. The names within vision tower and
-decoder stand in the tables of their families; nothing else in the project knows a foreign name.
+A foreign name is a prefix, which depends on the dialect, and a name within a part of the model, which does not.
+`read_name` accepts every known prefix, `write_name` writes those of one dialect. The tables of the families hold the
+names within vision tower and decoder; no other code in the project contains a foreign name.
 
-Layouts: linear kernels are [in, out] here and [out, in] there; the patch convolution is HWIO here and OIHW
-there; everything else is the same. Rotary halves are transformers' own, so queries and keys are not permuted.
+Layouts: our linear kernels are [in, out], foreign ones [out, in]; our patch convolution is HWIO, the foreign one
+OIHW; all others are the same. We rotate halves as transformers does, so queries and keys are not permuted.
 """
 
 import functools
@@ -18,12 +18,12 @@ from llava_jax.checkpoints.families import DECODERS, TOWERS
 from llava_jax.checkpoints.families.family import KEEP, LINEAR, Layout, linear
 from llava_jax.config import LlavaConfig, projector_depth
 
-# Names of the parts that are no family's; {i} is a layer.
+# Names of the parts outside the families; {i} is a layer.
 HEAD = ("lm_head.weight", "decoder/head/kernel", LINEAR)
 PROJECTOR = linear("{i}", "projector/linear_{i}")
 NEWLINE = ("image_newline", "newline", KEEP)
 
-# Prefixes of each part, the ones that are written first: original, transformers.
+# Prefixes of each part; `write_name` uses the first two: the original's, transformers'.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 PREFIXES: dict[str, tuple[str, ...]] = {
     "decoder": ("model.", "language_model.model.", "model.language_model.", "language_model."),
@@ -37,16 +37,16 @@ _DIALECT = {"original": 0, "transformers": 1}
 
 
 def shape_after(layout: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that one half of a layout makes of another.
+    """The shape after one direction of a layout.
 
     Raises:
-      ValueError: it has too few or too many dimensions for the layout.
+      ValueError: `shape` has too few or too many dimensions for the layout.
     """
     return layout(np.broadcast_to(np.False_, shape)).shape
 
 
 class _Names:
-    """The names of a model of two families, in tables for looking up."""
+    """Lookup tables of the names of a model with these families."""
 
     def __init__(self, decoder: str, tower: str):
         families = DECODERS[decoder], TOWERS[tower]
@@ -69,14 +69,14 @@ def _names_of(config: LlavaConfig) -> _Names:
 
 
 def is_computed(name: str, config: LlavaConfig) -> bool:
-    """Whether a tensor is a table that is computed, which older files hold and nothing needs."""
+    """Whether a tensor is a table that older files hold and the model computes itself."""
     return bool(_names_of(config).computed.search(name))
 
 
 def read_name(name: str, config: LlavaConfig) -> tuple[str, Layout] | None:
-    """Path and layout of a tensor of any dialect; None for a name that nobody knows.
+    """Path and layout of a tensor of any dialect; None for an unknown name.
 
-    Paths are those of a whole model: layers that LLaVA does not use have theirs too.
+    Layers that LLaVA does not use have paths too.
     """
     names = _names_of(config)
     for part, prefixes in names.prefixes.items():
@@ -95,7 +95,7 @@ def read_name(name: str, config: LlavaConfig) -> tuple[str, Layout] | None:
 
 
 def _read_projector(inner: str, prefix: str, config: LlavaConfig) -> tuple[int | None, str]:
-    """Linear layers count 0, 2, 4 in the original (activations between them count), 1, 2 in transformers."""
+    """Linear layers are numbered 0, 2, 4 in the original (activations are numbered too), and 1, 2 in transformers."""
     if inner in ("weight", "bias") and prefix.endswith("mm_projector."):
         return 0, "{i}." + inner
     number, _, tail = inner.partition(".")
@@ -107,7 +107,7 @@ def _read_projector(inner: str, prefix: str, config: LlavaConfig) -> tuple[int |
 
 
 def write_name(path: str, dialect: str, config: LlavaConfig) -> tuple[str, Layout]:
-    """What the parameter at `path` is called in the dialect `original` or `transformers`, and its layout."""
+    """Name of the parameter at `path` in the dialect `original` or `transformers`, and its layout."""
     number = re.search(r"(?<=layers/)\d+|(?<=linear_)\d+", path)
     names = _names_of(config)
     part, theirs, layout = names.by_path[path.replace(number[0], "{i}", 1) if number else path]

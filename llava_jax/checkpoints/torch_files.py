@@ -1,11 +1,11 @@
-"""Reading what `torch.save` wrote, without torch and without running anything that the file asks for.
+"""Read files that `torch.save` wrote, without torch and without running any code that the file names.
 
-Such a file is a zip archive (stored, never compressed) of `data.pkl`, a pickle that says how to build the tensors,
-and `data/0`, `data/1`, ..., the bytes of their storages (torch/serialization.py). A pickle is a program. This reads
-its few harmless instructions itself, with a table of the only callables that it knows; a file that names another is
-refused, and nothing of it runs. Tensors are read one at a time, when asked for.
+Such a file is a zip archive (stored, never compressed) of `data.pkl`, a pickle that describes how to build the tensors,
+and `data/0`, `data/1`, ..., the bytes of their storages (torch/serialization.py). A pickle is a program. This module
+interprets the few harmless instructions that tensors need, with a table of the only callables that it supports; a file
+that names another raises `InputError`, and none of it runs. Tensors are read one at a time, on demand.
 
-The library for it is torch itself, gigabytes that nothing else here needs.
+The library for this is torch itself, gigabytes that nothing else here needs.
 """
 
 import io
@@ -35,7 +35,9 @@ STORAGES = {
 MAX_PICKLE = 4 * 2**20
 MAX_INSTRUCTIONS = 2**20
 MAX_STACK = 2**17
-MAX_ARCHIVE = 4 * 2**20  # bytes that zipfile reads at once; the longest is the list of entries, about 60 bytes each
+MAX_ARCHIVE = (
+    4 * 2**20
+)  # bytes that zipfile reads at once; the longest read is the list of entries, about 60 bytes each
 MAX_NAME = 1000
 MAX_RANK = 16
 MAX_SIDE = 2**48
@@ -46,7 +48,7 @@ BROKEN = (
 
 
 class Storage(NamedTuple):
-    """Elements of one type that tensors are views of."""
+    """An array of elements of one type; tensors are views of it."""
 
     key: str
     dtype: np.dtype
@@ -54,7 +56,7 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor: a storage, and which of its elements."""
+    """A tensor: a storage, and the layout of the tensor's elements in it."""
 
     storage: Storage
     offset: int
@@ -66,15 +68,15 @@ class File:
     """An open file of tensors, with the interface of `safetensors.File`.
 
     Attributes:
-      tensors: name -> (dtype, shape, first byte, last byte + 1); the bytes are those of the elements from the
-        tensor's first to its last, which are more than its own where it is no contiguous view.
+      tensors: name -> (dtype, shape, first byte, last byte + 1); the bytes run from the tensor's first element to its
+        last, and include others' if the tensor is not a contiguous view.
     """
 
     def __init__(self, path: str | os.PathLike):
         """Read the directory of the archive, and the pickle.
 
         Raises:
-          InputError: the file is truncated or broken, is of the format before torch 1.6, or asks for anything but
+          InputError: the file is truncated or broken, has the format before torch 1.6, or refers to anything but
             tensors.
         """
         self.path = os.fspath(path)
@@ -87,12 +89,12 @@ class File:
                     root, self._starts = self._storages(archive, file)
                     self._views = _named(_Machine(self._read_pickle(archive, root)).run())
         except InputError as error:
-            says = str(error).removeprefix(f"{name}: ")  # which `open_regular` says, too
+            says = str(error).removeprefix(f"{name}: ")  # `open_regular` adds it too
             raise InputError(f"{name}: {says}") from None
         except OSError as error:
             raise InputError(f"{name}: cannot be read ({first_line(error)})") from None
         except BROKEN as error:
-            raise InputError(f"{name}: truncated or broken ({shorten(first_line(error))}); fetch it again") from None
+            raise InputError(f"{name}: truncated or broken ({shorten(first_line(error))}); download it again") from None
         self.metadata: dict[str, str] = {}
         self.tensors = {}
         for tensor, view in self._views.items():
@@ -105,21 +107,21 @@ class File:
         head = file.read(2)
         if head.startswith(b"\x80"):
             raise InputError(
-                "a bare pickle, as torch saved before version 1.6; with torch at hand save it anew: "
+                "is a bare pickle, the format before torch 1.6; convert it with torch: "
                 "torch.save(torch.load(file, weights_only=True), file)"
             )
         if not head.startswith(b"PK"):
-            raise InputError(f"no file of torch.save, or a truncated one ({self.size} bytes)")
+            raise InputError(f"not a file of torch.save, or a truncated one ({self.size} bytes)")
         file.seek(0)
 
     def _storages(self, archive: zipfile.ZipFile, file) -> tuple[str, dict[str, tuple[int, int]]]:
-        """The archive's root folder, and of each storage its first byte and its length."""
+        """The archive's root folder, and key -> first byte and length of each storage."""
         infos = {info.filename: info for info in archive.infolist()}
         if len(infos) < len(archive.infolist()):
             raise InputError("its archive has entries of the same name")
         roots = [name.removesuffix("data.pkl") for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise InputError("no file of torch.save: there is no data.pkl in it")
+            raise InputError("not a file of torch.save: it contains no data.pkl")
         root = roots[0]
         order = infos.get(f"{root}byteorder")
         if order and (order.file_size != 6 or order.compress_size != 6 or archive.read(order) != b"little"):
@@ -133,10 +135,10 @@ class File:
             file.seek(info.header_offset)
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise InputError(f"its entry {shorten(name)} has no header where it should be; fetch the file again")
+                raise InputError(f"its entry {shorten(name)} has no header where it should be; download the file again")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
             if start + info.file_size > self.size:
-                raise InputError(f"truncated: its entry {shorten(name)} goes beyond the end; fetch the file again")
+                raise InputError(f"truncated: its entry {shorten(name)} extends past the end; download the file again")
             starts[name.removeprefix(f"{root}data/")] = start, info.file_size
         at, before = 0, ""
         for key, (start, length) in sorted(starts.items(), key=lambda item: item[1]):
@@ -156,16 +158,16 @@ class File:
         storage = view.storage
         first, length = self._starts.get(storage.key, (0, -1))
         if length < 0:
-            raise InputError(f"lies in storage {shorten(storage.key, 40)!r}, which is not in the file")
+            raise InputError(f"refers to storage {shorten(storage.key, 40)!r}, which is not in the file")
         width = storage.dtype.itemsize
         layout = shorten(f"shape {list(view.shape)}, strides {list(view.strides)}, offset {view.offset}")
         if storage.size * width != length:
-            raise InputError(f"lies in a storage of {storage.size} x {width} bytes, which has {length} in the file")
+            raise InputError(f"refers to a storage of {storage.size} x {width} bytes, which has {length} in the file")
         if len(view.shape) != len(view.strides) or min((*view.shape, *view.strides, view.offset, 0)) < 0:
             raise InputError(f"has a broken layout: {layout}")
         if max(*view.shape, *view.strides, view.offset, math.prod(filter(None, view.shape))) > MAX_SIDE:
             raise InputError(f"has a broken layout: {layout}")
-        if math.prod(view.shape) > storage.size:  # also: memory for it is never more than the file's size
+        if math.prod(view.shape) > storage.size:  # which also limits its memory to the file's size
             raise InputError(f"has more elements than its storage ({storage.size}): {layout}")
         end = view.offset + _span(view)
         if end > storage.size:
@@ -173,7 +175,7 @@ class File:
         return storage.dtype, view.shape, first + view.offset * width, first + end * width
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own."""
+        """Read one tensor into new memory."""
         dtype, shape, first, last = self.tensors[name]
         out = np.empty((last - first) // dtype.itemsize, dtype)
         read_into(out, self.path, first, name)
@@ -182,7 +184,7 @@ class File:
 
 
 class _Bounded:
-    """A file as zipfile reads it, which takes the archive's word for how much there is to read."""
+    """A file for zipfile that limits reads, since zipfile reads as much as the archive claims to have."""
 
     def __init__(self, file, size: int):
         self.seek, self.tell, self.seekable, self._file, self._size = file.seek, file.tell, file.seekable, file, size
@@ -191,7 +193,7 @@ class _Bounded:
         left = self._size - self.tell()
         n = left if n is None or n < 0 else min(n, left)
         if n > MAX_ARCHIVE:
-            raise InputError("no file of torch.save: its archive has too many entries")
+            raise InputError("not a file of torch.save: its archive has too many entries")
         return self._file.read(max(n, 0))
 
 
@@ -203,10 +205,10 @@ def _span(view: View) -> int:
 
 
 def _named(contents: Any) -> dict[str, View]:
-    """The tensors of a dictionary, or of the one dictionary in it that has any: `{"state_dict": {...}, "step": 3}`."""
+    """The tensors of a dictionary, or of the only dictionary in it with any: `{"state_dict": {...}, "step": 3}`."""
     if not isinstance(contents, dict):
         raise InputError("holds no dictionary of tensors")
-    # Each only once: one dictionary under thousands of names would otherwise be gone through as often.
+    # Search each once: a crafted file may hold one dictionary under thousands of names.
     dictionaries = {id(value): value for value in contents.values() if isinstance(value, dict)}.values()
     inner = [value for value in dictionaries if _views(value)]
     found = _views(contents) or (_views(inner[0]) if len(inner) == 1 else {})
@@ -225,15 +227,15 @@ def _views(contents: dict) -> dict[str, View]:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, _requires_grad=None, _hooks=None, marks=None) -> View:
-    if marks:  # of what a stranger makes them, and so not shown
-        raise InputError("has a tensor that is a view of another kind, conjugate or negative; save a clone")
+    if marks:  # any object that the file's author chose, so the error does not show it
+        raise InputError("has a tensor that is a conjugate or negative view, which is not supported; save a clone")
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     if max(len(shape), len(strides)) > MAX_RANK:
         raise ValueError(f"a tensor of {len(shape)} dimensions")
     shape, strides = tuple(shape), tuple(strides)
     if not all(type(n) is int for n in (offset, *shape, *strides)):
-        raise ValueError("a tensor's layout is not made of numbers")
+        raise ValueError("a tensor's layout does not consist of integers")
     return View(storage, offset, shape, strides)
 
 
@@ -242,7 +244,7 @@ def _rebuild_parameter(tensor, *_) -> View:
 
 
 CALLABLES = {
-    ("collections", "OrderedDict"): lambda: {},  # filled afterwards, by SETITEMS
+    ("collections", "OrderedDict"): lambda: {},  # SETITEMS fills it afterwards
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -250,7 +252,7 @@ CALLABLES = {
 
 
 class _Global(NamedTuple):
-    """One of the names that a pickle may mention: a callable, or a class of storages."""
+    """A name that a pickle may refer to: a callable, or a class of storages."""
 
     module: str
     name: str
@@ -258,11 +260,11 @@ class _Global(NamedTuple):
 
 def _allowed(module: str, name: str) -> _Global:
     if type(module) is not str or type(name) is not str:
-        raise ValueError("asks for what has no name")
+        raise ValueError("a global whose name is not a string")
     is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
     if (module, name) not in CALLABLES and not is_storage:
         asked = shorten(f"{module}.{name}")
-        raise InputError(f"refused: its pickle asks for {asked}, and a file of tensors has no need to")
+        raise InputError(f"refused: its pickle asks for {asked}, which a file of tensors does not need")
     return _Global(module, name)
 
 
@@ -270,7 +272,7 @@ _MARK = object()
 
 
 class _Machine:
-    """Runs the instructions that pickles of tensors consist of (the `pickle` module's own, minus all the rest)."""
+    """Runs the instructions that pickles of tensors consist of: a small subset of the `pickle` module's."""
 
     def __init__(self, program: bytes):
         self.program = program
@@ -280,7 +282,7 @@ class _Machine:
     def run(self) -> Any:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(self.program))):
             if len(self.stack) > MAX_STACK or number > MAX_INSTRUCTIONS:
-                raise InputError("its pickle is not one of tensors: it is too long")
+                raise InputError("its pickle is too long for a file of tensors")
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in _CONSTANTS:
@@ -349,7 +351,7 @@ class _Machine:
 
     def _top_list(self) -> list:
         if type(self.stack[-1]) is not list:
-            raise ValueError("appends to what is no list")
+            raise ValueError("appends to something that is not a list")
         return self.stack[-1]
 
     def _setitem(self, _):
@@ -361,11 +363,11 @@ class _Machine:
 
     def _set(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict):
-            raise ValueError("sets an item of what is no dictionary")
+            raise ValueError("sets an item of something that is not a dictionary")
         if not all(type(key) in (str, int) for key in items[::2]) or any(
             abs(k) > MAX_STACK for k in items[::2] if type(k) is int
         ):
-            raise InputError("its pickle has a dictionary whose keys are no names")
+            raise InputError("its pickle has a dictionary whose keys are neither strings nor small integers")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def _global(self, names: str):
@@ -381,7 +383,7 @@ class _Machine:
     def _reduce(self, _):
         arguments, callee = self.stack.pop(), self.stack.pop()
         if not isinstance(callee, _Global) or callee not in CALLABLES or type(arguments) is not tuple:
-            raise ValueError("calls what cannot be called")
+            raise ValueError("calls something that is not callable")
         if len(arguments) > MAX_RANK:
             raise ValueError(f"calls {callee.name} with {len(arguments)} arguments")
         self.stack.append(CALLABLES[callee](*arguments))
@@ -394,11 +396,11 @@ class _Machine:
         if type(key) is not str:
             raise ValueError("a storage without a name")
         if kind != "storage" or not isinstance(storage, _Global) or storage.module not in ("torch", "torch.storage"):
-            raise InputError("refused: it refers to something that is no storage of a tensor")
+            raise InputError("refused: it refers to an object that is not a tensor's storage")
         if storage.name not in STORAGES:
             raise InputError(f"has tensors of type {shorten(storage.name)}, which are not supported")
         if type(size) is not int or size < 0:
-            raise ValueError("a storage of no size")
+            raise ValueError("a storage without a size")
         self.stack.append(Storage(key, STORAGES[storage.name], size))
 
 

@@ -1,7 +1,7 @@
-"""LLaVA's `config.json` in transformers' dialect, read and written: `LlavaConfig` (v1.5) and `LlavaNextConfig` (v1.6).
+"""Read and write LLaVA's `config.json` in transformers' dialect: `LlavaConfig` (v1.5) and `LlavaNextConfig` (v1.6).
 
-Hub files are sparse: what they leave out has the default of the class that they name, and so it has here
-(`tests/checkpoints/test_config.py` holds the tables against the classes).
+Hub files are sparse: a field that they omit has the default of the class that they name, here too
+(`tests/checkpoints/test_config.py` compares our tables with the classes).
 """
 
 from typing import Annotated, Any, TypedDict
@@ -27,7 +27,7 @@ from llava_jax.data.templates import choose_template, is_jinja
 from llava_jax.json_files import check_json
 
 MODEL_TYPES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-TOWER = "openai/clip-vit-large-patch14-336"  # of a file that says nothing of one
+TOWER = "openai/clip-vit-large-patch14-336"  # the default of a file without a vision_config
 
 
 class Transformers(TypedDict, total=False):
@@ -61,14 +61,14 @@ KEYS = Keys(
 
 
 def read(config: dict[str, Any], preprocessor: dict[str, Any], file: str) -> LlavaConfig:
-    """What a file in transformers' dialect says.
+    """Convert a file in transformers' dialect to a `LlavaConfig`.
 
     Args:
       preprocessor: the image processor's settings.
-      file: what errors about types call it.
+      file: the file's name in errors about types.
 
     Raises:
-      InputError: it asks for something that is not supported.
+      InputError: the file uses an unsupported feature.
     """
     check_json(config, Transformers, file)
     following = _model_type(config) == "llava_next"
@@ -86,7 +86,7 @@ def read(config: dict[str, Any], preprocessor: dict[str, Any], file: str) -> Lla
     if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
         raise refuse("projector_hidden_act", act, ("gelu",))
     pinpoints = read_pinpoints(config.get("image_grid_pinpoints") or PINPOINTS) if following else ()
-    # The processor's own padding is off unless its file says otherwise; all v1.5 weights were trained with it.
+    # The processor does not pad by default, but all v1.5 weights were trained with padding.
     aspect = "anyres" if following else config.get("image_aspect_ratio", "pad")
     return LlavaConfig(
         text=read_text(decoder, text, tied=is_tied(config) or is_tied(text)),
@@ -112,7 +112,7 @@ def read(config: dict[str, Any], preprocessor: dict[str, Any], file: str) -> Lla
 
 
 def _model_type(config: dict[str, Any]) -> str:
-    """Which of the two it is. Model type and class must be known, and must not contradict each other."""
+    """The key of `MODEL_TYPES`. Model type and class must be known, and must not contradict each other."""
     classes = config.get("architectures") or []
     kind = config.get("model_type", next((t for t, name in MODEL_TYPES.items() if name in classes), None))
     if kind not in MODEL_TYPES:
@@ -125,7 +125,7 @@ def _model_type(config: dict[str, Any]) -> str:
 
 
 def check_expressible(config: LlavaConfig) -> None:
-    """Raise an InputError if transformers' classes cannot hold the model."""
+    """Raise an `InputError` if transformers' classes cannot express the model."""
     merge = "spatial_unpad" if config.aspect_ratio == "anyres" else "flat"
     for bad, what in (
         (config.projector != "mlp2x_gelu", f"a {config.projector} projector (only mlp2x_gelu)"),
@@ -133,11 +133,11 @@ def check_expressible(config: LlavaConfig) -> None:
     ):
         if bad:
             raise InputError(f"transformers' LLaVA has no {what}; --format original writes it")
-    DECODERS[config.text.family].given(config.text)  # which raises if its class has no fields for it
+    DECODERS[config.text.family].write_fields(config.text)  # raises if the decoder's class has no fields for it
 
 
 def write(config: LlavaConfig, image_id: int, pad_id: int | None, vocab_size: int) -> dict[str, Any]:
-    """The `config.json` of a model that `check_expressible` has passed, with a vocabulary that may have grown."""
+    """The `config.json` of a model that `check_expressible` accepts; its vocabulary may have grown to `vocab_size`."""
     check_expressible(config)
     following = config.aspect_ratio == "anyres"
     kind, vision = "llava_next" if following else "llava", config.vision
@@ -153,10 +153,10 @@ def write(config: LlavaConfig, image_id: int, pad_id: int | None, vocab_size: in
         "vision_feature_layer": list(layers) if len(layers) > 1 else layers[0],
         "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
         "tie_word_embeddings": config.text.tied_head,
-        "image_aspect_ratio": config.aspect_ratio,  # ours, for the way back, as conversation_template is
-        "text_config": DECODERS[config.text.family].given(config.text)
+        "image_aspect_ratio": config.aspect_ratio,  # our own field, read back by `read`, as conversation_template is
+        "text_config": DECODERS[config.text.family].write_fields(config.text)
         | {"vocab_size": vocab_size, "pad_token_id": pad_id},
-        "vision_config": TOWERS[vision.family].given(vision),
+        "vision_config": TOWERS[vision.family].write_fields(vision),
     }
     if not is_jinja(choose_template(config)):
         fields["conversation_template"] = choose_template(config)

@@ -175,7 +175,7 @@ def test_a_template_that_cannot_be_run_is_named_and_not_used(program, tmp_path, 
     config = resolved(write_template(tmp_path / "t", "chat_template.jinja", program))
     assert config.template is None
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: chat_template.jinja: not used")
+    assert line.startswith("warning: chat_template.jinja: is not used")
 
 
 # What the environment of transformers has beyond Jinja's own.

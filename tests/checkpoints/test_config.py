@@ -170,8 +170,8 @@ def test_what_does_not_exist_here_is_named(changes, says):
         ({"model_type": "llava_next_video", "text_config": {}}, "'llava_next_video' is not supported"),
         ({"model_type": "vipllava", "text_config": {}}, "vipllava"),
         ({"model_type": "llava_onevision", "text_config": {}}, "llava_onevision"),
-        ({"model_type": "llava", "text_config": {"rope_scaling": {"factor": 2.0}}}, "by 2.0 without a rope_type"),
-        (ORIGINAL_CONFIG | {"rope_scaling": {"rope_type": "default", "factor": 4}}, "scaling by 4 without a rope_type"),
+        ({"model_type": "llava", "text_config": {"rope_scaling": {"factor": 2.0}}}, "by 2.0 needs a rope_type"),
+        (ORIGINAL_CONFIG | {"rope_scaling": {"rope_type": "default", "factor": 4}}, "scaling by 4 needs a rope_type"),
         (ORIGINAL_CONFIG | {"model_type": "llava_gemma"}, "'llava_gemma' is not supported, only llava, llava_llama"),
         (ORIGINAL_CONFIG | {"architectures": ["LlavaGemmaForCausalLM"]}, "LlavaGemmaForCausalLM"),
         (ORIGINAL_CONFIG | {"model_type": "llava_llama", "architectures": ["LlavaMistralForCausalLM"]}, "contradict"),
@@ -246,8 +246,8 @@ def test_a_family_reads_what_it_writes(family):
     config = c.tiny(text=dataclasses.replace(c.tiny().text, eos_ids=(2, 7), rope_scaling=c.RopeScaling("linear", 4.0)))
     part = config.text if family in DECODERS.values() else config.vision
     part = dataclasses.replace(part, family=family.name, **({"qkv_bias": True} if family.name == "qwen2" else {}))
-    written = family.given(part)
-    assert dataclasses.replace(part, **family.values(written)) == part
+    written = family.write_fields(part)
+    assert dataclasses.replace(part, **family.read_fields(written)) == part
     family.check(json.loads(json.dumps(written)), "config.json")
 
 
@@ -263,4 +263,4 @@ def test_our_own_file_names_its_families():
 def test_biases_that_no_format_has_are_refused():
     text = dataclasses.replace(c.tiny().text, qkv_bias=True)
     with pytest.raises(InputError, match="biases on some projections"):
-        DECODERS["llama"].given(text)
+        DECODERS["llama"].write_fields(text)

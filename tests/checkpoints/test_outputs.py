@@ -92,7 +92,7 @@ def test_what_is_read_under_whatever_name_is_not_replaced(run_cli, models, make,
     source, destination = make(models)
     before = contents(models.parent)
     kind, *flags = command
-    assert "holds what is to be read" in refused(run_cli, kind, source, destination, *flags, "--overwrite")
+    assert "overlaps an input of this command" in refused(run_cli, kind, source, destination, *flags, "--overwrite")
     assert contents(models.parent) == before
 
 
@@ -101,7 +101,10 @@ def test_what_is_read_in_an_object_store_is_not_replaced(models):
     before = contents(models)
     for source in (models / "m", models / "m" / "vision_tower"):
         arguments = (epath.Path(models / "m"), "m", True, [source])
-        with pytest.raises(InputError, match="holds what is to be read"), outputs._remote_directory(*arguments):
+        with (
+            pytest.raises(InputError, match="overlaps an input of this command"),
+            outputs._remote_directory(*arguments),
+        ):
             pass
     assert contents(models) == before
 
@@ -145,10 +148,10 @@ STRANGERS = {
     "a pipe": ("model-2.safetensors", lambda d: os.mkfifo(d / "model-2.safetensors")),
     "a link to a directory": ("tokenizer.json", lambda d: (d / "tokenizer.json").symlink_to(d.parent)),
     "a checkpoint in it": ("m", lambda d: copy_model(d / "m")),
-    "no weights": ("no checkpoint", lambda d: (d / "model.safetensors").unlink()),
-    "no model's configuration": ("no checkpoint", lambda d: put_file(d / "config.json", '{"name": "web app"}')),
-    "no configuration": ("no checkpoint", lambda d: (d / "config.json").unlink()),
-    "broken configuration": ("no checkpoint", lambda d: put_file(d / "config.json", "[" * 99_999)),
+    "no weights": ("not a checkpoint", lambda d: (d / "model.safetensors").unlink()),
+    "no model's configuration": ("not a checkpoint", lambda d: put_file(d / "config.json", '{"name": "web app"}')),
+    "no configuration": ("not a checkpoint", lambda d: (d / "config.json").unlink()),
+    "broken configuration": ("not a checkpoint", lambda d: put_file(d / "config.json", "[" * 99_999)),
 }
 
 
@@ -208,14 +211,14 @@ def test_a_failure_leaves_no_parents_behind(tmp_path):
 def test_of_two_that_write_the_same_the_later_is_refused(models, overwrite, capsys):
     if overwrite:
         copy_model(models / "out")
-    says = "written by another command meanwhile" if overwrite else "exists already"
+    says = "another command wrote it in the meantime" if overwrite else "exists already"
     with pytest.raises(InputError, match=says), new_directory(models / "out", overwrite=overwrite) as first:
         with new_directory(models / "out", overwrite=overwrite) as second:
             assert first != second
             for name in TRAINED:
                 shutil.copy(MISTRAL / name, second)
             put_file(first / "config.json")
-        assert f"out: is being written by another command (process {os.getpid()} on " in capsys.readouterr().err
+        assert f"out: is also being written by another command (process {os.getpid()} on " in capsys.readouterr().err
     assert sorted(os.listdir(models)) == ["m", "out"]
     assert sorted(os.listdir(models / "out")) == sorted(TRAINED)
 
@@ -301,7 +304,7 @@ def test_names_as_long_as_a_file_system_takes(tmp_path):
         pass
     assert os.listdir(tmp_path) == ["x"]
     subprocess.run(["rm", "-r", tmp_path / "x"], check=True)  # too deep for Python's own
-    with pytest.raises(InputError, match="no name of a directory"), new_directory("a\0b"):
+    with pytest.raises(InputError, match="not a valid directory name"), new_directory("a\0b"):
         pass
 
 

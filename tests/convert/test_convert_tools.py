@@ -189,7 +189,7 @@ def test_chat_templates_write_what_we_write(name):
         (("to-orbax", "a", "b", "c"), "takes SRC and DST, got 3"),
         (("to-orbax", "DST", "--delta", "SRC"), "--delta needs --base"),
         (("to-orbax", "SRC", "DST", "--projector-type", "linear"), "plain language models"),
-        (("to-orbax", "SRC", "DST", "--base", "EMPTY"), "a whole model, which needs no --base"),
+        (("to-orbax", "SRC", "DST", "--base", "EMPTY"), "a complete model, which needs no --base"),
         (("to-orbax", "EMPTY", "DST"), "no config.json"),
         (("to-orbax", "nowhere", "DST"), "no such directory"),
         (("to-hf", "SRC", "SRC"), "exists already"),
@@ -256,7 +256,7 @@ def test_what_is_read_is_not_overwritten(run_cli, tmp_path):
         ("to-hf", tmp_path / "m", tmp_path / "tower", "--vision-tower", tmp_path / "tower"),
     ):
         status, _, err = run_cli(cli.main, *arguments, "--overwrite")
-        assert (status, err.count("\n")) == (1, 1) and "holds what is to be read" in err
+        assert (status, err.count("\n")) == (1, 1) and "overlaps an input of this command" in err
     assert (tmp_path / "tower" / "model.safetensors").exists()
 
 
@@ -296,7 +296,7 @@ def test_an_index_that_names_what_is_not_there(tmp_path):
     source = write_checkpoint(tmp_path / "c", golden_tensors("v1.6-mistral"), "v1.6-mistral")
     names = dict.fromkeys(golden_tensors("v1.6-mistral"), "model.safetensors") | {"ghost.weight": "model.safetensors"}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(InputError, match=r"index names and their file lacks: ghost\.weight \(model\.safetensors\)"):
+    with pytest.raises(InputError, match=r"in the index but not in their file: ghost\.weight \(model\.safetensors\)"):
         to_orbax(source, tmp_path / "o")
 
 

@@ -71,9 +71,9 @@ def test_overwriting_replaces_checkpoints_only_and_never_the_source(tmp_path, ru
     (tmp_path / "mine" / "precious.txt").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     for destination, says in (
-        (source, "holds what is to be read"),
-        (tmp_path / "models", "holds what is to be read"),
-        (tmp_path / "models" / "model" / ".." / "..", "holds what is to be read"),
+        (source, "overlaps an input of this command"),
+        (tmp_path / "models", "overlaps an input of this command"),
+        (tmp_path / "models" / "model" / ".." / "..", "overlaps an input of this command"),
         (tmp_path / "mine", "precious.txt"),
     ):
         status, _, err = run_cli(cli.main, "to-orbax", source, destination, "--overwrite")

@@ -156,11 +156,11 @@ def test_faulty_adapters(tmp_path, language_model):
     (adapter / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=4, lora_alpha=8)))
     q = "base_model.model.model.layers.0.self_attn.q_proj"
     cases = {
-        "only one of its two factors": {f"{q}.lora_A.weight": torch.zeros(4, 64)},
+        "one of its two factors is missing": {f"{q}.lora_A.weight": torch.zeros(4, 64)},
         r"should be \[4, 64\]": {f"{q}.lora_A.weight": torch.zeros(3, 64), f"{q}.lora_B.weight": torch.zeros(64, 3)},
         "no such module": {f"{q}x.lora_A.weight": torch.zeros(4, 64)},
-        "not of a plain LoRA": {f"{q}.lora_magnitude_vector": torch.zeros(64)},
-        "lora_B.bias: not of a plain": {f"{q}.lora_B.bias": torch.zeros(64)},
+        "does not belong to a plain LoRA": {f"{q}.lora_magnitude_vector": torch.zeros(64)},
+        "lora_B.bias: does not belong to a plain": {f"{q}.lora_B.bias": torch.zeros(64)},
     }
     for says, tensors in cases.items():
         torch.save(tensors, adapter / "adapter_model.bin")

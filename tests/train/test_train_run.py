@@ -215,7 +215,7 @@ def test_the_model_answers(finished):
 
 
 def test_a_run_is_no_checkpoint_but_its_model_is(finished):
-    with pytest.raises(InputError, match=r"out: a training run; the model that it made is .*out/model$"):
+    with pytest.raises(InputError, match=r"out: is a training run; its model is .*out/model$"):
         open_checkpoint(finished[0])
 
 
@@ -238,5 +238,7 @@ def test_lora_gives_an_adapter_and_the_merged_model(train, on_one_device, data, 
     name, path = "base_model.model.model.layers.0.self_attn.q_proj", "decoder/layers/0/attention/q/kernel"
     update = 2.0 * (adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]).T
     np.testing.assert_allclose(after[path].read(), before[path].read() + update, rtol=1e-6, atol=1e-7)
-    with pytest.raises(InputError, match=r"adapter: an adapter; `python -m convert to-orbax` merges it"):
+    with pytest.raises(
+        InputError, match=r"adapter: is an adapter; merge it into its --base with `python -m convert to-orbax`"
+    ):
         open_checkpoint(output / "adapter")

@@ -1,4 +1,4 @@
-"""The families of vision towers and of decoders that are supported: a file each, listed here and nowhere else."""
+"""The supported families of vision towers and decoders: one file each, listed only here."""
 
 from llava_jax.checkpoints.families.clip import CLIP
 from llava_jax.checkpoints.families.family import Decoder, Tower

@@ -1,4 +1,4 @@
-"""CLIP's vision tower (Radford et al. 2021), as transformers' `CLIPVisionModel` and its image processor hold it."""
+"""CLIP's vision tower (Radford et al. 2021), as in transformers' `CLIPVisionModel` and its image processor."""
 
 from llava_jax.checkpoints.config_keys import GENERAL, NEVER
 from llava_jax.checkpoints.families.family import CONV, KEEP, Field, Tower, layer_norm, linear

@@ -1,7 +1,7 @@
-"""What the file of a family says: its fields in foreign `config.json` files and its tensors' names, read both ways.
+"""Describe a family: its fields in foreign `config.json` files and its tensors' names, for reading and writing.
 
 A family is a vision tower or a decoder. Its file holds one table of fields, one table of tensors, and the few facts
-that fit in neither; whatever reads, writes, completes or inspects a checkpoint looks them up there.
+that fit in neither; all code that reads, writes, completes or inspects a checkpoint looks them up there.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class Field(NamedTuple):
 
     theirs: str
     ours: str
-    default: Any = None  # of the part's class in transformers, for files that leave the field out
-    kind: Any = None  # the type that it has in a file; None: that of our field
+    default: Any = None  # of the part's class in transformers, for files that omit the field
+    kind: Any = None  # the type in a file; None: that of our field
 
 
 def with_defaults(fields: tuple[Field, ...], **defaults) -> tuple[Field, ...]:
@@ -56,17 +56,17 @@ KEEP: Layout = (_keep, _keep)
 LINEAR: Layout = (_transpose, _transpose)
 CONV: Layout = (_to_hwio, _to_oihw)
 
-# Name within the part, path here, layout; {i} is a layer.
+# Foreign name within the part, our path, layout; {i} is a layer.
 Tensors = tuple[tuple[str, str, Layout], ...]
 
 
 def linear(theirs: str, ours: str) -> Tensors:
-    """The rows of a linear layer with a bias, or without."""
+    """The table rows of a linear layer, with or without a bias."""
     return (f"{theirs}.weight", f"{ours}/kernel", LINEAR), (f"{theirs}.bias", f"{ours}/bias", KEEP)
 
 
 def layer_norm(theirs: str, ours: str) -> Tensors:
-    """The rows of a norm with scale and bias."""
+    """The table rows of a norm with scale and bias."""
     return (f"{theirs}.weight", f"{ours}/scale", KEEP), (f"{theirs}.bias", f"{ours}/bias", KEEP)
 
 
@@ -79,13 +79,13 @@ class Family:
 
     name        `family` in our configuration
     model_type  of its object in transformers' files
-    fields      the table of fields
-    more        fields that `read` and `write` take care of: name -> the type that it has in a file
-    read        (get a field or its default) -> our fields that are no field of theirs as it stands
-    write       our part -> their fields that are no field of ours as it stands; raises `InputError` if there is no way
-    ignored     fields that make no difference; `only`: those that are supported with these values only
+    fields      the table of fields, which copies values between our fields and foreign ones
+    more        fields that only `read` and `write` handle: name -> type in a file
+    read        (function that gets a field or its default) -> our fields that are not in the table
+    write       our part -> foreign fields that are not in the table; raises `InputError` if they cannot express it
+    ignored     fields that have no effect; `only`: fields that are supported with these values only
     tensors     the table of tensors
-    computed    ends of the names of tensors that older files hold and nothing needs: tables that are computed
+    computed    suffixes of the names of tensors that older files hold and the model computes itself
     """
 
     name: str
@@ -103,7 +103,7 @@ class Family:
 
     @functools.cached_property
     def types(self) -> dict[str, Any]:
-        """Name of each field that is read -> what can be there."""
+        """Name of each field that is read -> its type in a file."""
         ours = field_types(self.config)
         own = {field.theirs: field.kind or ours[field.ours] for field in self.fields}
         return {"model_type": str | None, "quantization_config": Quantization | None} | own | dict(self.more)
@@ -112,21 +112,21 @@ class Family:
     def keys(self) -> Keys:
         return Keys(frozenset(self.types), self.ignored, self.only)
 
-    def check(self, given: Any, file: str, key: str = "") -> None:
-        """Raise an `InputError` if a part's object, the file's or what it has under a key, has something else than it
-        should."""
-        schema: Any = TypedDict(self.name, self.types, total=False)  # type: ignore[misc]  # known at run time alone
+    def check(self, theirs: Any, file: str, key: str = "") -> None:
+        """Raise an `InputError` if a field of a part's object, the whole file or the one under `key`, has the wrong
+        type."""
+        schema: Any = TypedDict(self.name, self.types, total=False)  # type: ignore[misc]  # known only at run time
         if key:
-            given, schema = {key: given}, TypedDict(self.name, {key: schema})  # type: ignore[misc, operator]  # likewise
-        check_json(given, schema, file)
+            theirs, schema = {key: theirs}, TypedDict(self.name, {key: schema})  # type: ignore[misc, operator]  # likewise
+        check_json(theirs, schema, file)
 
-    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of our configuration that a part's object makes, its types being right."""
-        get = ({field.theirs: field.default for field in self.fields} | dict(given)).get
+    def read_fields(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        """Convert a part's foreign object, which `check` accepts, to the fields of our configuration."""
+        get = ({field.theirs: field.default for field in self.fields} | dict(theirs)).get
         return {field.ours: get(field.theirs) for field in self.fields} | self.read(get) | {"family": self.name}
 
-    def given(self, part: Any) -> dict[str, Any]:
-        """The part's object that our configuration makes.
+    def write_fields(self, part: Any) -> dict[str, Any]:
+        """Convert a part of our configuration to its object in a foreign file.
 
         Raises:
           InputError: the family's class has no fields for it.
@@ -139,8 +139,8 @@ class Family:
 class Decoder(Family):
     """A decoder.
 
-    originals   its model types in files of the original and of plain language models; the first is written
-    classes     its classes there; the first is written
+    originals   its model types in files of the original and of plain language models; exports use the first
+    classes     its classes in these files; exports use the first
     """
 
     originals: tuple[str, ...]
@@ -153,13 +153,13 @@ class Decoder(Family):
 class Tower(Family):
     """A vision tower.
 
-    title       for people
+    title       its name in errors
     classes     its class in transformers
-    inner       what that class puts in front of its tensors' names, or does not
-    unused      our configuration -> path and shape of tensors that the class has and LLaVA has no use for
-    whole       model type of a directory that holds a text model too, whose tensors have names that match `other_half`
-    published   towers by the names that the original fetches them by, and what their own config.json says
-    processor   the class of its image processor, and `pixels`, the settings that this has by default
+    inner       an optional prefix of the class's tensor names
+    unused      our configuration -> path and shape of tensors that the class has and LLaVA does not use
+    whole       model type of a directory that also holds a text model; `other_half` matches the names of its tensors
+    published   name by which the original fetches a tower -> the fields of its own config.json
+    processor   the class of its image processor; `pixels` are its default settings
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023), Vicuna and Yi among it, and what its kin share, as `LlamaForCausalLM` holds it."""
+"""LLaMA (Touvron et al. 2023), including Vicuna and Yi, as in `LlamaForCausalLM`, and what related families share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ FIELDS = (
     Field("max_position_embeddings", "max_positions", 2048),
     Field("rms_norm_eps", "norm_eps", 1e-6),
     Field("rope_theta", "rope_theta", 10000.0),
-    Field("tie_word_embeddings", "tied_head", kind=Any),  # either of two places says it: `config_json.is_tied`
+    Field("tie_word_embeddings", "tied_head", kind=Any),  # in either of two objects: `config_parts.is_tied`
     Field("bos_token_id", "bos_id", 1),
     Field("eos_token_id", "eos_ids", 2, kind=Ids),
     Field("pad_token_id", "pad_id"),
@@ -47,7 +47,7 @@ COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 def read(get: Callable[[str], Any]) -> dict[str, Any]:
-    """The fields of `TextConfig` that are no field of LLaMA's as it stands."""
+    """The fields of `TextConfig` that are not copies of one of LLaMA's."""
     heads = get("num_attention_heads")
     return {
         "kv_heads": get("num_key_value_heads") or heads,
@@ -61,13 +61,13 @@ def read(get: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def write(text: TextConfig) -> dict[str, Any]:
-    """The fields that LLaMA and its kin share and that are no field of `TextConfig` as it stands."""
+    """The fields of LLaMA and related families that are not copies of one of `TextConfig`'s."""
     return {"eos_token_id": write_ids(text.eos_ids), **write_rope(text.rope_scaling)}
 
 
 def _write(text: TextConfig) -> dict[str, Any]:
     if text.qkv_bias != text.o_bias:
-        raise InputError("no format has a LLaMA decoder with biases on some projections of its attention only")
+        raise InputError("no format supports a LLaMA decoder with biases on some projections of its attention only")
     return {**write(text), "attention_bias": text.o_bias, "mlp_bias": text.mlp_bias}
 
 

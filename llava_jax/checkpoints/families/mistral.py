@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023), as `MistralForCausalLM` holds it: LLaMA with a sliding window."""
+"""Mistral (Jiang et al. 2023), as in `MistralForCausalLM`: LLaMA with a sliding window."""
 
 from llava_jax.checkpoints.config_keys import GENERAL
 from llava_jax.checkpoints.families import llama

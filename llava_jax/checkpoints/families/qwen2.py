@@ -1,4 +1,4 @@
-"""Qwen2, as `Qwen2ForCausalLM` holds it: LLaMA with biases on queries, keys and values, and perhaps a window."""
+"""Qwen2, as in `Qwen2ForCausalLM`: LLaMA with biases on queries, keys and values, and optionally a window."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_window(get: Callable[[str], Any]) -> int | None:
-    """The window that all layers look back at, None if they see everything.
+    """The sliding window of all layers; None for full attention.
 
     Raises:
       InputError: some layers have a window and others have none.
@@ -22,7 +22,7 @@ def read_window(get: Callable[[str], Any]) -> int | None:
     if not window or not get("use_sliding_window"):
         return None
     kinds, first = get("layer_types"), get("max_window_layers")
-    if kinds is None:  # in files of transformers 4; layers before the first see everything
+    if kinds is None:  # a file of transformers 4: layers before `first` have full attention
         first = 28 if first is None else first
         kinds = [FULL] * min(first, layers) + [SLIDING] * (layers - first)
     if unknown := set(kinds) - {FULL, SLIDING}:

@@ -1,4 +1,4 @@
-"""Rotary positions in `config.json`: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of 5."""
+"""Rotary positions in `config.json`: `rope_theta` and `rope_scaling` in transformers 4, `rope_parameters` in 5."""
 
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -10,7 +10,7 @@ from llava_jax.json_files import check_json
 
 
 class Rope(TypedDict, total=False):
-    """What stands under `rope_scaling` or `rope_parameters`."""
+    """The object under `rope_scaling` or `rope_parameters`."""
 
     factor: Positive | None
     high_freq_factor: Positive | None
@@ -25,7 +25,7 @@ TYPES = {"rope_parameters": Rope | None, "rope_scaling": Rope | None}
 KEYS = Keys(
     frozenset(Rope.__annotations__), only={"partial_rotary_factor": (None, 1, 1.0), "attention_factor": (None,)}
 )
-# Theirs and ours, of each kind of scaling.
+# Kind of scaling -> foreign field -> our field.
 SCALINGS = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -36,12 +36,12 @@ SCALINGS = {
 
 
 def read_rope(get: Callable[[str], Any]) -> dict[str, Any]:
-    """The fields of `TextConfig` that are about rotary positions.
+    """The fields of `TextConfig` for rotary positions.
 
     Raises:
-      InputError: they are stretched in a way that is not supported, or that the file leaves open.
+      InputError: the scaling is unsupported or incomplete.
     """
-    rope = get("rope_scaling") or get("rope_parameters") or {}  # of both, transformers 5 takes nothing from the latter
+    rope = get("rope_scaling") or get("rope_parameters") or {}  # given both, transformers 5 ignores the latter
     check_keys(rope, KEYS)
     return {"rope_theta": float(rope.get("rope_theta", get("rope_theta"))), "rope_scaling": _scaling(rope)}
 
@@ -51,7 +51,7 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
     if kind == "default":
         if (factor := rope.get("factor")) not in (None, 1):
             factor = shorten(repr(factor))
-            raise InputError(f"config.json: rope scaling by {factor} without a rope_type that says how")
+            raise InputError(f"config.json: rope scaling by {factor} needs a rope_type")
         return None
     if kind not in SCALINGS:
         only = " and ".join(SCALINGS)
@@ -63,7 +63,7 @@ def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
 
 
 def write_rope(scaling: RopeScaling | None) -> dict[str, Any]:
-    """`rope_scaling` as version 4 writes it, which version 5 reads too; nothing if there is none."""
+    """`rope_scaling` in the format of version 4, which version 5 reads too; no field without scaling."""
     if scaling is None:
         return {}
     fields = {theirs: getattr(scaling, ours) for theirs, ours in SCALINGS[scaling.kind].items()}
