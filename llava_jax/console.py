@@ -28,6 +28,11 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     """Reports invalid flags like any other invalid input: one line, status 1."""
 
+    def __init__(self, prog: str, **settings):
+        """`prog` is the module's command, `python -m ...`; run as a console script, a parser has the script's name."""
+        script = Path(sys.argv[0]).name
+        super().__init__(script if prog.startswith("python -m ") and script.startswith("llava-") else prog, **settings)
+
     def parse_known_args(self, args=None, namespace=None):
         for given in sys.argv[1:] if args is None else args:
             if re.fullmatch("-[^=]*=--", given):  # older argparse parses this as an empty list
@@ -330,6 +335,7 @@ class Progress(tqdm.tqdm):
 
     def __init__(self, what: str, total: int, unit: str = "", *, every: float = 5.0, quiet: float = 1.0, done: int = 0):
         terminal = sys.stderr is not None and sys.stderr.isatty()
+        has_size = terminal and all(_terminal_size())
         before = "{l_bar}{bar}|" if terminal else "{desc}: {percentage:3.0f}% "
         super().__init__(
             desc=printable(what),
@@ -342,13 +348,24 @@ class Progress(tqdm.tqdm):
             mininterval=0.1 if terminal else every,
             delay=quiet if terminal else every,
             miniters=1,
-            dynamic_ncols=terminal,
+            dynamic_ncols=has_size,
+            ncols=80 if terminal and not has_size else None,
+            nrows=24 if terminal and not has_size else None,
+            position=0,
             disable=_silenced,
         )
 
     def advance(self, amount: int = 1, more: str = "") -> None:
         self.set_postfix_str(printable(more), refresh=False)
         self.update(amount)
+
+
+def _terminal_size() -> tuple[int, int]:
+    """Columns and lines; (0, 0) where the terminal reports none, as in some containers."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return 0, 0
 
 
 class _Lines:

@@ -142,3 +142,11 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_console_script_introduces_itself(monkeypatch):
+    from convert.__main__ import parser
+
+    assert parser().format_usage().startswith("usage: python -m convert ")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/llava-convert", "--help"])
+    assert parser().format_usage().startswith("usage: llava-convert ")

@@ -20,7 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from llava_jax.console import InputError, first_line, shorten
+from llava_jax.console import InputError, first_line, note, shorten
 
 MAX_DOWNLOAD = 256 * 2**20
 MAX_REDIRECTS = 5
@@ -31,6 +31,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 TRANSIENT = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, http.client.IncompleteRead)
 BUSY = (429, 502, 503, 504)  # statuses that are worth a retry
 WAITS = (0.5, 1.0, 2.0)  # seconds before each retry, unless the server's Retry-After is longer
+MAX_WAIT = 10.0  # a server that asks for a longer one is not asked again
 
 
 class NamedBytes(bytes):
@@ -82,8 +83,10 @@ def _download(url: str) -> bytes:
         if not attempt.error:
             return bytes(attempt.data)
         wait = max(wait, attempt.retry_after)
-        if not attempt.is_transient or time.monotonic() + wait > deadline:
+        if not attempt.is_transient or wait > MAX_WAIT or time.monotonic() + wait > deadline:
             break
+        if wait > WAITS[-1]:
+            note(f"{attempt.error}; trying again in {wait:.0f} seconds")
         time.sleep(wait)
     assert attempt.error
     raise attempt.error

@@ -137,17 +137,18 @@ def test_what_may_pass_is_tried_again(server, scene, monkeypatch, fates):
     [
         ("503&503&503&503&503", 3, "the server returned 503"),
         ("404&404", 0, "the server returned 404"),
-        ("503=30&503=400", 1, "the server returned 503"),  # 400 s are more than are left
+        ("503=10&503=11", 1, "the server returned 503"),  # 11 seconds are more than a command waits
         ("429=" + "9" * 400, 0, "the server returned 429"),
         ("503=Fri, 31 Dec 1999 23:59:59 GMT&404", 1, "the server returned 404"),
     ],
 )
-def test_what_does_not_pass_is_given_up(server, monkeypatch, fates, times, says):
+def test_what_does_not_pass_is_given_up(server, monkeypatch, capsys, fates, times, says):
     waited = []
     monkeypatch.setattr(urls, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waited.append))
     with pytest.raises(InputError, match=says):
         open_image(f"{server}/busy?{quote(fates, safe='&=')}")
     assert len(waited) == times
+    assert ("trying again in 10 seconds" in capsys.readouterr().err) == (10.0 in waited)
 
 
 @pytest.mark.parametrize("url", ["http://h:1/a b.png", "http://[::1", "http://127.0.0.1:1/x.png"])
