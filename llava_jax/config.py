@@ -149,8 +149,9 @@ class LlavaConfig:
     image_token_id: TokenId | None = None  # of `<image>` in the vocabulary of Hugging Face conversions; never embedded
 
     def __post_init__(self):
-        for part in (self, self.text, self.vision, *filter(None, [self.text.rope_scaling])):
-            for field, kind in field_types(type(part)).items():
+        parts: list[Any] = [self, self.text, self.vision, *filter(None, [self.text.rope_scaling])]
+        for part in parts:
+            for field, kind in field_types(type(part)).items():  # type: ignore[arg-type]  # classes are hashable
                 check_json(getattr(part, field), kind, f"config: {field}")
         for field, value, known in (
             ("image_aspect_ratio", self.aspect_ratio, ASPECT_RATIOS),

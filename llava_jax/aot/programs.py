@@ -12,7 +12,7 @@ class _CompileCount:
         self.n = 0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, duration: float, **_) -> None:
+    def _heard(self, event: str, duration_secs: float, **_) -> None:
         self.n += event == "/jax/core/compile/backend_compile_duration"
 
 

@@ -243,7 +243,7 @@ def _rebuild_parameter(tensor, *_) -> View:
     return tensor
 
 
-CALLABLES = {
+CALLABLES: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): lambda: {},  # SETITEMS fills it afterwards
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,

@@ -120,8 +120,10 @@ def forward(
     def attend(q, k, v):
         q, k, v = _shard_heads(partition, rotate(q, rope, config.query_scale), rotate(k, rope), v)
         q, k, v = checkpoint_name((q, k, v), SAVED_ATTENTION)
-        static = dict(causal=True, window=config.sliding_window, partition=partition, saved=SAVED_ATTENTION)
-        return attention(q, k, v, segments_BS=segments_BS, **static)
+        return attention(
+            q, k, v, segments_BS=segments_BS, causal=True, window=config.sliding_window, partition=partition,
+            saved=SAVED_ATTENTION,
+        )  # fmt: skip
 
     def block(x_BSD, layer):
         layer = partition.gather(layer, "decoder/layers")
@@ -170,7 +172,8 @@ def prefill(
 
     def attend_last(q, k, v):
         """What a decode step does: the last query attends to the prompt's keys, and to its own."""
-        q = rotate(q, tuple(table[0, last_B][:, None] for table in rope), config.query_scale)
+        cos, sin = (table[0, last_B][:, None] for table in rope)
+        q = rotate(q, (cos, sin), config.query_scale)
         q, k, v = _shard_heads(partition, q, rotate(k, rope), v)
         cache.append(_new_cache(k, v, slots, int8, partition))
         positions = jnp.arange(k.shape[1])
