@@ -1,6 +1,6 @@
 """What the engine runs on the device: four compiled functions, one after the other, for a batch of questions.
 
-Their static shapes depend on nothing but (B rows, S positions, T tiles, N new tokens):
+Their static shapes depend only on (B rows, S positions, T tiles, N new tokens):
 
     encode   (B, T)      uint8 tiles -> feature table
     splice   (B, S, T)   token ids, feature table -> input embeddings: one gather
@@ -26,13 +26,12 @@ from llava_jax.sharding.partition import Partition
 )
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A batch that is being decoded. The cache has `prompt_slots` slots for the padded prompt, then one for each decode
-    step."""
+    """A batch during decoding. The cache has `prompt_slots` slots for the padded prompt, then one per decode step."""
 
-    tokens: jax.Array  # [B] chosen, not yet in the cache
+    tokens: jax.Array  # [B] the last chosen, not yet in the cache
     lengths: jax.Array  # [B] of the prompts
-    limits: jax.Array  # [B] tokens that each row may have
-    step: jax.Array  # tokens chosen so far, less one
+    limits: jax.Array  # [B] maximum number of tokens of each row
+    step: jax.Array  # number of tokens chosen so far, minus one
     done: jax.Array  # [B]
     out: jax.Array  # [B, N] tokens chosen
     keys: jax.Array  # [B]
@@ -53,18 +52,20 @@ def splice(params, features_BRD, ids_BS, feature_rows_BS, *, partition: Partitio
 
 
 @functools.partial(jax.jit, static_argnames=("partition", "eos_ids", "new_tokens", "int8_cache"))
-def prefill(params, x_BSD, lengths, limits, keys, knobs, *, partition, eos_ids, new_tokens, int8_cache=False) -> State:
+def prefill(
+    params, x_BSD, lengths, limits, keys, sampling_params, *, partition, eos_ids, new_tokens, int8_cache=False
+) -> State:
     """Fill a new cache with the prompts, and choose the first token of each answer."""
     config, (B, S, _) = partition.config.text, x_BSD.shape
     decoder, slots = params["decoder"], S + new_tokens
     x_BD, cache = llama.prefill(decoder, config, x_BSD, lengths, slots, int8=int8_cache, partition=partition)
-    tokens = choose(llama.logits(decoder, config, x_BD, partition), _fold(keys, 0), knobs, partition)
+    tokens = choose(llama.logits(decoder, config, x_BD, partition), _fold(keys, 0), sampling_params, partition)
     out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
     done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
     return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
 
 
-def _decode(params, state: State, stopped, steps, knobs, *, partition, eos_ids) -> State:
+def _decode(params, state: State, stopped, steps, sampling_params, *, partition, eos_ids) -> State:
     """Up to `steps` decode steps, for the rows that are neither done nor `stopped` [B]."""
     config = partition.config.text
     last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
@@ -84,7 +85,7 @@ def _decode(params, state: State, stopped, steps, knobs, *, partition, eos_ids) 
         )
         step = state.step + 1
         logits_BV = llama.logits(params["decoder"], config, x_BD, partition)
-        tokens = choose(logits_BV, _fold(state.keys, step), knobs, partition)
+        tokens = choose(logits_BV, _fold(state.keys, step), sampling_params, partition)
         tokens = jnp.where(state.done, state.tokens, tokens)
         out = jnp.where(
             state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))
@@ -102,7 +103,7 @@ def decode_on(platform: str):
     options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
-    except Exception:  # this release has no such option
+    except Exception:  # this JAX release lacks the option
         options = {}
     return jax.jit(_decode, static_argnames=("partition", "eos_ids"), donate_argnames="state", compiler_options=options)
 

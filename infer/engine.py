@@ -46,7 +46,7 @@ class Request:
     images: tuple = ()
     system: str | None = None
     name: str = ""  # for errors
-    number: int = 0  # the row's own random seed
+    number: int = 0  # selects the row's random key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Answer:
     bucket: int  # positions that the prompt was padded to
     compilations: int  # functions compiled for the batch that this answer came from
     prefill_seconds: float  # of that batch, from tiles and token ids to the first token
-    decode_tokens_per_second: float  # of that batch, all rows together, after the first token
+    decode_tokens_per_second: float  # of that batch, summed over rows, after the first token
     stopped_by: str  # "end" token, "stop" string, or "length"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A request, tokenized: its row has everything but pixels."""
+    """A tokenized request: its row has everything except pixels."""
 
     request: Request
     row: Row
@@ -79,7 +79,7 @@ class _Prepared:
 
 
 class Engine:
-    """A model on its devices, and what it needs to answer questions.
+    """A model on its devices, with its tokenizer and template, ready to answer questions.
 
     >>> engine = Engine.load("llava-v1.5-7b")
     >>> engine.ask("What is in this image?", ["photo.jpg"]).text
@@ -122,8 +122,8 @@ class Engine:
 
         Args:
           checkpoint: an Orbax directory, a directory of safetensors, or a hub name.
-          mesh: `"data=1,fsdp=1,tensor=4"` or a mesh of those axes; None for as much `tensor` as whole key/value
-            heads allow.
+          mesh: `"data=1,fsdp=1,tensor=4"` or a mesh of those axes; None for the largest `tensor` that divides
+            the key/value heads.
           dtype: of weights and activations; None for bfloat16 on accelerators and float32 on CPUs.
           int8_cache: quantize the KV cache, which takes half the memory of bfloat16; answers may change.
           template: a conversation template by name; None for the checkpoint's own.
@@ -136,17 +136,17 @@ class Engine:
         found = open_checkpoint(checkpoint, vision_tower=vision_tower)
         config = found.config.with_image_rules(image_rules) if image_rules else found.config
         get_template(template or choose_template(config))  # raises before the weights are read
-        placed = mesh or inference_mesh(config)
-        placed = make_mesh(parse_mesh(placed)) if isinstance(placed, str) else placed
-        params = found.load(placed, dtype or default_dtype(placed))
-        return cls(params, config, found.tokenizer, placed, int8_cache=int8_cache, template=template, buckets=buckets)
+        mesh = mesh or inference_mesh(config)
+        mesh = make_mesh(parse_mesh(mesh)) if isinstance(mesh, str) else mesh
+        params = found.load(mesh, dtype or default_dtype(mesh))
+        return cls(params, config, found.tokenizer, mesh, int8_cache=int8_cache, template=template, buckets=buckets)
 
     @property
     def context(self) -> int:
         """The decoder's maximum number of positions."""
         return self.config.text.max_positions
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ questions
 
     def ask(
         self, prompt: str | Sequence[str], images: Sequence = (), *, system: str | None = None, **sampling
@@ -185,7 +185,7 @@ class Engine:
         yield answer
 
     def _settled(self, answer: Answer) -> str:
-        """The part of an unfinished answer's text that more tokens cannot change."""
+        """The prefix of an unfinished answer's text that further tokens cannot change."""
         if answer.stopped_by:
             return answer.text
         text, stop = self.tokenizer.decode_settled(answer.token_ids).strip(), self.template.stop
@@ -340,14 +340,14 @@ class Engine:
     def _start(self, batch: Batch, limits: np.ndarray, numbers: Sequence[int], sampling: Sampling) -> compiled.State:
         return compiled.prefill(
             self.params, self._embed(batch), self._put(batch.lengths), self._put(limits),
-            row_keys(sampling.seed, numbers), sampling.knobs(), partition=self.partition,
+            row_keys(sampling.seed, numbers), sampling.params(), partition=self.partition,
             eos_ids=self.eos_ids, int8_cache=self.int8_cache,
             new_tokens=self.buckets.up("new_tokens", min(sampling.max_new_tokens, self.context)),
         )  # fmt: skip
 
     def _continue(self, state: compiled.State, stopped: np.ndarray, steps: int, sampling: Sampling) -> compiled.State:
         return compiled.decode_on(self.partition.platform)(
-            self.params, state, self._put(stopped), jnp.int32(steps), sampling.knobs(),
+            self.params, state, self._put(stopped), jnp.int32(steps), sampling.params(),
             partition=self.partition, eos_ids=self.eos_ids,
         )  # fmt: skip
 
@@ -387,7 +387,7 @@ class Engine:
             state = self._continue(state, stopped, steps, sampling)
 
     def _read(self, out: np.ndarray, limit: int) -> tuple[str, list[int], str]:
-        """Text and token ids of a row so far, and why it stopped ("" if it has not)."""
+        """Text and token ids of a row so far, and why it stopped ("" while it runs)."""
         ids, by = out.tolist(), "length" if len(out) == limit else ""
         if ends := [i for i, token in enumerate(ids) if token in self.eos_ids]:
             ids, by = ids[: ends[0] + 1], "end"

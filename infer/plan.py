@@ -1,9 +1,11 @@
-"""What generation needs of each chip of a TPU slice, from its compiled programs. No TPU and no weights are needed.
+"""Plan generation on a TPU slice: memory, FLOPs and bytes sent per chip, from compiled programs.
+
+No TPU and no weights are needed.
 
     python -m infer.plan --model llava-v1.6-mistral-7b --topology v5e:2x2 --mesh tensor=4 --batch 8 --context 4096
 
-compiles the functions that the engine runs: the encoder of pictures, prefill, and the loop that decodes, of which the
-figures are one step's. Exit status 1 if any of them needs more than the chips have.
+compiles the functions that the engine runs: image encoder, prefill, and the decode loop, whose figures are those of one
+step. The exit status is 1 if any of them does not fit the chips.
 """
 
 import dataclasses
@@ -32,26 +34,26 @@ from llava_jax.models import llava
 from llava_jax.sharding.mesh import FSDP, TENSOR, inference_mesh, row_multiple
 from llava_jax.sharding.partition import Partition, batch_sharding
 
-NAMES = {"encode": "pictures", "prefill": "prefill", "decode": "a decoding step"}
+NAMES = {"encode": "images", "prefill": "prefill", "decode": "a decode step"}
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m infer.plan", description="What generation needs of each chip of a TPU slice.")
-    tpu_plan.add_flags(p)
-    p.add_argument(
-        "--batch", type=integer(1, 2**20), default=1, metavar="N", help="questions answered at once (default 1)"
+    p = Parser(
+        prog="python -m infer.plan", description="Memory, FLOPs and bytes sent of generation per chip of a TPU slice."
     )
+    tpu_plan.add_flags(p)
+    p.add_argument("--batch", type=integer(1, 2**20), default=1, metavar="N", help="batch size (default 1)")
     p.add_argument(
         "--context", type=integer(2, 2**20), default=4096, metavar="N", help="positions of the cache (default 4096)"
     )
     p.add_argument(
         "--new-tokens", type=integer(1, 2**20 - 1), default=512, metavar="N",
-        help="of them for the answer (default 512)",
+        help="positions of --context kept for the answer (default 512)",
     )  # fmt: skip
     add_cache_flag(p)
     p.add_argument(
         "--tiles-per-row", type=integer(0, 512), metavar="N",
-        help="of the pictures (default: the most of one picture)",
+        help="image tiles per row (default: the maximum of one image)",
     )  # fmt: skip
     return p
 
@@ -66,9 +68,9 @@ def plan_generation(
     tiles: int,
     int8_cache: bool = False,
 ) -> dict[str, tuple[Plan, Compiled]]:
-    """Compile the functions of the engine, in bfloat16, by the names of `NAMES`.
+    """Compile the engine's functions, in bfloat16; the keys are those of `NAMES`.
 
-    What does not fit ends it: those after it are not compiled.
+    If prefill does not fit, decoding is not compiled.
     """
     rows = -(-batch // row_multiple(mesh)) * row_multiple(mesh)
     side, length = model.vision.image_size, context - new_tokens
@@ -81,63 +83,66 @@ def plan_generation(
     def of_rows(dtype, *dims):
         return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=batch_sharding(mesh))
 
-    keys, knobs = jax.eval_shape(lambda: (row_keys(0, np.arange(rows)), Sampling().knobs()))
+    keys, sampling_params = jax.eval_shape(lambda: (row_keys(0, np.arange(rows)), Sampling().params()))
     numbers, flags = of_rows(np.int32), of_rows(bool)
     hbm, held = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm, tpu_plan.per_chip(params)
-    made = {}
+    plans = {}
 
-    def add(name: str, lower: Callable, batch: Any, used: int, flops: float, least: float):
-        one = tpu_plan.too_large(batch, used, hbm) or tpu_plan.compile_for_tpu(lower(), unknown_trips=1)
-        one = dataclasses.replace(one, peak=one.peak + held - used)  # weights that this function does not take
-        needs = Plan(
-            fits=one.memory is not None and one.peak <= hbm,
-            peak_bytes_per_chip=one.peak,
+    def add(name: str, lower: Callable, batch: Any, used: int, flops: float, min_sent: float):
+        program = tpu_plan.too_large(batch, used, hbm) or tpu_plan.compile_for_tpu(lower(), unknown_trips=1)
+        # The other functions' weights stay on the chip.
+        program = dataclasses.replace(program, peak=program.peak + held - used)
+        plan = Plan(
+            fits=program.memory is not None and program.peak <= hbm,
+            peak_bytes_per_chip=program.peak,
             hbm_bytes_per_chip=hbm,
             parameter_bytes_per_chip=held,
             optimizer_bytes_per_chip=0,
-            executed_flops_per_chip=one.work.flops if one.work else None,
+            executed_flops_per_chip=program.work.flops if program.work else None,
             model_flops_per_chip=flops / mesh.size,
-            collective_bytes_per_chip=one.work.collectives if one.work else None,
-            least_collective_bytes_per_chip=least,
-            compile_seconds=round(one.seconds, 1),
+            collective_bytes_per_chip=program.work.collectives if program.work else None,
+            least_collective_bytes_per_chip=min_sent,
+            compile_seconds=round(program.seconds, 1),
         )
-        made[name] = needs, one
-        return one.out
+        plans[name] = plan, program
+        return program.out
 
-    decoder, seen = tpu_plan.per_chip(params["decoder"]), held - tpu_plan.per_chip(params["decoder"])
-    cut_rows = rows // row_multiple(mesh)
+    decoder = tpu_plan.per_chip(params["decoder"])
+    rows_per_shard = rows // row_multiple(mesh)
     if tiles:
         images = of_rows(np.uint8, tiles, side, side, 3)
         lower = functools.partial(compiled.encode.lower, params, images, **static)
-        add("encode", lower, images, seen, encode_flops(model, rows * tiles), 0.0)
+        add("encode", lower, images, held - decoder, encode_flops(model, rows * tiles), 0.0)
     x_BSD = of_rows(jnp.bfloat16, length, model.text.width)
     options = static | dict(eos_ids=model.text.eos_ids)
-    room = dict(new_tokens=new_tokens, int8_cache=int8_cache)
-    lower = functools.partial(compiled.prefill.lower, params, x_BSD, numbers, numbers, keys, knobs, **room, **options)
-    flops, moved = (
-        decoder_flops(model, rows, length, length / 2),
-        least(params, model, mesh, cut_rows, cut_rows * length),
+    cache = dict(new_tokens=new_tokens, int8_cache=int8_cache)
+    lower = functools.partial(
+        compiled.prefill.lower, params, x_BSD, numbers, numbers, keys, sampling_params, **cache, **options
     )
-    state = add("prefill", lower, x_BSD, decoder, flops, moved)
+    flops = decoder_flops(model, rows, length, length / 2)
+    min_sent = min_bytes_sent(params, model, mesh, rows_per_shard, rows_per_shard * length)
+    state = add("prefill", lower, x_BSD, decoder, flops, min_sent)
     if state is not None:
         steps = jax.ShapeDtypeStruct((), np.int32)
-        lower = functools.partial(compiled.decode_on("tpu").lower, params, state, flags, steps, knobs, **options)
+        lower = functools.partial(
+            compiled.decode_on("tpu").lower, params, state, flags, steps, sampling_params, **options
+        )
         add(
             "decode",
             lower,
             state.cache,
             decoder,
             decoder_flops(model, rows, 1, context),
-            least(params, model, mesh, cut_rows, cut_rows),
+            min_bytes_sent(params, model, mesh, rows_per_shard, rows_per_shard),
         )
-    return made
+    return plans
 
 
-def least(params: dict, model: LlavaConfig, mesh: Mesh, rows: int, positions: int) -> float:
-    """Bytes that each chip has to send for `positions` of its `rows`: along `tensor` the two results of each layer are
-    summed, in bfloat16; along `fsdp` the decoder's weights are gathered."""
+def min_bytes_sent(params: dict, model: LlavaConfig, mesh: Mesh, rows: int, positions: int) -> float:
+    """The minimum that each chip sends for `positions` of its `rows`: an all-reduce along `tensor` of two results per
+    layer, in bfloat16, and an all-gather along `fsdp` of the decoder's weights."""
     tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
-    through = (model.text.layers - 1) * positions + rows  # the last layer: for each row's last position alone
+    through = (model.text.layers - 1) * positions + rows  # the last layer computes only each row's last position
     results = 2 * through * model.text.width * 2
     weights = sum(
         tpu_plan.per_chip(x) * (fsdp - 1) for x in jax.tree.leaves(params["decoder"]) if FSDP in x.sharding.spec
@@ -154,29 +159,29 @@ def main() -> int:
     tiles = max_tiles(model) if args.tiles_per_row is None else args.tiles_per_row
     title = (
         f"{args.model}, {args.topology}, mesh {tpu_plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
-        f"of them {args.new_tokens} new{', in int8' if args.int8_cache else ''}, and {tiles} tiles"
+        f"{args.new_tokens} of them new{', int8 cache' if args.int8_cache else ''}, {tiles} tiles"
     )
     tpu_plan.note_compiling(title)
-    asked = args.batch, args.context, args.new_tokens, tiles, args.int8_cache
-    made = plan_generation(model, mesh, args.topology, *asked)
-    last = list(made.values())[-1][0]
-    largest = max((needs for needs, _ in made.values()), key=lambda needs: needs.peak_bytes_per_chip)
+    sizes = args.batch, args.context, args.new_tokens, tiles
+    plans = plan_generation(model, mesh, args.topology, *sizes, args.int8_cache)
+    last = list(plans.values())[-1][0]
+    largest = max((plan for plan, _ in plans.values()), key=lambda plan: plan.peak_bytes_per_chip)
     if args.json:
         whole = dataclasses.replace(
             last,
             fits=largest.fits and last.fits,
             peak_bytes_per_chip=largest.peak_bytes_per_chip,
-            compile_seconds=round(sum(needs.compile_seconds for needs, _ in made.values()), 1),
+            compile_seconds=round(sum(plan.compile_seconds for plan, _ in plans.values()), 1),
         )
-        parts = {name: dataclasses.asdict(needs) for name, (needs, _) in made.items()}
+        parts = {name: dataclasses.asdict(plan) for name, (plan, _) in plans.items()}
         print(json.dumps(dataclasses.asdict(whole) | {"functions": parts}))
     else:
         print(title)
-        for name, (needs, one) in made.items():
-            tpu_plan.show(needs, one, args.topology, NAMES[name])
+        for name, (plan, program) in plans.items():
+            tpu_plan.show(plan, program, args.topology, NAMES[name])
     smaller = "a smaller --batch or --context" + ("" if args.int8_cache else ", --int8-cache")
-    advice = f"what would: {smaller}, or more chips along tensor"
-    tpu_plan.check_fits(next((needs for needs, _ in made.values() if not needs.fits), last), args.topology, advice)
+    advice = f"try {smaller}, or more chips along tensor"
+    tpu_plan.check_fits(next((plan for plan, _ in plans.values() if not plan.fits), last), args.topology, advice)
     return 0
 
 

@@ -35,8 +35,8 @@ class Sampling:
     def __post_init__(self):
         check_ranges(self)
 
-    def knobs(self) -> dict[str, np.generic]:
-        """The arguments of `choosing.choose`: arrays, so that changing an option does not recompile."""
+    def params(self) -> dict[str, np.generic]:
+        """The options that `choosing.choose` takes: arrays, so that changing one does not recompile."""
         return {
             "temperature": np.float32(self.temperature),
             "top_k": np.int32(self.top_k),

@@ -345,7 +345,7 @@ TOO_MUCH = {
     "batch": (["--global-batch-size", 10**8], "--global-batch-size 100000000: must be a whole number from 1 to"),
     "parts": (["--accumulate", 8, "--global-batch-size", 4], "must be at most --global-batch-size, 4"),
     "parts of few": (["--accumulate", 1024, "--global-batch-size", 1024], "at most the 8 conversations of a batch"),
-    "memory": (["--global-batch-size", 1000, "--prefetch", 1024], "1026 batches made ahead, 8 rows and "),
+    "memory": (["--global-batch-size", 1000, "--prefetch", 1024], "1026 batches prepared ahead, 8 rows and "),
     "row": (["--positions-per-row", 64], "--positions-per-row 64: must be at least --max-length, 128"),
     "devices": (["--mesh", "fsdp=999999"], "needs 999999 devices, here are 8"),
 }  # fmt: skip

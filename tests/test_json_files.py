@@ -274,9 +274,9 @@ def test_whatever_a_file_says_it_is_read_or_refused_in_a_line(kind, tmp_path, ca
         ("metrics", b"\xff\n",
          "/metrics.jsonl line 1: not UTF-8 (byte 0); correct or remove the line, or move the file away"),
         ("progress", '{"step": 2}',
-         "/2: progress: total is missing; remove this directory to resume from the checkpoint before it"),
+         "/2: progress: total is missing; remove this directory to resume from the previous checkpoint"),
         ("bad samples", '{"data": "a"}\n',
-         "/bad_samples.jsonl line 1: index is missing; it lists something else than bad samples: move it away"),
+         "/bad_samples.jsonl line 1: index is missing; this is not a list of bad samples: move the file away"),
     ],
 )  # fmt: skip
 def test_the_file_the_key_and_what_is_wrong_are_named(kind, data, says, tmp_path):

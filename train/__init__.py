@@ -1,1 +1,1 @@
-"""Training of LLaVA."""
+"""Train LLaVA."""

@@ -30,8 +30,8 @@ from train.processes import are_several, connect, watched
 if typing.TYPE_CHECKING:
     from train.config import TrainConfig
 
-SEVERAL = ("data", "eval_data")  # flags that are given once for each file
-MOST_PROCESSES = 2**16
+REPEATABLE = ("data", "eval_data")  # flags that may be repeated, once per file
+MAX_PROCESSES = 2**16
 PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "output")
 
 
@@ -40,50 +40,50 @@ def parser() -> argparse.ArgumentParser:
 
     p = Parser(prog="python -m train", description="Train LLaVA, both stages.", allow_abbrev=False)
     p.add_argument("--preset", metavar="NAME", help=f"start from these values: {', '.join(PRESETS)}")
-    p.add_argument("--list-presets", action="store_true", help="print what the presets are, and end")
-    several = p.add_argument_group("several processes (on Cloud TPUs they find each other without these)")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
-    several.add_argument(
-        "--process-id", type=integer(0, MOST_PROCESSES - 1), metavar="N", help="the number of this process, from 0"
+    p.add_argument("--list-presets", action="store_true", help="print the presets, and exit")
+    group = p.add_argument_group("several processes (on Cloud TPUs they find each other without these)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, and a free port there")
+    group.add_argument(
+        "--process-id", type=integer(0, MAX_PROCESSES - 1), metavar="N", help="number of this process, from 0"
     )
-    several.add_argument("--processes", type=integer(1, MOST_PROCESSES), metavar="N", help="how many there are")
-    several.add_argument(
+    group.add_argument("--processes", type=integer(1, MAX_PROCESSES), metavar="N", help="number of processes")
+    group.add_argument(
         "--heartbeat",
         type=integer(1, 86400),
         default=40,
         metavar="SECONDS",
-        help="silence after which a process is gone (default 40)",
+        help="silence after which a process counts as dead (default 40)",
     )
     add_fields(p.add_argument_group("the run"))
     return p
 
 
 def add_fields(p, known: tuple[str, ...] = ()) -> None:
-    """A flag for each field of `TrainConfig`, but for those whose flags are there."""
+    """Add a flag for each field of `TrainConfig` that is not in `known`."""
     from train.config import TrainConfig
 
     for field in dataclasses.fields(TrainConfig):
         flag = flag_of(field.name)
-        about = f"{field.metadata['help']} (default {show(field.default)})".replace("%", "%%")
+        text = f"{field.metadata['help']} (default {show(field.default)})".replace("%", "%%")
         if field.name in known:
             continue
         if field.type is bool:
-            p.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            action = "append" if field.name in SEVERAL else "store"
-            p.add_argument(flag, metavar=field.name.upper(), action=action, help=about)
+            action = "append" if field.name in REPEATABLE else "store"
+            p.add_argument(flag, metavar=field.name.upper(), action=action, help=text)
 
 
 def show(value) -> str:
-    """A value as a flag takes it."""
+    """Format a value as its flag takes it."""
     return "none" if value in (None, "") else ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def parse(field: dataclasses.Field, text: str):
-    """The value of a field from its flag.
+    """Parse the value of a field from its flag.
 
     Raises:
-      InputError: it is of another type, or a number out of range.
+      InputError: the value has the wrong type, or is out of range.
     """
     kinds = field.type.__args__ if isinstance(field.type, types.UnionType) else (field.type,)
     if type(None) in kinds and text.lower() == "none":
@@ -97,10 +97,10 @@ def parse(field: dataclasses.Field, text: str):
 
 
 def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"]:
-    """Flags, and the configuration that they and the preset make.
+    """Parse the flags, and the configuration from them and the preset.
 
     Raises:
-      InputError: a preset, flag or value is none; something needed is not given.
+      InputError: a preset, flag or value is invalid, or a required flag is missing.
     """
     from train.config import TrainConfig
 
@@ -108,7 +108,7 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
     args, unknown = p.parse_known_args(arguments)
     for argument in unknown:
         if not argument.startswith("--"):
-            raise InputError(f"{shorten(argument)!r}: no flag goes with it (--help lists all)")
+            raise InputError(f"{shorten(argument)!r}: belongs to no flag (--help lists all flags)")
         known = [flag for action in p._actions for flag in action.option_strings]
         raise InputError(f"unknown field {shorten(argument.split('=')[0])}{nearest(argument.split('=')[0], known)}")
     if args.list_presets:
@@ -121,10 +121,10 @@ def read_config(arguments: list[str]) -> tuple[argparse.Namespace, "TrainConfig"
 
 
 def config_of(args: argparse.Namespace) -> "TrainConfig":
-    """The configuration that flags of `add_fields` and `--preset` make.
+    """The configuration from the flags of `add_fields` and `--preset`.
 
     Raises:
-      InputError: the preset or a value is none.
+      InputError: the preset or a value is invalid.
     """
     from train.config import PRESETS, TrainConfig
 
@@ -140,7 +140,7 @@ def config_of(args: argparse.Namespace) -> "TrainConfig":
             value = tuple(value) if len(value) > 1 else value[0]
         if value is not None:
             given[field.name] = parse(field, value) if isinstance(value, str) else value
-    for name in PATHS:  # so that the same run is known as such from another directory
+    for name in PATHS:  # absolute, so that a run can resume from another working directory
         value = given.get(name)
         if isinstance(value, tuple):
             given[name] = tuple(map(_absolute, value))
@@ -154,7 +154,7 @@ def _absolute(path: str) -> str:
 
 
 def describe(preset: str | None, config: "TrainConfig") -> str:
-    """What a configuration has that its preset, or the defaults without one, have not."""
+    """The values in which a configuration differs from its preset, or without one from the defaults."""
     from train.config import PRESETS, TrainConfig
 
     start = PRESETS[preset] if preset else TrainConfig()
@@ -169,7 +169,7 @@ def nearest(name: str, known) -> str:
 
 
 def list_presets() -> None:
-    """The presets as a table, one column each: first what they differ in."""
+    """Print the presets as a table, one column each, with the fields in which they differ; then the common values."""
     from train.config import PRESETS
 
     fields = [field.name for field in dataclasses.fields(PRESETS["v1.5-pretrain"])]
@@ -181,7 +181,7 @@ def list_presets() -> None:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print(f"{name:{first}}  {'  '.join(cells)}".rstrip())
     alike = {name: row[0] for name, row in rows.items() if len(set(row)) == 1}
-    print("\nand all have " + ", ".join(f"{name} {value}" for name, value in alike.items() if value != "none"))
+    print("\nall presets have " + ", ".join(f"{name} {value}" for name, value in alike.items() if value != "none"))
 
 
 def main() -> int:
@@ -199,7 +199,7 @@ def main() -> int:
     from train.run import prepare
 
     run = prepare(config)
-    note(f"{describe(args.preset, config)}; all of the configuration is in {run.output.root / 'config.json'}")
+    note(f"{describe(args.preset, config)}; the full configuration is in {run.output.root / 'config.json'}")
     note(run.data.describe())
     return train(run)
 

@@ -1,6 +1,6 @@
-"""Bucketed batches: one conversation a row, those with images apart from those without (`--batching bucketed`).
+"""Bucketed batches: one conversation per row, with and without images separated (`--batching bucketed`).
 
-A batch is as long, and has as many tiles a row, as its largest conversation needs, rounded up to one of a few sizes.
+The largest conversation of a batch determines its length and its tiles per row, rounded up to one of a few sizes.
 """
 
 from collections.abc import Sequence
@@ -10,44 +10,44 @@ import numpy as np
 
 from llava_jax.console import InputError
 from llava_jax.data.buckets import LENGTHS, TILES, round_up
-from train.samples import MOST_TILES, BadSample, Sample
+from train.samples import MAX_TILES, BadSample, Sample
 from train.survey import Rows, Survey, describe_multiple, estimate
 
 
 class BucketedBatches:
-    """What batches look like, and which conversations are in them.
+    """The shapes of bucketed batches, and the conversations in them.
 
     Attributes:
       rows, rows_in_use: of a global batch.
-      length, tiles: the most that a row can have.
+      length, tiles: the maximum of a row.
       steps_per_epoch: batches of one pass over the data.
     """
 
     def __init__(self, survey: Survey, multiple: int):
-        """`multiple`: the mesh needs a multiple of so many rows.
+        """`multiple`: the mesh needs a multiple of this many rows.
 
         Raises:
-          InputError: the batch is none.
+          InputError: the global batch size is not a multiple of `multiple`.
         """
         config = survey.config
         if config.global_batch_size % multiple:
             raise InputError(
-                f"--global-batch-size {config.global_batch_size}: with one conversation a row, "
+                f"--global-batch-size {config.global_batch_size}: with one conversation per row, "
                 f"{describe_multiple(config)} need a multiple of {multiple}"
             )
         self._survey = survey
         self.rows = self.rows_in_use = -(-survey.wanted // multiple) * multiple
         self.length = config.max_length
-        self.tiles = MOST_TILES if config.tiles_per_row is None else config.tiles_per_row
+        self.tiles = MAX_TILES if config.tiles_per_row is None else config.tiles_per_row
         self._rows = [[one] for one in sorted(survey.measured, key=lambda one: bool(one.images))]
         self.steps_per_epoch = len(self.order())
 
     def order(self) -> grain.MapDataset:
-        """One epoch as windows, lists of indices; each is a batch.
+        """One epoch as windows (lists of indices), each of which is a batch.
 
-        As in the reference (llava_trainer.py `get_modality_length_grouped_indices`) each has images throughout or
-        nowhere, in random order; what is left over of both kinds makes the last ones. (The lengths that the reference
-        sorts by within a batch only balance its processes.)
+        As in the reference (llava_trainer.py `get_modality_length_grouped_indices`) either all
+        conversations of a batch have images or none has; the order is random, and the remainders of both kinds form
+        the last batches. (The reference also sorts by length within a batch, which only balances its processes.)
         """
 
         def shuffled(dataset: grain.MapDataset) -> grain.MapDataset:
@@ -65,32 +65,32 @@ class BucketedBatches:
         return grain.MapDataset.concatenate(order)
 
     def distribute(self, number: int, window: Sequence[Sample | BadSample]) -> Rows:
-        """Each conversation of a window on a row of its own, which a bad one leaves empty."""
+        """Each conversation of a window in its own row; the row of a bad one is empty."""
         rows = [[one] if isinstance(one, Sample) else [] for one in window]
         return rows + [[] for _ in range(self.rows - len(rows))]
 
     def shape(self, rows: Rows) -> tuple[int, int]:
-        """Positions and tiles of a row, of a batch of `rows`."""
+        """Positions and tiles per row of the batch of `rows`."""
         longest = max(sum(one.length for one in row) for row in rows)
-        most = max(sum(one.tiles for one in row) for row in rows)
-        return min(round_up(LENGTHS, longest), self.length), min(round_up(TILES, most), self.tiles)
+        max_tiles = max(sum(one.tiles for one in row) for row in rows)
+        return min(round_up(LENGTHS, longest), self.length), min(round_up(TILES, max_tiles), self.tiles)
 
-    # ------------------------------------------------------------ described
+    # ------------------------------------------------------------ description
 
     def largest_shape(self) -> tuple[int, int]:
-        """Positions and tiles of a row of the largest batch, as far as the conversations looked at show."""
+        """Positions and tiles per row of the largest batch among the surveyed conversations."""
         return self.shape(self._rows)
 
     def estimate(self) -> dict[str, float]:
-        """What batches are like; see `survey.estimate`."""
+        """Averages of batches; see `survey.estimate`."""
         batches = [self._rows[i : i + self.rows] for i in range(0, len(self._rows), self.rows)]
         positions, tiles = np.sum([np.multiply(len(batch), self.shape(batch)) for batch in batches], axis=0)
         return estimate(self._survey, self._rows, positions, tiles, min(self.rows, self._survey.wanted))
 
     def describe_rows(self) -> str:
-        """What a row is, in a few words."""
+        """A short description of a row."""
         return f"up to {self.length} positions, one conversation each"
 
     def warnings(self) -> list[str]:
-        """Ways in which batches are not what was asked for: none."""
+        """Deviations of batches from the configuration: none."""
         return []

@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass of plain fields, each of them a flag, and the reference's presets."""
+"""The configuration of a training run: a frozen dataclass whose fields are flags, and the reference's presets."""
 
 import dataclasses
 import types
@@ -42,7 +42,7 @@ EVERY = integer(0, MAX_INT32)
 
 
 class _Origin:
-    """What `TrainConfig` is told of itself, and keeps beside its fields."""
+    """Attributes of `TrainConfig` that are not fields: they record where its values come from."""
 
     preset: str | None
     given: frozenset[str]
@@ -50,86 +50,90 @@ class _Origin:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(_Origin):
-    """A run. Field names are the flags' (`learning_rate` is `--learning-rate`), `metadata["help"]` says what each is,
-    and `metadata["range"]` what it may be, if it is a number.
+    """The configuration of a run. Each field is a flag (`learning_rate` is `--learning-rate`), `metadata["help"]`
+    describes it, and `metadata["range"]` is the range of a number.
 
     Attributes:
-      preset: the name of the preset that the values come from, but for those `given`; None where there is none. Neither
-        is part of what a run is: they are not compared, and not kept.
+      preset: the name of the preset that the values not in `given` come from; None without a preset. `preset` and
+        `given` are neither compared nor saved.
       given: names of the fields that have been replaced.
 
     Raises:
-      InputError: a value is out of its range or its list.
+      InputError: a value is out of range, or not one of the allowed values.
     """
 
     # data
     data: str | tuple[str, ...] = _(
         "", "conversations: JSON list, JSON lines, LLaVA-NeXT's YAML, FILE=0.5 for half of its rows; repeatable"
     )
-    image_folder: str = _("", "where the images are that the data names")
-    follow_links: bool = _(False, "links in the image folder may lead out of it, to other disks")
-    template: str | None = _(None, "conversation template; None: the checkpoint's")
-    max_length: int = _(2048, "positions after splicing at which a conversation is truncated", integer(2, 2**17))
-    batching: str = _("packed", "packed: several conversations a row; bucketed: one a row, lengths grouped")
-    global_batch_size: int = _(
-        128, "conversations of one step, over all devices and accumulated parts", integer(1, 10**6)
+    image_folder: str = _("", "directory of the images that the data names")
+    follow_links: bool = _(False, "follow links that lead out of the image folder, to other disks")
+    template: str | None = _(None, "conversation template; None: the checkpoint's own")
+    max_length: int = _(
+        2048, "maximum positions of a conversation after splicing; longer ones are truncated", integer(2, 2**17)
     )
+    batching: str = _("packed", "packed: several conversations per row; bucketed: one per row, in a few lengths")
+    global_batch_size: int = _(128, "conversations per step, over all devices and accumulated parts", integer(1, 10**6))
     epochs: float = _(1.0, "passes over the data", number(0, 10**6, above=True))
     steps: int | None = _(None, "steps of the whole run; None: what `epochs` gives", integer(1, MAX_INT32))
-    on_bad_sample: str = _("skip", "skip: leave a broken sample out and count it; fail: stop at it")
-    max_bad_share: float = _(0.01, "share of broken samples at which a run stops all the same", number(0, 1))
-    workers: int = _(
-        4, "threads that read and decode images; 0: none beside the one that makes batches", integer(0, 1024)
-    )
-    prefetch: int = _(2, "batches that are made ahead", integer(1, 1024))
+    on_bad_sample: str = _("skip", "skip: leave out bad samples and count them; fail: stop at the first")
+    max_bad_share: float = _(0.01, "share of bad samples above which the run stops even with skip", number(0, 1))
+    workers: int = _(4, "threads that read and decode images; 0: the thread that makes batches does", integer(0, 1024))
+    prefetch: int = _(2, "batches prepared ahead", integer(1, 1024))
     positions_per_row: int | None = _(
-        None, "of a packed row; None: max_length, or up to half more if the data gains", integer(2, 2**18)
+        None,
+        "positions of a packed row; None: max_length, or up to half more if that saves computation",
+        integer(2, 2**18),
     )
-    tiles_per_row: int | None = _(None, "room for tiles of a packed row; None: from the data", integer(0, 512))
-    aspect_ratio: str | None = _(None, "square, pad or anyres; None: the checkpoint's")
-    image_first: str = _("as_is", "as_is: a single image before its question, as the reference; random: or after it")
+    tiles_per_row: int | None = _(None, "maximum tiles per row; None: from the data", integer(0, 512))
+    aspect_ratio: str | None = _(None, "square, pad or anyres; None: the checkpoint's own")
+    image_first: str = _(
+        "as_is", "as_is: a single image before its question, as in the reference; random: before or after it"
+    )
     eval_data: str | tuple[str, ...] | None = _(None, "held-out conversations to evaluate on; repeatable")
     eval_every: int = _(0, "steps between evaluations; 0: only after the last", EVERY)
 
     # model
-    checkpoint: str = _("", "the model to start from: a directory, or a name of the hub")
-    vision_tower: str | None = _(None, "CLIP directory, for an original checkpoint that comes without its tower")
-    tune: str = _("projector,decoder", "what is trained: " + " | ".join(TUNE))
+    checkpoint: str = _("", "the model to start from: a directory or a hub name")
+    vision_tower: str | None = _(None, "CLIP directory, for an original checkpoint without its tower")
+    tune: str = _("projector,decoder", "parts to train: " + " | ".join(TUNE))
     lora_rank: int = _(128, "rank of LoRA's matrices", integer(1, 8192))
-    lora_alpha: float = _(256.0, "LoRA's product is scaled by alpha / rank", number(0, 10**6))
-    lora_dropout: float = _(0.05, "share of LoRA's inputs that is dropped", number(0, 0.999))
+    lora_alpha: float = _(256.0, "LoRA's update is scaled by alpha / rank", number(0, 10**6))
+    lora_dropout: float = _(0.05, "dropout rate of LoRA's inputs", number(0, 0.999))
     lora_targets: tuple[str, ...] = _(LORA_TARGETS, "linear layers of the decoder that LoRA adapts")
 
     # optimizer
     learning_rate: float = _(2e-5, "peak learning rate", RATE)
-    projector_learning_rate: float | None = _(None, "peak of the projector; None: learning_rate", RATE)
-    vision_learning_rate: float | None = _(None, "peak of the vision tower; None: learning_rate", RATE)
+    projector_learning_rate: float | None = _(None, "peak learning rate of the projector; None: learning_rate", RATE)
+    vision_learning_rate: float | None = _(None, "peak learning rate of the vision tower; None: learning_rate", RATE)
     schedule: str = _("cosine", "cosine: to zero at the last step; constant; either after a linear warm-up")
-    warmup_ratio: float = _(0.03, "share of the steps that the warm-up takes", number(0, 1))
-    weight_decay: float = _(0.0, "AdamW's; never on biases and norms", number(0, 100))
-    adam_b1: float = _(0.9, "AdamW's", DECAY)
-    adam_b2: float = _(0.999, "AdamW's", DECAY)
-    adam_eps: float = _(1e-8, "AdamW's", number(MIN_POSITIVE, 1))
+    warmup_ratio: float = _(0.03, "warm-up as a share of all steps", number(0, 1))
+    weight_decay: float = _(0.0, "AdamW's weight decay; not applied to biases and norms", number(0, 100))
+    adam_b1: float = _(0.9, "AdamW's beta 1", DECAY)
+    adam_b2: float = _(0.999, "AdamW's beta 2", DECAY)
+    adam_eps: float = _(1e-8, "AdamW's epsilon", number(MIN_POSITIVE, 1))
     max_grad_norm: float = _(
-        1.0, "gradients are scaled down to this norm over all that is trained; 0: never", number(0, 10**6)
+        1.0, "clip gradients to this norm over all trained parameters; 0: no clipping", number(0, 10**6)
     )
-    accumulate: int = _(1, "parts that a batch is computed in, one after the other", integer(1, 10**6))
+    accumulate: int = _(
+        1, "parts of a batch to compute one after the other, summing their gradients", integer(1, 10**6)
+    )
 
     # run
-    output: str = _("", "directory of the run: checkpoints, metrics, the exported model")
-    seed: int = _(0, "of the order of the data, LoRA's start and its dropout", SEED)
-    dtype: str = _("bfloat16", "of the computation; what is trained is kept in float32")
-    reduce_dtype: str | None = _(None, "in which gradients are summed over devices, bfloat16 or float32; None: dtype")
+    output: str = _("", "directory of the run: checkpoints, metrics, exported model")
+    seed: int = _(0, "random seed: order of the data, LoRA's initialization and dropout", SEED)
+    dtype: str = _("bfloat16", "dtype of the computation; trained parameters are stored in float32")
+    reduce_dtype: str | None = _(None, "dtype of the sum of gradients over devices, bfloat16 or float32; None: dtype")
     remat: str = _(
-        "full", "what the backward pass finds saved of a layer: full (nothing) | minimal | dots | none (all)"
+        "full", "activations of a layer to save for the backward pass: full (none) | minimal | dots | none (all)"
     )
-    mesh: str | None = _(None, "data=1,fsdp=8,tensor=1; None: all devices along fsdp")
-    save_every: int = _(500, "steps between checkpoints; 0: only save_minutes and the last step count", EVERY)
-    save_minutes: float = _(30.0, "most minutes between checkpoints; 0: only save_every counts", number(0, 10**6))
-    keep: int = _(3, "checkpoints kept, the best aside", integer(1, MAX_INT32))
+    mesh: str | None = _(None, "for example data=1,fsdp=8,tensor=1; None: all devices along fsdp")
+    save_every: int = _(500, "steps between checkpoints; 0: only as save_minutes says, and after the last step", EVERY)
+    save_minutes: float = _(30.0, "maximum minutes between checkpoints; 0: no limit", number(0, 10**6))
+    keep: int = _(3, "latest checkpoints to keep, in addition to the best", integer(1, MAX_INT32))
     log_every: int = _(1, "steps between lines of metrics", integer(1, MAX_INT32))
-    profile_steps: str | None = _(None, "A:B: write a trace of steps A to B")
-    export_hf: bool = _(False, "export the model in transformers' format too")
+    profile_steps: str | None = _(None, "A:B: write a profiler trace of steps A to B")
+    export_hf: bool = _(False, "also export the model in transformers' format")
 
     preset: dataclasses.InitVar[str | None] = None
     given: dataclasses.InitVar[frozenset[str]] = frozenset()
@@ -171,24 +175,24 @@ class TrainConfig(_Origin):
             parse_mesh(self.mesh)
 
     def replace(self, **changes) -> "TrainConfig":
-        """The same with other values, which count as given."""
+        """A copy with other values, which are added to `given`."""
         return dataclasses.replace(self, **changes, given=self.given | changes.keys())
 
 
 def _check_type(name: str, value: Any, wanted: Any) -> None:
-    """What a saved configuration or a caller gives, against the field's annotation; an int may stand for a float."""
+    """Check a value's type against the field's annotation; an int is accepted for a float."""
     kinds = wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
     kinds = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        says = wanted.__name__ if isinstance(wanted, type) else wanted
-        raise InputError(f"{flag_of(name)} {show_value(value)}: must be {says}")
+        kind = wanted.__name__ if isinstance(wanted, type) else wanted
+        raise InputError(f"{flag_of(name)} {show_value(value)}: must be {kind}")
 
 
 # The reference's scripts, by the name of the stage (scripts/*.sh, scripts/v1_5/*.sh of haotian-liu/LLaVA).
 PRESETS: dict[str, TrainConfig] = {
     "v1-pretrain": TrainConfig(template="plain", aspect_ratio="square", tune="projector", learning_rate=2e-3),
-    # The paper puts the image before or after the question at random.
+    # The paper places the image before or after the question at random.
     "v1-finetune": TrainConfig(template="v1", aspect_ratio="square", image_first="random"),
     "v1-finetune-scienceqa": TrainConfig(template="v1", aspect_ratio="square", epochs=12.0),
     "v1.5-pretrain": TrainConfig(
@@ -199,13 +203,13 @@ PRESETS: dict[str, TrainConfig] = {
         template="v1", aspect_ratio="pad", tune="lora", learning_rate=2e-4, projector_learning_rate=2e-5
     ),
     "v1.5-finetune-task": TrainConfig(template="v1", aspect_ratio="pad"),
-    # What v1.6 was trained with is not published; these are LLaVA-NeXT's direct_finetune_clip.sh, with the batch of
-    # v1.5 and the length of the released models.
+    # The settings of v1.6 are not published; these are from LLaVA-NeXT's direct_finetune_clip.sh, with the batch size
+    # of v1.5 and the length of the released models.
     "v1.6-finetune": TrainConfig(
         aspect_ratio="anyres", tune="projector,decoder,vision", max_length=4096, learning_rate=1e-5,
         vision_learning_rate=2e-6,
     ),
-    # Nor is there a script for LoRA: v1.5's, with the images and the length of v1.6; the tower stays as it is.
+    # There is no script for LoRA either: v1.5's settings, with v1.6's images and length, and a frozen tower.
     "v1.6-finetune-lora": TrainConfig(
         aspect_ratio="anyres", tune="lora", max_length=4096, learning_rate=2e-4, projector_learning_rate=2e-5
     ),
@@ -217,20 +221,19 @@ PRESETS = {name: dataclasses.replace(preset, preset=name) for name, preset in PR
 
 
 def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
-    """A preset decides what is a matter of the stage, but not what the model was made for: that takes a flag.
+    """Check that the preset does not contradict the checkpoint: only a flag may change what the model was trained for.
 
-    Training on plain text (stage 1), and `square` or `pad`, are matters of the stage.
+    The stage decides between the plain template and others, and between `square` and `pad`.
 
     Args:
-      model: the checkpoint's.
+      model: the checkpoint's configuration.
 
     Raises:
-      InputError: a template or an image mode that the preset gives, and no flag, is of another kind than the
-        checkpoint's.
+      InputError: the preset's template or image mode, not set by a flag, is of another kind than the checkpoint's.
     """
     from_preset = config.preset and "template" not in config.given and config.template not in (None, "plain")
     if from_preset and is_jinja(choose_template(model)) and not _contradictions(config, model):
-        note(f"warning: the checkpoint has a chat template of its own; the preset's is used, {config.template}")
+        note(f"warning: the preset's template {config.template} replaces the checkpoint's own chat template")
     found = _contradictions(config, model)
     if not found:
         return
@@ -242,15 +245,15 @@ def check_preset(config: TrainConfig, model: LlavaConfig) -> None:
     others = [name for name in PRESETS if name.partition("-")[2] == stage and not _contradictions(PRESETS[name], model)]
     other = f"take --preset {others[-1]}, or " if others else ""
     raise InputError(
-        f"--preset {config.preset} has {' and '.join(preset)}, the checkpoint {' and '.join(own)}: {other}say "
-        f"{as_checkpoint} to train it as it is, {as_preset} to change it"
+        f"--preset {config.preset} has {' and '.join(preset)}, the checkpoint {' and '.join(own)}: {other}give "
+        f"{as_checkpoint} to train it unchanged, or {as_preset} to change it"
     )
 
 
 def _contradictions(config: TrainConfig, model: LlavaConfig) -> dict[str, tuple[str, str]]:
-    """For fields that the preset gives: its value, and what the checkpoint says, where these are of two kinds."""
+    """The values of the preset and the checkpoint for each field of the preset in which they are of different kinds."""
     found, own = {}, choose_template(model)
-    if is_jinja(own):  # which has no name: what suits the decoder
+    if is_jinja(own):  # which has no name: use the template that suits the decoder
         own = choose_template(model.replace(template=None))
     if config.template:
         kinds = {_kind(get_template(name)) for name in (config.template, own)}
@@ -262,7 +265,7 @@ def _contradictions(config: TrainConfig, model: LlavaConfig) -> dict[str, tuple[
 
 
 def _kind(template: Template) -> tuple:
-    """Alike for templates that differ in their system text, or in what they call the speakers, alone."""
+    """Equal for templates that differ only in their system text or their role names."""
     if template.style in ("chatml", "llama_2"):
         return template.style, template.roles, template.sep, template.sep2
     return (template.style,)

@@ -1,7 +1,7 @@
-"""Conversations that are drawn instead of read, where there is no data file yet: a plan's assumption about the data.
+"""Random conversations for a plan without a data file.
 
-Lengths are like those of the data that LLaVA is trained on. The same code as in training then finds out how many share
-a row, and how many rows a batch has.
+Their lengths are distributed like those of LLaVA's training data. The same code as in training then packs them into
+rows and batches.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ IMAGE = (640, 480)  # most of COCO's
 
 
 def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of n conversations like mix665k's after splicing, and whether each has an image: 40 % short answers
+    """Draw the spliced lengths of n conversations like mix665k's, and whether each has an image: 40 % are short answers
     about an image, 6 % text only, the rest conversations about an image."""
     random = np.random.default_rng(seed)
     kind = random.choice(3, n, p=[0.40, 0.54, 0.06])
@@ -33,13 +33,13 @@ def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.
 
 
 def draw_captions(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for stage 1: an image and a sentence about it."""
+    """`draw_lengths` for stage 1: an image and a sentence about it."""
     lengths = features + np.random.default_rng(seed).integers(8, 60, n)
     return np.minimum(lengths, max_length), np.ones(n, bool)
 
 
 class DrawnSamples:
-    """A `SampleSource` of conversations that are nowhere."""
+    """A `SampleSource` of random conversations."""
 
     repeats = 1
 
@@ -51,9 +51,9 @@ class DrawnSamples:
         self._place = tile_layout(IMAGE, model)
         draw = draw_captions if captions else draw_lengths
         drawn = draw(WINDOW, config.seed, count_features(self._place, model), config.max_length)
-        each = np.arange(self._number) * WINDOW // self._number  # a window's lengths, over the whole file
+        each = np.arange(self._number) * WINDOW // self._number  # repeats one window's lengths over the whole file
         self._lengths, self.has_image = (values[each] for values in drawn)
-        self.most_images = int(self.has_image.any())
+        self.max_images = int(self.has_image.any())
 
     def __len__(self) -> int:
         return self._number
@@ -69,7 +69,7 @@ class DrawnSamples:
 
 
 def drawn_data(config: TrainConfig, model: LlavaConfig, rows_multiple: int, n: int | None = None) -> Data:
-    """As `train.loader.open_data`, of n conversations that are not there; None: as many as the stage's data has."""
+    """As `train.loader.open_data`, for n random conversations; None: as many as the stage's data has."""
     config = config.replace(workers=0)
-    samples: Any = DrawnSamples(config, model, n)  # in the place of `Samples`
+    samples: Any = DrawnSamples(config, model, n)  # in place of `Samples`
     return Data(config, samples, BadSamples(config, samples, None), rows_multiple, 0, 1, True)

@@ -1,15 +1,15 @@
-"""Batches of conversations: ordered, measured, packed or bucketed, their images read, prefetched.
+"""The data pipeline: order, measure, pack or bucket conversations, read their images, prefetch batches.
 
     order       windows of indices, shuffled by seed and epoch               grain
     distribute  tokenize a window, distribute it over rows; no pixels yet    threads
-    batch       as many rows as a global batch has
+    batch       collect the rows of a global batch
     load        read the images of this process's rows, splice               threads
     prefetch    a few batches ahead
 
-Everything before `load` is computed alike on all processes, from seed, epoch and index alone. So batches do not depend
+All processes compute everything before `load` identically, from seed, epoch and index alone. So batches do not depend
 on the number of workers or processes, all processes agree on shapes and on the number of batches without communicating,
-and a place in the data (a window, and a row of it) means the same to any number of them. What is repeated is cheap
-compared with reading images: about a millisecond for a conversation.
+and a position in the data (a window, and a row of it) is valid for any number of processes. The repeated work is cheap
+compared with reading images: about a millisecond per conversation.
 """
 
 import concurrent.futures
@@ -35,10 +35,10 @@ from train.bucketed import BucketedBatches
 from train.config import TrainConfig
 from train.packed import Filling, PackedBatches, choose_filling, row_limits
 from train.packing import WINDOW
-from train.samples import MOST_TILES, BadSample, Samples, SampleSource, measure_within
-from train.survey import Rows, look, unused
+from train.samples import MAX_TILES, BadSample, Samples, SampleSource, measure_within
+from train.survey import Rows, survey_data, unused_share
 
-NUMBERS = 5  # int32 for each position of a batch, beside its tiles
+INTS_PER_POSITION = 5  # int32 values for each position of a batch, apart from its tiles
 
 Info = dict[str, Any]
 
@@ -55,19 +55,19 @@ def open_data(
     train: bool = True,
     folder: Path | None = None,
 ) -> "Data":
-    """Open a data file or several, and look at some of their conversations.
+    """Open one or several data files, and survey a sample of their conversations.
 
     Args:
-      model: the checkpoint's; `config.aspect_ratio` replaces its own.
-      rows_multiple: the rows of a global batch must be a multiple of this, for the mesh.
-      process, processes: which part of each global batch to yield.
+      model: the checkpoint's configuration; `config.aspect_ratio` replaces its image mode.
+      rows_multiple: the mesh needs a multiple of this many rows in a global batch.
+      process, processes: the shard of each global batch to yield, and the number of shards.
       path: None for `config.data`.
-      train: shuffle, and repeat without end; otherwise one pass in the file's order, each time that it is iterated.
-      folder: where bad samples are listed; None for `config.output`.
+      train: shuffle, and repeat forever; otherwise each iteration is one pass in the file's order.
+      folder: directory of the list of bad samples; None for `config.output`.
 
     Raises:
-      InputError: the file has no conversation to train on, too many of those looked at are broken, or the batch does
-        not suit the mesh.
+      InputError: the file has no conversation to train on, too many of the surveyed ones are bad, or the mesh does
+        not divide the batch.
     """
     model = model.replace(aspect_ratio=config.aspect_ratio) if config.aspect_ratio else model
     samples = Samples(
@@ -92,30 +92,30 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     """
     if config.global_batch_size % row_multiple(mesh):
         raise InputError(
-            f"--global-batch-size {config.global_batch_size}: the mesh ({format_mesh(mesh.shape)}) splits a batch into "
-            f"{row_multiple(mesh)} parts; give it a multiple of that, or another --mesh"
+            f"--global-batch-size {config.global_batch_size}: the mesh ({format_mesh(mesh.shape)}) shards a batch "
+            f"{row_multiple(mesh)} ways; use a multiple of that, or another --mesh"
         )
 
 
 class Data:
     """Batches of a data file; see `open_data`. Iteration yields `(Batch, info)`.
 
-    The batch holds this process's rows; `info` is about the whole of it:
+    The batch holds this process's rows; `info` describes the global batch:
 
-        conversations, images, tokens    how many; tokens are positions in use
-        padding, tile_padding            shares of positions and of tiles that are not
-        epoch                            pass over the data, from 0, that its last conversation belongs to
-        bad                              bad samples met so far
-        ids                              of the conversations, as the data file has them
+        conversations, images, tokens    counts; tokens are positions in use
+        padding, tile_padding            shares of positions and of tiles that are padding
+        epoch                            epoch of its last conversation, from 0
+        bad                              bad samples so far
+        ids                              ids of the conversations in the data file
 
     Attributes:
-      bad: its bad samples.
-      survey: what the data is like.
-      batches: what batches are like.
-      rows: of a global batch, for the devices.
-      rows_in_use: those that it fills; the others are empty.
-      length, tiles: of a row; where batching is bucketed, the most that they can be.
-      steps_per_epoch: global batches of one pass; of packed ones an estimate, unless the file has at most `WINDOW`
+      bad: the bad samples.
+      survey: the surveyed conversations.
+      batches: the shapes of batches, and the order of their conversations.
+      rows: of a global batch.
+      rows_in_use: rows that hold conversations; the others are empty.
+      length, tiles: of a row; for bucketed batches, the maximum.
+      steps_per_epoch: global batches per epoch; for packed batches an estimate, unless the file has at most `WINDOW`
         conversations.
     """
 
@@ -131,20 +131,20 @@ class Data:
     ):
         self.config, self.samples, self.train = config, samples, train
         self.bad, self._process, self._processes = bad, process, processes
-        # Two pools, so that no batch waits for its images while a window is tokenized.
+        # Two pools, so that tokenizing a window does not delay reading images.
         self._pools = [concurrent.futures.ThreadPoolExecutor(config.workers) for _ in range(2 * bool(config.workers))]
         self._map_measure: Callable[..., Iterator] = self._pools[0].map if self._pools else map
         self._map_load: Callable[..., Iterator] = self._pools[1].map if self._pools else map
-        max_tiles = MOST_TILES if config.tiles_per_row is None else config.tiles_per_row
+        max_tiles = MAX_TILES if config.tiles_per_row is None else config.tiles_per_row
         measure = functools.partial(measure_within, samples, max_tiles)
-        self.survey = look(config, samples, bad, measure, self._map_measure, train=train)
+        self.survey = survey_data(config, samples, bad, measure, self._map_measure, train=train)
         self.survey.check_parts()
         self.batches: PackedBatches | BucketedBatches
         self._limits = row_limits(self.survey) if config.batching == "packed" else None
-        self._start_over(multiple)
+        self._rebuild(multiple)
 
-    def _start_over(self, multiple: int, filling: Filling | None = None) -> None:
-        """Make batches of a multiple of so many rows, from the beginning; `filling` is of a run that resumes."""
+    def _rebuild(self, multiple: int, filling: Filling | None = None) -> None:
+        """Restart the pipeline with a multiple of `multiple` rows; a resumed run passes its `filling`."""
         self._multiple = multiple
         if self._limits is None:
             self.batches = BucketedBatches(self.survey, multiple)
@@ -158,15 +158,15 @@ class Data:
         self._start = self._iterator.get_state()
 
     def resize(self, rows_multiple: int) -> None:
-        """Make the batches of a mesh that needs this multiple, from the beginning."""
+        """Restart the pipeline for a mesh that needs a multiple of `rows_multiple` rows."""
         self._iterator.close()
-        self._start_over(math.lcm(rows_multiple, self._processes))
+        self._rebuild(math.lcm(rows_multiple, self._processes))
 
-    # ------------------------------------------------------------ described
+    # ------------------------------------------------------------ description
 
     @property
     def wanted(self) -> int:
-        """Conversations that a batch is to hold: as many as asked for, or all there are."""
+        """The target number of conversations per batch: `global_batch_size`, or all if there are fewer."""
         return self.survey.wanted
 
     @property
@@ -174,40 +174,40 @@ class Data:
         """Steps of the whole run.
 
         Raises:
-          InputError: `epochs` makes more than can be counted.
+          InputError: `epochs` needs more steps than `steps` allows.
         """
         steps = self.config.steps or math.ceil(self.config.epochs * self.steps_per_epoch)
-        if steps > (most := ranges(TrainConfig)["steps"].maximum):
-            raise InputError(f"--epochs {self.config.epochs:g}: makes {steps} steps, more than {most}")
+        if steps > (maximum := ranges(TrainConfig)["steps"].maximum):
+            raise InputError(f"--epochs {self.config.epochs:g}: makes {steps} steps, more than {maximum}")
         return steps
 
     def largest_shape(self) -> tuple[int, int]:
-        """Positions and tiles of a row of the largest batch, as far as the conversations looked at show."""
+        """Positions and tiles per row of the largest batch among the surveyed conversations."""
         return self.batches.largest_shape()
 
     def estimate(self) -> dict[str, float]:
-        """From the conversations looked at: `padding` and `tile_padding`, and of a batch `conversations` and `tokens`,
-        positions in use."""
+        """Estimates from the survey: `padding`, `tile_padding`, and per batch `conversations` and `tokens` (positions
+        in use)."""
         return self.batches.estimate()
 
     def check_memory(self) -> None:
         """Raises:
-        InputError: this machine has less memory than the batches that are made ahead take.
+        InputError: the batches prepared ahead exceed this machine's memory.
         """
         length, tiles = self.largest_shape()
         pixels = tiles * self.samples.model.vision.image_size**2 * 3
-        batch = self.rows // self._processes * (length * NUMBERS * 4 + pixels)
-        ahead = self.config.prefetch + 2  # one is made, and one on its way to the devices
+        batch = self.rows // self._processes * (length * INTS_PER_POSITION * 4 + pixels)
+        ahead = self.config.prefetch + 2  # one in preparation, and one in transfer to the devices
         memory = memory_bytes()
         if batch * ahead > memory:
             raise InputError(
-                f"{ahead} batches made ahead, {plural(self.rows, 'row')} and {batch / 1e9:.3g} GB each, need more than "
-                f"the {memory / 1e9:.0f} GB of this machine: give less --global-batch-size, --accumulate or --prefetch"
+                f"{ahead} batches prepared ahead, {plural(self.rows, 'row')} and {batch / 1e9:.3g} GB each, exceed the "
+                f"{memory / 1e9:.0f} GB of this machine: reduce --global-batch-size, --accumulate or --prefetch"
             )
 
     def describe(self) -> str:
-        """A line about the data and its batches, and one more for each way in which they are not what was asked for."""
-        found, asked, wanted = self.estimate(), self.config.global_batch_size, self.wanted
+        """Describe the data and its batches in a line, with another line for each deviation from the configuration."""
+        found, requested, wanted = self.estimate(), self.config.global_batch_size, self.wanted
         template = explain_template(self.samples.model, self.config.template)
         if self.config.template and self.config.preset and "template" not in self.config.given:
             template = f"{self.config.template} (by the preset)"
@@ -215,13 +215,13 @@ class Data:
             f"{plural(len(self.samples), 'conversation')}, template {template}, "
             f"{plural(self.steps_per_epoch, 'step')} an epoch; a batch is {plural(self.rows, 'row')} of "
             f"{self.batches.describe_rows()}, about {plural(round(found['conversations']), 'conversation')} "
-            f"(--global-batch-size {asked}); "
+            f"(--global-batch-size {requested}); "
             f"padding: {found['padding']:.1%} of positions, {found['tile_padding']:.1%} of tiles"
         ]
-        if wanted < asked:
+        if wanted < requested:
             lines.append(
-                f"warning: --global-batch-size {asked} is more than the {plural(wanted, 'conversation')} that can be "
-                f"trained on: batches of {wanted} are made instead"
+                f"warning: --global-batch-size {requested} is more than the {plural(wanted, 'usable conversation')}: "
+                f"batches have {wanted} instead"
             )
         return "\n".join([*lines, *self.batches.warnings()])
 
@@ -238,15 +238,15 @@ class Data:
         return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.config.prefetch)
 
     def _distribute(self, number: int, indices: Sequence[int], epoch_size: int) -> "_Window":
-        """Measure a window of the endless order, of which an epoch has `epoch_size`, and distribute it over rows."""
+        """Measure window `number` of the repeated order, of `epoch_size` windows each, and distribute it over rows."""
         measure = functools.partial(measure_within, self.samples, self.tiles, epoch=number // epoch_size)
         found = list(self._map_measure(measure, indices))
         bad = [one for one in found if isinstance(one, BadSample)]
         return _Window(self.batches.distribute(number, found), bad, len(indices))
 
     def _load(self, rows: Rows) -> tuple[Batch, Info]:
-        """A batch: the images of this process's rows read and spliced."""
-        length, tiles = self.batches.shape(rows)  # of all rows, not only this process's
+        """Make a batch: read the images of this process's rows, and splice them."""
+        length, tiles = self.batches.shape(rows)  # of all rows, not only those of this process
         share = self.rows // self._processes
         mine = rows[self._process * share : (self._process + 1) * share]
         loaded = iter(self._map_load(self.samples.load, [one for row in mine for one in row]))
@@ -270,8 +270,8 @@ class Data:
             "conversations": len(kept),
             "images": sum(len(one.images) for one in kept),
             "tokens": tokens,
-            "padding": unused(tokens, self.rows * length),
-            "tile_padding": unused(sum(one.tiles for one in kept), self.rows * tiles),
+            "padding": unused_share(tokens, self.rows * length),
+            "tile_padding": unused_share(sum(one.tiles for one in kept), self.rows * tiles),
             "epoch": max((one.epoch for one in kept), default=0),
             "bad": self.bad.total,
             "ids": [one.id for one in kept],
@@ -288,7 +288,7 @@ class Data:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the data stands after the last batch yielded: JSON-able, and the same on all processes."""
+        """The position in the data after the last batch yielded: JSON-able, and the same on all processes."""
         filling = self._filling()
         return {
             "conversations": len(self.samples),
@@ -299,13 +299,13 @@ class Data:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Resume from there, bit for bit, with any number of workers and processes, on any mesh.
+        """Resume from a state, bit for bit, with any number of workers and processes, on any mesh.
 
-        Packed batches hold the conversations that they would have held, and `steps_per_epoch` is as it was. If the mesh
-        does not divide their rows, empty ones are added.
+        Packed batches hold the same conversations as without the interruption, and `steps_per_epoch` is unchanged. If
+        the mesh does not divide their rows, empty rows are added.
 
         Raises:
-          InputError: the data has changed, or the state is none of these.
+          InputError: the data has changed, or the state is invalid.
         """
         if state["conversations"] != len(self.samples):
             raise InputError(
@@ -315,11 +315,11 @@ class Data:
         filling = Filling(state["rows"], state.get("per_row"), state.get("whole", False))
         if self._limits is not None and filling != self._filling():
             self._iterator.close()
-            self._start_over(self._multiple, filling)
-        if not _alike(state["place"], self._iterator.get_state()):
+            self._rebuild(self._multiple, filling)
+        if not _same_structure(state["place"], self._iterator.get_state()):
             raise InputError(
-                "the latest checkpoint's place in the data (progress/metadata, data.place) is none; remove the "
-                "directory to resume from the checkpoint before it"
+                "the latest checkpoint's place in the data (progress/metadata, data.place) is invalid; remove the "
+                "directory to resume from the previous checkpoint"
             )
         self._iterator.set_state(state["place"])
 
@@ -333,11 +333,11 @@ class Data:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _alike(there: Any, here: Any) -> bool:
-    """Whether a state of grain's has the keys of another, and counts where that has them: grain does not look."""
+def _same_structure(there: Any, here: Any) -> bool:
+    """Whether a state of grain's has the keys of `here` and valid counts, which grain does not check."""
     if isinstance(here, dict):
         same = isinstance(there, dict) and there.keys() == here.keys()
-        return same and all(_alike(there[key], here[key]) for key in here)
+        return same and all(_same_structure(there[key], here[key]) for key in here)
     return type(there) is type(here) and (type(here) is not int or 0 <= there < 2**62)
 
 
@@ -350,7 +350,7 @@ class _Window:
 
 @dataclasses.dataclass(frozen=True)
 class _CountBad(grain.experimental.FlatMapTransform):
-    """A window's rows, one after the other. They pass here in order, so here bad samples are counted."""
+    """Yields a window's rows one by one. Windows arrive in order, so this counts bad samples."""
 
     counted: BadSamples
     max_fan_out: int = WINDOW

@@ -1,8 +1,8 @@
-"""LoRA (Hu et al. 2021) on the linear layers of the decoder: parameters, their use, adapters in PEFT's format.
+"""LoRA (Hu et al. 2021) on the linear layers of the decoder: parameters, application, adapters in PEFT's format.
 
-An adapted kernel W [in, out] has two more parameters beside it in the tree, `lora_a` [in, rank] and `lora_b`
-[rank, out]: the layer computes x W + alpha / rank * drop(x) A B. The model's modules do not know: `adapted` steps in
-where a Dense layer is called whose parameters hold them.
+An adapted kernel W [in, out] has two more parameters next to it in the tree, `lora_a` [in, rank] and `lora_b`
+[rank, out]: the layer computes x W + alpha / rank * drop(x) A B. The model's modules are unchanged: `adapted`
+intercepts the calls of Dense layers whose parameters contain factors.
 """
 
 import contextlib
@@ -30,33 +30,33 @@ from llava_jax.models.llava import Params
 from llava_jax.sharding.fsdp import row_shard_index
 from train.config import TrainConfig
 
-FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # here, and in PEFT
+FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # our names: PEFT's
 
 
 def init_lora(kernels: Mapping[str, jax.Array], config: TrainConfig) -> dict[str, jax.Array]:
-    """Factors for stacked kernels `{".../q/kernel": [L, in, out]}`, by path, in float32.
+    """Initialize the factors of stacked kernels `{".../q/kernel": [L, in, out]}`, by path, in float32.
 
-    As PEFT: A uniform in +-1 / sqrt(in) (He's initialisation with a = sqrt(5)), B zero.
+    As in PEFT: A is uniform in +-1 / sqrt(in) (He's initialisation with a = sqrt(5)), B is zero.
     """
-    made, key = {}, jax.random.key(config.seed)
+    factors, key = {}, jax.random.key(config.seed)
     for i, (path, kernel) in enumerate(kernels.items()):
-        layers, wide, out = kernel.shape
-        shape = (layers, wide, config.lora_rank)
-        bound = wide**-0.5
+        layers, width, out = kernel.shape
+        shape = (layers, width, config.lora_rank)
+        bound = width**-0.5
         base = path.removesuffix("kernel")
-        made[base + "lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
-        made[base + "lora_b"] = jnp.zeros((layers, config.lora_rank, out))
-    return made
+        factors[base + "lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
+        factors[base + "lora_b"] = jnp.zeros((layers, config.lora_rank, out))
+    return factors
 
 
 def adapted_kernels(paths: Iterable[str], config: TrainConfig) -> list[str]:
-    """Those of the (stacked) paths whose kernels are adapted."""
+    """The paths of stacked kernels that LoRA adapts."""
     tails = tuple(f"/{target}/kernel" for target in config.lora_targets)
     return [path for path in paths if path.startswith("decoder/layers/") and path.endswith(tails)]
 
 
 def add_dropout(layers: dict, key: jax.Array) -> dict:
-    """Stacked decoder layers with a key for each adapted linear of each layer: `lora_key` [L]."""
+    """Add a key to each adapted linear layer of the stacked decoder layers: `lora_key` [L]."""
     flat = flatten_dict(layers, sep="/")
     factors = [path for path in flat if path.endswith("lora_a")]
     for i, path in enumerate(factors):
@@ -66,9 +66,9 @@ def add_dropout(layers: dict, key: jax.Array) -> dict:
 
 
 def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
-    """While this context lasts, Dense layers whose parameters hold factors use them."""
+    """A context in which Dense layers whose parameters contain factors apply them."""
 
-    def step_in(call, args, kwargs, context):
+    def intercept(call, args, kwargs, context):
         out = call(*args, **kwargs)
         dense = context.module
         if not isinstance(dense, nn.Dense) or not dense.has_variable("params", "lora_a"):
@@ -76,7 +76,8 @@ def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
         (x,) = args
         if dense.has_variable("params", "lora_key"):
             key = dense.get_variable("params", "lora_key")
-            rows = row_shard_index() * len(x) + jnp.arange(len(x))  # of all devices: so that every mesh drops the same
+            # Global row numbers, so that dropout is the same on every mesh.
+            rows = row_shard_index() * len(x) + jnp.arange(len(x))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
             dropped = min(round(config.lora_dropout * 2**16), 2**16 - 1)
             kept = jax.lax.map(lambda key: jax.random.bits(key, x.shape[1:], "uint16") >= dropped, keys)
@@ -84,11 +85,11 @@ def adapted(config: TrainConfig) -> contextlib.AbstractContextManager:
         a, b = (dense.get_variable("params", name) for name in FACTORS)
         return out + checkpoint_name(x @ a * scale(config), SAVED_LORA) @ b
 
-    return nn.intercept_methods(step_in)
+    return nn.intercept_methods(intercept)
 
 
 def scale(config: TrainConfig) -> float:
-    """Of the factors' product."""
+    """The scale of the factors' product."""
     return config.lora_alpha / config.lora_rank
 
 
@@ -96,23 +97,23 @@ def scale(config: TrainConfig) -> float:
 
 
 def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """A kernel with the product of its factors added, in its own type."""
+    """A kernel plus the scaled product of its factors, in the kernel's dtype."""
     return (kernel.astype(np.float32) + scale(config) * (a @ b)).astype(kernel.dtype)
 
 
 def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfig, config: TrainConfig) -> None:
-    """Write what was trained the way the reference does: an adapter of PEFT's, and the projector beside it.
+    """Write the trained parameters as the reference does: a PEFT adapter, and the projector in a separate file.
 
         adapter_config.json  adapter_model.safetensors  non_lora_trainables.bin
 
-    All processes take part; the first one writes, over an adapter that is there. Names are those of the original
+    All processes call it; the first one writes, and replaces an existing adapter. Names are those of the original
     (`LlavaLlamaForCausalLM`).
 
     Args:
-      params: what `parameters.export_params` gives: one entry for each layer, the factors beside their kernels.
+      params: the result of `parameters.export_params`: one entry per layer, factors next to their kernels.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the adapter cannot be written.
 
     Source: llava/train/train.py, the end of `train`; peft's `save_pretrained`.
     """
@@ -128,7 +129,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfi
     if jax.process_index():
         return
     contents = {k: np.ascontiguousarray(x) for k, x in adapter.items()}
-    described = dict(
+    adapter_config = dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=config.checkpoint, bias="none",
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, inference_mode=True,
         target_modules=sorted({name.split(".")[-3] for name in adapter}),
@@ -136,7 +137,7 @@ def save_adapter(directory: str | os.PathLike, params: Params, model: LlavaConfi
     with new_directory(directory, overwrite=True) as staged:
         save_file(contents, staged / "adapter_model.safetensors")
         _save_torch(Path(staged / "non_lora_trainables.bin"), others)
-        (staged / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (staged / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
 
 
 def _host(x: jax.Array) -> np.ndarray:
@@ -146,12 +147,12 @@ def _host(x: jax.Array) -> np.ndarray:
 
 
 def _save_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """What `torch.save` writes for a dictionary of float32 tensors: a zip file of a pickle and of each one's bytes.
+    """Write a dictionary of float32 tensors in the format of `torch.save`: a zip file of a pickle and of tensor bytes.
 
-    The pickle names classes of torch, which need not be here, so it is put together from its opcodes.
+    The pickle names torch classes, and torch need not be installed, so this assembles the pickle from opcodes.
     """
 
-    def plain(x) -> bytes:  # without the protocol in front and the stop behind
+    def plain(x) -> bytes:  # without the protocol header and the stop opcode
         return pickle.dumps(x, 2)[2:-1]
 
     storage, rebuild = b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"

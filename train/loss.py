@@ -1,7 +1,7 @@
-"""The loss: cross entropy of the next token, where there is a label.
+"""The loss: cross entropy of the next token, at labelled positions.
 
-Logits are the largest arrays of a step, so only those of labelled positions are computed, a chunk of them at a time,
-and each chunk's gradient with them.
+Logits are the largest arrays of a step, so they are computed only at labelled positions, in chunks, and each chunk's
+gradient is computed with its logits.
 """
 
 import functools
@@ -20,14 +20,14 @@ from train import lora
 from train.config import TrainConfig
 from train.parameters import is_trained
 
-CHUNK = 512  # positions of a row whose logits are computed at once, at most
-CHUNK_LOGITS = 2**26  # logits that a device holds at once
+CHUNK = 512  # maximum positions per row of a chunk of logits
+CHUNK_LOGITS = 2**26  # logits per chunk on a device
 
 Chunks = tuple[jax.Array, jax.Array, jax.Array]  # bool [c]: needed; int [c, B, n]: positions, and their targets
 
 
 def next_tokens(batch: Batch) -> jax.Array:
-    """[B, S]: the label that each position has to predict, its successor's in the same segment; `IGNORE` if none."""
+    """[B, S]: the target of each position, the label of the next position of its segment; `IGNORE` if there is none."""
     same = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
     return jnp.pad(jnp.where(same, batch.labels[:, 1:], IGNORE), ((0, 0), (0, 1)), constant_values=IGNORE)
 
@@ -43,8 +43,8 @@ def loss_sum(
     """Cross entropy summed over all labelled positions, float32.
 
     Args:
-      params: the whole model, layers stacked; it computes in `config.dtype`.
-      dropout: key for LoRA's; None drops nothing.
+      params: the whole model, layers stacked; cast to `config.dtype`.
+      dropout: the key of LoRA's dropout; None: no dropout.
     """
 
     def compute_dtype(params: Params) -> Params:
@@ -65,7 +65,7 @@ def loss_sum(
         return head_loss(params["decoder"], x_BSD, next_tokens(batch), model, partition, trained)
 
     if config.reduce_dtype in (None, config.dtype):
-        params = compute_dtype(params)  # before they are each device's own: so gradients are summed in it
+        params = compute_dtype(params)  # before `map_rows`, so that gradients are summed in this dtype
     return partition.map_rows(of_rows, params, batch, dropout)
 
 
@@ -75,24 +75,24 @@ def loss_sum(
 def head_loss(
     params: Params, x_BSD: jax.Array, targets_BS: jax.Array, model: LlavaConfig, partition: Partition, trained: bool
 ) -> jax.Array:
-    """Logits and their cross entropy, summed over the positions that have a target, a chunk of them at a time.
+    """The cross entropy of the logits, summed over the positions that have a target, in chunks.
 
     Args:
-      params: of the decoder.
+      params: the decoder's.
       trained: whether the head has a gradient.
     """
     chunks = _make_chunks(targets_BS, model, partition)
     names = ("norm", "embed" if model.text.tied_head else "head")
-    # Gathered here, not in each chunk.
+    # Gathered once, not in each chunk.
     params = {name: partition.gather(params[name], f"decoder/{name}") for name in names}
     return _chunked_loss(params, x_BSD, chunks, model, partition, trained)
 
 
 def _make_chunks(targets_BS: jax.Array, model: LlavaConfig, partition: Partition) -> Chunks:
-    """The positions of each row, those with a target first, in chunks of n.
+    """The positions of each row in chunks of n, those with a target first.
 
-    After the last target, in the row that has most of a device's own, chunks are not needed. That is decided as the
-    program runs: nothing is compiled anew for another share of labels.
+    Chunks after the last target of a device's rows are skipped at run time, so that another share of labels does not
+    recompile.
     """
     B, S = targets_BS.shape
     logits_of_position = B * -(-model.text.vocab_size // partition.size(TENSOR))
@@ -100,11 +100,11 @@ def _make_chunks(targets_BS: jax.Array, model: LlavaConfig, partition: Partition
     chunks = -(-S // n)
     order_BS = jnp.argsort(targets_BS == IGNORE, axis=1, stable=True)
     targets_BS = jnp.take_along_axis(targets_BS, order_BS, axis=1)
-    most = jnp.max(jnp.sum(targets_BS != IGNORE, axis=1))
-    spare = ((0, 0), (0, chunks * n - S))
-    order_cBn = jnp.pad(order_BS, spare).reshape(B, chunks, n).swapaxes(0, 1)
-    targets_cBn = jnp.pad(targets_BS, spare, constant_values=IGNORE).reshape(B, chunks, n).swapaxes(0, 1)
-    return jnp.arange(chunks) * n < most, order_cBn, targets_cBn
+    max_targets = jnp.max(jnp.sum(targets_BS != IGNORE, axis=1))
+    padding = ((0, 0), (0, chunks * n - S))
+    order_cBn = jnp.pad(order_BS, padding).reshape(B, chunks, n).swapaxes(0, 1)
+    targets_cBn = jnp.pad(targets_BS, padding, constant_values=IGNORE).reshape(B, chunks, n).swapaxes(0, 1)
+    return jnp.arange(chunks) * n < max_targets, order_cBn, targets_cBn
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -120,8 +120,8 @@ def _chunked_loss(
 def _loss_and_gradients(
     params: Params, x_BSD: jax.Array, chunks: Chunks, model: LlavaConfig, partition: Partition, trained: bool
 ):
-    """The gradient of a chunk is taken while its logits are there, so that they are not computed a second time; that of
-    the head only if it is `trained`."""
+    """Compute each chunk's gradient with its logits, so that the backward pass does not recompute them; the head's
+    gradient only if it is `trained`."""
     frozen, trainable = ({}, params) if trained else (params, {})
 
     def add_chunk(sums, order_Bn, targets_Bn):
@@ -148,7 +148,7 @@ _chunked_loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
 def _over_chunks(add_chunk, sums, chunks: Chunks):
-    """`add_chunk(sums, order_Bn, targets_Bn)` for each chunk that is needed, one after the other."""
+    """Call `add_chunk(sums, order_Bn, targets_Bn)` on each needed chunk in turn."""
 
     def step(sums, chunk):
         needed, order_Bn, targets_Bn = chunk

@@ -1,4 +1,4 @@
-"""What is written about each step: metrics.jsonl, TensorBoard events."""
+"""Write the metrics of each step: metrics.jsonl, TensorBoard events."""
 
 import contextlib
 import itertools
@@ -17,30 +17,29 @@ from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_appended
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
-START = '{"step": '  # how each line of it starts
+START = '{"step": '  # of each line
 
 
 def device_memory() -> float | None:
-    """The most that a device of this process has held so far, in GB; None where it is not told."""
+    """Peak memory use of this process's first device so far, in GB; None if the backend does not report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return round(stats["peak_bytes_in_use"] / 1e9, 3) if "peak_bytes_in_use" in stats else None
 
 
 class MetricsFiles:
-    """`metrics.jsonl` and `events/`, appended to. A run that resumes drops what it had written beyond its state.
+    """Appends to `metrics.jsonl` and `events/`. A resumed run drops the lines after its state.
 
-    One that has no state to resume from starts a new file: what it had written is kept as `metrics.1.jsonl`, or the
-    next number that is free. (TensorBoard drops from its events what comes again.)
+    A run without a state to resume from starts a new file, and keeps the old one as `metrics.1.jsonl`, or with the next
+    free number. (TensorBoard itself drops repeated events.)
 
-    A disk that is full, perhaps for a while, ends no run: a warning says so, and what could not be written follows
-    later.
+    A full disk does not stop a run: it logs a warning, and writes the missing events later.
     """
 
     def __init__(self, directory: Path, step: int):
         """Open the files.
 
         Raises:
-          InputError: they cannot be written, or `metrics.jsonl` is of something else.
+          InputError: they cannot be written, or `metrics.jsonl` does not hold metrics.
         """
         self.path, self.warned = directory / "metrics.jsonl", False
         try:
@@ -58,7 +57,7 @@ class MetricsFiles:
             raise InputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record` has `step` first, and numbers; one that is not finite becomes null."""
+        """Write `record`: `step` first, then numbers. A number that is not finite becomes null."""
         plain = {name: value if _is_finite(value) else None for name, value in record.items()}
         scalars = {name: float(value) for name, value in plain.items() if name != "step" and value is not None}
         with self._warn_once():
@@ -85,9 +84,9 @@ class MetricsFiles:
 
 
 class Events:
-    """Scalars in a new TensorBoard event file in `directory`; TensorBoard shows all files there as one run.
+    """Writes scalars to a new TensorBoard event file in `directory`; TensorBoard shows all its files as one run.
 
-    Where steps are written again, after a resume, TensorBoard drops what it had from `restart_step` on.
+    When a resumed run repeats steps, TensorBoard drops earlier events from `restart_step` on.
 
     This uses tensorboardX's protocol buffers and record format, not its `SummaryWriter`: that one writes in a thread,
     where a full disk ends the thread and then, once its queue is full, stops the run.
@@ -110,7 +109,7 @@ class Events:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Raises:
-        OSError: the disk is full, for example; the next call writes what could not be written.
+        OSError: for example, the disk is full; the next call writes the missing events.
         """
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
@@ -146,10 +145,10 @@ class _Line(TypedDict):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """What is in the file, but for a last line that was cut off as its process died.
+    """Read the metrics in a file, except for an incomplete last line. A missing file has none.
 
     Raises:
-      InputError: it has something else in it.
+      InputError: the file holds something else.
     """
     if not path.exists():
         return []

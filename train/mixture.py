@@ -1,16 +1,16 @@
-"""Several data files as one: which rows of which file a run is trained on.
+"""Mix several data files: the rows of each file that a run trains on.
 
     --data a.json --data b.json=0.5 --data mix.yaml
 
-A weight takes that share of a file's rows, and one row at least: 0.5 a half of them, drawn at random, 2 each of them
-twice, 2.5 each twice and a half of them once more. A YAML file lists data files as LLaVA-NeXT's do
+A weight is the share of a file's rows to use, at least one row: 0.5 is a random half of them, 2 is all of them twice,
+2.5 is all of them twice and a random half once more. A YAML file lists data files in LLaVA-NeXT's format
 (llava/train/train.py `LazySupervisedDataset`):
 
     datasets:
       - json_path: a.json
         sampling_strategy: "first:1000"   # or "end:20%", "random:50%", "all"
 
-What is drawn depends on the seed and on the place in the list, and is the same in every epoch.
+The random rows depend on the seed and the position in the list, and are the same in every epoch.
 """
 
 import argparse
@@ -28,28 +28,28 @@ from llava_jax.files import open_regular, read_text
 
 STRATEGIES = ("first", "end", "random")
 MAX_YAML = 2**18  # bytes: some thousands of files
-WEIGHT = number(0, 1000, above=True)  # times that a file is repeated
-MOST_ROWS = 10**8  # that are taken of a file
+WEIGHT = number(0, 1000, above=True)  # of a file
+MAX_ROWS = 10**8  # used of a file
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A data file, and how much of it is taken."""
+    """A data file, and the rows of it to use."""
 
     path: str
-    strategy: str = "random"  # which rows, where not all are
-    weight: float = 1.0  # how many, as a share of all
-    rows: int | None = None  # how many, instead
+    strategy: str = "random"  # which rows, if not all
+    weight: float = 1.0  # the number of rows, as a share of all
+    rows: int | None = None  # the number of rows, instead of `weight`
 
     def choose(self, n: int, seed: Sequence[int]) -> np.ndarray:
         """The rows, int64 [m], of a file that has `n`, in the file's order; repetitions follow.
 
         Raises:
-          InputError: they are more than `MOST_ROWS`.
+          InputError: there are more than `MAX_ROWS`.
         """
         wanted = max(1, math.ceil(round(self.weight * n, 6))) if self.rows is None else self.rows
-        if self.rows is None and wanted > MOST_ROWS:
-            raise InputError(f"--data {shorten(self.path)}={self.weight:g}: makes {wanted} rows, more than {MOST_ROWS}")
+        if self.rows is None and wanted > MAX_ROWS:
+            raise InputError(f"--data {shorten(self.path)}={self.weight:g}: makes {wanted} rows, more than {MAX_ROWS}")
         if self.strategy != "random":
             first = 0 if self.strategy == "first" else max(n - wanted, 0)
             return np.arange(n)[first : first + wanted]
@@ -59,14 +59,14 @@ class Part:
 
 
 def read_parts(data: str | Sequence[str]) -> list[Part]:
-    """The files of `FILE`, `FILE=WEIGHT`, `MIX.yaml`, or a list of these.
+    """Parse `FILE`, `FILE=WEIGHT`, `MIX.yaml`, or a list of these.
 
     Raises:
       InputError: a weight or a YAML file cannot be used.
     """
     parts = []
     for text in [data] if isinstance(data, str) else data:
-        part = _weighed(text)
+        part = _parse_weight(text)
         if not part.path.lower().endswith((".yaml", ".yml")):
             parts.append(part)
         elif part.weight == 1:
@@ -77,13 +77,13 @@ def read_parts(data: str | Sequence[str]) -> list[Part]:
 
 
 def describe(parts: Sequence[Part]) -> str:
-    """The files in a few words."""
+    """A short description of the files."""
     more = len(parts) - 1
     return shorten(parts[0].path) + (f" and {more} more file{'s' * (more > 1)}" if more else "")
 
 
 def checksum(parts: Sequence[Part]) -> str:
-    """SHA-256 of a file's bytes; of several files, or of a share of one, that of their bytes and shares.
+    """SHA-256 of a file's bytes; for several files or a share of one, of their digests and shares.
 
     Raises:
       InputError: a file cannot be read.
@@ -99,32 +99,32 @@ def _digest(path: str) -> str:
     digest = hashlib.sha256()
     try:
         with open_regular(path) as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
+            while chunk := file.read(2**24):
+                digest.update(chunk)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--data {shorten(path)}: cannot be read ({reason})") from None
     return digest.hexdigest()
 
 
-def _weighed(text: str) -> Part:
+def _parse_weight(text: str) -> Part:
     path, equals, weight = text.rpartition("=")
     if not equals or os.path.exists(text):
         return Part(text)
     try:
         return Part(path, weight=WEIGHT(weight))
     except argparse.ArgumentTypeError:
-        if not os.path.exists(path):  # then the name is what is wrong, and = may be part of it
+        if not os.path.exists(path):  # the file is missing, and = may be part of its name
             return Part(text)
     raise InputError(f"--data {shorten(text)}: the weight after = must be {WEIGHT}")
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: no list of files needs them, and some hundred bytes of them can mean terabytes."""
+    """Rejects aliases: lists of files do not need them, and a few hundred bytes of them can expand to terabytes."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases (*name), which are not read")
+            raise yaml.YAMLError("it has aliases (*name), which are not supported")
         return super().compose_node(parent, index)
 
 
@@ -145,15 +145,13 @@ def _read_yaml(path: str) -> list[Part]:
         if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
             raise InputError(f"{where} has no json_path")
         if unknown := [key for key in entry if key not in ("json_path", "sampling_strategy")]:
-            raise InputError(
-                f"{where}: {shorten(unknown[0], 40)} is not read; only json_path and sampling_strategy are"
-            )
-        parts.append(_sampled(entry["json_path"], entry.get("sampling_strategy", "all"), where))
+            raise InputError(f"{where}: {shorten(unknown[0], 40)} is unknown; use json_path and sampling_strategy")
+        parts.append(_parse_strategy(entry["json_path"], entry.get("sampling_strategy", "all"), where))
     return parts
 
 
-def _sampled(path: str, strategy: object, where: str) -> Part:
-    """A part by LLaVA-NeXT's words for it; a percentage is rounded up to a row, as there."""
+def _parse_strategy(path: str, strategy: object, where: str) -> Part:
+    """Parse LLaVA-NeXT's `sampling_strategy`; a percentage is rounded up to a whole row, as there."""
     if strategy in ("all", None):
         return Part(path)
     kind, _, amount = str(strategy).partition(":")

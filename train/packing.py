@@ -1,38 +1,38 @@
-"""Which conversations share a row: bin packing with two budgets, positions and tiles (host only).
+"""Pack conversations into rows: bin packing with two budgets, positions and tiles (host only).
 
-grain's `FirstFitPackIterDataset` packs with two budgets too, but conversations with an image are a third of a row
-or more, and first fit then wastes what is left: 13 % of positions on lengths drawn like mix665k's, against 5 % here
-(`python benchmarks/train_data.py`). So rows are filled one after the other, each as full as can be (minimum bin slack,
-Fleszar and Hindi 2002): the longest conversation that is left, and with it the set of others that leaves the fewest
-positions free, found by dynamic programming over all sums that can be reached.
+grain's `FirstFitPackIterDataset` also packs with two budgets, but a conversation with an image takes a third of a row
+or more, and first fit then wastes 13 % of positions on lengths like mix665k's, compared with 5 % here
+(`python benchmarks/train_data.py`). `fill_rows` fills one row after another as full as possible (minimum bin slack,
+Fleszar and Hindi 2002): it takes the longest remaining conversation and the set of others that leaves the fewest
+positions free, found by dynamic programming over all reachable sums.
 """
 
 import bisect
 import heapq
 from collections.abc import Sequence
 
-WINDOW = 1024  # conversations that are distributed over rows together
-CANDIDATES = 256  # conversations among which the ones to fill a row are looked for
-LENGTHS = 17  # of a row, that are tried: 4,096 and what is a multiple of 128 up to 6,144
-PIECE = 128  # positions; accelerators process sequences in pieces of that
-NEAR = 0.2  # a batch may hold so much more or less than was asked for, so that its rows are full
+WINDOW = 1024  # conversations that are packed together
+MAX_CANDIDATES = 256  # conversations that a row is filled from, at most
+MAX_LENGTHS_TRIED = 17  # of a row; for example 4,096 to 6,144 in multiples of 128
+LENGTH_MULTIPLE = 128  # positions; accelerators process sequences in blocks of this size
+BATCH_TOLERANCE = 0.2  # relative deviation of a batch from the target size that is allowed so that rows are full
 
 Sizes = Sequence[tuple[int, int]]  # positions and tiles of each conversation
 
 
 def fill_rows(sizes: Sizes, length: int, tiles: int) -> list[list[int]]:
-    """Distribute conversations, none of them larger than a row, over rows of `length` positions and `tiles` tiles.
+    """Pack conversations, none of them larger than a row, into rows of `length` positions and `tiles` tiles.
 
     Returns:
-      For each row the indices of its conversations. It depends on nothing but the arguments.
+      For each row the indices of its conversations; deterministic.
     """
     left = sorted(range(len(sizes)), key=lambda i: (sizes[i], -i), reverse=True)
     rows = []
     while left:
         first, *left = left
         positions_used, tiles_used = sizes[first]
-        # Evenly over all lengths: with so many to choose from, a sum that fits is found among them.
-        candidates = left[:: -(-len(left) // CANDIDATES) or 1]
+        # Spread evenly over all lengths, so many candidates suffice for a sum that fits.
+        candidates = left[:: -(-len(left) // MAX_CANDIDATES) or 1]
         chosen = _best_fill([sizes[i] for i in candidates], length - positions_used, tiles - tiles_used)
         row = [first, *(candidates[k] for k in chosen)]
         taken = set(row)
@@ -42,10 +42,10 @@ def fill_rows(sizes: Sizes, length: int, tiles: int) -> list[list[int]]:
 
 
 def _best_fill(sizes: Sizes, length: int, tiles: int) -> list[int]:
-    """The subset of `sizes` with most positions that fits `length` positions and `tiles` tiles.
+    """The subset of `sizes` with the most positions that fits `length` positions and `tiles` tiles.
 
-    The sums that can be reached are bits of one integer: bit `t * stride + n` stands for n positions and t tiles.
-    To add a conversation to every sum is one shift.
+    The reachable sums are bits of one integer: bit `t * stride + n` stands for n positions and t tiles. One shift adds
+    a conversation to every sum.
     """
     length, tiles = min(length, sum(n for n, _ in sizes)), min(tiles, sum(t for _, t in sizes))  # no sum is larger
     stride = 2 * length + 1  # no sum of two numbers up to `length` runs into the next number of tiles
@@ -59,22 +59,22 @@ def _best_fill(sizes: Sizes, length: int, tiles: int) -> list[int]:
             sums |= (sums << (t * stride + n)) & inside
         if sums & full:
             break
-    most, at = max((((sums >> (t * stride)) & line).bit_length() - 1, t) for t in range(tiles + 1))
-    bit = at * stride + most
+    best, best_tiles = max((((sums >> (t * stride)) & line).bit_length() - 1, t) for t in range(tiles + 1))
+    bit = best_tiles * stride + best
     chosen = []
     for k in reversed(range(len(before))):
-        if not before[k] >> bit & 1:  # this sum was not there before conversation k
+        if not before[k] >> bit & 1:  # this sum was not reachable without conversation k
             chosen.append(k)
             bit -= sizes[k][1] * stride + sizes[k][0]
     return chosen
 
 
-def spread(rows: list[list[int]], least: int) -> list[list[int]]:
-    """Split rows evenly, those of most conversations into most parts, until there are `least` or all have one each."""
+def split_rows(rows: list[list[int]], minimum: int) -> list[list[int]]:
+    """Split the rows with the most conversations until there are `minimum` rows, or each has one conversation."""
     parts = [1] * len(rows)
     heap: list[tuple[float, int]] = [(-len(row), number) for number, row in enumerate(rows)]
     heapq.heapify(heap)
-    for _ in range(least - len(rows)):
+    for _ in range(minimum - len(rows)):
         largest, number = heap[0]
         if largest >= -1:
             break
@@ -83,37 +83,37 @@ def spread(rows: list[list[int]], least: int) -> list[list[int]]:
     return [row[k::n] for row, n in zip(rows, parts, strict=True) for k in range(n)]
 
 
-# ---------------------------------------------------------------- what rows suit the data
+# ---------------------------------------------------------------- the size of rows and batches
 
 
 def rows_of_batch(wanted: int, per_row: float, multiple: int) -> tuple[int, float | None]:
     """Rows of a global batch of about `wanted` conversations.
 
     Args:
-      per_row: conversations of a full row, on average.
-      multiple: rows come in multiples of this.
+      per_row: average conversations of a full row.
+      multiple: the number of rows is a multiple of this.
 
     Returns:
-      The rows, and the conversations that a row may hold on average so that a batch does not hold more than was asked
-      for; None where rows may be full, which changes the batch by at most `NEAR`.
+      The rows, and the average conversations per row for which a batch is no larger than wanted; None if rows can be
+      full, which changes the batch by at most `BATCH_TOLERANCE`.
     """
     rows = max(1, round(wanted / per_row / multiple)) * multiple
-    if rows * per_row < (1 - NEAR) * wanted:
+    if rows * per_row < (1 - BATCH_TOLERANCE) * wanted:
         rows += multiple
-    return rows, (max(1.0, wanted / rows) if rows * per_row > (1 + NEAR) * wanted else None)
+    return rows, (max(1.0, wanted / rows) if rows * per_row > (1 + BATCH_TOLERANCE) * wanted else None)
 
 
-def good_length(sizes: Sizes, least: int, width: int) -> int:
-    """Positions of a row: `least`, or up to half as many more if a twentieth of the work is saved.
+def choose_length(sizes: Sizes, minimum: int, width: int) -> int:
+    """Positions of a row: `minimum`, or up to half more if that saves 5 % of the computation.
 
-    How well conversations with images share rows depends on the length: of images with 2,340 features each, rows of
-    4,096 positions hold one, rows of 5,120 two. For each position a layer of a decoder multiplies about 12 width^2
-    times, and length x width times for attention.
+    How well conversations with images pack depends on the length: with 2,340 features per image, a row of 4,096
+    positions holds one, a row of 5,120 two. Per position a decoder layer takes about 12 width^2 multiplications, and
+    attention length x width.
     """
-    if least < 1024:
-        return least
-    lengths = range(-(-least // PIECE) * PIECE, least + least // 2 + 1, PIECE)
-    lengths = lengths[:: -(-len(lengths) // LENGTHS)]  # each costs filling all rows: 0.1 s and more where they are long
+    if minimum < 1024:
+        return minimum
+    lengths = range(-(-minimum // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, minimum + minimum // 2 + 1, LENGTH_MULTIPLE)
+    lengths = lengths[:: -(-len(lengths) // MAX_LENGTHS_TRIED)]  # filling all rows takes 0.1 s or more for each
 
     def work(positions: int, length: int) -> float:
         return positions * (1 + length / (12 * width))
@@ -121,18 +121,18 @@ def good_length(sizes: Sizes, least: int, width: int) -> int:
     def work_of_rows(length: int) -> float:
         return work(len(fill_rows([(n, 0) for n, _ in sizes], length, 0)) * length, length)
 
-    enough = 0.95 * work_of_rows(least)
+    enough = 0.95 * work_of_rows(minimum)
     used = sum(n for n, _ in sizes)
-    # A length that would not do without any padding need not be tried.
+    # Skip a length that would not suffice even without padding.
     found = {length: work_of_rows(length) for length in lengths if work(used, length) < enough}
-    best = min(found, key=found.__getitem__, default=least)
-    return best if found.get(best, enough) < enough else least
+    best = min(found, key=found.__getitem__, default=minimum)
+    return best if found.get(best, enough) < enough else minimum
 
 
-def enough_tiles(sizes: Sizes, length: int, least: int) -> int:
-    """The fewest tiles of a row, from `least` on, that hold each conversation and cost a hundredth of rows at most."""
+def choose_tiles(sizes: Sizes, length: int, minimum: int) -> int:
+    """The fewest tiles per row, at least `minimum`, that fit each conversation and need at most 1 % more rows."""
     rows = fill_rows([(n, 0) for n, _ in sizes], length, 0)
-    most = max(sum(sizes[i][1] for i in row) for row in rows)
-    least = max(least, *(tiles for _, tiles in sizes))
+    max_tiles = max(sum(sizes[i][1] for i in row) for row in rows)
+    minimum = max(minimum, *(tiles for _, tiles in sizes))
     fits = lambda tiles: len(fill_rows(sizes, length, tiles)) <= 1.01 * len(rows)  # noqa: E731
-    return least + bisect.bisect_left(range(least, max(least, most)), True, key=fits)
+    return minimum + bisect.bisect_left(range(minimum, max(minimum, max_tiles)), True, key=fits)

@@ -1,9 +1,9 @@
-"""The parameters of a run: which are trained, in which dtype, stacked and sharded for training; and back.
+"""The parameters of a run: split into frozen and trained, cast, stacked and sharded for training; and exported.
 
     params --split_params--> frozen (compute dtype), trained (float32)      layers stacked
-    frozen, trained --export_params--> params                               one entry for each layer
+    frozen, trained --export_params--> params                               one entry per layer
 
-Trees are those of `llava_jax.models.llava`. Frozen and trained have no leaf in common; the model sees their `union`.
+Trees are those of `llava_jax.models.llava`. Frozen and trained have no leaf in common; the model takes their `union`.
 """
 
 import collections
@@ -24,7 +24,7 @@ from train import lora
 from train.config import TrainConfig
 from train.optim import part_of
 
-LAYER = re.compile(r"/layers/\d+/")  # in a path, which loses the number when layers are stacked
+LAYER = re.compile(r"/layers/\d+/")  # in a path; stacking removes the number
 
 
 def is_trained(path: str, config: TrainConfig) -> bool:
@@ -33,7 +33,7 @@ def is_trained(path: str, config: TrainConfig) -> bool:
 
 
 def load_dtype(path: str, config: TrainConfig) -> str:
-    """The type in which the parameter at `path` is wanted: float32 if trained, the compute dtype if not."""
+    """The dtype of the parameter at `path`: float32 if trained, otherwise the compute dtype."""
     return "float32" if is_trained(path, config) else config.dtype
 
 
@@ -42,17 +42,17 @@ def union(a: Params, b: Params) -> Params:
     return a | {key: union(a[key], value) if key in a else value for key, value in b.items()}
 
 
-# ---------------------------------------------------------------- in
+# ---------------------------------------------------------------- import
 
 
 def split_params(
     params: Params, config: TrainConfig, partition: Partition
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Frozen and trained parameters, by path: layers stacked, cast and sharded; LoRA's factors are made.
+    """Split parameters into frozen and trained ones, by path: layers stacked, cast and sharded, with new LoRA factors.
 
     Args:
-      params: as `checkpoints.checkpoint` loads them, or their shapes, of which the results are then shapes too. Emptied
-        on the way, so that no weight is there twice for longer than it takes to stack it.
+      params: as `checkpoints.checkpoint` loads them, or their shapes (then the results are shapes too). This function
+        empties the tree, so that each weight is in memory twice only while it is stacked.
     """
     flat = flatten_dict(params, sep="/")
     params.clear()
@@ -65,10 +65,10 @@ def split_params(
         shape = ((len(leaves),) if stacked else ()) + leaves[0].shape
         sharding = partition.stacked_sharding(path, shape)
         if isinstance(leaves[0], jax.ShapeDtypeStruct):
-            placed = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            parameter = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         else:
-            placed = _stack(leaves, dtype, stacked, sharding)
-        (trained if is_trained(path, config) else frozen)[path] = placed
+            parameter = _stack(leaves, dtype, stacked, sharding)
+        (trained if is_trained(path, config) else frozen)[path] = parameter
     if config.tune == "lora":
         trained |= _make_lora(frozen, config, partition)
     return frozen, trained
@@ -88,21 +88,21 @@ def _make_lora(frozen: dict[str, jax.Array], config: TrainConfig, partition: Par
 
 
 def make_sharded(make: Callable, shardings: Any, *args: Any) -> Any:
-    """`make(*args)`, sharded as `shardings`, a tree like it, says; shapes, if the arguments are shapes."""
+    """`make(*args)` with `shardings`, a tree like the result; shapes, if the arguments are shapes."""
     if isinstance(jax.tree.leaves(args)[0], jax.ShapeDtypeStruct):
         shapes = jax.eval_shape(make, *args)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- export
 
 
 def export_params(frozen: Params, trained: Params) -> Params:
-    """The whole model, one entry for each layer; LoRA's factors stand beside their kernels.
+    """The whole model, one entry per layer; LoRA's factors are next to their kernels.
 
-    What was trained is float32, what was not (`{}` leaves it out) is as `split_params` was given it, bit for bit, if
-    that was in the compute dtype.
+    Trained parameters are float32. Frozen ones (`{}` leaves them out) equal the input of `split_params` bit for bit, if
+    it was in the compute dtype.
     """
     exported: dict[str, jax.Array] = {}
     for path, x in flatten_dict(union(frozen, trained), sep="/").items():

@@ -1,12 +1,11 @@
-"""What a run of `python -m train` needs of each chip of a TPU slice, from its compiled step. No TPU and no weights are
-needed.
+"""Plan a run of `python -m train` on a TPU slice from its compiled step. Needs no TPU and no weights.
 
     python -m train.plan --model llava-v1.5-7b --preset v1.5-finetune --topology v5e:8x8
 
-takes the flags of `python -m train`, and compiles the very step that it would run: its batch, from `--data` or of
-lengths like those of LLaVA's own data, with all positions labelled. Prints what that takes, and how long the run is at
-least; if it does not fit, what would, and exit status 1. `--rows-per-chip` compiles a step of so many full rows,
-whatever the batch.
+takes the flags of `python -m train`, and compiles the step that the run would execute: its batch comes from `--data`,
+or has lengths like those of LLaVA's own data, and all positions are labelled. Prints memory, FLOPs and bytes sent per
+chip and the minimum hours of the run; if the step does not fit, prints what would, with exit status 1.
+`--rows-per-chip` compiles a step of that many full rows, whatever the batch.
 """
 
 import argparse
@@ -40,14 +39,16 @@ from train.config import PRESETS, TrainConfig, check_preset
 from train.plan_run import between_slices, more_bounds, plan_run
 from train.step import TrainState, setup
 
-POLICIES = tuple(reversed(REMAT))  # each saves less than the one before
-MOST_ROWS = 16  # a chip, of a search
-BEST = 5  # choices of a search that are printed
-STEPS = 1000  # of the run whose schedule is compiled in; any number gives the same program
+POLICIES = tuple(reversed(REMAT))  # each saves fewer activations than the previous one
+MAX_ROWS = 16  # per chip, in a search
+BEST = 5  # choices that a search prints
+STEPS = 1000  # of the schedule that is compiled in; the number does not change the program
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m train.plan", description="What training needs of each chip of a TPU slice.")
+    p = Parser(
+        prog="python -m train.plan", description="Memory, FLOPs and bytes sent of training per chip of a TPU slice."
+    )
     tpu_plan.add_flags(p, model_is_needed=False)
     p.add_argument(
         "--preset", metavar="NAME",
@@ -55,75 +56,75 @@ def parser() -> Parser:
         "checkpoint's own template and images",
     )  # fmt: skip
     p.add_argument(
-        "--slices", type=integer(1, 1024), default=1, metavar="N", help="so many slices; data parallel between them"
+        "--slices", type=integer(1, 1024), default=1, metavar="N", help="number of slices, data parallel between them"
     )
     p.add_argument(
-        "--examples", type=integer(1, 10**7), metavar="N", help="conversations of the data, where --data gives none"
+        "--examples", type=integer(1, 10**7), metavar="N", help="number of conversations to assume without --data"
     )
     p.add_argument(
         "--rows-per-chip", type=integer(1, 2**16), metavar="N",
-        help="compile so many full rows for each shard of rows, which is a chip, or `tensor` chips, whatever the batch",
+        help="compile this many full rows per chip (or per `tensor` chips), whatever the batch",
     )  # fmt: skip
     p.add_argument(
-        "--seq", type=ranges(TrainConfig)["max_length"], metavar="N", help="positions of a row, and --max-length"
+        "--seq", type=ranges(TrainConfig)["max_length"], metavar="N", help="sets --max-length and --positions-per-row"
     )
     p.add_argument(
         "--search", action="store_true",
-        help="try meshes, remat policies and rows per chip, and print the best that fit; many programs are compiled",
+        help="compile many meshes, remat policies and rows per chip, and print the best that fit",
     )  # fmt: skip
-    add_fields(p.add_argument_group("the run, as python -m train takes it"), known=("mesh",))
+    add_fields(p.add_argument_group("the run, as for python -m train"), known=("mesh",))
     return p
 
 
 def batch_shapes(model: LlavaConfig, mesh: Mesh, rows: int, length: int, tiles: int) -> Batch:
     """The shapes of a global batch, sharded by rows."""
-    side, cut = model.vision.image_size, batch_sharding(mesh)
-    ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=cut)
-    return Batch(jax.ShapeDtypeStruct((rows, tiles, side, side, 3), np.uint8, sharding=cut), *[ids] * 5)
+    side, sharding = model.vision.image_size, batch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
+    return Batch(jax.ShapeDtypeStruct((rows, tiles, side, side, 3), np.uint8, sharding=sharding), *[ids] * 5)
 
 
 def default_tiles(model: LlavaConfig, length: int) -> int:
-    """As many tiles as have room in a row with their features, but those of one image at least."""
+    """The number of tiles whose features fill a row, but at least those of one image."""
     return max(max_tiles(model), length // model.vision.features_per_tile)
 
 
 def plan_step(
     model: LlavaConfig, config: TrainConfig, mesh: Mesh, topology: str, rows: int, length: int, tiles: int
 ) -> tuple[Plan, Compiled]:
-    """Compile the step for `rows` rows a shard, of `length` positions and `tiles` tiles each."""
+    """Compile the step for `rows` rows per shard of rows, each of `length` positions and `tiles` tiles."""
     frozen, state, step, _ = setup(llava.param_shapes(model), model, config, mesh, STEPS)
     rows *= row_multiple(mesh)
     batch = batch_shapes(model, mesh, rows, length, tiles)
     hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
     parameters, optimizer = tpu_plan.per_chip((frozen, state.trained)), tpu_plan.per_chip(state.opt_state)
-    made = tpu_plan.too_large(batch, parameters + optimizer, hbm) or tpu_plan.compile_for_tpu(
+    compiled = tpu_plan.too_large(batch, parameters + optimizer, hbm) or tpu_plan.compile_for_tpu(
         step.lower(frozen, state, batch)
     )
     return Plan(
-        fits=made.memory is not None and made.peak <= hbm,
-        peak_bytes_per_chip=made.peak,
+        fits=compiled.memory is not None and compiled.peak <= hbm,
+        peak_bytes_per_chip=compiled.peak,
         hbm_bytes_per_chip=hbm,
         parameter_bytes_per_chip=parameters,
         optimizer_bytes_per_chip=optimizer,
-        executed_flops_per_chip=made.work.flops if made.work else None,
+        executed_flops_per_chip=compiled.work.flops if compiled.work else None,
         model_flops_per_chip=step_flops(model, config.tune, rows, length, tiles) / mesh.size,
-        collective_bytes_per_chip=made.work.collectives if made.work else None,
-        least_collective_bytes_per_chip=least_collectives(frozen, state, model, config, mesh, rows, length),
-        compile_seconds=round(made.seconds, 1),
-    ), made
+        collective_bytes_per_chip=compiled.work.collectives if compiled.work else None,
+        least_collective_bytes_per_chip=min_collective_bytes(frozen, state, model, config, mesh, rows, length),
+        compile_seconds=round(compiled.seconds, 1),
+    ), compiled
 
 
-def least_collectives(
+def min_collective_bytes(
     frozen: dict, state: TrainState, model: LlavaConfig, config: TrainConfig, mesh: Mesh, rows: int, length: int
 ) -> float:
-    """Bytes that each chip has to send in a step, given how arrays are sharded.
+    """The minimum that each chip sends in a step, given how arrays are sharded.
 
-    Along `fsdp` parameters are gathered once, those of layers that the backward pass computes again twice, and
-    gradients scattered once; along `data` gradients are summed; along `tensor` each layer's two results, forward and
-    backward.
+    Along `fsdp`, an all-gather of the parameters, a second one for layers that the backward pass recomputes, and a
+    reduce-scatter of the gradients; along `data`, an all-reduce of the gradients; along `tensor`, an all-reduce of two
+    results per layer, forward and backward.
     """
     size = np.dtype(config.dtype).itemsize
-    wider = np.dtype(config.reduce_dtype or config.dtype).itemsize / size  # a gradient than its parameter
+    wider = np.dtype(config.reduce_dtype or config.dtype).itemsize / size  # a gradient relative to its parameter
     fsdp, data, tensor = (mesh.shape[axis] for axis in (FSDP, DATA, TENSOR))
     trained = flatten_dict(state.trained, sep="/")
     total = 0.0
@@ -140,9 +141,9 @@ def least_collectives(
     return total + 2 * results * (tensor - 1) / tensor
 
 
-def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
-    """What would make full rows fit."""
-    held = needs.parameter_bytes_per_chip + needs.optimizer_bytes_per_chip
+def advice(config: TrainConfig, args, plan: Plan, mesh: Mesh) -> str:
+    """Advice on how to make full rows fit."""
+    held = plan.parameter_bytes_per_chip + plan.optimizer_bytes_per_chip
     more = []
     if args.rows_per_chip > 1:
         more.append("fewer --rows-per-chip")
@@ -150,11 +151,11 @@ def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
         more.append("--remat full")
     if mesh.shape[DATA] > args.slices:
         more.append("fsdp instead of data in --mesh")
-    if not more or held > 0.8 * needs.hbm_bytes_per_chip:
-        least = math.ceil(needs.peak_bytes_per_chip * mesh.size / needs.hbm_bytes_per_chip)
+    if not more or held > 0.8 * plan.hbm_bytes_per_chip:
+        least = math.ceil(plan.peak_bytes_per_chip * mesh.size / plan.hbm_bytes_per_chip)
         cores = tpu.CHIPS[tpu.parse_topology(args.topology)[0]].cores
         more.append(f"a slice of more than {max(least, mesh.size) // cores} such chips")
-    return "what would: " + ", or ".join(more)
+    return "try " + ", or ".join(more)
 
 
 # ---------------------------------------------------------------- --search
@@ -162,8 +163,8 @@ def advice(config: TrainConfig, args, needs: Plan, mesh: Mesh) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One way to run a step, and what it takes. `useful`: the share of the chips' peak that the roofline leaves the
-    model; 0 if it does not fit or is not known."""
+    """A way to run a step, and its plan. `useful`: the MFU at the roofline's bound; 0 if the step does not fit or its
+    work is unknown."""
 
     mesh: str
     remat: str
@@ -174,11 +175,11 @@ class Choice:
 
 
 def meshes(model: LlavaConfig, devices: list, slices: int) -> list[Mesh]:
-    """Those worth trying, the one that sends least first: all along fsdp, then along tensor too, then copies."""
+    """Candidates, by increasing bytes sent: `fsdp` alone, then with `tensor`, then with `data`, which replicates."""
     each, t = len(devices) // slices, model.text
-    cut = [n for n in (2, 4, 8) if each % n == 0 and n < each and t.kv_heads % n == 0]
+    tensor_sizes = [n for n in (2, 4, 8) if each % n == 0 and n < each and t.kv_heads % n == 0]
     copies = [n for n in (2, 4) if each % n == 0 and n < each]
-    sizes = [(slices, 1), *((slices, n) for n in cut), *((slices * n, 1) for n in copies)]
+    sizes = [(slices, 1), *((slices, n) for n in tensor_sizes), *((slices * n, 1) for n in copies)]
     return [make_mesh({DATA: data, FSDP: -1, TENSOR: tensor}, devices) for data, tensor in sizes]
 
 
@@ -193,10 +194,10 @@ def search(
     length: int,
     tiles: int,
 ) -> list[Choice]:
-    """Choices that were compiled, the best first.
+    """Compile choices, and return them, the best first.
 
-    From `rows` a chip on twice as many, until they do not fit; then the next policy, which saves less. A mesh
-    whose parameters and optimizer alone are too large for a chip is not compiled.
+    For each mesh and policy, doubles the rows per chip until they do not fit, then continues with the next policy,
+    which saves fewer activations. Skips a mesh on which parameters and optimizer alone exceed a chip's memory.
     """
     found = []
     chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
@@ -207,18 +208,18 @@ def search(
             continue
         more = rows
         for remat in policies:
-            while more <= MOST_ROWS:
-                needs, made = plan_step(model, config.replace(remat=remat), mesh, topology, more, length, tiles)
-                choice = Choice(tpu_plan.describe(mesh), remat, more, needs)
-                if needs.fits and made.work:
-                    bounds = tpu.roofline(made.work, topology)
-                    bounds["between slices"] = between_slices(made, config, slices)
+            while more <= MAX_ROWS:
+                plan, compiled = plan_step(model, config.replace(remat=remat), mesh, topology, more, length, tiles)
+                choice = Choice(tpu_plan.describe(mesh), remat, more, plan)
+                if plan.fits and compiled.work:
+                    bounds = tpu.roofline(compiled.work, topology)
+                    bounds["between slices"] = between_slices(compiled, config, slices)
                     bound = max(bounds, key=bounds.__getitem__)
-                    useful = needs.model_flops_per_chip / chip.peak / bounds[bound]
+                    useful = plan.model_flops_per_chip / chip.peak / bounds[bound]
                     choice = dataclasses.replace(choice, bound=bound, useful=useful)
                 found.append(choice)
                 note(f"{len(found)}. {format_choice(choice)}")
-                if not needs.fits:
+                if not plan.fits:
                     break
                 more *= 2
     return sorted(found, key=lambda choice: -choice.useful)
@@ -226,22 +227,22 @@ def search(
 
 def format_choice(choice: Choice) -> str:
     used = f"{choice.plan.peak_bytes_per_chip / 1e9:6.1f} of {choice.plan.hbm_bytes_per_chip / 1e9:.1f} GB"
-    says = "fits" if choice.plan.fits else "does not fit"
+    result = "fits" if choice.plan.fits else "does not fit"
     if choice.bound:
-        says = f"{choice.useful:4.0%} of peak, bound by {choice.bound}"
-    return f"mesh {choice.mesh:22} remat {choice.remat:8} {choice.rows_per_chip:3} rows a chip  {used}  {says}"
+        result = f"{choice.useful:4.0%} of peak, bound by {choice.bound}"
+    return f"mesh {choice.mesh:22} remat {choice.remat:8} {choice.rows_per_chip:3} rows per chip  {used}  {result}"
 
 
 def show_search(found: list[Choice], args) -> int:
-    """Print the best, or all of them as JSON.
+    """Print the best choices, or all of them as JSON.
 
     Raises:
-      InputError: nothing fits.
+      InputError: no choice fits.
     """
     if args.json:
         print(json.dumps([dataclasses.asdict(choice) for choice in found]))
     if not any(choice.plan.fits for choice in found):
-        raise InputError(f"nothing that was tried fits {args.topology}: take a larger slice, or a shorter --seq")
+        raise InputError(f"no choice fits {args.topology}: take a larger slice, or a shorter --seq")
     if not args.json:
         print(*(format_choice(choice) for choice in found[:BEST] if choice.plan.fits), sep="\n")
     return 0
@@ -259,8 +260,8 @@ def main() -> int:
     model, tokenizer = open_model(args.model, config)
     if not args.preset:
         args.preset = "v1.6-finetune" if model.aspect_ratio == "anyres" else "v1.5-finetune"
-        note(f"no --preset: {args.preset}, which suits the model; give it to `python -m train` too")
-        # What is a matter of the checkpoint stays as it is, as in training without a preset.
+        note(f"no --preset: {args.preset} is used, as it suits the model; give it to `python -m train` too")
+        # As in training without a preset, the checkpoint decides these.
         config = config_of(args).replace(template=config.template, aspect_ratio=config.aspect_ratio)
     if args.seq:
         config = config.replace(max_length=args.seq, positions_per_row=args.seq)
@@ -272,31 +273,32 @@ def main() -> int:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of which one would be ignored.
+    """Check that no flag would be ignored.
 
     Raises:
-      InputError: there are such, or nothing names a model.
+      InputError: one would, or no flag names a model.
     """
     if not (args.model or args.checkpoint):
         raise InputError("--model NAME or --checkpoint DIR is needed")
     if args.examples and args.data:
-        raise InputError("--examples is for a plan without --data: the data says how many conversations it has")
+        raise InputError(
+            "--examples is for a plan without --data, which determines the number of conversations; drop one"
+        )
     for name in ("data", "examples"):
         if getattr(args, name) and (args.rows_per_chip or args.search):
             rows = "--search" if args.search else "--rows-per-chip"
             raise InputError(f"--{name} does not go with {rows}, which compiles full rows, whatever the data; drop one")
-    if args.search and args.rows_per_chip and args.rows_per_chip > MOST_ROWS:
-        raise InputError(f"--rows-per-chip {args.rows_per_chip}: --search tries {MOST_ROWS} at most")
+    if args.search and args.rows_per_chip and args.rows_per_chip > MAX_ROWS:
+        raise InputError(f"--rows-per-chip {args.rows_per_chip}: --search tries at most {MAX_ROWS}")
     if args.seq and (args.max_length or args.positions_per_row):
-        raise InputError("--seq stands for --max-length and --positions-per-row; give either it or them")
+        raise InputError("--seq sets --max-length and --positions-per-row; give either --seq or these")
 
 
 def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Tokenizer | None]:
     """The model by name, or else the checkpoint's; and the checkpoint's tokenizer.
 
     Raises:
-      InputError: it cannot be used, or contradicts the preset as in training; the data needs a tokenizer and there is
-        none.
+      InputError: the model cannot be used or contradicts the preset, or there is `--data` but no tokenizer.
     """
     model: LlavaConfig | None = None
     tokenizer = None
@@ -305,7 +307,7 @@ def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Toke
         check_preset(config, found.config)
         model, tokenizer = found.config, found.tokenizer
     elif config.data:
-        raise InputError("--data needs --checkpoint, whose tokenizer tells how long its conversations are")
+        raise InputError("--data needs --checkpoint, whose tokenizer determines the lengths of the conversations")
     if name:
         model = tpu_plan.model_of(name)
         check_preset(config, model)
@@ -314,7 +316,7 @@ def open_model(name: str | None, config: TrainConfig) -> tuple[LlavaConfig, Toke
 
 
 def plan_rows(args: argparse.Namespace, config: TrainConfig, model: LlavaConfig, mesh: Mesh) -> int:
-    """Of so many full rows a chip, or the search for how many are best."""
+    """Plan `--rows-per-chip` full rows, or run `--search`."""
     what = args.model or config.checkpoint
     length = config.positions_per_row or config.max_length
     tiles = default_tiles(model, length) if config.tiles_per_row is None else config.tiles_per_row
@@ -322,7 +324,7 @@ def plan_rows(args: argparse.Namespace, config: TrainConfig, model: LlavaConfig,
     if args.search:
         tried = [mesh] if args.mesh else meshes(model, list(mesh.devices.flat), args.slices)
         policies = [args.remat] if args.remat else POLICIES
-        note(f"searching for {what}, {args.preset}, {slices}{args.topology}; a program takes minutes")
+        note(f"searching for {what}, {args.preset}, {slices}{args.topology}; each program takes minutes")
         rows = args.rows_per_chip or 1
         found = search(model, config, tried, policies, args.topology, args.slices, rows, length, tiles)
         return show_search(found, args)
@@ -331,12 +333,12 @@ def plan_rows(args: argparse.Namespace, config: TrainConfig, model: LlavaConfig,
         f"{args.rows_per_chip} x {row_multiple(mesh)} rows of {length:,} positions and {tiles} tiles"
     )
     tpu_plan.note_compiling(title)
-    needs, made = plan_step(model, config, mesh, args.topology, args.rows_per_chip, length, tiles)
+    plan, compiled = plan_step(model, config, mesh, args.topology, args.rows_per_chip, length, tiles)
     if args.json:
-        print(json.dumps(dataclasses.asdict(needs)))
+        print(json.dumps(dataclasses.asdict(plan)))
     else:
-        tpu_plan.show(needs, made, args.topology, title, more_bounds(made, config, args.slices))
-    tpu_plan.check_fits(needs, args.topology, advice(config, args, needs, mesh))
+        tpu_plan.show(plan, compiled, args.topology, title, more_bounds(compiled, config, args.slices))
+    tpu_plan.check_fits(plan, args.topology, advice(config, args, plan, mesh))
     return 0
 
 

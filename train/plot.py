@@ -1,9 +1,9 @@
-"""Plot what runs wrote to their metrics.jsonl.
+"""Plot the metrics.jsonl of runs.
 
     python -m train.plot runs/stage1 runs/stage2 --output curves.png
 
-Loss, learning rate and throughput over steps, a curve for each run; `--metrics` names others. The loss is shown as it
-is, faint, and as a running mean; `eval_loss` is shown beside it, as dots.
+Loss, learning rate and throughput over steps, one curve per run; `--metrics` names others. The loss is drawn faint,
+with its running mean on top; `eval_loss` is drawn as dots in the same panel.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from train.metrics import read_metrics
 
 METRICS = ("loss", "learning_rate", "tokens_per_second")
 FORMATS = (".png", ".svg", ".pdf")
-ACROSS, WIDTH, HEIGHT = 3, 4.6, 3.0  # panels in a line; inches of one
+ACROSS, WIDTH, HEIGHT = 3, 4.6, 3.0  # panels per line; inches of one panel
 
 Run = list[dict[str, Any]]  # the lines of a metrics.jsonl
 
@@ -38,13 +38,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--smooth", type=number(0.0, 0.999), default=0.9, metavar="SHARE",
-        help="what the running mean of the loss keeps from step to step (default 0.9; 0 for none)",
+        help="weight of the previous value in the loss's running mean (default 0.9; 0: no smoothing)",
     )  # fmt: skip
     return p
 
 
 def read_run(path: str) -> Run:
-    """The metrics of a run.
+    """Read the metrics of a run.
 
     Raises:
       InputError: there are none, or they are damaged.
@@ -57,10 +57,10 @@ def read_run(path: str) -> Run:
 
 
 def points(run: Run, name: str, path: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it was measured; a loss that is not finite is NaN.
+    """Steps and values of a metric; a loss that is not finite is NaN.
 
     Raises:
-      InputError: a value is no number.
+      InputError: a value is not a number.
     """
     lines = [line for line in run if name in line]
     for line in lines:
@@ -70,7 +70,7 @@ def points(run: Run, name: str, path: str) -> tuple[list[int], list[float]]:
 
 
 def smooth(values: Sequence[float], share: float) -> Iterator[float]:
-    """A running mean that keeps `share` of itself at each value, without a bias towards the first; NaN is left out."""
+    """A bias-corrected running mean that keeps `share` of itself at each value; NaN is skipped."""
     total = weight = 0.0
     for value in values:
         if math.isfinite(value):
@@ -82,7 +82,7 @@ def new_figure(panels: int) -> tuple[Any, list[Any]]:
     """A matplotlib figure, and the axes of its panels.
 
     Raises:
-      InputError: there is no matplotlib.
+      InputError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -97,21 +97,21 @@ def new_figure(panels: int) -> tuple[Any, list[Any]]:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure in the format that the file's name ends in."""
+    """Write a figure in the format of the file's extension."""
     import matplotlib
 
     data = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
-        warnings.simplefilter("ignore")  # letters of a name that the font lacks
+        warnings.simplefilter("ignore")  # about characters that the font lacks
         figure.savefig(data, format=Path(path).suffix[1:].lower(), dpi=100)
     write_file(path, data.getvalue())
 
 
 def draw(runs: dict[str, Run], metrics: Sequence[str], share: float) -> Any:
-    """A panel for each metric, a curve for each run.
+    """Draw a panel per metric with a curve per run.
 
     Raises:
-      InputError: no run has a metric, or a value is no number.
+      InputError: no run has a metric, or a value is not a number.
     """
     for name in metrics:
         if not any(name in line for run in runs.values() for line in run):
@@ -137,7 +137,7 @@ def draw(runs: dict[str, Run], metrics: Sequence[str], share: float) -> Any:
 
 
 def _label(path: str) -> str:
-    """A path in a legend, which leaves out what starts with an underscore."""
+    """A path for the legend; matplotlib hides labels that start with an underscore."""
     return shorten(printable(f"./{path}" if path.startswith("_") else path), 60)
 
 

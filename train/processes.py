@@ -1,8 +1,8 @@
-"""Several processes as one run: how they find each other, agree, and end. JAX is imported only where it is needed.
+"""Several processes as one run: connect, agree, and stop them. JAX is imported only where it is needed.
 
-On a pod each host runs the same command. JAX's coordination service watches over them: when one is gone it aborts the
-others, whose collectives would wait for ever. An aborted process cannot report why, so each process of such a run does
-its work in a child, and the parent reports in one line how it ended.
+On a pod each host runs the same command. JAX's coordination service monitors the processes: when one dies it aborts the
+others, whose collectives would wait forever. An aborted process cannot report why, so each process of such a run works
+in a child process, and the parent reports in one line how the child ended.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ from llava_jax.console import InputError, first_line, note, shorten
 
 T = TypeVar("T")
 
-MOST_PORT = 2**16 - 1
-GRACE_SECONDS = 15  # that processes wait for each other as they end
-AGAIN = "start all processes again with the same command, and the run resumes from its last checkpoint"
+MAX_PORT = 2**16 - 1
+GRACE_SECONDS = 15  # that processes wait for each other at exit
+RESTART = "restart all processes with the same command to resume from the last checkpoint"
 
 
 def are_several(arguments: list[str]) -> bool:
-    """Whether this process may be one of several: by its flags, or because it finds itself on a Cloud TPU."""
+    """Whether this process may be one of several, by its flags or because it runs on a Cloud TPU."""
     return any(argument.split("=")[0] == "--coordinator" for argument in arguments) or _on_cloud_tpu()
 
 
@@ -37,38 +37,38 @@ def _on_cloud_tpu() -> bool:
 
 
 def watched(main: Callable[[], int | None]) -> int | None:
-    """Run `main` in a child process and return its exit status; report why, if the child could not.
+    """Run `main` in a child process, and return its exit status; report how the child ended, if it could not.
 
-    Signals are passed on. The child ends with its parent.
+    The parent forwards signals. The child ends with its parent.
     """
     parent = os.getpid()
     child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)  # so that Ctrl-C reaches it once, through its parent
+        os.setpgid(0, 0)  # so that Ctrl-C reaches the child only through its parent
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
         return main()
-    asked: list[int] = []
+    signals: list[int] = []
 
-    def pass_on(number: int, _) -> None:
-        # Ctrl-C asks to stop as preemption does, after a step and with a checkpoint; once more, at once.
-        first = number == signal.SIGINT and not asked
-        asked.append(number)
+    def forward(number: int, _) -> None:
+        # The first Ctrl-C stops the run like preemption, after a step and with a checkpoint; the second one at once.
+        first = number == signal.SIGINT and not signals
+        signals.append(number)
         os.kill(child, signal.SIGTERM if first else number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return code
     if -code == signal.SIGABRT:
-        note(f"error: another process of this run is gone or out of reach (more in the lines above); {AGAIN}")
+        note(f"error: another process of this run died or is unreachable (details above); {RESTART}")
     else:
-        why = "; perhaps by the system, for want of memory" if -code == signal.SIGKILL else ""
-        note(f"error: this process of the run was ended by {signal.Signals(-code).name}{why}; {AGAIN}")
+        why = ", perhaps by the system, as memory ran out" if -code == signal.SIGKILL else ""
+        note(f"error: this process of the run was killed by {signal.Signals(-code).name}{why}; {RESTART}")
     return 128 - code
 
 
@@ -76,13 +76,13 @@ def watched(main: Callable[[], int | None]) -> int | None:
 
 
 def connect(coordinator: str | None, process: int | None, processes: int | None, heartbeat: int) -> None:
-    """Join the other processes of the run, if there are any. Before the first use of a device.
+    """Connect to the other processes of the run, if any. Must be called before the first use of a device.
 
     Args:
-      heartbeat: seconds; a process that has been silent for so long is taken for dead.
+      heartbeat: seconds of silence after which a process counts as dead.
 
     Raises:
-      InputError: the flags are not all there, or the others cannot be reached.
+      InputError: a flag is missing or invalid, or the other processes cannot be reached.
     """
     import jax
 
@@ -92,8 +92,8 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
     if process is not None and processes is not None and not 0 <= process < processes:
         raise InputError(f"--process-id {process}: must be 0 to {processes - 1}, one for each of --processes")
     port = re.fullmatch(r".+:([0-9]{1,5})", coordinator) if coordinator is not None else None
-    if coordinator is not None and not (port and 1 <= int(port[1]) <= MOST_PORT):
-        raise InputError(f"--coordinator {shorten(coordinator)}: write HOST:PORT, the port from 1 to {MOST_PORT}")
+    if coordinator is not None and not (port and 1 <= int(port[1]) <= MAX_PORT):
+        raise InputError(f"--coordinator {shorten(coordinator)}: write HOST:PORT, the port from 1 to {MAX_PORT}")
     if not any(given) and not _on_cloud_tpu():
         return
     if "cpu" in (jax.config.jax_platforms or ""):  # type: ignore[attr-defined]  # options are set at run time
@@ -109,20 +109,20 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
     except ValueError as error:
         if any(given):
             raise InputError(f"--coordinator {shorten(coordinator)}: {first_line(error)}") from None
-        # A TPU that belongs to no cluster that JAX knows: one host.
+        # A TPU outside any cluster that JAX knows: a single host.
     except RuntimeError as error:
         raise InputError(f"the other processes of the run cannot be reached ({first_line(error)})") from None
 
 
 def together(what: str, work: Callable[[], T], *, same: Callable[[T], str]) -> T:
-    """Do `work` on every process; where it fails on one, or its results differ, it fails on all.
+    """Call `work` on every process; if it fails on one, or the results differ, raise on all.
 
     Args:
-      what: the results are about, for the error.
-      same: of the result, what must be the same on all processes.
+      what: names the result in the error.
+      same: maps the result to a text that must be the same on all processes.
 
     Raises:
-      InputError: of this process, or what went wrong on the first one on which something did.
+      InputError: this process's error, or that of the first process with one.
     """
     import jax
 
@@ -142,12 +142,14 @@ def together(what: str, work: Callable[[], T], *, same: Callable[[T], str]) -> T
             raise InputError(f"process {process}: {theirs}")
     for process, theirs in enumerate(share(text)):
         if theirs != text:
-            raise InputError(f"process {process} has {what} unlike this one's: all need the same flags and files")
+            raise InputError(
+                f"process {process} has {what} different from this one's: all processes need the same flags and files"
+            )
     return result
 
 
 def share(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
+    """Gather the texts of all processes, in order."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -163,9 +165,9 @@ def share(text: str) -> list[str]:
 
 
 class StopSignal:
-    """Whether the run has been asked to end: SIGTERM (preemption), and here also Ctrl-C.
+    """Records a signal to stop the run: SIGTERM (preemption) or, in a single process, Ctrl-C.
 
-    With several processes it is enough to ask one: JAX's preemption service finds a step at which all can stop.
+    With several processes a SIGTERM to one suffices: JAX's preemption service finds a step at which all can stop.
     """
 
     def __init__(self):
@@ -177,19 +179,19 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         for number in () if self.several else (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._heard)
+            self.before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _heard(self, number: int, _) -> None:
+    def _receive(self, number: int, _) -> None:
         self.number = number
-        signal.signal(number, self.before[number])  # a second one is not asked to wait
+        signal.signal(number, self.before[number])  # a second signal takes effect at once
 
     def at(self, step: int) -> int:
-        """The signal after whose arrival all processes stop at this step; 0 for none. Once for each step, in order."""
+        """The signal for which all processes stop at this step; 0 for none. Called once per step, in order."""
         if self.several:
             from jax.experimental import multihost_utils
 

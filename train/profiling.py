@@ -1,4 +1,4 @@
-"""`--profile-steps`: a trace of some steps of a run, for TensorBoard's profiler or Perfetto."""
+"""`--profile-steps`: trace some steps of a run for TensorBoard's profiler or Perfetto."""
 
 import re
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from llava_jax.console import InputError, shorten
 
 
 def parse_profile_steps(text: str | None) -> range:
-    """`"A:B"` as the steps A to B, counted from 1.
+    """Parse `"A:B"` as the steps A to B, counted from 1.
 
     Raises:
-      InputError: it is not that.
+      InputError: the text is malformed.
     """
     if text is None:
         return range(0)
@@ -33,16 +33,16 @@ class Trace:
         self.steps, self.directory, self.running = steps, directory, False
 
     def start(self, step: int) -> None:
-        """Before `step`: begin if it is the first to trace."""
+        """Called before `step`: start the trace if `step` is the first to trace."""
         if step in self.steps and not self.running:
             jax.profiler.start_trace(str(self.directory))
             self.running = True
 
     def stop(self, step: int, wait: Callable[[], None], *, last: bool) -> None:
-        """After `step` is dispatched: end if it is the last to trace, or the `last` that this process makes.
+        """Called after `step` is dispatched: stop the trace if `step` is the last to trace, or the process's `last`.
 
         Args:
-          wait: returns when the devices have finished the step.
+          wait: waits until the devices have finished the step.
         """
         if self.running and (last or step + 1 not in self.steps):
             wait()

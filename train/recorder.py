@@ -1,4 +1,4 @@
-"""The metrics of a run's steps: read one step late, written, shown, and watched for losses that are not finite."""
+"""Read the metrics of steps one step late, write and show them, and stop a run whose loss stays non-finite."""
 
 import collections
 import json
@@ -17,22 +17,22 @@ from train.loader import Info
 from train.metrics import MetricsFiles, device_memory
 from train.run import Run
 
-MOST_SKIPPED = 10  # steps in a row that may be left out for a loss or gradient that is not finite
+MAX_SKIPPED = 10  # consecutive steps with a non-finite loss or gradient that stop the run
 
 T = TypeVar("T")
 
 
 class Recorder:
-    """Reads the metrics of each step after the next one is dispatched, so that the devices never wait for the host."""
+    """Reads the metrics of each step after the next one is dispatched, so that devices never wait for the host."""
 
     def __init__(self, run: Run, skipped: int):
-        """`skipped`: steps in a row, up to the start, that were left out."""
+        """`skipped`: consecutive steps before the start that were skipped."""
         self.run, self.config = run, run.config
         self.files = MetricsFiles(run.output.files, run.start) if run.output.first else None
         self.bar = Progress("training", run.total, "steps", every=10.0, done=run.start)
         self.peak = device_peak(run.mesh.devices.flat[0].device_kind)
         self.skipped = skipped
-        self.lost: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_SKIPPED)
+        self.nonfinite: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_SKIPPED)
         self.best = run.checkpoints.best_loss()
         self.waited = 0.0
         self.pending: tuple | None = None  # dispatched, not yet read
@@ -51,10 +51,9 @@ class Recorder:
             self.files.close()
 
     def waiting(self, work: Callable[[], T]) -> T:
-        """Do what the next step has to wait for.
+        """Do `work` that the next step waits for, and measure the wait.
 
-        The time counts as waiting where the devices have nothing to do at the end of it, so the share that is reported
-        is, if anything, too high.
+        The whole time counts as waiting if the devices are idle at its end, so the reported share is an upper bound.
         """
         begun = time.monotonic()
         done = work()
@@ -63,12 +62,12 @@ class Recorder:
         return done
 
     def add(self, step: int, metrics: dict[str, jax.Array], info: Info, batch: Batch) -> None:
-        """`step` has been dispatched: the moment to read the one before it."""
+        """Called after `step` is dispatched: read the metrics of the previous step."""
         self.catch_up()
         self.pending = (step, metrics, info, (*batch.ids.shape[1:], *batch.tiles.shape[1:2]), self.waited)
 
     def catch_up(self) -> None:
-        """Read the step that is not read yet, when it is done, and write what is not written yet."""
+        """Read the pending step's metrics, and write all that are not yet written."""
         self.read()
         if self.record and self.files:
             step = self.record["step"]
@@ -77,8 +76,8 @@ class Recorder:
         self.record = {}
 
     def evaluated(self, loss: float) -> bool:
-        """Record the loss of the evaluation after the step read last; NaN for none. Whether it is the best so far."""
-        self.last_read = time.monotonic()  # an evaluation is no part of the next step
+        """Record the evaluation loss after the last step read (NaN for none). Returns whether it is the best so far."""
+        self.last_read = time.monotonic()  # evaluation time does not count for the next step
         if math.isnan(loss):
             return False
         assert self.record
@@ -89,10 +88,10 @@ class Recorder:
         return better
 
     def read(self) -> None:
-        """Wait for the step that is not read yet, if there is one, and read its metrics.
+        """Wait for the pending step, if any, and read its metrics.
 
         Raises:
-          InputError: it is the last of too many whose loss or gradient is not finite.
+          InputError: the loss or gradient was not finite in too many consecutive steps.
         """
         if self.pending is None:
             return
@@ -139,13 +138,13 @@ class Recorder:
         self.skipped = 0 if ok else self.skipped + 1
         if ok:
             return
-        self.lost.append({"step": step, "ids": ids})
+        self.nonfinite.append({"step": step, "ids": ids})
         if self.skipped == 1:
-            note(f"warning: step {step} is left out: its loss or gradient is not finite")
-        if self.skipped >= MOST_SKIPPED:
+            note(f"warning: step {step} is skipped: its loss or gradient is not finite")
+        if self.skipped >= MAX_SKIPPED:
             path = self.run.output.files / "nonfinite.json"
             if self.run.output.first:
-                path.write_text(json.dumps(list(self.lost)) + "\n")
+                path.write_text(json.dumps(list(self.nonfinite)) + "\n")
                 self.run.output.push()
             raise InputError(
                 f"step {step}: the loss or the gradient is not finite, the {self.skipped}th time in a row; the "

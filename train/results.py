@@ -1,7 +1,7 @@
-"""The result of a run: the model in our format, if asked for in transformers' too, and with LoRA also the adapter.
+"""Export the result of a run: the model in our format, optionally in transformers', and LoRA's adapter.
 
-What was not trained is copied from the input checkpoint's files, tensor by tensor, so it is the same bit for bit
-whatever the run computed in; what was trained is stored in the type that it had there.
+Frozen tensors are copied from the input checkpoint's files one by one, so that they are equal bit for bit, whatever the
+run's compute dtype. Trained tensors are stored in their dtype in the input checkpoint.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from train.step import TrainState
 
 
 def export(output: Output, checkpoint: Checkpoint, model: LlavaConfig, config: TrainConfig, state: TrainState) -> None:
-    """Write `model/`, and `adapter/` if there is one. All processes take part; the first one writes.
+    """Write `model/`, with LoRA also `adapter/`, and `hf/` if configured. All processes call it; the first one writes.
 
     Args:
-      checkpoint: the input.
-      model: what was trained; its image and template settings go along.
+      checkpoint: the input checkpoint.
+      model: the configuration that was trained, with the run's image settings.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the files cannot be written.
     """
-    jax.tree.map(lambda x: x.delete(), state.opt_state)  # room for what follows
+    jax.tree.map(lambda x: x.delete(), state.opt_state)  # to free memory
     params = export_params({}, state.trained)
     if config.tune == "lora":
         lora.save_adapter(output.files / "adapter", params, model, config)
-    trained = {path: _whole(x) for path, x in flatten_dict(params, sep="/").items()}
+    trained = {path: _gathered(x) for path, x in flatten_dict(params, sep="/").items()}
     if not output.first:
         return
     kept = {}
@@ -48,7 +48,7 @@ def export(output: Output, checkpoint: Checkpoint, model: LlavaConfig, config: T
     result = dataclasses.replace(
         source,
         config=model.replace(max_length=config.max_length, **kept),
-        tensors=_merged(source.tensors, trained, config),
+        tensors=_replace_trained(source.tensors, trained, config),
     )
     save(
         output.root / "model",
@@ -62,15 +62,15 @@ def export(output: Output, checkpoint: Checkpoint, model: LlavaConfig, config: T
         write_hf(output.root / "hf", result, checkpoint.tokenizer, overwrite=True)
 
 
-def _whole(x: jax.Array) -> np.ndarray | jax.Array:
-    """An array within reach of this process; on the host if it was spread over several, one after the other."""
+def _gathered(x: jax.Array) -> np.ndarray | jax.Array:
+    """An array that this process can read; an array sharded over processes is gathered to the host."""
     return x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
-def _merged(
+def _replace_trained(
     tensors: dict[str, Tensor], trained: dict[str, np.ndarray | jax.Array], config: TrainConfig
 ) -> dict[str, Tensor]:
-    """The tensors of the input, those that were trained replaced, none of them read yet."""
+    """The input's tensors with the trained ones replaced; nothing is read yet."""
     tensors = dict(tensors)
     for path, x in trained.items():
         if path.endswith("lora_a"):

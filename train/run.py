@@ -1,4 +1,4 @@
-"""What a run is made of: all input opened and checked before a weight is read and anything is compiled."""
+"""Prepare a run: open and check all input, before any weight is read and anything is compiled."""
 
 import collections
 import contextlib
@@ -28,17 +28,17 @@ from train.states import Checkpoints, RunProgress
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run about to start or to resume.
+    """A run that is ready to start or to resume.
 
-    config       as given
+    config       of the run
     mesh         of all devices
-    checkpoint   the model to start from, opened, its weights unread
+    checkpoint   the model to start from, opened, its weights not read
     output       the run's directory, locked
     model        the checkpoint's configuration, with the run's image settings
     checkpoints  the run's own states
-    progress     saved beside the latest of them; None for a run without one
-    data         batches to train on, at the place where the latest state left them
-    eval_data    batches to evaluate on, if there are any
+    progress     saved with the latest state; None without a state
+    data         batches to train on, at the position of the latest state
+    eval_data    batches to evaluate on, if any
     traced       steps to trace
     total        steps of the whole run
     """
@@ -57,30 +57,30 @@ class Run:
 
     @property
     def start(self) -> int:
-        """Steps that an earlier process made."""
+        """Steps completed by earlier processes."""
         return self.progress["step"] if self.progress else 0
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Open all input and check it; read no weight, compile nothing. A refused run leaves no trace.
+    """Open and check all input, without reading weights or compiling. A refused run leaves no files.
 
     Raises:
-      InputError: on all processes, if anything is wrong for one of them.
+      InputError: on all processes, if the input of one is invalid.
       OSError: the output directory cannot be written.
     """
     mesh = make_mesh(parse_mesh(config.mesh) if config.mesh else {FSDP: -1})
     check_batch(config, mesh)
-    with contextlib.ExitStack() as refused:  # undoes what follows, unless all of it succeeds
+    with contextlib.ExitStack() as undo:  # undoes what follows unless all of it succeeds
         traced, checkpoint, output = together(
             "a configuration or data",
-            lambda: open_input(config, refused),
+            lambda: open_input(config, undo),
             same=lambda opened: json.dumps(opened[-1].described),
         )
         checkpoints = Checkpoints(output.root / "checkpoints", config.keep)
         progress = checkpoints.progress(RunProgress)
         data, eval_data = together(
             f"checkpoints in {output.root}",
-            lambda: open_all_data(config, checkpoint, mesh, output.files, progress, refused),
+            lambda: open_all_data(config, checkpoint, mesh, output.files, progress, undo),
             same=lambda _: str(checkpoints.latest),
         )
         total = progress["total"] if progress else data.total_steps
@@ -95,25 +95,25 @@ def prepare(config: TrainConfig) -> Run:
             check_expressible(model)
         if output.first and not output.resumed:
             output.write_config()
-        refused.pop_all()
+        undo.pop_all()
     return Run(config, mesh, checkpoint, output, model, checkpoints, progress, data, eval_data, traced, total)
 
 
-def open_input(config: TrainConfig, refused: contextlib.ExitStack) -> tuple[range, Checkpoint, Output]:
-    """The steps to trace, the input checkpoint, and the run's directory.
+def open_input(config: TrainConfig, undo: contextlib.ExitStack) -> tuple[range, Checkpoint, Output]:
+    """Open the steps to trace, the input checkpoint, and the run's directory.
 
     Args:
-      refused: gets the calls that undo it.
+      undo: receives the calls that undo this.
 
     Raises:
-      InputError: something of it cannot be used.
+      InputError: one of them cannot be used.
     """
     traced = parse_profile_steps(config.profile_steps)
     checkpoint = open_checkpoint(config.checkpoint, vision_tower=config.vision_tower)
     check_preset(config, checkpoint.config)
     output = Output(config, process=jax.process_index())
-    refused.callback(output.close)
-    refused.callback(output.withdraw)  # the last is called first
+    undo.callback(output.close)
+    undo.callback(output.undo)  # the last is called first
     return traced, checkpoint, output
 
 
@@ -123,16 +123,16 @@ def open_all_data(
     mesh: Mesh,
     files: Path,
     progress: dict[str, Any] | None,
-    refused: contextlib.ExitStack,
+    undo: contextlib.ExitStack,
 ) -> tuple[Data, Data | None]:
-    """Batches to train and to evaluate on; the former where `progress` left them.
+    """Open the training data, at the position of `progress`, and the evaluation data.
 
     Args:
-      files: where bad samples are listed.
-      refused: gets the calls that close them.
+      files: directory of the list of bad samples.
+      undo: receives the calls that close the data.
 
     Raises:
-      InputError: they cannot be made.
+      InputError: the data cannot be used.
     """
     part, parts = rows_part(mesh)
     open_part = functools.partial(
@@ -146,10 +146,10 @@ def open_all_data(
         folder=files,
     )
     data = open_part()
-    refused.callback(data.close)
+    undo.callback(data.close)
     eval_data = open_part(path=config.eval_data, train=False) if config.eval_data else None
     if eval_data:
-        refused.callback(eval_data.close)
+        undo.callback(eval_data.close)
     for each in filter(None, (data, eval_data)):
         each.check_memory()
     if progress:
@@ -165,10 +165,10 @@ def open_all_data(
 
 
 def rows_part(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch's rows the devices of this process hold, of how many; processes may share one.
+    """The index of this process's shard of a batch's rows, and the number of shards; processes may share a shard.
 
     Raises:
-      InputError: the rows of one device are spread over processes.
+      InputError: the mesh shards rows unevenly over processes.
     """
     rows_of = collections.defaultdict(set)
     for device, (rows,) in batch_sharding(mesh).devices_indices_map((row_multiple(mesh),)).items():

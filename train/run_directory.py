@@ -1,13 +1,13 @@
-"""A run's directory: its lock, the configuration of its run, its files.
+"""A run's directory: lock, configuration, files.
 
-    config.json           the TrainConfig in force, checksums of its data and checkpoint
-    metrics.jsonl         one object for each logged step; events/ has the same for TensorBoard
-    metrics.N.jsonl       the same of attempts that ended before their first checkpoint
+    config.json           the TrainConfig, checksums of its data and checkpoint
+    metrics.jsonl         one object per logged step; events/ has the same for TensorBoard
+    metrics.N.jsonl       the same for attempts that ended before their first checkpoint
     checkpoints/          states to resume from (states.py)
     model/ hf/ adapter/   the result (results.py)
 
-Small files are appended to in `files`: the directory itself, or, where it is in an object store (`gs://`), which cannot
-append, a copy on this machine that `push` uploads.
+Small files are appended to in `files`: the directory itself, or, for an object store (`gs://`), which cannot append, a
+local copy that `push` uploads.
 """
 
 import dataclasses
@@ -29,27 +29,27 @@ from llava_jax.locks import InUseError, LockedFile
 from train import mixture
 from train.config import TrainConfig
 
-# A run may resume with other values of these: they change where, how fast and how well watched it runs, not its result.
+# A run may resume with other values of these: they change its location, speed and monitoring, not its result.
 MAY_CHANGE = {
     "data", "image_folder", "follow_links", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
     "on_bad_sample", "max_bad_share", "save_every", "save_minutes", "keep", "log_every", "profile_steps", "export_hf",
 }  # fmt: skip
-CHECKSUM = "data_sha256"  # `data` may move, but not change, nor may the share that is taken of each file
-FINGERPRINT = "checkpoint_fingerprint"  # nor may `checkpoint`, whose frozen weights are not in the run's checkpoints
+CHECKSUM = "data_sha256"  # `data` may move, but neither its contents nor the weight of each file may change
+FINGERPRINT = "checkpoint_fingerprint"  # nor may those of `checkpoint`: the run's checkpoints lack its frozen weights
 RESULTS = ("model", "hf", "adapter")
-PLACES, PLACE_BYTES = 16, 4096  # of each of its files that are looked at
+BLOCKS, BLOCK_BYTES = 16, 4096  # of each of its files that are hashed
 
 
 class Output:
-    """The directory, held by this process until `close`, or until it ends.
+    """A run's directory, locked by this process until `close` or exit.
 
     Raises:
-      InputError: another run holds it; it cannot be written; it belongs to something else, or to a run with a
-        different configuration, whose every difference is named.
+      InputError: another run holds the lock; the directory cannot be written; it holds other files, or a run with
+        another configuration (the error names the differences).
     """
 
     def __init__(self, config: TrainConfig, *, process: int = 0):
-        """The first `process` writes; the others only list what is wrong with images of theirs."""
+        """Process 0 writes the directory; the others write only their lists of bad samples."""
         self.root = remote_path(config.output)
         self.process, self.first = process, process == 0
         self.remote = is_remote(config.output)
@@ -59,7 +59,7 @@ class Output:
             self.held = tempfile.TemporaryDirectory(prefix="train-")
             self.files = Path(self.held.name)
         self.described = describe(config)
-        self.warned = False  # that the object store could not be written
+        self.warned = False  # of a failed upload to the object store
         self.resumed = False
         try:
             self.new = not self.root.exists()
@@ -77,14 +77,14 @@ class Output:
             if path.exists():
                 _compare(path, self.described)
                 self.resumed = True
-            if self.first:  # for the others there may be no directory yet
+            if self.first:  # for the others the directory may not exist yet
                 self._check_contents()
             if self.resumed:
                 self._pull()
         except InUseError:
             raise
         except BaseException as error:
-            self.withdraw()
+            self.undo()
             self.close()
             raise self._unusable(error) if isinstance(error, OSError) else error from None
 
@@ -92,7 +92,7 @@ class Output:
         return InputError(f"--output {shorten(self.root)}: cannot be used ({first_line(error)})")
 
     def _check_contents(self) -> None:
-        """Refuse a directory in which a run would write over what no run wrote."""
+        """Raise `InputError` if the run would overwrite files that no run wrote."""
         name = f"--output {shorten(self.root)}"
         if not self.resumed:
             theirs = {path.name for path in self.root.iterdir() if not (path.is_dir() and not any(path.iterdir()))}
@@ -104,12 +104,12 @@ class Output:
                     check_replaceable(self.files / result, f"{name}/{result}")
 
     def is_finished(self, total: int, latest: int | None) -> bool:
-        """Whether all steps were made and the result was written."""
+        """Whether all steps are done and the result is written."""
         results = RESULTS[: 1 + self.described["export_hf"]]
         return latest == total and all((self.root / name / "config.json").exists() for name in results)
 
     def write_config(self) -> None:
-        """Make the directory this run's. (A run refused before, for its data perhaps, leaves nothing.)"""
+        """Write `config.json`, which marks the directory as this run's. (A run refused before that leaves nothing.)"""
         data = (json.dumps(self.described, indent=2) + "\n").encode()
         try:
             if self.remote:
@@ -119,15 +119,15 @@ class Output:
         except OSError as error:
             raise InputError(f"{self.root / 'config.json'}: cannot be written ({first_line(error)})") from None
 
-    def withdraw(self) -> None:
-        """The run is refused: remove what was made for it, unless an earlier process made some of it."""
+    def undo(self) -> None:
+        """Remove the files and directories of a refused run, but none that already existed."""
         if self.resumed or not self.first or not self.root.is_dir():
             return
         for path in (*self.files.glob("bad_samples*.jsonl"), self.files / ".lock"):
             if path.name not in self.before:
                 path.unlink(missing_ok=True)
-        made = [self.root / "checkpoints"] * ("checkpoints" not in self.before) + [self.root] * self.new
-        for directory in made:
+        created = [self.root / "checkpoints"] * ("checkpoints" not in self.before) + [self.root] * self.new
+        for directory in created:
             if directory.exists() and not any(directory.iterdir()):
                 directory.rmdir()
 
@@ -139,17 +139,15 @@ class Output:
             self.held.cleanup()
 
     def push(self, *, last: bool = False) -> None:
-        """Upload the small files to the object store, if that is where the directory is.
-
-        If that fails, a warning says so, and the next time may succeed.
+        """Upload the small files if the directory is in an object store. A failure is logged; the next call retries.
 
         Raises:
-          InputError: it fails, and there is no next time.
+          InputError: the `last` upload fails.
         """
         if not self.remote:
             return
         try:
-            for file in filter(self._is_mine, self.files.rglob("*")):
+            for file in filter(self._is_written_here, self.files.rglob("*")):
                 target = self.root / file.relative_to(self.files)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
@@ -164,16 +162,16 @@ class Output:
 
     def _pull(self) -> None:
         if self.remote:
-            for file in filter(self._is_mine, self.root.iterdir()):
+            for file in filter(self._is_written_here, self.root.iterdir()):
                 (self.files / file.name).write_bytes(file.read_bytes())
 
-    def _is_mine(self, file: epath.Path | Path) -> bool:
-        """Whether this process writes that file: the first all, but for the others' lists of bad samples."""
+    def _is_written_here(self, file: epath.Path | Path) -> bool:
+        """Whether this process writes `file`: process 0 writes all except the other processes' lists of bad samples."""
         listed = re.fullmatch(r"bad_samples\.(\d+)\.jsonl", file.name)
         return file.is_file() and (int(listed[1]) if listed else 0) == self.process
 
     def _lock(self) -> None:
-        """Object stores have no locks: there, two runs in one directory are not noticed."""
+        """Lock the directory. Object stores have no locks, so two runs in one such directory are not detected."""
         if self.remote:
             return
         self.held = LockedFile(self.files / ".lock", f"--output {shorten(self.root)}", "another run")
@@ -181,12 +179,12 @@ class Output:
 
 
 def is_remote(path: str) -> bool:
-    """Whether it is in an object store."""
+    """Whether `path` is in an object store."""
     return "://" in path
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:
-    """What `config.json` holds."""
+    """The contents of `config.json`."""
     checksums = {
         CHECKSUM: mixture.checksum(mixture.read_parts(config.data)),
         FINGERPRINT: fingerprint(config.checkpoint),
@@ -195,10 +193,10 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 
 
 def fingerprint(checkpoint: str) -> str:
-    """Of names, sizes and some bytes of a checkpoint's files: cheap, and another for another training's weights. What
-    else is in its directory, such as runs, does not count.
+    """A hash of the names, sizes and some bytes of a checkpoint's files: cheap, but differs for other weights. Other
+    files in the directory, such as runs, do not count.
 
-    Empty for one in an object store, which is known by its name alone.
+    Empty for a checkpoint in an object store, which is identified by its name alone.
     """
     if is_remote(checkpoint):
         return ""
@@ -208,9 +206,9 @@ def fingerprint(checkpoint: str) -> str:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory)} {size}\n".encode())
         with open_regular(path) as file:
-            for at in range(0, size, -(-size // PLACES) or 1):
+            for at in range(0, size, -(-size // BLOCKS) or 1):
                 file.seek(at)
-                digest.update(file.read(PLACE_BYTES))
+                digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
 
 
@@ -226,7 +224,7 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
         there, {name: wanted[name] for name in (FINGERPRINT, CHECKSUM, *wanted) if name not in MAY_CHANGE | moved}
     ):
         named = list(found)
-        while len(named) > 1 and sum(map(len, named)) > 140:  # so that it is a line
+        while len(named) > 1 and sum(map(len, named)) > 140:  # to fit in a line
             named.pop()
         more = [f"{len(found) - len(named)} more"] * (len(found) > len(named))
         raise InputError(
@@ -236,15 +234,15 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Which of the values wanted, as JSON has them, are others there: "steps is 3 there and 4 here"."""
+    """Describe the values that differ, in JSON: "steps is 3 there and 4 here"."""
     return [
-        f"{name} is {_shown(there.get(name))} there and {_shown(value)} here"
+        f"{name} is {_format(there.get(name))} there and {_format(value)} here"
         for name, value in wanted.items()
         if there.get(name) != value
     ]
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, str):
         return value[:12] + "..." if len(value) == 64 else shorten(json.dumps(value), 40)
     return shorten(json.dumps(value), 40)

@@ -1,8 +1,8 @@
-"""Conversations of a data file, one at a time: read, checked, tokenized, laid out; then their images.
+"""The conversations of data files, one at a time: read, check, tokenize and lay them out, then read their images.
 
-The format is that of `llava_jax.data.conversations`; several files make one list (`train.mixture`). What a conversation
-takes of a row (positions, tiles) is known without its pixels: `Samples.measure` is cheap, `Samples.load` reads the
-images. Either returns a `BadSample` instead of raising an error.
+`llava_jax.data.conversations` reads the format; several files form one list (`train.mixture`). The size of a
+conversation (positions, tiles) does not depend on its pixels: `Samples.measure` is cheap, `Samples.load` reads the
+images. Both return a `BadSample` instead of raising an error.
 """
 
 import collections
@@ -25,30 +25,30 @@ from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import display_name
 from train import mixture
 
-MOST_NAMED = 3  # those that an error names
-MOST_TILES = TILES[-1]  # of a conversation, where --tiles-per-row does not say
+MAX_NAMED = 3  # bad samples that an error names
+MAX_TILES = TILES[-1]  # of a conversation, without --tiles-per-row
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A conversation measured: its row has everything but pixels."""
+    """A measured conversation: its row has everything except pixels."""
 
-    number: int  # among all that a run has; another for each time that its row is repeated
+    number: int  # among all of a run; each repetition of a row has its own
     data: str  # the data file
-    index: int  # of its row there
-    id: Any  # what the data file calls it; its index where it does not
+    index: int  # of its row in the file
+    id: Any  # in the data file; without one, the index
     epoch: int
     row: Row
-    images: tuple[str, ...]  # as the data file names them
-    length: int  # positions after splicing, as truncated
-    truncated: int  # positions beyond that
+    images: tuple[str, ...]  # names in the data file
+    length: int  # positions after splicing and truncation
+    truncated: int  # positions that truncation removed
 
     @property
     def tiles(self) -> int:
         return self.row.tile_count
 
     def bad(self, reason: str, file: str | None = None) -> "BadSample":
-        """The same as one that cannot be trained on."""
+        """This conversation as a bad sample."""
         return BadSample(self.number, self.data, self.index, self.id, file, reason)
 
 
@@ -60,37 +60,37 @@ class BadSample:
     data: str
     index: int
     id: Any
-    file: str | None  # the image at fault, if one is
+    file: str | None  # the broken image, if any
     reason: str
 
     def describe(self, *, path: bool = True) -> str:
-        """Where it is and what is wrong, as an error names it; without the data file's `path` if that is known."""
+        """Location and reason, for an error; without the data file's `path` if the error already names it."""
         name = "" if self.id == self.index else f" (id {shorten(self.id, 40)})"
         return f"{shorten(self.data) + ' ' if path else ''}row {self.index}{name}: {self.reason}"
 
 
 def describe_first(bad: Sequence[BadSample], total: int = 0, *, path: str = "") -> str:
-    """The first few bad samples in a line, and how many more there are.
+    """The first few bad samples in a line, and the number of further ones.
 
     Args:
-      total: all there are; 0 for those of `bad`.
-      path: the data file that the line has named before them, which is not named again.
+      total: number of bad samples; 0 for those in `bad`.
+      path: the data file that the line already names, which is not repeated.
     """
-    named = []
-    for one in bad[:MOST_NAMED]:
-        named.append(one.describe(path=shorten(one.data) != path))
+    descriptions = []
+    for one in bad[:MAX_NAMED]:
+        descriptions.append(one.describe(path=shorten(one.data) != path))
         path = shorten(one.data)
-    more = max(total, len(bad)) - len(named)
-    return "; ".join([*named, *[f"and {more} more"] * bool(more)])
+    more = max(total, len(bad)) - len(descriptions)
+    return "; ".join([*descriptions, *[f"and {more} more"] * bool(more)])
 
 
 class SampleSource(Protocol):
-    """What batches are made of: `Samples`, or what a plan assumes (`train.drawn`)."""
+    """A source of conversations: `Samples`, or the assumption of a plan (`train.drawn`)."""
 
     path: str
     model: LlavaConfig
     has_image: np.ndarray
-    most_images: int
+    max_images: int
     repeats: int
     template: str
 
@@ -100,14 +100,14 @@ class SampleSource(Protocol):
 
 
 class Samples:
-    """The conversations of a data file, or of several: a `SampleSource`.
+    """The conversations of one or several data files: a `SampleSource`.
 
     Attributes:
-      path: the file, or in a few words the files.
-      model: whose image tiles and tokens they become.
+      path: the file, or a short description of the files.
+      model: the configuration that decides tiles and tokens.
       has_image: bool [n].
-      most_images: that a row names.
-      repeats: times that a row occurs among them, at most.
+      max_images: the maximum number of images of a row.
+      repeats: the maximum number of times that a row occurs.
       template: the name of the conversation template.
     """
 
@@ -127,12 +127,12 @@ class Samples:
         """Read data files.
 
         Args:
-          data: as `--data` has it (`train.mixture`).
+          data: the values of `--data` (`train.mixture`).
           template: None for the model's own.
           max_length: positions after splicing at which a conversation is truncated, on the right.
-          image_first: "as_is" puts the mark of a single image in front of its turn, as the reference does; "random"
-            there or after it, as the paper does (LLaVA, Liu et al. 2023, 4.2), drawn again for each epoch.
-          follow_links: also those in the image folder that lead out of it.
+          image_first: "as_is" puts the mark of a single image before its turn, as the reference does; "random" before
+            or after it, as the paper does (LLaVA, Liu et al. 2023, 4.2), drawn anew for each epoch.
+          follow_links: follow links that lead out of the image folder.
 
         Raises:
           InputError: a file, the folder or the template cannot be used.
@@ -140,8 +140,9 @@ class Samples:
         self.template = template or choose_template(model)
         if is_jinja(self.template):
             raise InputError(
-                f"the checkpoint has a chat template of its own ({model.template_from}), which does not say what is "
-                f"trained: name one with --template ({choose_template(model.replace(template=None))} suits its decoder)"
+                f"the checkpoint has a chat template of its own ({model.template_from}), which does not mark "
+                f"what is trained: choose one with --template ({choose_template(model.replace(template=None))} suits "
+                f"its decoder)"
             )
         self._template = get_template(self.template)
         self._check_template(tokenizer)
@@ -152,7 +153,7 @@ class Samples:
         prepare_tokenizer(tokenizer, model)
 
     def _read_files(self, parts: Sequence[mixture.Part]) -> None:
-        """Read the rows of all files, and choose those that are taken of each."""
+        """Read the rows of all files, and choose those to use from each."""
         self.path = mixture.describe(parts)
         self._rows = {path: read_rows(path) for path in dict.fromkeys(part.path for part in parts)}
         for path, contents in self._rows.items():
@@ -161,14 +162,14 @@ class Samples:
                 note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
         self._paths = [part.path for part in parts]
         chosen = [part.choose(len(self._rows[part.path]), (self._seed, i)) for i, part in enumerate(parts)]
-        chosen_of = collections.defaultdict(list)  # of a file, which several parts may name
+        chosen_of = collections.defaultdict(list)  # per file, which several parts may name
         for path, indices in zip(self._paths, chosen, strict=True):
             chosen_of[os.path.realpath(path)].append(indices)
         self.repeats = max(int(np.bincount(np.concatenate(indices)).max()) for indices in chosen_of.values())
         self._part, self._index = np.repeat(np.arange(len(parts)), list(map(len, chosen))), np.concatenate(chosen)
         counts = {path: np.array(list(map(count_images, rows))) for path, rows in self._rows.items()}
         images = np.concatenate([counts[path][indices] for path, indices in zip(self._paths, chosen, strict=True)])
-        self.has_image, self.most_images = images > 0, int(images.max())
+        self.has_image, self.max_images = images > 0, int(images.max())
 
     def __len__(self) -> int:
         return len(self._index)
@@ -176,7 +177,7 @@ class Samples:
     def measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
         """Tokenize a conversation and lay out its images.
 
-        The result depends on the arguments and the seed alone.
+        The result depends only on the arguments and the seed.
         """
         number, data, index = index, self._paths[self._part[index]], int(self._index[index])
         row = self._rows[data][index]
@@ -205,15 +206,15 @@ class Samples:
             row, length = self._truncate(whole)
             assert row.labels is not None
             if not (row.labels[1:] != IGNORE).any():
-                asked = (labels[1:] != IGNORE).any()
-                raise InputError(f"no answer within {self._max_length} positions" if asked else "no answer")
+                has_answer = (labels[1:] != IGNORE).any()
+                raise InputError(f"no answer within {self._max_length} positions" if has_answer else "no answer")
             room = length if self._max_length is None else min(length, self._max_length)
             return Sample(number, data, index, name, epoch, row, images[: len(row.layouts)], room, length - room)
         except InputError as error:
             return BadSample(number, data, index, name, image and display_name(image), str(error))
 
     def load(self, sample: Sample) -> Row | BadSample:
-        """The conversation with its tiles."""
+        """Read a conversation's tiles."""
         loaded = []
         for name, place in zip(sample.images, sample.row.layouts, strict=True):
             try:
@@ -226,14 +227,14 @@ class Samples:
         stop = self._template.stop or ""
         if stop.startswith("<") and tokenizer.token_id(stop) is None:
             raise InputError(
-                f"--template {self.template}: its answers end in {stop}, which is no token of this checkpoint's "
-                "tokenizer; choose a template that fits the model"
+                f"--template {self.template}: its answers end in {stop}, which is not a token of this "
+                "checkpoint's tokenizer; choose a template that fits the model"
             )
 
     def _truncate(self, row: Row) -> tuple[Row, int]:
-        """The row truncated after `max_length` positions, and how many it had before.
+        """The row truncated to `max_length` positions, and its length before.
 
-        Images of which nothing is left are not read, and take no room.
+        Images that are truncated entirely are dropped from the row.
         """
         taken = positions_per_id(row, self.model)
         length = int(taken.sum())
@@ -245,8 +246,8 @@ class Samples:
         return Row(ids, row.layouts[: int((ids == IMAGE).sum())], labels=labels), length
 
     def _layout(self, image: str) -> TileLayout:
-        """Only anyres needs an image's size. Other images are not opened before their batch is loaded, so that each
-        process opens only its own."""
+        """The layout of an image. Only anyres needs its size; otherwise the image is not opened before its batch is
+        loaded, so that each process opens only its own images."""
         found = self._folder.find(image)
         side = self.model.vision.image_size
         size = image_size(found) if self.model.aspect_ratio == "anyres" else (side, side)
@@ -254,7 +255,7 @@ class Samples:
 
 
 def measure_within(samples: SampleSource, max_tiles: int, index: int, epoch: int = 0) -> Sample | BadSample:
-    """`samples.measure`, where a conversation of more tiles than `max_tiles`, which fit a row, is bad."""
+    """`samples.measure`, but a conversation with more than `max_tiles` tiles, the room of a row, is bad."""
     one = samples.measure(index, epoch)
     if isinstance(one, Sample) and one.tiles > max_tiles:
         return one.bad(f"{one.tiles} tiles, and a row has room for {max_tiles} (--tiles-per-row)")
@@ -262,6 +263,6 @@ def measure_within(samples: SampleSource, max_tiles: int, index: int, epoch: int
 
 
 def split_bad(found: Iterable[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:
-    """Good and bad ones, each in their order."""
+    """Split into good and bad samples, each in order."""
     found = list(found)
     return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]

@@ -1,10 +1,10 @@
-"""States of a run, saved while it continues, and restored onto any mesh.
+"""States of a run: saved while it continues, restored onto any mesh.
 
     checkpoints/N/state      trained parameters and optimizer after N steps (Orbax)
-    checkpoints/N/progress   where the data stands, and what else the loop has to know (JSON)
+    checkpoints/N/progress   position in the data, and other state of the loop (JSON)
 
-Orbax copies the state to the host, and writes it while the next steps are computed. A checkpoint appears under its
-name when it is whole; older ones are removed only after that.
+Orbax copies the state to the host, and writes it while the devices compute the next steps. A checkpoint gets its name
+when it is complete; older ones are removed only after that.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from llava_jax.json_files import check_json, parse_json
 from train.processes import share
 
 _policies = ocp.checkpoint_managers
-GO_BACK = "remove this directory to resume from the checkpoint before it"
-LOOK_EVERY = 50  # steps, at most, between two times that processes read the clock of the first
+REMOVE_CHECKPOINT = "remove this directory to resume from the previous checkpoint"
+MAX_STEPS_BETWEEN_READS = 50  # of the clock of process 0, by all processes
 
 
 class DataProgress(TypedDict):
-    """Where the data stands (`Data.get_state`)."""
+    """The position in the data (`Data.get_state`)."""
 
     conversations: int
     rows: Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -39,7 +39,7 @@ class DataProgress(TypedDict):
 
 
 class RunProgress(TypedDict):
-    """What a run saves beside a state."""
+    """The JSON saved with a state."""
 
     step: Annotated[int, Meta(ge=1)]
     total: Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -48,19 +48,19 @@ class RunProgress(TypedDict):
 
 
 class Losses(TypedDict):
-    """What is saved beside a state that was evaluated."""
+    """The JSON saved with a state that was evaluated."""
 
     eval_loss: float
 
 
 class Checkpoints:
-    """The checkpoints of one run. All processes take part in every call.
+    """The checkpoints of one run. All processes make every call.
 
     Args:
-      keep: the latest so many are kept, and the one of the lowest `eval_loss`.
+      keep: the number of latest checkpoints to keep, in addition to the one with the lowest `eval_loss`.
 
     Raises:
-      InputError: what is in the directory cannot be read.
+      InputError: the directory cannot be read.
     """
 
     def __init__(self, directory: epath.Path, keep: int):
@@ -81,7 +81,7 @@ class Checkpoints:
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
-        except (TypeError, ValueError) as error:  # what Orbax says of a file of its own
+        except (TypeError, ValueError) as error:  # Orbax raises them for damaged files
             raise InputError(
                 f"{shorten(directory)}: cannot be read ({shorten(first_line(error))}); remove the damaged checkpoint"
             ) from None
@@ -93,18 +93,18 @@ class Checkpoints:
         return max(self.manager.all_steps(read=True), default=None)
 
     def save(self, step: int, state: Any, progress: dict[str, Any], eval_loss: float | None = None) -> None:
-        """Begin to save. If that fails, now or later, a warning says so, and the next attempt may succeed.
+        """Start to save. A failure, now or later, logs a warning; the next call retries.
 
         Args:
           progress: JSON-able.
-          eval_loss: of this state, if it was evaluated and is finite.
+          eval_loss: of this state, if evaluated and finite.
         """
         self.settle()
         if step == self.latest:
             return
         try:
             if self.failed:
-                self.manager.reload()  # what is there, not what was to be
+                self.manager.reload()  # list the checkpoints that exist, without the failed one
             self.manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
@@ -112,35 +112,35 @@ class Checkpoints:
                 force=True,
             )
             self.failed = None
-        except Exception as error:  # whatever the file system, TensorStore and Orbax raise
+        except Exception as error:  # from the file system, TensorStore or Orbax, of any type
             self._warn(step, error)
 
     def settle(self) -> None:
-        """Wait for the save under way, if any."""
+        """Wait for the save in progress, if any."""
         try:
             self.manager.wait_until_finished()
         except Exception as error:
             self._warn(None, error)
 
     def finish(self) -> None:
-        """The same where nothing comes after.
+        """Wait for the last save.
 
         Raises:
-          InputError: the last state is not saved.
+          InputError: it failed.
         """
         self.settle()
         if self.failed:
-            self._clean()  # once more: a write that was under way may have made its directory anew
+            self._clean()  # again: a write in progress may have recreated its directory
             raise InputError(f"{self.manager.directory}: the last state is not saved ({self.failed}); {self._left()}")
 
     def progress(self, kind: Any = dict[str, Any]) -> dict[str, Any] | None:
-        """What was saved beside the latest state; None if there is no checkpoint.
+        """The JSON saved with the latest state; None if there is no checkpoint.
 
         Args:
-          kind: the type that it must be of, as `RunProgress`.
+          kind: its required type, such as `RunProgress`.
 
         Raises:
-          InputError: it cannot be read, or is something else.
+          InputError: it cannot be read, or has another type.
         """
         if self.latest is None:
             return None
@@ -151,20 +151,20 @@ class Checkpoints:
             if progress.get("step", self.latest) != self.latest:
                 raise InputError(f"{shorten(where)}: progress is that of step {shorten(progress['step'], 20)}")
         except InputError as error:
-            raise InputError(f"{error}; {GO_BACK}") from None
+            raise InputError(f"{error}; {REMOVE_CHECKPOINT}") from None
         return progress
 
     def restore(self, like: Any) -> Any:
-        """The latest state.
+        """Restore the latest state.
 
         Args:
-          like: a state whose shapes, types and places on the mesh the result takes; its arrays are deleted.
+          like: a state with the shapes, dtypes and shardings of the result; its arrays are deleted.
 
         Raises:
-          InputError: it cannot be read.
+          InputError: the state cannot be read.
         """
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        jax.tree.map(lambda x: x.delete(), like)  # so that there is room
+        jax.tree.map(lambda x: x.delete(), like)  # to free memory
         return self._read(state=ocp.args.StandardRestore(wanted))["state"]
 
     def _read(self, **items) -> Any:
@@ -173,11 +173,12 @@ class Checkpoints:
             return self.manager.restore(self.latest, args=ocp.args.Composite(**items))
         except Exception as error:
             raise InputError(
-                f"{self.manager.directory / str(self.latest)}: cannot be read ({first_line(error)}); {GO_BACK}"
+                f"{self.manager.directory / str(self.latest)}: cannot be read ({first_line(error)}); "
+                f"{REMOVE_CHECKPOINT}"
             ) from None
 
     def best_loss(self) -> float | None:
-        """The lowest evaluation loss of a checkpoint that is there."""
+        """The lowest evaluation loss of the existing checkpoints."""
         best = self.manager.best_step()
         metrics = None if best is None else self.manager.metrics(best)
         return metrics and metrics["eval_loss"]
@@ -194,9 +195,9 @@ class Checkpoints:
         note(f"warning: {what} could not be saved ({self.failed}); the run continues, {self._left()}")
 
     def _clean(self) -> None:
-        """Remove what failed saves have begun: a full disk has no room for it."""
+        """Remove incomplete checkpoints of failed saves, to free disk space."""
         directory = self.manager.directory
-        with contextlib.suppress(OSError):  # a write that is still under way
+        with contextlib.suppress(OSError):  # a write is still in progress
             for path in directory.iterdir() if directory.is_dir() else ():
                 if "orbax-checkpoint-tmp" in path.name:
                     path.rmtree(missing_ok=True)
@@ -206,7 +207,7 @@ class Checkpoints:
 
 
 def _check_losses(directory: epath.Path) -> None:
-    """Raise an InputError if an evaluation loss saved beside a state is none. Orbax reads all of them at once."""
+    """Raise an InputError if the saved evaluation loss of a state is invalid; Orbax reads all of them at once."""
     for step in directory.iterdir() if directory.is_dir() else ():
         file = step / "metrics" / "metrics"
         if not (step.name.isdecimal() and file.exists()):
@@ -221,30 +222,30 @@ def _check_losses(directory: epath.Path) -> None:
 
 
 class SaveClock:
-    """Says when `minutes` have passed since the last checkpoint.
+    """Decides when `minutes` have passed since the last checkpoint.
 
     With several processes all use the clock of process 0. Reading it waits for the devices, so process 0 also
-    estimates, from the time that a step takes, after how many steps it is to be read again.
+    estimates, from the time per step, after how many steps to read it again.
     """
 
     def __init__(self, minutes: float, step: int):
-        """`minutes`: between checkpoints, 0 for no limit; `step`: the last one that was made."""
+        """`minutes`: between checkpoints, 0 for no limit; `step`: the last completed step."""
         self.seconds = 60 * minutes
         self.saved(step)
 
     def saved(self, step: int) -> None:
-        """This step's checkpoint is written, or is being written."""
-        self.last, self.begun, self.look_at = step, time.monotonic(), step + 1
+        """Called when this step's checkpoint is written, or being written: restart the clock."""
+        self.last, self.begun, self.check_at = step, time.monotonic(), step + 1
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after this step. All processes call it after each step, and get the same answer."""
-        if not self.seconds or step < self.look_at:
+        """Whether to save after this step. All processes call it after each step, with the same result."""
+        if not self.seconds or step < self.check_at:
             return False
         passed = time.monotonic() - self.begun
         left = self.seconds - passed
         if jax.process_count() == 1:
             return left <= 0
-        steps = left * (step - self.last) / max(passed, 1e-9)  # that are made until then
-        first, *_ = share(str(0 if left <= 0 else int(min(max(steps, 1), LOOK_EVERY))))
-        self.look_at = step + int(first)
+        steps = left * (step - self.last) / max(passed, 1e-9)  # until a save is due
+        first, *_ = share(str(0 if left <= 0 else int(min(max(steps, 1), MAX_STEPS_BETWEEN_READS))))
+        self.check_at = step + int(first)
         return first == "0"

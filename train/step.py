@@ -1,4 +1,4 @@
-"""A training step: loss, gradient of what is trained, optimizer; and the evaluation of a batch.
+"""A training step: loss, gradient of the trained parameters, optimizer; and the evaluation of a batch.
 
     params --setup--> frozen (compute dtype)
                       state  (float32 masters, optimizer) --step_fn--> state
@@ -40,13 +40,13 @@ Metrics = dict[str, jax.Array]
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """The state that a step updates.
 
-    step           int32: steps tried
+    step           int32: steps, including skipped ones
     trained        master weights, float32, layers stacked
-    opt_state      of optax, for these only
-    skipped        int32: steps in a row, up to the last, that were left out for a loss or gradient that is not finite
-    skipped_total  int32: all of them
+    opt_state      of optax, for the trained parameters only
+    skipped        int32: latest consecutive steps skipped because the loss or gradient was not finite
+    skipped_total  int32: all skipped steps
     """
 
     step: jax.Array
@@ -67,20 +67,20 @@ EvalFn = Callable[[Params, TrainState, Batch], Metrics]
 def setup(
     params: Params, model: LlavaConfig, config: TrainConfig, mesh: Mesh, total_steps: int
 ) -> tuple[Params, TrainState, StepFn, EvalFn]:
-    """All that a run needs to train a model.
+    """Make the initial state and the step functions of a run.
 
     Args:
-      params: as `checkpoints.checkpoint` loads them, best in the types of `load_dtype`; empty afterwards. Or their
-        shapes (`llava.param_shapes`): then `frozen` and `state` are shapes too, to compile ahead of time.
+      params: as `checkpoints.checkpoint` loads them, preferably in the dtypes of `load_dtype`; empty afterwards. Or
+        their shapes (`llava.param_shapes`): then `frozen` and `state` are shapes too, to compile ahead of time.
       total_steps: of the whole run, for the schedule.
 
     Returns:
-      frozen: what is not trained, in the compute dtype.
-      state: the start.
-      step_fn: (frozen, state, batch) -> (state, metrics), compiled for each shape of batch; the state given is
-        consumed. Metrics are scalars: `loss` (mean over all labelled positions of the global batch), `grad_norm` (of
-        all that is trained, before clipping), `learning_rate` (of the decoder, or of the first part trained),
-        `labelled` (positions), `ok` (False: the step was left out).
+      frozen: the frozen parameters, in the compute dtype.
+      state: the initial state.
+      step_fn: (frozen, state, batch) -> (state, metrics), compiled for each batch shape; it donates its `state`.
+        Metrics are scalars: `loss` (mean over all labelled positions of the global batch), `grad_norm` (of
+        all trained parameters, before clipping), `learning_rate` (of the decoder, or of the first trained part),
+        `labelled` (positions), `ok` (False: the step was skipped).
       eval_fn: (frozen, state, batch) -> `loss_sum` and `labelled`.
 
     Raises:
@@ -89,7 +89,9 @@ def setup(
     partition = Partition(model, mesh)
     frozen, trained = split_params(params, config, partition)
     if not trained:
-        raise InputError(f"--tune {config.tune}: a model with projector {model.projector!r} has nothing to train there")
+        raise InputError(
+            f"--tune {config.tune}: a model with projector {model.projector!r} has no parameters to train there"
+        )
     top_rate = peak(part_of(min(trained)), config)
     frozen, trained = unflatten_dict(frozen, sep="/"), unflatten_dict(trained, sep="/")
     optimizer = make_optimizer(config, total_steps)
@@ -104,7 +106,7 @@ def setup(
 
 
 def start_state(trained: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step: moments are sharded as their parameters, all else is replicated."""
+    """The state before the first step: moments are sharded as their parameters, the rest is replicated."""
     replicated = NamedSharding(mesh, P())
     opt_shardings = optax.tree_map_params(
         optimizer,
@@ -126,11 +128,11 @@ def start_state(trained: Params, optimizer: optax.GradientTransformation, mesh: 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The functions that are compiled, and what is static in them.
+    """The functions to compile, and their static values.
 
     schedule   step -> share of the peak learning rate
-    top_rate   the peak that metrics are about
-    shardings  of what is trained
+    top_rate   peak of the learning rate in the metrics
+    shardings  of the trained parameters
     """
 
     model: LlavaConfig
@@ -142,7 +144,7 @@ class Steps:
     shardings: Any
 
     def step(self, frozen: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One step; left out, but for its count, where the loss or the gradient is not finite."""
+        """One step; if the loss or the gradient is not finite, only the counts change."""
         labelled = jnp.sum(next_tokens(batch) != IGNORE)
         loss, grads = self.loss_and_gradients(frozen, state, batch, labelled)
         norm = optax.tree.norm(grads)
@@ -161,10 +163,10 @@ class Steps:
         return TrainState(state.step + 1, trained, opt_state, skipped, state.skipped_total + ~ok), metrics
 
     def loss_and_gradients(self, frozen: Params, state: TrainState, batch: Batch, labelled: jax.Array):
-        """Mean over the labelled positions; summed over the parts that rows are computed in, one after the other."""
+        """Mean loss over the labelled positions and its gradient, summed over the accumulated parts."""
         config = self.config
-        # For dropout, which takes a number for each input of each adapter: "rbg" is one operation, which TPUs have in
-        # hardware; JAX's usual generator makes a number by some fifty.
+        # For dropout, which needs a number for each input of each adapter: "rbg" is a single operation that TPUs have
+        # in hardware; JAX's default generator takes about fifty per number.
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
 
         def loss_of_part(trained, part, number):
@@ -182,8 +184,8 @@ class Steps:
         parts = split_batch(batch, config.accumulate, self.partition)
         if config.accumulate == 1:
             return of_part(batch, 0)
-        none = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
-        return jax.lax.scan(add, none, (parts, jnp.arange(config.accumulate)))[0]
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
+        return jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulate)))[0]
 
     def evaluate(self, frozen: Params, state: TrainState, batch: Batch) -> Metrics:
         """The sum of the loss over a batch, and the number of its labelled positions."""
@@ -196,10 +198,10 @@ class Steps:
 
 
 def split_batch(batch: Batch, parts: int, partition: Partition) -> Batch:
-    """Leaves [B, ...] as [parts, B / parts, ...]: every device splits its own rows.
+    """Reshape leaves [B, ...] to [parts, B / parts, ...]; each device splits its own rows.
 
     Raises:
-      InputError: they do not divide.
+      InputError: the rows do not divide evenly.
     """
     rows, shards = batch.ids.shape[0], partition.row_shards
     if rows % (shards * parts):

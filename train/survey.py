@@ -1,6 +1,6 @@
-"""What the data is like, from some of its conversations that are looked at before a run: what its batches follow from.
+"""Survey the data before a run: measure a sample of its conversations, from which the shapes of batches follow.
 
-Up to `packing.WINDOW` conversations, spread over the data, are measured; of a few of them the images are read.
+`survey_data` measures up to `packing.WINDOW` conversations, spread over the data, and reads the images of a few.
 """
 
 import dataclasses
@@ -13,20 +13,20 @@ from train.bad_samples import BadSamples
 from train.config import TrainConfig
 from train.samples import BadSample, Sample, SampleSource, describe_first, split_bad
 
-TRIALS = 8  # conversations whose images are tried, until those of one can be read
-FEW = 32  # if at most so many of those looked at have images, those of all are read
+MAX_TRIALS = 8  # conversations whose images are read, until those of one are readable
+FEW_WITH_IMAGES = 32  # if at most this many surveyed conversations have images, all images are read
 
 Rows = list[list[Sample]]  # the conversations of each row
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """The conversations looked at.
+    """The surveyed conversations.
 
-    samples   all of the data
-    train     whether it is trained on, not only evaluated on
-    looked_at how many were looked at
-    measured  those of them that can be trained on
+    samples   all the data
+    train     whether the data is for training, not only for evaluation
+    looked_at number of surveyed conversations
+    measured  those that can be trained on
     """
 
     config: TrainConfig
@@ -37,56 +37,56 @@ class Survey:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all conversations were looked at."""
+        """Whether all conversations were surveyed."""
         return self.looked_at == len(self.samples)
 
-    def of_all(self, n: float) -> float:
-        """What there is of something in all the data, if there is `n` of it in what was looked at."""
+    def extrapolate(self, n: float) -> float:
+        """Scale a count `n` of the surveyed conversations to all the data."""
         return n * len(self.samples) / self.looked_at
 
     @property
     def usable(self) -> int:
-        """Conversations that can be trained on; an estimate, unless all have been looked at."""
+        """Number of conversations that can be trained on; an estimate, unless all were surveyed."""
         return len(self.measured) * len(self.samples) // self.looked_at
 
     @property
     def wanted(self) -> int:
-        """Conversations that a batch is to hold: as many as asked for, or all there are."""
+        """The target number of conversations per batch: `global_batch_size`, or all if there are fewer."""
         return min(self.config.global_batch_size, self.usable)
 
     def check_parts(self) -> None:
         """Raises:
-        InputError: a batch has fewer conversations than accumulated parts.
+        InputError: `accumulate` exceeds the number of conversations per batch.
         """
         if self.train and self.config.accumulate > self.wanted:
             raise InputError(
-                f"--accumulate {self.config.accumulate}: at most the {plural(self.wanted, 'conversation')} of a batch: "
-                "each part needs one"
+                f"--accumulate {self.config.accumulate}: must be at most the {plural(self.wanted, 'conversation')} of "
+                "a batch, as each part needs one"
             )
 
     @property
-    def _room(self) -> int:
-        """Uncropped tiles that fill `max_length` positions. No conversation has more images: each has at least one such
-        tile, and those that begin later are truncated."""
+    def _max_whole_tiles(self) -> int:
+        """Uncropped tiles that fill `max_length` positions. No conversation has more images: each image has at least
+        one such tile, and images that begin later are truncated."""
         return -(-self.config.max_length // self.samples.model.vision.features_per_tile)
 
     @property
     def max_tiles(self) -> int:
-        """Tiles that no conversation of the data exceeds, whether it has been looked at or not."""
-        return min(self.samples.most_images, self._room) * max_tiles(self.samples.model)
+        """An upper bound on the tiles of any conversation of the data, surveyed or not."""
+        return min(self.samples.max_images, self._max_whole_tiles) * max_tiles(self.samples.model)
 
     @property
-    def least_tiles(self) -> int:
-        """Tiles of one image, and of as many others that a conversation names as fill `max_length` positions uncropped.
+    def min_tiles(self) -> int:
+        """The tiles of one image, or of the uncropped images of a conversation that fit `max_length`, if more.
 
-        With one tile an image this is `max_tiles`. With anyres that bound is several times what any row of images of
-        usual shapes has, and all rows would be padded to it.
+        With one tile per image this equals `max_tiles`. With anyres that bound is several times the tiles of a row of
+        images of usual shapes, and all rows would be padded to it.
         """
-        one = min(self.samples.most_images, 1) * max_tiles(self.samples.model)
-        return max(one, min(self.max_tiles, self._room))
+        one = min(self.samples.max_images, 1) * max_tiles(self.samples.model)
+        return max(one, min(self.max_tiles, self._max_whole_tiles))
 
 
-def look(
+def survey_data(
     config: TrainConfig,
     samples: SampleSource,
     bad_samples: BadSamples,
@@ -95,25 +95,25 @@ def look(
     *,
     train: bool,
 ) -> Survey:
-    """Measure some conversations, spread over the data, and check that the images of at least one can be read.
+    """Measure conversations spread over the data, and check that the images of at least one are readable.
 
-    Text alone can always be read, and shows nothing about the image folder. Where few of those looked at have
-    images, and they are to be trained on, all images are read.
+    Conversations without images reveal nothing about the image folder. If only a few of the surveyed training
+    conversations have images, all their images are read.
 
     Args:
-      bad_samples: counts those that are bad.
-      measure: number of a conversation -> what it takes of a row.
-      map: as the built-in one, perhaps in threads.
+      bad_samples: counts the bad ones.
+      measure: maps the number of a conversation to its measured sample.
+      map: like the built-in one, possibly threaded.
 
     Raises:
-      InputError: none can be trained on, no image can be read, or too many conversations are bad.
+      InputError: no conversation can be trained on, no image is readable, or too many conversations are bad.
     """
     chosen = range(0, len(samples), -(-len(samples) // packing.WINDOW))
     good, bad = split_bad(map(measure, chosen))
     with_images = [one for one in good if one.images]
     broken = [one for one in bad if one.file]
-    few, readable = train and len(with_images) <= FEW, False
-    for one in with_images[:: 1 if few else -(-len(with_images) // TRIALS) or 1]:
+    few, readable = train and len(with_images) <= FEW_WITH_IMAGES, False
+    for one in with_images[:: 1 if few else -(-len(with_images) // MAX_TRIALS) or 1]:
         loaded = samples.load(one)
         if isinstance(loaded, BadSample):
             broken.append(loaded)
@@ -123,9 +123,9 @@ def look(
         if not few:
             break
     if broken and not readable:
-        raise InputError(f"none of its images can be read; first of all, {describe_first(broken)}")
+        raise InputError(f"none of its images can be read; the first ones: {describe_first(broken)}")
     if not good:
-        raise InputError(f"nothing in it can be trained on; first of all, {describe_first(bad)}")
+        raise InputError(f"nothing in it can be trained on; the first ones: {describe_first(bad)}")
     bad.sort(key=lambda one: one.number)
     bad_samples.add(bad, seen=len(chosen), known_to_all=True)
     bad_samples.begin()
@@ -133,32 +133,32 @@ def look(
 
 
 def describe_multiple(config: TrainConfig) -> str:
-    """What the number of a batch's rows must be a multiple for."""
+    """What requires the number of rows to be a multiple, for messages."""
     if config.accumulate > 1:
         return f"the mesh, the number of processes and --accumulate {config.accumulate}"
     return "the mesh and the number of processes"
 
 
 def estimate(survey: Survey, rows: Rows, positions: float, tiles: float, conversations: float) -> dict[str, float]:
-    """What batches are like on average, if those looked at are like all.
+    """Estimate averages of batches from the surveyed conversations.
 
     Args:
-      rows: in which the conversations looked at are.
-      positions, tiles: of the batches that these rows make.
-      conversations: of a batch.
+      rows: the rows of the surveyed conversations.
+      positions, tiles: the total of the batches of these rows.
+      conversations: per batch.
 
     Returns:
-      `padding` and `tile_padding`, shares, and of a batch `conversations` and `tokens`, which are positions in use.
+      The shares `padding` and `tile_padding`, and per batch `conversations` and `tokens` (positions in use).
     """
     used = sum(one.length for row in rows for one in row)
     return {
-        "padding": unused(used, positions),
-        "tile_padding": unused(sum(one.tiles for row in rows for one in row), tiles),
+        "padding": unused_share(used, positions),
+        "tile_padding": unused_share(sum(one.tiles for row in rows for one in row), tiles),
         "conversations": conversations,
         "tokens": conversations * used / len(survey.measured),
     }
 
 
-def unused(used: int, room: float) -> float:
-    """The share of room that is not used."""
+def unused_share(used: int, room: float) -> float:
+    """The share of `room` that is not used."""
     return float(1 - used / room) if room else 0.0

@@ -1,1 +1,1 @@
-"""Programs compiled ahead of time: TPU topologies, and what a compiled program needs."""
+"""Ahead-of-time compilation: TPU topologies, and the memory, FLOPs and bytes sent of compiled programs."""

@@ -1,7 +1,7 @@
-"""Accelerators: what their makers say of them, in one table.
+"""Accelerators and their published specifications, in one table.
 
-JAX has a table of TPUs (`jax.experimental.pallas.tpu.get_tpu_info_for_chip`); it rounds more, and has neither links
-between chips nor what a program may use of the memory nor GPUs. `tests/aot/test_tpu.py` holds ours against it.
+JAX has a table of TPUs (`jax.experimental.pallas.tpu.get_tpu_info_for_chip`); it rounds more, and
+lacks links between chips, the memory available to a program, and GPUs. `tests/aot/test_tpu.py` compares the two.
 """
 
 import dataclasses
@@ -9,19 +9,19 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Makers' figures (cloud.google.com/tpu/docs), but for `hbm`: what its compiler says that a program may use.
+    """Published figures (cloud.google.com/tpu/docs), except `hbm`: the compiler's limit for a program.
 
-    They are those of what JAX has as a device: a whole chip, but of v7x one of its two cores.
+    The figures are those of one JAX device: a whole chip, or, for v7x, one of its two cores.
     """
 
-    kinds: tuple[str, ...]  # parts of the names that JAX gives such devices
+    kinds: tuple[str, ...]  # substrings of the names that JAX gives such devices
     peak: float  # FLOP/s in bfloat16
     hbm: int  # bytes
     bandwidth: float  # bytes/s of HBM
-    link: float  # bytes/s one way of one link to a neighbour
-    wraps_at: int  # sides of a slice that are a multiple of this are rings
-    largest: tuple[int, ...]  # sides of the largest slice; beyond them libtpu ends the process
-    cores: int = 1  # devices of a chip, which share its links
+    link: float  # bytes/s of one link to a neighbour, in one direction
+    wraps_at: int  # sides of a slice that are multiples of this are rings
+    largest: tuple[int, ...]  # sides of the largest slice; libtpu aborts the process beyond them
+    cores: int = 1  # devices per chip, which share its links
 
 
 GIB = 2**30
@@ -37,7 +37,7 @@ GPUS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def device_peak(kind: str) -> float | None:
-    """Peak FLOP/s in bfloat16 of a device by its name in JAX (`TPU v5 lite`, `NVIDIA H100 80GB HBM3`), None if it is
-    not known."""
+    """Peak FLOP/s in bfloat16 of a device by its name in JAX (`TPU v5 lite`, `NVIDIA H100 80GB HBM3`); None if
+    unknown."""
     peaks = {part: chip.peak for chip in CHIPS.values() for part in chip.kinds} | GPUS
     return next((peak for part, peak in peaks.items() if part in kind), None)

@@ -1,11 +1,11 @@
-"""What a compiled program does, read from its text: the optimized, scheduled HLO that `compiled.as_text()` prints,
-and libtpu writes down while it compiles.
+"""Count the work of a compiled program from its text: the optimized, scheduled HLO that `compiled.as_text()` prints
+and libtpu dumps while it compiles.
 
-Exact are trip counts of loops, floating-point operations of matrix products, bytes of collectives. Bytes to and from
-memory are counted at the edges of fused operations.
+Trip counts of loops, FLOPs of matmuls and bytes of collectives are exact. HBM traffic is counted at the edges of fused
+operations.
 
-JAX's `compiled.cost_analysis()` counts the body of a loop once, whatever its trip count, and knows no collectives; the
-protobuf of a module can be had from JAX, but not the message types to read it with.
+JAX's `compiled.cost_analysis()` counts the body of a loop once, whatever its trip count, and ignores collectives. JAX
+returns a module's protobuf, but not the message types that parse it.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "al
 class Shape:
     dtype: str
     dims: tuple[int, ...]
-    in_hbm: bool  # else in memory of the core
+    in_hbm: bool  # otherwise in on-chip memory
 
     @property
     def bytes(self) -> int:
@@ -40,7 +40,7 @@ def _shapes(text: str) -> list[Shape]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Just behind the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -68,7 +68,7 @@ class Instruction:
         self.args = re.findall(r"%([\w.\-#]+)", self.inside)
 
     def attribute(self, key: str) -> str:
-        """The first word of an attribute; "" without it."""
+        """The first word of an attribute; "" if it is missing."""
         match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
         return match[1] if match else ""
 
@@ -79,12 +79,12 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one chip.
+    """The work of one chip.
 
-    flops        of matrix products and attention kernels
+    flops        of matmuls and attention kernels
     hbm_bytes    read from and written to HBM
-    collectives  bytes that leave the chip, by kind
-    counts       how many collectives, by kind
+    collectives  bytes sent to other chips, by kind
+    counts       the number of collectives, by kind
     """
 
     flops: float = 0.0
@@ -111,7 +111,7 @@ class Program:
     """
 
     def __init__(self, text: str, unknown_trips: int | None = None):
-        """`unknown_trips`: of loops that end when something is found, for which `work` otherwise fails."""
+        """`unknown_trips`: the trip count to assume for a loop that ends on a condition; None: `work` raises."""
         self.unknown_trips = unknown_trips
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
@@ -123,7 +123,7 @@ class Program:
             head = None if line.startswith(" ") else re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             new = bool(Instruction.HEAD.match(line))
             if (head or new or line == "}") and lines and current is not None:
-                instruction = Instruction("\n".join(lines))  # some have text of several lines in their attributes
+                instruction = Instruction("\n".join(lines))  # attributes may span several lines
                 current[instruction.name] = instruction
             lines = [line] if new else [] if head or line == "}" else [*lines, line]
             if head:
@@ -132,11 +132,11 @@ class Program:
             elif line == "}":
                 current = None
         for computation in self.computations.values():
-            self._spell_out(computation)
+            self._add_tuple_elements(computation)
 
     @staticmethod
-    def _spell_out(computation: dict[str, Instruction]) -> None:
-        """`%x#3`, as newer releases write an element of a tuple, is an instruction of its own in older ones."""
+    def _add_tuple_elements(computation: dict[str, Instruction]) -> None:
+        """Add a `get-tuple-element` for each `%x#3`, which newer releases of XLA write instead of one."""
         for name in {arg for one in computation.values() for arg in one.args if "#" in arg}:
             source, index = name.split("#")
             one = Instruction(f"  %element = () get-tuple-element(%{source}), index={index}")
@@ -145,7 +145,7 @@ class Program:
 
     @functools.cached_property
     def work(self) -> Work:
-        """All that a run of the program does, loops counted; of a condition its most expensive branch."""
+        """The work of one run of the program, loops included; a conditional counts as its most expensive branch."""
         return self._work(self.entry)
 
     @functools.cache  # noqa: B019
@@ -166,16 +166,16 @@ class Program:
             branches += [b for key in ("true_computation", "false_computation") if (b := one.attribute(key))]
             return max((self._work(b) for b in branches), key=lambda w: (w.flops, w.hbm_bytes))
         moved = self._collective(name, one, chains)
-        work = Work(self._flops(name, one), self._traffic(name, one))
+        work = Work(self._flops(name, one), self._hbm_bytes(name, one))
         return work.plus(Work(0.0, 0.0, {moved[0]: moved[1]}, {moved[0]: 1})) if moved else work
 
     # ------------------------------------------------------------ loops
 
     def trips(self, name: str, loop: Instruction) -> int:
-        """How often a loop's body runs, from its condition and the counter's start and step.
+        """The trip count of a loop, from its condition and the counter's start and step.
 
         Raises:
-          ValueError: the number is not in the program.
+          ValueError: the program does not contain it.
         """
         found = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
         if found:
@@ -212,9 +212,9 @@ class Program:
         raise ValueError(f"the trip count of {body} is not in the program")
 
     def _affine(self, name: str, value: str, bound: dict | None) -> tuple[int | None, int] | None:
-        """A scalar as (slot, n): n more than an element of the loop's state, or n itself where slot is None.
+        """A scalar as (slot, n): an element of the loop's state plus n, or the constant n if slot is None.
 
-        `bound` has the values of a fusion's parameters; None: the one parameter is the loop's state.
+        `bound` holds the values of a fusion's parameters; None: the only parameter is the loop's state.
         """
         one = self.computations[name].get(value)
         if one is None:
@@ -255,7 +255,7 @@ class Program:
             return self._flops_within(one.calls) if one.calls else 0
         if one.op == "custom-call" and "tpu_custom_call" in one.attributes:
             return self._kernel_flops(name, one)
-        operands = [self.computations[name][a].out[0].dims for a in one.args[:2]] if one.op in _PRODUCTS else []
+        operands = [self.computations[name][a].out[0].dims for a in one.args[:2]] if one.op in _MATMULS else []
         if one.op == "dot":
             summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
             assert summed, one.attributes
@@ -265,14 +265,14 @@ class Program:
         return 0
 
     def _kernel_flops(self, name: str, one: Instruction) -> float:
-        """Of JAX's splash attention kernels: matrix products of the blocks that a causal mask keeps.
+        """FLOPs of a splash attention kernel of JAX's: the matmuls of the blocks that a causal mask keeps.
 
         Raises:
-          ValueError: a kernel that is none of these.
+          ValueError: another kernel.
         """
         found = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", one.name)
         if not found:
-            raise ValueError(f"a kernel {one.name}, whose operations nothing tells")
+            raise ValueError(f"{one.name}: the FLOPs of this kernel are unknown")
         phase = found[1]
         products = {"fwd": 2, "dkv": 4, "dq": 3}[phase]
         queries = one.attributes.split("operand_layout_constraints={")[1]
@@ -285,15 +285,15 @@ class Program:
     # ------------------------------------------------------------ between chips
 
     def _collective(self, name: str, one: Instruction, chains: set[str]) -> tuple[str, float] | None:
-        """Kind of a collective and the bytes that each chip sends for it.
+        """The kind of a collective and the bytes that each chip sends for it; None for other instructions.
 
-        A fusion may hold one, or one stage of one that runs beside others: its stages have a chain's number in common.
+        A fusion may contain a collective, or one stage of an asynchronous one, whose stages share a `chain_id`.
         """
-        found = self._moves(name, one)
+        found = self._direct_collective(name, one)
         if found or one.op not in ("fusion", "async-start") or one.calls not in self.computations:
             return found
         for inner in self.computations[one.calls].values():
-            found = self._moves(one.calls, inner)
+            found = self._direct_collective(one.calls, inner)
             if not found:
                 continue
             chain = re.search(r'chain_id="(\d+)"', inner.attributes)
@@ -301,12 +301,12 @@ class Program:
                 return None
             chains |= {chain[1]} if chain else set()
             if found[0] == "all-reduce" and sum(s.bytes for s in one.out) < sum(s.bytes for s in inner.out):
-                return "reduce-scatter", found[1] / 2  # of which each chip keeps its part
+                return "reduce-scatter", found[1] / 2  # each chip keeps its shard
             return found
         return None
 
-    def _moves(self, name: str, one: Instruction) -> tuple[str, float] | None:
-        offloaded = one.op == "custom-call-update"  # to the SparseCore: (operand), result, scratch
+    def _direct_collective(self, name: str, one: Instruction) -> tuple[str, float] | None:
+        offloaded = one.op == "custom-call-update"  # to the SparseCore: operands are ([operand], result, scratch)
         kind = next((k for k in KINDS if one.op in (k, f"{k}-start") or (offloaded and one.name.startswith(k))), None)
         if kind is None:
             return None
@@ -319,7 +319,7 @@ class Program:
         return kind, size * sent
 
     def _group(self, one: Instruction) -> int:
-        """Chips that take part in a collective together."""
+        """The number of chips in each group of a collective."""
         if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", one.attributes):
             sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
             return math.prod(int(sizes[a]) for a in re.findall(r"'([\w.]+)'", found[2]) if a in sizes)
@@ -331,8 +331,8 @@ class Program:
 
     # ------------------------------------------------------------ HBM
 
-    def _traffic(self, name: str, one: Instruction) -> float:
-        """Bytes read and written at the edges of an operation: of a slice the slice, of an update the update."""
+    def _hbm_bytes(self, name: str, one: Instruction) -> float:
+        """Bytes that an operation reads and writes at its edges: for a slice or an update, only the part concerned."""
         if one.op in _FREE or one.op.endswith(("-update", "-done")):
             return 0
         inputs = [self.computations[name][a].out for a in one.args]
@@ -349,14 +349,14 @@ class Program:
         for i, shapes in enumerate(inputs):
             if shapes and shapes[0].in_hbm:
                 whole = shapes[0].bytes
-                total += self._read(one.calls, parts[i], whole) if i in parts else whole
+                total += self._bytes_read(one.calls, parts[i], whole) if i in parts else whole
         updates = {}
         for inner in self.computations[one.calls].values() if parts else ():
             if inner.op == "dynamic-update-slice":
                 updates[inner.out[0].dims] = self.computations[one.calls][inner.args[1]].out[0].bytes
         return total + sum(updates.get(s.dims, s.bytes) for s in one.out if s.in_hbm)
 
-    def _read(self, name: str, value: str, whole: int) -> int:
+    def _bytes_read(self, name: str, value: str, whole: int) -> int:
         total = 0
         for one in self.computations[name].values():
             if value not in one.args or total >= whole:
@@ -365,16 +365,18 @@ class Program:
             if one.op in ("dynamic-slice", "slice", "gather") and first:
                 total += one.out[0].bytes
             elif one.op == "bitcast":
-                total += self._read(name, one.name, whole)
+                total += self._bytes_read(name, one.name, whole)
             elif one.op == "fusion":
                 within = {int(p.inside): p.name for p in self.computations[one.calls].values() if p.op == "parameter"}
-                total += sum(self._read(one.calls, within[i], whole) for i, a in enumerate(one.args) if a == value)
+                total += sum(
+                    self._bytes_read(one.calls, within[i], whole) for i, a in enumerate(one.args) if a == value
+                )
             elif not (one.op == "dynamic-update-slice" and first):
                 total += whole
         return min(total, whole)
 
 
-_PRODUCTS = ("dot", "convolution")
+_MATMULS = ("dot", "convolution")
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("iota", "while", "call", "conditional"),
@@ -382,7 +384,7 @@ _FREE = {
 
 
 def _multiplications(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
-    """Of a convolution, which on a TPU every matrix product is: padding and what dilation puts in do not count."""
+    """Multiplications of a convolution (on a TPU every matmul is one), without padding and the zeros of dilation."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     assert labels, one.attributes
     window = re.search(r"window=\{(.*?)\}", one.attributes)
@@ -395,9 +397,9 @@ def _multiplications(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...
     count = lhs[left.index("b")] // int(one.attribute("batch_group_count") or 1)
     count *= rhs[right.index("o")] * rhs[right.index("i")]
     for d in range(sum(c.isdigit() for c in left)):
-        n, k, made = lhs[left.index(str(d))], rhs[right.index(str(d))], one.out[0].dims[out.index(str(d))]
+        n, k, outputs = lhs[left.index(str(d))], rhs[right.index(str(d))], one.out[0].dims[out.index(str(d))]
         pad, stride = setting("pad", d, "0"), setting("stride", d, "1")
         spread, step = setting("lhs_dilate", d, "1"), setting("rhs_dilate", d, "1")
-        places = (y * stride + x * step - pad for y in range(made) for x in range(k))
+        places = (y * stride + x * step - pad for y in range(outputs) for x in range(k))
         count *= sum(0 <= place <= (n - 1) * spread and place % spread == 0 for place in places)
     return count

@@ -1,7 +1,7 @@
-"""TPU slices on a machine without a TPU, and what a program compiled for one needs of a chip.
+"""Compile for TPU slices on a machine without a TPU, and read a program's memory and roofline.
 
-`slice_devices` gives devices to compile for: libtpu is a wheel, and its compiler needs no TPU. Memory is exact, XLA's
-own assignment of buffers; what the program does is read by `llava_jax.aot.hlo`. Nothing here is a measured second.
+`slice_devices` returns devices to compile for: libtpu is a wheel, and its compiler needs no TPU. Memory is exact, from
+XLA's buffer assignment; `llava_jax.aot.hlo` counts the program's work. No time here is measured.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from llava_jax.aot.chips import CHIPS
 from llava_jax.aot.hlo import Work
 from llava_jax.console import InputError, first_line, shorten
 
-# Slices as they are usually reserved (cloud.google.com/tpu/docs), by what their names begin with: kind, what a chip
-# counts for in the number behind it (v4, v5p and v7x: two cores), sides by number of chips.
+# Slices that can be reserved (cloud.google.com/tpu/docs), by the prefix of their names: kind, what a chip adds to the
+# number after the prefix (v4, v5p and v7x count two cores), sides by number of chips.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
@@ -29,25 +29,25 @@ SLICES = {
     "v6e": ("v6e", 1, _FLAT),
     "tpu7x": ("v7x", 2, _CUBES | {4096: "16x16x16", 8192: "16x16x32"}),
 }
-MOST_CHIPS = 10_000  # of several slices: what a plan takes grows with them
-DCN = 3.1e9  # bytes/s a chip has between slices: 100 Gbit/s of a host of four (an assumption; hosts differ)
+MAX_CHIPS = 10_000  # of all slices together: planning time grows with them
+DCN = 3.1e9  # bytes/s per chip between slices: assumes 100 Gbit/s per host of four chips; hosts differ
 
 
 # ---------------------------------------------------------------- slices
 
 
 def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
-    """`"v5e:4x8"`, or `"v5litepod-32"`, as a kind of chip and the sides of the slice.
+    """Parse `"v5e:4x8"` or `"v5litepod-32"` into a kind of chip and the sides of the slice.
 
     Raises:
-      InputError: the kind is unknown, no slice has that name, or the sides are not written like that.
+      InputError: the kind or the name is unknown, the sides are malformed, or the slice is too large.
     """
-    if (named := re.fullmatch(r"(\w+)-([0-9]{1,6})", topology)) and named[1] in SLICES:
-        kind, each, slices = SLICES[named[1]]
+    if (name_match := re.fullmatch(r"(\w+)-([0-9]{1,6})", topology)) and name_match[1] in SLICES:
+        kind, each, slices = SLICES[name_match[1]]
         known = {each * chips: text for chips, text in slices.items()}
-        if int(named[2]) not in known:
-            raise InputError(f"--topology {shorten(topology)}: {named[1]} comes in {', '.join(map(str, known))}")
-        topology = f"{kind}:{known[int(named[2])]}"
+        if int(name_match[2]) not in known:
+            raise InputError(f"--topology {shorten(topology)}: {name_match[1]} comes in {', '.join(map(str, known))}")
+        topology = f"{kind}:{known[int(name_match[2])]}"
     match = re.fullmatch(r"(\w+):([1-9][0-9]{0,4}(?:x[1-9][0-9]{0,4}){1,2})", topology)
     if not match or match[1] not in CHIPS:
         raise InputError(
@@ -56,20 +56,20 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
         )
     sides = tuple(map(int, match[2].split("x")))
     largest = CHIPS[match[1]].largest
-    if any(side > most for side, most in zip(sorted(sides, reverse=True), reversed(largest), strict=False)):
-        most = "x".join(str(side) for side in largest if side > 1)
-        raise InputError(f"--topology {shorten(topology)}: {match[1]} comes in slices of up to {most} chips")
+    if any(side > limit for side, limit in zip(sorted(sides, reverse=True), reversed(largest), strict=False)):
+        limits = "x".join(str(side) for side in largest if side > 1)
+        raise InputError(f"--topology {shorten(topology)}: {match[1]} comes in slices of up to {limits} chips")
     return match[1], sides
 
 
 def by_sides(topology: str) -> str:
-    """`"v5e:4x4"` of that or of `"v5litepod-16"`."""
+    """Normalize `"v5litepod-16"` or `"v5e:4x4"` to `"v5e:4x4"`."""
     kind, sides = parse_topology(topology)
     return f"{kind}:{'x'.join(map(str, sides))}"
 
 
 def slice_name(topology: str) -> str | None:
-    """The name under which a slice is reserved, `v5litepod-16`; None for one of unusual sides."""
+    """The name under which a slice is reserved, such as `v5litepod-16`; None for sides that cannot be reserved."""
     kind, sides = parse_topology(topology)
     text, chips = "x".join(map(str, sides)), math.prod(sides)
     return next(
@@ -83,36 +83,36 @@ def slice_name(topology: str) -> str | None:
 
 
 def larger_slices(topology: str) -> list[str]:
-    """Topologies of the same chips with more of them, from the smallest on."""
+    """Topologies with more chips of the same kind, smallest first."""
     kind, sides = parse_topology(topology)
     known = next(known for of, _, known in SLICES.values() if of == kind)
     return [f"{kind}:{text}" for chips, text in known.items() if chips > math.prod(sides)]
 
 
 def device_count(topology: str) -> int:
-    """Devices of a slice: its chips, or their cores where each is a device."""
+    """The number of devices of a slice: its chips, or their cores if each core is a device."""
     kind, sides = parse_topology(topology)
     return math.prod(sides) * CHIPS[kind].cores
 
 
 def links(topology: str) -> int:
-    """Links that feed a chip at an edge: two along a side that is a ring, one along any other."""
+    """The links of a chip at the edge of a slice: two along a side that is a ring, one along any other."""
     kind, sides = parse_topology(topology)
     return sum(0 if n == 1 else 2 if n % CHIPS[kind].wraps_at == 0 else 1 for n in sides)
 
 
 def slice_devices(topology: str, slices: int = 1) -> list:
-    """Devices of a TPU slice, or of several alike, to compile for: one for each chip, of v7x one for each core.
+    """Devices of one or several equal TPU slices to compile for: one per chip, for v7x one per core.
 
     Raises:
-      InputError: there is no libtpu here, or no such slice.
+      InputError: libtpu is not installed, or there is no such slice.
     """
     kind, sides = parse_topology(topology)
-    if (chips := math.prod(sides) * slices) > MOST_CHIPS:
-        raise InputError(f"--slices {slices}: {slices} x {topology} are {chips} chips, more than {MOST_CHIPS}")
+    if (chips := math.prod(sides) * slices) > MAX_CHIPS:
+        raise InputError(f"--slices {slices}: {slices} x {topology} are {chips} chips, more than {MAX_CHIPS}")
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("libtpu, which has the compiler for TPUs, is not installed: pip install libtpu")
-    # It is not to look for this machine's own TPU, nor to keep others from it.
+        raise InputError("libtpu, the compiler for TPUs, is not installed: pip install libtpu")
+    # So that libtpu neither looks for this machine's own TPU nor locks it.
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-8",
@@ -125,14 +125,14 @@ def slice_devices(topology: str, slices: int = 1) -> list:
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # a chip's two cores as one device
     try:
-        name = by_sides(topology).replace("v7x", "tpu7x")  # as libtpu spells it
+        name = by_sides(topology).replace("v7x", "tpu7x")  # libtpu's spelling
         return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
-    except Exception as error:  # of several types, all about the topology
+    except Exception as error:  # libtpu raises several types, all about the topology
         raise InputError(f"--topology {shorten(topology)!r}: {shorten(first_line(error))}") from None
 
 
 def out_of_memory(error: BaseException) -> int | None:
-    """Bytes that a program would have needed which the compiler refused for want of HBM; None for any other error."""
+    """The bytes that a program needs, from the compiler's out-of-memory error; None for any other error."""
     found = re.search(r"\(([\d.]+)([KMGTPE])\) exceeds available HBM|Used ([\d.]+)([KMGTPE]) of", str(error))
     if not found:
         return None
@@ -142,11 +142,11 @@ def out_of_memory(error: BaseException) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip. `peak` is the most that is in use at once, arguments and program included."""
+    """Bytes per chip. `peak` is the maximum in use at once, including arguments and the program."""
 
     arguments: int
     outputs: int
-    reused: int  # outputs that lie where an argument was
+    reused: int  # outputs in the buffers of donated arguments
     temporaries: int
     program: int
 
@@ -156,7 +156,7 @@ class Memory:
 
 
 def memory(compiled) -> Memory:
-    """The compiler's own assignment."""
+    """The compiler's buffer assignment."""
     m = compiled.memory_analysis()
     return Memory(
         m.argument_size_in_bytes,
@@ -171,7 +171,7 @@ def memory(compiled) -> Memory:
 
 
 def roofline(work: Work, topology: str) -> dict[str, float]:
-    """Seconds that compute, memory and network take at their peaks, each alone: the largest is the bound."""
+    """Seconds that compute, HBM and network each take at peak rate; the largest is the bound."""
     chip = CHIPS[parse_topology(topology)[0]]
     sent = sum(work.collectives.values())
     return {

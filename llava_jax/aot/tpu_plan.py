@@ -1,6 +1,6 @@
-"""What a program will need of each chip of a TPU slice: compiled from shapes, shown as a table or as JSON.
+"""Per-chip memory, FLOPs and bytes sent of a program on a TPU slice: compiled from shapes, shown as a table or JSON.
 
-`train.plan` and `infer.plan` say what to compile.
+`train.plan` and `infer.plan` choose what to compile.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, parse_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes and floating-point operations of one chip, of v7x of one of its two cores. None: the program was too large
-    to be compiled, or libtpu did not write it down.
+    """Bytes and FLOPs of one chip, or, for v7x, of one of its two cores. None: the program is too large to compile, or
+    libtpu does not dump it.
 
     peak_bytes_per_chip     arguments, results, temporaries and the program itself
-    hbm_bytes_per_chip      what a program may use
-    model_flops_per_chip    without anything that is computed twice to save memory
-    collective_bytes_per_chip  that leave the chip, by kind
-    least_collective_bytes_per_chip  that leave it at least, the way that parameters and activations are sharded
+    hbm_bytes_per_chip      available to a program
+    model_flops_per_chip    without recomputation
+    collective_bytes_per_chip  sent to other chips, by kind
+    least_collective_bytes_per_chip  the minimum that this sharding of parameters and activations has to send
     """
 
     fits: bool
@@ -50,31 +50,32 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a function; without `memory` it needs `peak` bytes, too many for a chip. Without `work`
-    alone it was compiled by a libtpu that does not write programs down."""
+    """A compiled function. `memory` is None if it needs more than a chip has (`peak` bytes); `work` alone is None if
+    libtpu does not dump programs."""
 
     seconds: float
     peak: int
     memory: tpu.Memory | None = None
     work: hlo.Work | None = None
-    out: Any = None  # shapes of what it gives, with where they lie
+    out: Any = None  # shapes and shardings of the outputs
 
 
 def too_large(batch: Any, held: int, hbm: int) -> Compiled | None:
-    """What is known of a function whose batch alone is too large for a chip: it need not be compiled, nor could be
-    where the batch is larger by far. None if it is not too large.
+    """A result without compilation for a function whose batch alone exceeds a chip's memory; None if it does not.
+
+    The compiler fails on batches that are far too large.
 
     Args:
       batch: a tree of shapes with shardings.
       held: bytes of the other arguments on a chip.
-      hbm: bytes that a program may use.
+      hbm: bytes available to a program.
     """
     size = per_chip(batch)
     return Compiled(0.0, size + held) if size > hbm else None
 
 
 def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
-    """Compile and read a `jax.stages.Lowered`."""
+    """Compile a `jax.stages.Lowered`, and read its memory and work."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as written, without_cache():
         try:
@@ -85,25 +86,27 @@ def compile_for_tpu(lowered, unknown_trips: int | None = None) -> Compiled:
                 raise
             return Compiled(time.perf_counter() - start, needed)
         seconds = time.perf_counter() - start
-        # `compiled.as_text()` is the same, but libtpu 0.0.52 cannot print whole training steps for v5p and v6e.
+        # `compiled.as_text()` is the same text, but fails for whole training steps on v5p and v6e with libtpu 0.0.52.
         texts = [file.read_text() for file in Path(written).glob("*.after_codegen.txt")]
     work = hlo.Program(max(texts, key=len), unknown_trips).work if texts else None
     if work is None:
-        note("this libtpu does not write down what it compiles: the program's work and traffic are not known")
+        note("this version of libtpu does not dump programs: FLOPs and bytes sent are unknown")
     memory = tpu.memory(compiled)
     out = jax.tree.map(
-        lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), lowered.out_info, compiled.output_shardings
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
     )
     return Compiled(seconds, memory.peak, memory, work, out)
 
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
-    """JAX's persistent cache would keep programs for TPUs that are not there, and cannot read them; besides, what comes
-    from a cache is not compiled, so neither timed nor written down."""
+    """Disable JAX's persistent cache: it stores programs for absent TPUs but cannot load them, and a cached program is
+    neither compiled, nor timed, nor dumped."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # options are set at run time
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it asks only once whether it is enabled
+    compilation_cache.reset_cache()  # JAX checks only once whether the cache is enabled
     try:
         yield
     finally:
@@ -119,7 +122,7 @@ def add_flags(p: argparse.ArgumentParser, model_is_needed: bool = True) -> None:
         "--model",
         required=model_is_needed,
         metavar="NAME",
-        help="llava-v1.5-7b and its kin, or a checkpoint's directory",
+        help="a model such as llava-v1.5-7b, or a checkpoint's directory",
     )
     p.add_argument(
         "--topology", required=True, metavar="SLICE", help="v5e:8x8, v5p:2x2x4, ..., or v5litepod-64, v5p-32, ..."
@@ -129,7 +132,7 @@ def add_flags(p: argparse.ArgumentParser, model_is_needed: bool = True) -> None:
 
 
 def model_of(name: str) -> LlavaConfig:
-    """A model by name, or the one in a checkpoint's directory."""
+    """The configuration of a model by name, or of a checkpoint's directory."""
     if os.path.isdir(name):
         from llava_jax.checkpoints.checkpoint import open_checkpoint
 
@@ -138,10 +141,7 @@ def model_of(name: str) -> LlavaConfig:
 
 
 def mesh_of(text: str | None, default: Callable[[list], Mesh], topology: str, slices: int = 1) -> Mesh:
-    """The mesh over a slice's chips: as `text` has it, or `default(devices)`.
-
-    JAX stays away from this machine's own accelerators.
-    """
+    """The mesh `text` over a slice's chips, or `default(devices)`. Keeps JAX from using this machine's accelerators."""
     sizes = parse_mesh(text) if text else None
     jax.config.update("jax_platforms", "cpu")
     devices = tpu.slice_devices(topology, slices)
@@ -149,25 +149,25 @@ def mesh_of(text: str | None, default: Callable[[list], Mesh], topology: str, sl
 
 
 def per_chip(tree: Any) -> int:
-    """Bytes that one device holds of a tree of arrays or shapes with shardings."""
+    """Bytes per device of a tree of arrays or shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-# ---------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------- output
 
 
-def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, float] | None = None) -> None:
-    """The table.
+def show(plan: Plan, compiled: Compiled, topology: str, title: str, more: dict[str, float] | None = None) -> None:
+    """Print the table.
 
     Args:
-      more: seconds of further bounds, by name.
+      more: further bounds by name, in seconds.
     """
     gb = lambda n: f"{n / 1e9:,.2f} GB"  # noqa: E731
     chip = tpu.CHIPS[tpu.parse_topology(topology)[0]]
     rows = [
         ("parameters", gb(plan.parameter_bytes_per_chip)),
         ("optimizer", gb(plan.optimizer_bytes_per_chip)) if plan.optimizer_bytes_per_chip else None,
-        ("activations and other temporaries", gb(made.memory.temporaries)) if made.memory else None,
+        ("activations and other temporaries", gb(compiled.memory.temporaries)) if compiled.memory else None,
         (
             "peak",
             f"{gb(plan.peak_bytes_per_chip)} of {gb(plan.hbm_bytes_per_chip)} "
@@ -175,22 +175,22 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
         ),
         ("model's FLOPs", f"{plan.model_flops_per_chip:.4g}"),
     ]
-    if made.work:
-        total = sum(made.work.collectives.values())
-        kinds = ", ".join(f"{kind} {gb(n)}" for kind, n in made.work.collectives.items() if n >= 1e6)
+    if compiled.work:
+        total = sum(compiled.work.collectives.values())
+        kinds = ", ".join(f"{kind} {gb(n)}" for kind, n in compiled.work.collectives.items() if n >= 1e6)
         least = plan.least_collective_bytes_per_chip
-        over = f"{total / least:.2f} times the least" if least else ""
-        bounds = tpu.roofline(made.work, topology) | (more or {})
+        over = f"{total / least:.2f} times the minimum" if least else ""
+        bounds = tpu.roofline(compiled.work, topology) | (more or {})
         slowest = max(bounds, key=bounds.__getitem__)
         useful = plan.model_flops_per_chip / chip.peak / bounds[slowest]
         rows += [
             (
                 "executed FLOPs",
-                f"{made.work.flops:.4g}, {made.work.flops / plan.model_flops_per_chip:.3f} times the model's",
+                f"{compiled.work.flops:.4g}, {compiled.work.flops / plan.model_flops_per_chip:.3f} times the model's",
             ),
             ("sent to other chips", gb(total) + (f" ({', '.join(filter(None, (kinds, over)))})" if total else "")),
             ("roofline", ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in bounds.items())),
-            ("bound by", f"{slowest}: at most {useful:.0%} of the chip's peak goes into the model"),
+            ("bound by", f"{slowest}: MFU is at most {useful:.0%}"),
         ]
     rows.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
     print(title + (f" (figures of one of a chip's {chip.cores} cores)" if chip.cores > 1 else ""))
@@ -200,11 +200,11 @@ def show(plan: Plan, made: Compiled, topology: str, title: str, more: dict[str, 
 
 def check_fits(plan: Plan, topology: str, advice: str) -> None:
     """Raises:
-    InputError: it does not fit.
+    InputError: the plan does not fit.
     """
     if not plan.fits:
         raise InputError(
-            f"does not fit: {plan.peak_bytes_per_chip / 1e9:.1f} GB a chip, {topology} has "
+            f"does not fit: {plan.peak_bytes_per_chip / 1e9:.1f} GB per chip, {topology} has "
             f"{plan.hbm_bytes_per_chip / 1e9:.1f}; {advice}"
         )
 

@@ -133,7 +133,7 @@ def test_a_search_stops_where_a_chip_is_full(monkeypatch):
         assert found == sorted(found, key=lambda choice: -choice.useful)
         return {(choice.remat, choice.rows_per_chip): choice for choice in found}
 
-    monkeypatch.setattr(train_plan, "MOST_ROWS", 2)
+    monkeypatch.setattr(train_plan, "MAX_ROWS", 2)
     found = search()
     assert {key: choice.plan.fits for key, choice in found.items()} == {("none", 1): True, ("none", 2): True}
     assert all(0 < choice.useful < 1 and choice.bound for choice in found.values())
@@ -187,7 +187,7 @@ def test_of_a_program_that_is_not_written_down_the_memory_is_known(monkeypatch, 
     monkeypatch.setattr(tpu, "memory", lambda compiled: types.SimpleNamespace(peak=12_300_000_000))
     made = tpu_plan.compile_for_tpu(lowered)
     assert (made.peak, made.memory.peak, made.work) == (12_300_000_000, 12_300_000_000, None)
-    assert "work and traffic are not known\n" in capsys.readouterr().err
+    assert "FLOPs and bytes sent are unknown\n" in capsys.readouterr().err
 
     step = types.SimpleNamespace(lower=lambda *_: lowered)
     monkeypatch.setattr(train_plan, "setup", lambda *_: ({}, TrainState(0, {}, (), 0, 0), step, None))

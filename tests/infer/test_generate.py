@@ -336,7 +336,7 @@ def test_the_cache_is_updated_in_place(int8_cache):
         )
     )
     compiled = decode_on("cpu").lower(
-        engine.params, state, jax.ShapeDtypeStruct((1,), bool), jnp.int32(4), Sampling().knobs(),
+        engine.params, state, jax.ShapeDtypeStruct((1,), bool), jnp.int32(4), Sampling().params(),
         partition=engine.partition, eos_ids=engine.eos_ids,
     ).compile()  # fmt: skip
     text = compiled.as_text()

@@ -11,7 +11,9 @@ from llava_jax.console import InputError
 
 def draw(n: int, logits, **settings):
     sampling = Sampling(temperature=1.0, **settings)
-    return np.asarray(choose(jnp.tile(jnp.array(logits, jnp.float32), (n, 1)), row_keys(0, range(n)), sampling.knobs()))
+    return np.asarray(
+        choose(jnp.tile(jnp.array(logits, jnp.float32), (n, 1)), row_keys(0, range(n)), sampling.params())
+    )
 
 
 def test_draws_follow_the_distribution():
@@ -43,7 +45,7 @@ def test_top_k_and_top_p(settings, kept):
 def test_temperature():
     p = np.array([0.5, 0.05, 0.3, 0.15])
     sampling = Sampling(temperature=0.5)
-    draws = choose(jnp.tile(jnp.log(jnp.array(p)), (20000, 1)), row_keys(3, range(20000)), sampling.knobs())
+    draws = choose(jnp.tile(jnp.log(jnp.array(p)), (20000, 1)), row_keys(3, range(20000)), sampling.params())
     np.testing.assert_allclose(np.bincount(draws) / 20000, p**2 / (p**2).sum(), atol=0.015)
 
 

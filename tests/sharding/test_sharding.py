@@ -102,17 +102,19 @@ def test_every_mesh_quantizes_the_same(mesh):
 def test_only_drawing_gathers_logits():
     """The likeliest token is found where its logits are, even if the vocabulary divides nothing."""
     mesh = make_mesh({"tensor": 4}, jax.devices()[:4])
-    keys, knobs = row_keys(0, range(8)), Sampling().knobs()
+    keys, sampling_params = row_keys(0, range(8)), Sampling().params()
     cut = jax.NamedSharding(mesh, P(None, "tensor"))
     logits = jax.device_put(np.random.default_rng(0).standard_normal((8, 4096), np.float32), cut)
     partition = Partition(c.tiny(), mesh)
-    chosen = jax.jit(choose, static_argnums=3).lower(logits, keys, knobs, partition).compile()
+    chosen = jax.jit(choose, static_argnums=3).lower(logits, keys, sampling_params, partition).compile()
     computations = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%|ENTRY)", chosen.as_text())}
     gathering = {name for name, part in computations.items() if re.search(r"f32\[8,4096\]\S* all-gather\(", part)}
     branches = re.findall(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.]+)", chosen.as_text())
     assert gathering and gathering <= {name for pair in branches for group in pair for name in group.split(", ")}
     odd = np.random.default_rng(1).standard_normal((8, 4097), np.float32)
-    np.testing.assert_array_equal(jax.jit(choose, static_argnums=3)(odd, keys, knobs, partition), odd.argmax(-1))
+    np.testing.assert_array_equal(
+        jax.jit(choose, static_argnums=3)(odd, keys, sampling_params, partition), odd.argmax(-1)
+    )
 
 
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?\(")

@@ -34,7 +34,7 @@ def test_a_thousand_rows_thirty_of_them_broken(batching, write, config, models, 
     assert all(row["data"] == path for row in listed)
     said = capsys.readouterr().err
     assert said.count("bad sample: ") == 3 * 10
-    assert said.count("more bad samples are listed in") == 3
+    assert said.count("further bad samples are listed in") == 3
 
 
 def test_bad_samples_are_listed_once_over_restarts(write, config, models, capsys):

@@ -156,13 +156,13 @@ def test_the_batch_holds_about_as_many_conversations_as_asked_for(write, config,
 @pytest.mark.parametrize(
     ("n", "asked", "multiple", "held", "says"),
     [
-        (64, 4, 1, 4, "rows are not as full as they could be, so that a batch holds 4 conversations: --global-batch"),
-        (64, 4, 4, 4, "rows are not as full as they could be, so that a batch holds 4 conversations: --global-batch"),
-        (64, 6, 4, 6, "rows are not as full as they could be, so that a batch holds 6 conversations: --global-batch"),
+        (64, 4, 1, 4, "rows are only partly filled, so that a batch holds 4 conversations: --global-batch"),
+        (64, 4, 4, 4, "rows are only partly filled, so that a batch holds 4 conversations: --global-batch"),
+        (64, 6, 4, 6, "rows are only partly filled, so that a batch holds 6 conversations: --global-batch"),
         (64, 4, 8, 8, "warning: a batch holds about 8 conversations instead of 4: the mesh and the number of "),
-        (12, 128, 1, 12, "warning: --global-batch-size 128 is more than the 12 conversations that can be trained on"),
-        (1, 128, 1, 1, "warning: --global-batch-size 128 is more than the 1 conversation that can be trained on"),
-        (12, 128, 8, 12, "batches of 12 are made instead"),
+        (12, 128, 1, 12, "warning: --global-batch-size 128 is more than the 12 usable conversations"),
+        (1, 128, 1, 1, "warning: --global-batch-size 128 is more than the 1 usable conversation"),
+        (12, 128, 8, 12, "batches have 12 instead"),
         (200, 128, 1, 128, None),
     ],
 )
@@ -217,7 +217,7 @@ def test_bucketed_batches_are_no_larger_than_the_data(n, multiple, rows, write, 
     settings = config(write([good_row(i) for i in range(n)]), batching="bucketed", global_batch_size=128)
     data = open_data(settings, *models["v1.6-mistral"], rows_multiple=multiple)
     assert (data.rows, data.steps_per_epoch) == (rows, 1)
-    assert f"can be trained on: batches of {n} are made instead" in data.describe()
+    assert f": batches have {n} instead" in data.describe()
     assert "instead of" not in data.describe()
     assert take(data, 1)[0][1]["conversations"] == n
 

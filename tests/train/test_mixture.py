@@ -52,7 +52,7 @@ def test_yaml_lists_as_llava_next_has_them(tmp_path):
         ("a: [", "not YAML"), ("", "must have one key, datasets"), ("datasets: []", "must have one key, datasets"),
         ("datasets: 3", "must have one key, datasets"), ("datasets: [3]", r"datasets\[0\] has no json_path"),
         ("datasets: [{json_path: a}]\nmore: 1", "must have one key, datasets"),
-        ("datasets: [{json_path: a, data_root: b}]", r"datasets\[0\]: data_root is not read"),
+        ("datasets: [{json_path: a, data_root: b}]", r"datasets\[0\]: data_root is unknown"),
         ("[" * 100_000, "cannot be read|not YAML"), ("datasets: [&a {json_path: a}, *a]", "has aliases"),
         ("a0: &a0 {x: 1}\n" + "".join(
             f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(12)), "has aliases"),

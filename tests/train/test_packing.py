@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from train import packing
-from train.packing import fill_rows, good_length
+from train.packing import choose_length, fill_rows
 
 
 def test_rows_are_filled_as_full_as_can_be():
@@ -50,10 +50,10 @@ def test_length_of_a_row_is_chosen_from_few(positions, least, chosen, monkeypatc
     """To try one fills all rows with it."""
     tried = []
     monkeypatch.setattr(packing, "fill_rows", lambda *args: tried.append(args[1]) or fill_rows(*args))
-    assert good_length([(positions, 1)] * 12, least, 4096) == chosen
+    assert choose_length([(positions, 1)] * 12, least, 4096) == chosen
     assert len(tried) <= 18
     tried.clear()
-    assert good_length([(least // 2, 1)] * 12, least, 4096) == least  # rows are full already
+    assert choose_length([(least // 2, 1)] * 12, least, 4096) == least  # rows are full already
     assert tried in ([], [least])
 
 
@@ -64,6 +64,6 @@ def test_length_of_a_row_is_chosen_from_few(positions, least, chosen, monkeypatc
 )  # fmt: skip
 def test_rows_are_spread_evenly(rows, least, sizes):
     numbers = iter(range(sum(rows)))
-    found = packing.spread([[next(numbers) for _ in range(n)] for n in rows], least)
+    found = packing.split_rows([[next(numbers) for _ in range(n)] for n in rows], least)
     assert list(map(len, found)) == sizes
     assert sorted(i for row in found for i in row) == list(range(sum(rows)))

@@ -60,13 +60,13 @@ def test_a_search_prints_the_best(run_cli, monkeypatch):
     flags = ["--model", "llava-v1.5-7b", "--topology", "v5e:2x4", "--search"]
     status, out, _ = run_cli(train_plan.main, *flags)
     assert (status, out.count("\n")) == (0, 1)
-    assert re.search(r"mesh fsdp=8 +remat full +2 rows a chip +8.0 of 16.0 GB +60% of peak, bound by compute", out)
+    assert re.search(r"mesh fsdp=8 +remat full +2 rows per chip +8.0 of 16.0 GB +60% of peak, bound by compute", out)
     status, out, _ = run_cli(train_plan.main, *flags, "--json")
     assert [choice["remat"] for choice in json.loads(out)] == ["full", "none"]
     monkeypatch.setattr(train_plan, "search", lambda *_: [too_large])
     status, out, err = run_cli(train_plan.main, *flags)
     assert (status, out) == (1, "")
-    assert "nothing that was tried fits v5e:2x4" in err
+    assert "no choice fits v5e:2x4" in err
 
 
 def test_what_does_not_fit_says_what_would(run_cli, monkeypatch):
@@ -79,8 +79,8 @@ def test_what_does_not_fit_says_what_would(run_cli, monkeypatch):
     status, out, err = run_cli(train_plan.main, *flags, "--json")
     assert status == 1
     assert json.loads(out) == dataclasses.asdict(needed)
-    assert "error: does not fit: 40.0 GB a chip, v5e:2x4 has 16.0" in err
-    assert "what would: fewer --rows-per-chip, or --remat full" in err
+    assert "error: does not fit: 40.0 GB per chip, v5e:2x4 has 16.0" in err
+    assert "try fewer --rows-per-chip, or --remat full" in err
     status, out, _ = run_cli(train_plan.main, *flags)
     assert "peak" in out
     assert "40.00 GB of 16.00 GB (250%)" in out
@@ -167,9 +167,9 @@ def test_flags_of_training_decide_the_plan(run_plan, flags, steps):
 @pytest.mark.parametrize(
     ("flags", "held", "row", "says", "compiled"),
     [
-        (["v5e:4x4"], 208, 2, "--accumulate 3, 15.0 GB a chip, 1 row at once", 3),
-        (["v5e:2x4"], 8, 3, "--accumulate 2, 10.0 GB a chip, 3 rows at once", 4),
-        (["v5e:4x4", "--remat", "dots"], 16, 3, "--remat full, 10.0 GB a chip, 3 rows at once", 2),
+        (["v5e:4x4"], 208, 2, "--accumulate 3, 15.0 GB per chip, 1 row at once", 3),
+        (["v5e:2x4"], 8, 3, "--accumulate 2, 10.0 GB per chip, 3 rows at once", 4),
+        (["v5e:4x4", "--remat", "dots"], 16, 3, "--remat full, 10.0 GB per chip, 3 rows at once", 2),
         (["v5e:4x4", "--remat", "dots"], 16, 7, "--remat full --accumulate 2, ", 4),
         (["v5e:2x4", "--mesh", "data=2,fsdp=4"], 120, 0.1, "--mesh fsdp=8, ", 6),
         (["v5e:4x4"], 160, 10, "--mesh fsdp=8,tensor=2 --accumulate 6, 15.0 GB", 5),
@@ -204,7 +204,7 @@ def test_a_plan_of_a_data_file_is_what_training_makes_of_it(run_plan, tmp_path):
     status, _, error, _ = run_plan("--topology", "v5e:2x2", "--data", path)
     assert (status, error) == (
         1,
-        "error: --data needs --checkpoint, whose tokenizer tells how long its conversations are",
+        "error: --data needs --checkpoint, whose tokenizer determines the lengths of the conversations",
     )
 
 
@@ -280,9 +280,9 @@ def test_a_plan_refuses_a_run_in_which_nothing_would_be_trained(run_plan):
         (["--examples", 5, "--rows-per-chip", 1], "--examples does not go with --rows-per-chip"),
         (["--data", "a.json", "--search"], "--data does not go with --search"),
         (["--examples", 5, "--search"], "--examples does not go with --search"),
-        (["--seq", 512, "--max-length", 512], "give either it or them"),
-        (["--search", "--rows-per-chip", 17], "--rows-per-chip 17: --search tries 16 at most"),
-        (["--seq", 512, "--positions-per-row", 512], "give either it or them"),
+        (["--seq", 512, "--max-length", 512], "give either --seq or these"),
+        (["--search", "--rows-per-chip", 17], "--rows-per-chip 17: --search tries at most 16"),
+        (["--seq", 512, "--positions-per-row", 512], "give either --seq or these"),
     ],
 )
 def test_a_plan_ignores_no_flag(run_cli, flags, says):

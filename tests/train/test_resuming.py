@@ -142,7 +142,7 @@ def test_two_processes_are_one_run(train, finished, on_one_device, monkeypatch, 
     said = started[0].communicate()[1]
     assert time.monotonic() - begun < 60
     assert started[0].returncode != 0
-    assert said.splitlines()[-1].startswith("error: another process of this run is gone or out of reach"), said
+    assert said.splitlines()[-1].startswith("error: another process of this run died or is unreachable"), said
     assert 4 <= len(read_metrics(output)) < 10
     for process in start(flags(data, output), **run):
         said = process.communicate()[1]

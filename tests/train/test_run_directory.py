@@ -55,7 +55,7 @@ def test_a_lock_of_something_else_is_left_alone(run_config, tmp_path):
 def test_what_a_refused_run_leaves_is_what_was_there(run_config, tmp_path):
     put_file(tmp_path / "out" / "bad_samples.jsonl")
     before = contents(tmp_path)
-    Output(run_config).withdraw()
+    Output(run_config).undo()
     assert contents(tmp_path) == before
 
 

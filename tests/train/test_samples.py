@@ -69,7 +69,7 @@ def test_a_conversation_is_the_same_in_every_format(write, folder, models):
         samples = Samples(write(rows), str(folder), *models["v1.6-mistral"], template="llava_llama_2")
         found = [samples.load(samples.measure(i)) for i in range(len(rows))]
         assert samples.has_image.tolist() == [rows is not told] * len(rows)
-        assert samples.most_images == len(found[0].tiles)
+        assert samples.max_images == len(found[0].tiles)
         for row in found:
             np.testing.assert_array_equal(row.ids, found[0].ids)
             np.testing.assert_array_equal(row.labels, found[0].labels)

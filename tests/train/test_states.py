@@ -10,7 +10,7 @@ from helpers import files_of_at_most
 from llava_jax.console import InputError
 from train import run_directory as output_module
 from train import states as checkpoints_module
-from train.states import LOOK_EVERY, Checkpoints, SaveClock
+from train.states import MAX_STEPS_BETWEEN_READS, Checkpoints, SaveClock
 from training import read_metrics
 
 
@@ -42,7 +42,7 @@ def saves_by(clocks, minutes: float, updates: int, monkeypatch) -> list[list[int
             if due[process].is_due(update):
                 saved[process].append(update)
                 due[process].saved(update)
-    assert len(clocks) == 1 or len(asked) <= updates / LOOK_EVERY + 12 * (1 + len(saved[0]))
+    assert len(clocks) == 1 or len(asked) <= updates / MAX_STEPS_BETWEEN_READS + 12 * (1 + len(saved[0]))
     return saved
 
 
@@ -59,7 +59,7 @@ def test_when_the_clock_saves(monkeypatch):
         assert all(other == first for other in rest)
         gaps = np.diff([0, *first])
         assert len(gaps) >= updates * seconds / 60 * 0.5 or seconds > 60
-        assert all(60 <= gap * seconds <= max(60, seconds) + seconds + 0.1 * LOOK_EVERY for gap in gaps)
+        assert all(60 <= gap * seconds <= max(60, seconds) + seconds + 0.1 * MAX_STEPS_BETWEEN_READS for gap in gaps)
     assert (
         saves_by([lambda step: 300.0 + even(step) * (step > 0), even], 30.0, 200, monkeypatch)[1] == [180 - 30 + 0] or 1
     )
@@ -67,7 +67,7 @@ def test_when_the_clock_saves(monkeypatch):
 
 def test_an_object_store_that_fails_for_a_while_ends_no_run(train, on_one_device, monkeypatch, tmp_path):
     monkeypatch.setattr(output_module, "is_remote", lambda path: True)
-    mine, calls = output_module.Output._is_mine, []
+    mine, calls = output_module.Output._is_written_here, []
 
     def fails_at_first(self, file):
         calls.append(file)
@@ -75,7 +75,7 @@ def test_an_object_store_that_fails_for_a_while_ends_no_run(train, on_one_device
             raise ConnectionError("503")
         return mine(self, file)
 
-    monkeypatch.setattr(output_module.Output, "_is_mine", fails_at_first)
+    monkeypatch.setattr(output_module.Output, "_is_written_here", fails_at_first)
     status, _, err = train(tmp_path / "bucket", "--steps", 3, "--save-every", 1)
     assert status == 0, err
     assert err.count("metrics and lists cannot be written (503); the run continues") == 1

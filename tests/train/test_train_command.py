@@ -64,8 +64,8 @@ BAD = {
     "field": (lambda t: ("--learnin-rate", "1"), "unknown field --learnin-rate; did you mean --learning-rate?"),
     "value": (lambda t: ("--steps", "many"), "--steps 'many': must be a whole number"),
     "choice": (lambda t: ("--tune", "all"), "--tune 'all': only projector, projector,decoder"),
-    "stray": (lambda t: ("fast",), "'fast': no flag goes with it"),
-    "learning rate": (lambda t: ("--learning-rate", "0"), "nothing would be trained: all that --tune names has"),
+    "stray": (lambda t: ("fast",), "'fast': belongs to no flag"),
+    "learning rate": (lambda t: ("--learning-rate", "0"), "nothing would be trained: all parts in --tune have"),
     "warm-up alone": (lambda t: ("--steps", "1"), "nothing would be trained: the run has one step"),
     "another model's preset": (lambda t: ("--checkpoint", NEXT, "--preset", "v1.5-finetune"), "take --preset v1.6"),
     "mesh": (lambda t: ("--mesh", "data=3"), "needs 3 devices, here are 8"),
@@ -121,21 +121,21 @@ VICUNA, MISTRAL, YI, LLAMA_3 = (preset(name) for name in ("v1.5-7b", "v1.6-mistr
         ("v1.5-finetune", VICUNA.replace(aspect_ratio="square"), {}, None),
         ("v1-finetune", VICUNA, {}, None),
         ("v1.5-finetune", VICUNA.replace(template="vicuna_v1"), {}, None),
-        ("v1.5-finetune", VICUNA.replace(template="llava_v0"), {}, "has v1, the checkpoint llava_v0: say --template "),
+        ("v1.5-finetune", VICUNA.replace(template="llava_v0"), {}, "has v1, the checkpoint llava_v0: give --template "),
         ("v1.5-finetune", VICUNA.replace(template="mpt"), {}, "has v1, the checkpoint mpt: "),
         ("v1.5-pretrain", VICUNA, {}, None),
-        ("v1.5-pretrain", MISTRAL, {}, "has square, the checkpoint anyres: say --aspect-ratio anyres "),
+        ("v1.5-pretrain", MISTRAL, {}, "has square, the checkpoint anyres: give --aspect-ratio anyres "),
         ("v1.5-pretrain", MISTRAL.replace(aspect_ratio="pad"), {}, None),
         ("v1.6-finetune", MISTRAL, {}, None),
         ("v1.6-finetune-lora", YI, {}, None),
-        ("v1.6-finetune-lora", VICUNA, {}, "has anyres, the checkpoint pad: take --preset v1.5-finetune-lora, or say"),
+        ("v1.6-finetune-lora", VICUNA, {}, "has anyres, the checkpoint pad: take --preset v1.5-finetune-lora, or give"),
         (
             "v1.5-finetune-lora",
             YI,
             {},
             "has v1 and pad, the checkpoint chatml_direct and anyres: take --preset v1.6-fin",
         ),
-        ("v1.5-finetune-task", LLAMA_3, {}, "anyres: say --template llava_llama_3 --aspect-ratio anyres to"),
+        ("v1.5-finetune-task", LLAMA_3, {}, "anyres: give --template llava_llama_3 --aspect-ratio anyres to"),
         ("v1.5-finetune", MISTRAL, {"template": "v1"}, "has pad, the checkpoint anyres: "),
         ("v1.5-finetune", MISTRAL, {"aspect-ratio": "pad"}, "has v1, the checkpoint mistral_instruct: "),
         ("v1.5-finetune", MISTRAL, {"template": "v1", "aspect-ratio": "pad"}, None),
@@ -160,7 +160,7 @@ def test_a_preset_decides_the_stage_and_flags_what_the_model_is(name, model, giv
 def test_a_chat_template_that_has_no_name_gives_way_to_the_presets(capsys):
     own = VICUNA.replace(template="{{ messages[0].content }}")
     check_preset(PRESETS["v1.5-finetune"], own)
-    assert "warning: the checkpoint has a chat template of its own; the preset's is used, v1" in capsys.readouterr().err
+    assert "warning: the preset's template v1 replaces the checkpoint's own chat template" in capsys.readouterr().err
     for config in (
         PRESETS["v1.5-pretrain"],
         PRESETS["v1.5-finetune"].replace(template="v1"),

@@ -123,7 +123,7 @@ def test_what_becomes_of_images_during_a_run_ends_no_run(train, data, on_one_dev
 
 
 def test_a_loss_that_stays_infinite_stops_the_run(train, on_one_device, monkeypatch, tmp_path):
-    monkeypatch.setattr("train.recorder.MOST_SKIPPED", 4)
+    monkeypatch.setattr("train.recorder.MAX_SKIPPED", 4)
     tensors = golden_tensors("v1.5-llama")
     tensors["model.norm.weight"][:] = np.nan
     broken = write_checkpoint(tmp_path / "broken", tensors, "v1.5-llama")

@@ -357,7 +357,7 @@ def test_a_step_that_is_not_finite_is_skipped():
 def test_a_projector_without_parameters_cannot_be_trained_alone():
     model = c.tiny(projector="identity")
     model = model.replace(vision=dataclasses.replace(model.vision, width=32))
-    with pytest.raises(InputError, match="nothing to train"):
+    with pytest.raises(InputError, match="no parameters to train"):
         setup(llava.param_shapes(model), model, PLAIN.replace(tune="projector"), one_device(), 8)
 
 
