@@ -79,9 +79,10 @@ def tokenizer(pick: random.Random) -> Attempt:
 @functools.cache
 def shorten_limits() -> None:
     """Limit untrusted programs to one second."""
-    from llava_jax import limited
 
-    limited._shared = limited.Worker(seconds=1)
+    from llava_jax import sandbox
+
+    sandbox._shared = sandbox.Worker(seconds=1)
 
 
 def template(pick: random.Random) -> Attempt:

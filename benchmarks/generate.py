@@ -85,11 +85,12 @@ def serve_ours(pipe, args) -> None:
     import jax
     import numpy as np
 
-    from infer.engine import Buckets, Engine, Request, _Prepared
+    from infer.engine import Engine, Request, _Prepared
     from infer.sampling import Sampling
     from llava_jax.aot.flops import decoder_flops, encode_flops
     from llava_jax.checkpoints.checkpoint import _load_source, open_any
     from llava_jax.data import images, splice
+    from llava_jax.data.buckets import Buckets
     from llava_jax.sharding.mesh import inference_mesh
 
     if args.dtype == "float32":

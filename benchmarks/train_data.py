@@ -30,9 +30,9 @@ from llava_jax.data.prompts import encode_conversation
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
 from train.config import TrainConfig
-from train.drawn import draw_lengths
 from train.loader import open_data
-from train.packing import WINDOW, fill_rows
+from train.row_packing import WINDOW, fill_rows
+from train.synthetic_data import draw_lengths
 
 ROOT = Path(__file__).parents[1]
 IMAGES = 32

@@ -16,7 +16,7 @@ from typing import Annotated, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from llava_jax import limited
+from llava_jax import sandbox
 from llava_jax.checkpoints import tensor_names
 from llava_jax.checkpoints.config_json import has_vision_fields, is_original
 from llava_jax.checkpoints.sources import (
@@ -329,10 +329,10 @@ def _by_module(settings: dict, key: str, pattern_key: str, modules: list[str], f
     left = list(modules)
     for pattern, value in patterns.items():
         try:
-            matched = limited.run("match", pattern, left)
+            matched = sandbox.run("match", pattern, left)
             if time.monotonic() - start > PATTERN_SECONDS:
-                raise limited.LimitError(f"and those before it take more than {PATTERN_SECONDS} s")
-        except (ValueError, limited.LimitError) as error:
+                raise sandbox.LimitError(f"and those before it take more than {PATTERN_SECONDS} s")
+        except (ValueError, sandbox.LimitError) as error:
             raise InputError(f"{file}: the {pattern_key} {shorten(pattern)}: {first_line(error)}") from None
         values |= {module: value for module, yes in zip(left, matched, strict=True) if yes}
         left = [module for module, yes in zip(left, matched, strict=True) if not yes]

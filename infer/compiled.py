@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from infer.choosing import choose
+from infer.next_token import choose
 from llava_jax.models import llama, llava
 from llava_jax.sharding.partition import Partition
 

@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer import compiled
-from infer.buckets import Buckets
-from infer.choosing import row_keys
+from infer.next_token import row_keys
 from infer.sampling import Sampling
 from llava_jax.aot.programs import compilations, limit_programs
 from llava_jax.checkpoints.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, integer
+from llava_jax.data.buckets import Buckets
 from llava_jax.data.images import image_size, read_tiles, tile_layout
 from llava_jax.data.prompts import add_image_tokens, encode_prompt, end_ids, prepare_tokenizer
 from llava_jax.data.splice import IMAGE, TEXT, Batch, Row, splice, spliced_length

@@ -2,9 +2,9 @@
 
 import argparse
 
-from infer.buckets import Buckets
 from llava_jax.config import IMAGE_RULES
 from llava_jax.console import enable_compilation_cache, integer, note
+from llava_jax.data.buckets import Buckets
 from llava_jax.data.templates import explain_template
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer import compiled
-from infer.choosing import row_keys
 from infer.flags import add_cache_flag
+from infer.next_token import row_keys
 from infer.sampling import Sampling
 from llava_jax.aot import tpu, tpu_plan
 from llava_jax.aot.flops import decoder_flops, encode_flops

@@ -1,4 +1,4 @@
-"""Sampling options. `infer.choosing` implements them; this module does not import JAX, so that flags load fast."""
+"""Sampling options. `infer.next_token` implements them; this module does not import JAX, so that flags load fast."""
 
 import dataclasses
 from typing import Any
@@ -36,7 +36,7 @@ class Sampling:
         check_ranges(self)
 
     def params(self) -> dict[str, np.generic]:
-        """The options that `choosing.choose` takes: arrays, so that changing one does not recompile."""
+        """The options that `next_token.choose` takes: arrays, so that changing one does not recompile."""
         return {
             "temperature": np.float32(self.temperature),
             "top_k": np.int32(self.top_k),

@@ -33,13 +33,13 @@ from train import plan as train_plan
 from train import plot, preview
 from train.config import TrainConfig
 from train.datasets import scienceqa, shapes
-from train.drawn import drawn_data
 from train.mixture import read_parts
 from train.optim import schedule
-from train.packing import fill_rows
 from train.plan_run import numbers_of_parts
 from train.processes import connect
 from train.profiling import parse_profile_steps
+from train.row_packing import fill_rows
+from train.synthetic_data import drawn_data
 
 WORDS, WORD = "ab cd " * 60, "x" * 360
 CHECKPOINT = str(GOLDEN / "checkpoints" / "v1.5-llama")

@@ -31,10 +31,10 @@ from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.files import memory_bytes
 from llava_jax.sharding.mesh import format_mesh, row_multiple
 from train.bad_samples import BadSamples
-from train.bucketed import BucketedBatches
+from train.bucketed_batches import BucketedBatches
 from train.config import TrainConfig
-from train.packed import Filling, PackedBatches, choose_filling, row_limits
-from train.packing import WINDOW
+from train.packed_batches import Filling, PackedBatches, choose_filling, row_limits
+from train.row_packing import WINDOW
 from train.samples import MAX_TILES, BadSample, Samples, SampleSource, measure_within
 from train.survey import Rows, survey_data, unused_share
 

@@ -23,9 +23,9 @@ from llava_jax.console import note, plural
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.sharding.mesh import DATA, FSDP, TENSOR, make_mesh, row_multiple
 from train.config import TrainConfig
-from train.drawn import drawn_data
 from train.loader import Data, check_batch, open_data
 from train.optim import check_rates
+from train.synthetic_data import drawn_data
 
 MAX_SLICES = 3  # larger slices to compile for, at most
 

@@ -85,7 +85,7 @@ def describe_first(bad: Sequence[BadSample], total: int = 0, *, path: str = "") 
 
 
 class SampleSource(Protocol):
-    """A source of conversations: `Samples`, or the assumption of a plan (`train.drawn`)."""
+    """A source of conversations: `Samples`, or the assumption of a plan (`train.synthetic_data`)."""
 
     path: str
     model: LlavaConfig

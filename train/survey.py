@@ -1,6 +1,6 @@
 """Survey the data before a run: measure a sample of its conversations, from which the shapes of batches follow.
 
-`survey_data` measures up to `packing.WINDOW` conversations, spread over the data, and reads the images of a few.
+`survey_data` measures up to `row_packing.WINDOW` conversations, spread over the data, and reads the images of a few.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from llava_jax.console import InputError, plural
 from llava_jax.data.images import max_tiles
-from train import packing
+from train import row_packing
 from train.bad_samples import BadSamples
 from train.config import TrainConfig
 from train.samples import BadSample, Sample, SampleSource, describe_first, split_bad
@@ -108,7 +108,7 @@ def survey_data(
     Raises:
       InputError: no conversation can be trained on, no image is readable, or too many conversations are bad.
     """
-    chosen = range(0, len(samples), -(-len(samples) // packing.WINDOW))
+    chosen = range(0, len(samples), -(-len(samples) // row_packing.WINDOW))
     good, bad = split_bad(map(measure, chosen))
     with_images = [one for one in good if one.images]
     broken = [one for one in bad if one.file]

@@ -1,6 +1,9 @@
 """The ladders of static shapes, which bound the number of compiled programs."""
 
 import bisect
+import dataclasses
+
+from llava_jax.console import InputError
 
 # Positions of a training row, and of a prompt, which has two rungs more.
 LENGTHS = (
@@ -13,8 +16,30 @@ TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 PROMPT_TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 NEW_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+NOUNS = {"lengths": "positions of a prompt", "tiles": "tiles", "new_tokens": "new tokens", "rows": "rows"}  # in errors
 
 
 def round_up(ladder: tuple[int, ...], n: int) -> int:
     """The smallest size of a ladder that is at least `n`; its largest size if `n` exceeds it."""
     return ladder[min(bisect.bisect_left(ladder, n), len(ladder) - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The sizes that the engine rounds each dimension of a batch up to."""
+
+    lengths: tuple[int, ...] = PROMPT_LENGTHS
+    tiles: tuple[int, ...] = PROMPT_TILES
+    new_tokens: tuple[int, ...] = NEW_TOKENS
+    rows: tuple[int, ...] = ROWS
+
+    def up(self, ladder: str, n: int) -> int:
+        """Round `n` up to the next size.
+
+        Raises:
+          InputError: `n` exceeds the largest size.
+        """
+        sizes = getattr(self, ladder)
+        if n > sizes[-1]:
+            raise InputError(f"{n:,} {NOUNS[ladder]} exceed the largest bucket, {sizes[-1]:,}")
+        return round_up(sizes, n)

@@ -3,7 +3,7 @@
 Its regular expressions are untrusted: oniguruma gives up a match after 10**7 tries, but a long text has many positions
 at which to try. Known patterns (`PATTERNS`, and those without repetition) run in this process. A tokenizer with any
 other pattern, or with components that could make a text much longer, runs in a separate process with limits on time and
-memory (`limited`).
+memory (`sandbox`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.data.sentencepiece_tokenizer import Offsets, Token, added_token, prefix_after_images
 from llava_jax.json_files import parse_json
-from llava_jax.limited import LimitError, Worker
+from llava_jax.sandbox import LimitError, Worker
 
 SECONDS, MEMORY = 10, 2**31  # limits for loading a tokenizer, and for each text
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from llava_jax import limited
+from llava_jax import sandbox
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, first_line, shorten
 
@@ -264,7 +264,7 @@ def render_chat(source: str, turns: Sequence[str | None], *, system: str | None 
     """Render a conversation with a chat template in transformers' format.
 
     Images at the start of a turn, each on a line of its own, are passed to the template as images; others stay in the
-    text. A template that only supports text gets text. The template runs within limits (`limited`).
+    text. A template that only supports text gets text. The template runs within limits (`sandbox`).
 
     Raises:
       InputError: the template cannot render the conversation, or takes too much time or memory.
@@ -278,11 +278,11 @@ def render_chat(source: str, turns: Sequence[str | None], *, system: str | None 
     for to_content in (_parts, str):
         messages = [{"role": role, "content": to_content(turn)} for role, turn in spoken]
         try:
-            text = limited.run("render", source, messages, turns[-1] is None)
+            text = sandbox.run("render", source, messages, turns[-1] is None)
         except ValueError as error:
             problem = problem or first_line(error)
             continue
-        except limited.LimitError as error:
+        except sandbox.LimitError as error:
             raise InputError(f"the checkpoint's own chat template {error}; choose a template with --template") from None
         if any(str(part) in text for part in messages[-1]["content"] if isinstance(part, dict)):
             continue  # a template for text only, which printed the list

@@ -14,7 +14,7 @@ from convert.to_orbax import to_orbax
 from helpers import GOLDEN, golden_tensors, turns, write_checkpoint
 from infer import generate
 from llava_jax import config as c
-from llava_jax import limited
+from llava_jax import sandbox
 from llava_jax.checkpoints.chat_template import read_chat_template, with_chat_template
 from llava_jax.checkpoints.checkpoint import open_any, open_checkpoint
 from llava_jax.console import InputError
@@ -202,13 +202,13 @@ def test_the_environment_is_that_of_transformers(program):
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi é 🙂"}]}] * 2
     [[want], _] = render_jinja_template([messages], chat_template=program, add_generation_prompt=True)
-    assert limited.run("render", program, messages, True) == want
+    assert sandbox.run("render", program, messages, True) == want
 
 
 @pytest.fixture
 def hasty(monkeypatch):
     """A limit of a second."""
-    monkeypatch.setattr(limited, "_shared", limited.Worker(seconds=1))
+    monkeypatch.setattr(sandbox, "_shared", sandbox.Worker(seconds=1))
 
 
 LIMITS = {
@@ -241,22 +241,22 @@ def test_a_template_runs_within_limits(program, says, hasty):
 
 
 def test_a_worker_ends_with_what_it_belongs_to(hasty):
-    program = "from llava_jax import limited; limited.run('match', 'a', ['a']); print(limited._shared._process.pid)"
+    program = "from llava_jax import sandbox; sandbox.run('match', 'a', ['a']); print(sandbox._shared._process.pid)"
     pid = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
 
 def test_a_worker_is_of_the_same_package_and_leaves_nothing_where_it_ends(tmp_path):
-    (tmp_path / "llava_jax").symlink_to(Path(limited.__file__).parent)
+    (tmp_path / "llava_jax").symlink_to(Path(sandbox.__file__).parent)
     program = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
 sys.path = [path for path in sys.path if "site-packages" in path or "lib/python" in path or not path]
-from llava_jax import limited
+from llava_jax import sandbox
 try:
-    limited.Worker(seconds=1).run("match", "(a+)+$", ["a" * 40 + "b"])
-except limited.LimitError as error:
+    sandbox.Worker(seconds=1).run("match", "(a+)+$", ["a" * 40 + "b"])
+except sandbox.LimitError as error:
     print(error)
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

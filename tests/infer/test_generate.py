@@ -12,12 +12,13 @@ from PIL import Image
 from convert.to_orbax import to_orbax
 from helpers import CHECKPOINTS, GOLDEN, QUESTION, golden_engine, golden_json, load_golden, one_device
 from infer.compiled import decode_on
-from infer.engine import Answer, Buckets, Engine, Request
+from infer.engine import Answer, Engine, Request
 from infer.sampling import Sampling
 from llava_jax.aot import programs
 from llava_jax.aot.programs import compilations, memory_maps
 from llava_jax.console import InputError
 from llava_jax.data import images, urls
+from llava_jax.data.buckets import Buckets
 from llava_jax.data.splice import IMAGE, TEXT, Row, splice
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.models import llama, llava

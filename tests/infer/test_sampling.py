@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.choosing import choose, row_keys
+from infer.next_token import choose, row_keys
 from infer.sampling import Sampling
 from llava_jax.console import InputError
 

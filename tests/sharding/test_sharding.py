@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from helpers import GOLDEN, QUESTION, golden_engine, load_golden, make_row
-from infer.choosing import choose, row_keys
 from infer.engine import Engine, Request
+from infer.next_token import choose, row_keys
 from infer.sampling import Sampling
 from llava_jax import config as c
 from llava_jax.console import InputError

@@ -9,10 +9,10 @@ from helpers import turns
 from llava_jax.config import preset
 from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, TEXT
-from train import packing
+from train import row_packing
 from train.config import TrainConfig
-from train.drawn import drawn_data
 from train.loader import open_data
+from train.synthetic_data import drawn_data
 from training import MESSAGES, assert_same_batches, good_row, parts, take
 
 
@@ -188,7 +188,7 @@ def test_a_batch_holds_what_was_asked_for_as_far_as_there_is_data_and_the_mesh_a
 )  # fmt: skip
 def test_a_batch_of_all_the_data_is_one_epoch(n, asked, multiple, window, write, config, models, monkeypatch):
     """On every mesh, also on one on which it is resumed: each conversation once, and empty rows."""
-    monkeypatch.setattr(packing, "WINDOW", window)
+    monkeypatch.setattr(row_packing, "WINDOW", window)
     settings = config(write([good_row(i) for i in range(n)]), global_batch_size=asked)
     data = open_data(settings, *models["v1.6-mistral"], rows_multiple=multiple)
     first, *more = data.describe().splitlines()
@@ -239,7 +239,7 @@ def test_rows_that_are_not_full_have_no_room_for_more(write, config, models):
 @pytest.mark.parametrize(("name", "most"), [("v1.5-llama", 3), ("v1.6-mistral", 15)])
 def test_the_mesh_does_not_decide_which_conversations_are_trained_on(name, most, write, config, models, monkeypatch):
     """Those with the most images are not among the few looked at beforehand; rows are full, or hold one each."""
-    monkeypatch.setattr(packing, "WINDOW", 8)
+    monkeypatch.setattr(row_packing, "WINDOW", 8)
     rows = [good_row(i * 10 if i % 4 == 0 else i) | {"id": i} for i in range(32)]
     rows[5] = {"id": 5, "image": ["3.png"] * 2, "conversations": turns("<image><image>", "x")}
     content = [*[{"type": "image", "image": "3.png"}] * 3, {"type": "text", "text": "a"}]

@@ -10,8 +10,8 @@ from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE
 from train.bad_samples import BadSamples
 from train.config import TrainConfig
-from train.drawn import DrawnSamples
 from train.loader import Data, open_data
+from train.synthetic_data import DrawnSamples
 from training import SAME, assert_same_batches, good_row, take
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from convert.to_orbax import to_orbax
 from helpers import GOLDEN, load_golden, one_device
 from llava_jax import config as c
-from llava_jax import limited
+from llava_jax import sandbox
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch
@@ -240,7 +240,7 @@ def adapter(tmp_path_factory):
     ],
 )
 def test_an_adapter_configured_wrongly(changed, says, stabilised, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(limited, "_shared", limited.Worker(seconds=1))
+    monkeypatch.setattr(sandbox, "_shared", sandbox.Worker(seconds=1))
     shutil.copytree(adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": stabilised} | changed))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from train import packing
-from train.packing import choose_length, fill_rows
+from train import row_packing
+from train.row_packing import choose_length, fill_rows
 
 
 def test_rows_are_filled_as_full_as_can_be():
@@ -49,7 +49,7 @@ def test_padding_of_lengths_like_mix665k_is_below_five_percent():
 def test_length_of_a_row_is_chosen_from_few(positions, least, chosen, monkeypatch):
     """To try one fills all rows with it."""
     tried = []
-    monkeypatch.setattr(packing, "fill_rows", lambda *args: tried.append(args[1]) or fill_rows(*args))
+    monkeypatch.setattr(row_packing, "fill_rows", lambda *args: tried.append(args[1]) or fill_rows(*args))
     assert choose_length([(positions, 1)] * 12, least, 4096) == chosen
     assert len(tried) <= 18
     tried.clear()
@@ -64,6 +64,6 @@ def test_length_of_a_row_is_chosen_from_few(positions, least, chosen, monkeypatc
 )  # fmt: skip
 def test_rows_are_spread_evenly(rows, least, sizes):
     numbers = iter(range(sum(rows)))
-    found = packing.split_rows([[next(numbers) for _ in range(n)] for n in rows], least)
+    found = row_packing.split_rows([[next(numbers) for _ in range(n)] for n in rows], least)
     assert list(map(len, found)) == sizes
     assert sorted(i for row in found for i in row) == list(range(sum(rows)))

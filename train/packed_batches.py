@@ -12,8 +12,8 @@ import grain
 import numpy as np
 
 from llava_jax.console import plural
-from train import packing
-from train.packing import (
+from train import row_packing
+from train.row_packing import (
     BATCH_TOLERANCE,
     LENGTH_MULTIPLE,
     choose_length,
@@ -80,8 +80,8 @@ def choose_filling(survey: Survey, limits: RowLimits, multiple: int) -> Filling:
 def fill_windows(samples: list[Sample], length: int, tiles: int) -> list[list[int]]:
     """Fill rows window by window; a row is a list of indices of conversations."""
     rows = []
-    for start in range(0, len(samples), packing.WINDOW):
-        sizes = [(one.length, one.tiles) for one in samples[start : start + packing.WINDOW]]
+    for start in range(0, len(samples), row_packing.WINDOW):
+        sizes = [(one.length, one.tiles) for one in samples[start : start + row_packing.WINDOW]]
         rows += [[start + i for i in row] for row in fill_rows(sizes, length, tiles)]
     return rows
 
@@ -143,7 +143,7 @@ class PackedBatches:
         n = len(self._survey.samples)
         indices = grain.MapDataset.source(list(range(n))).seed(self._survey.config.seed)
         indices = indices.shuffle() if self._survey.train else indices
-        return indices.batch(n if self.filling.whole else packing.WINDOW, batch_fn=list)
+        return indices.batch(n if self.filling.whole else row_packing.WINDOW, batch_fn=list)
 
     def distribute(self, number: int, window: Sequence[Sample | BadSample]) -> Rows:
         """Distribute window `number` of the repeated order over rows, without bad samples."""

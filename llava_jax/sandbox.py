@@ -1,6 +1,6 @@
 """Run the programs in checkpoints (regular expressions, chat templates) with limits on time and memory.
 
-Python cannot interrupt a call into C that takes hours, so they run in a separate process (`limited_worker`), which
+Python cannot interrupt a call into C that takes hours, so they run in a separate process (`sandbox_worker`), which
 starts with the first task and serves the next ones. It is killed when it exceeds a limit, and when this process ends.
 """
 
@@ -25,7 +25,7 @@ class LimitError(Exception):
 
 
 class Worker:
-    """A process that runs tasks (`limited_worker.TASKS`) one at a time.
+    """A process that runs tasks (`sandbox_worker.TASKS`) one at a time.
 
     Args:
       seconds: the CPU time limit of a task.
@@ -72,7 +72,7 @@ class Worker:
             "PYTHONPATH": os.pathsep.join(paths), "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "llava_jax.limited_worker", str(self._memory)],
+            [sys.executable, "-P", "-m", "llava_jax.sandbox_worker", str(self._memory)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env,
         )  # fmt: skip
         self._owner = os.getpid()

@@ -14,7 +14,7 @@ from llava_jax.data.splice import Row, count_features
 from train.bad_samples import BadSamples
 from train.config import TrainConfig
 from train.loader import Data
-from train.packing import WINDOW
+from train.row_packing import WINDOW
 from train.samples import Sample
 
 MIX665K, CAPTIONS = 665_298, 558_128  # rows of llava_v1_5_mix665k.json and of blip_laion_cc_sbu_558k.json

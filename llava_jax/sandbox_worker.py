@@ -1,4 +1,4 @@
-"""The process that `limited.Worker` starts: reads tasks as lines of JSON, and writes an answer line for each.
+"""The process that `sandbox.Worker` starts: reads tasks as lines of JSON, and writes an answer line for each.
 
 Tasks import what they need, but neither JAX nor transformers, so that the process starts in 0.1 s.
 """
