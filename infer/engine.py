@@ -291,13 +291,14 @@ class Engine:
                     "embeddings: the tokenizer is not the model's"
                 )
             layouts = tuple(tile_layout(image_size(image), self.config) for image in request.images)
-            row = Row(ids, layouts, name=request.name)
+            row = Row(ids, layouts)
             length = spliced_length(row, self.config)
             room = self.context - (1 if reply else 0)
             if length > room:
+                images = length - int((ids != IMAGE).sum())
                 raise InputError(
-                    f"the prompt is {length} positions long ({length - int((ids != IMAGE).sum())} of them image), "
-                    f"{length - room} more than fit the model's context of {self.context}"
+                    f"the prompt takes {length} positions ({images} of them for images); at most {room} fit the "
+                    f"model's context of {self.context}{', which leaves one to answer' * reply}"
                 )
             self.buckets.up("lengths", length), self.buckets.up("tiles", row.tile_count)  # raises beyond the largest
             return _Prepared(request, row, length)

@@ -122,7 +122,7 @@ BAD = {
         lambda t: ("--image", PICTURE, "--image", PICTURE, "--prompt", "<image>"), "1 <image> tokens for 2 images",
     ),
     "marks and no image": (lambda t: ("--prompt", "<image> hi"), "1 <image> tokens for 0 images"),
-    "too long": (lambda t: ("--prompt", "word " * 900), "more than fit the model's context of 512"),
+    "too long": (lambda t: ("--prompt", "word " * 900), "at most 511 fit the model's context of 512"),
     "unknown template": (lambda t: ("--template", "v9"), "known: chatml_direct"),
     "no checkpoint": (lambda t: ("--checkpoint", t / "none"), "no such directory"),
     "checkpoint as a URL": (lambda t: ("--checkpoint", "file:///none"), "file:// is not a supported object store"),
