@@ -1,4 +1,4 @@
-"""What the engine runs on the device: four compiled functions, one after the other, for a batch of questions.
+"""The engine's jitted functions: four, one after the other, for a batch of questions, and `logits` without a cache.
 
 Their static shapes depend only on (B rows, S positions, T tiles, N new tokens):
 

@@ -312,10 +312,12 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
     """Write a file that appears under its name whole or not at all. It replaces an existing file, or a link's target.
 
     Raises:
-      InputError: the path exists and is not a file.
+      InputError: the path exists and is not a file, or is a link that leads back to itself.
       OSError: the file cannot be written.
     """
     target = Path(os.path.realpath(path))
+    if target.is_symlink():  # realpath resolves all links but those of a loop
+        raise InputError(f"{shorten(path)}: a link that leads back to itself, not a file")
     if target.exists() and (kind := kind_of(target.stat())):
         raise InputError(f"{shorten(path)}: {kind}, not a file")
     staged = _beside(target, secrets.token_hex(4), "incomplete")

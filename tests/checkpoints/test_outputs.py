@@ -316,6 +316,8 @@ def test_a_file_is_written_whole_through_a_link(tmp_path):
     for name in ("x" * 255, "猫" * 85):
         write_file(tmp_path / name, b"new")
         assert (tmp_path / name).read_bytes() == b"new"
-    for other in (tmp_path, "/dev/null"):
+    (tmp_path / "loop").symlink_to("loop")
+    for other in (tmp_path, "/dev/null", tmp_path / "loop"):
         with pytest.raises(InputError, match="not a file"):
             write_file(other, b"")
+    assert os.readlink(tmp_path / "loop") == "loop"
