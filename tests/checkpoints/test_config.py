@@ -264,3 +264,14 @@ def test_biases_that_no_format_has_are_refused():
     text = dataclasses.replace(c.tiny().text, qkv_bias=True)
     with pytest.raises(InputError, match="biases on some projections"):
         DECODERS["llama"].write_fields(text)
+
+
+@pytest.mark.parametrize(
+    ("family", "biases"), [("llama", (True, True, True)), ("mistral", (False,) * 3), ("qwen2", (True, False, False))]
+)
+def test_biases_are_those_that_the_transformers_class_has(family, biases):
+    """Mistral's and Qwen2's classes ignore these keys."""
+    text = read_config(
+        {"model_type": "llava_next", "text_config": {"model_type": family, "attention_bias": True, "mlp_bias": True}}
+    ).text
+    assert (text.qkv_bias, text.o_bias, text.mlp_bias) == biases

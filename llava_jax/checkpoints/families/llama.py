@@ -27,7 +27,7 @@ FIELDS = (
     Field("eos_token_id", "eos_ids", 2, kind=Ids),
     Field("pad_token_id", "pad_id"),
 )
-MORE = {"attention_bias": bool | None, "mlp_bias": bool | None, **ROPE_TYPES}
+BIASES = {"attention_bias": bool | None, "mlp_bias": bool | None}  # read by LLaMA alone, as in transformers
 ONLY = NEVER | {"partial_rotary_factor": (None, 1, 1.0)}
 WINDOW_KEYS = ["layer_types", "max_window_layers", "sliding_window", "use_sliding_window"]
 TENSORS = (
@@ -53,11 +53,13 @@ def read(get: Callable[[str], Any]) -> dict[str, Any]:
         "kv_heads": get("num_key_value_heads") or heads,
         "head_width": get("head_dim") or get("hidden_size") // heads,
         "eos_ids": read_ids(get("eos_token_id")),
-        "qkv_bias": bool(get("attention_bias")),
-        "o_bias": bool(get("attention_bias")),
-        "mlp_bias": bool(get("mlp_bias")),
         **read_rope(get),
     }
+
+
+def _read(get: Callable[[str], Any]) -> dict[str, Any]:
+    attention, mlp = bool(get("attention_bias")), bool(get("mlp_bias"))
+    return {**read(get), "qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
 
 
 def write(text: TextConfig) -> dict[str, Any]:
@@ -77,8 +79,8 @@ LLAMA = Decoder(
     originals=("llava_llama", "llama", "Yi"),
     classes=("LlavaLlamaForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM", "YiForCausalLM"),
     fields=FIELDS,
-    more=MORE,
-    read=read,
+    more=BIASES | ROPE_TYPES,
+    read=_read,
     write=_write,
     ignored=frozenset(WINDOW_KEYS + GENERAL),
     only=ONLY,

@@ -6,6 +6,7 @@ from typing import Any
 from llava_jax.checkpoints.config_keys import GENERAL, refuse
 from llava_jax.checkpoints.families import llama
 from llava_jax.checkpoints.families.family import Decoder, Field, with_defaults
+from llava_jax.checkpoints.families.rope import TYPES as ROPE_TYPES
 from llava_jax.config import TextConfig, Window
 from llava_jax.console import InputError
 
@@ -50,11 +51,11 @@ QWEN2 = Decoder(
         ),
         Field("sliding_window", "sliding_window", 4096),
     ),
-    more=llama.MORE
+    more=ROPE_TYPES
     | {"layer_types": list[str] | None, "max_window_layers": Window, "use_sliding_window": bool | None},
     read=lambda get: llama.read(get) | {"sliding_window": read_window(get), "qkv_bias": True},
     write=_write,
-    ignored=frozenset(GENERAL),
+    ignored=frozenset([*llama.BIASES, *GENERAL]),
     only=llama.ONLY,
     tensors=llama.TENSORS,
     computed=llama.COMPUTED,
