@@ -145,10 +145,10 @@ def turns(*values) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
 
 
-def make_row(conversation, pictures, template: str, config: LlavaConfig, tokenizer) -> splice.Row:
+def make_row(conversation, image_files, template: str, config: LlavaConfig, tokenizer) -> splice.Row:
     """A training row from a conversation and the paths of its images."""
-    ids, labels = encode_conversation(conversation, get_template(template), tokenizer, config, images=len(pictures))
-    opened = [images.open_image(path) for path in pictures]
+    ids, labels = encode_conversation(conversation, get_template(template), tokenizer, config, images=len(image_files))
+    opened = [images.open_image(path) for path in image_files]
     places = tuple(images.tile_layout(image.size, config) for image in opened)
     tiles = tuple(images.tile_image(image, place, config) for image, place in zip(opened, places, strict=True))
     return splice.Row(ids, places, tiles, labels)

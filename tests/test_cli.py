@@ -26,7 +26,7 @@ from infer import generate
 from llava_jax import console
 
 CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
-PICTURE = GOLDEN / "images/0_64x48.png"
+IMAGE = GOLDEN / "images/0_64x48.png"
 MODEL = ("--checkpoint", CHECKPOINT, "--max-new-tokens", "8", "--mesh", "tensor=8")
 ONE = (*MODEL, "--prompt", QUESTION)
 
@@ -42,12 +42,12 @@ def answers(run_cli):
 def test_as_a_new_user_runs_it():
     """In a process of its own, on one device, without our environment."""
     run = subprocess.run(
-        [sys.executable, "-m", "infer.generate", "--checkpoint", CHECKPOINT, "--image", PICTURE, "--prompt", QUESTION,
+        [sys.executable, "-m", "infer.generate", "--checkpoint", CHECKPOINT, "--image", IMAGE, "--prompt", QUESTION,
          "--max-new-tokens", "24"],
         capture_output=True, text=True, env=user_environment(), cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    want = golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=24).text
+    want = golden_engine("v1.6-mistral").ask(QUESTION, IMAGE, max_new_tokens=24).text
     assert run.stdout.strip("\n") == want
     assert run.stderr.splitlines() == [
         "template mistral_instruct (for a Mistral decoder; --template overrides it); cpu, mesh data=1,fsdp=1,tensor=1"
@@ -55,7 +55,7 @@ def test_as_a_new_user_runs_it():
 
 
 def test_json(answers):
-    status, out, err = answers(*ONE, "--image", PICTURE, "--json")
+    status, out, err = answers(*ONE, "--image", IMAGE, "--json")
     assert status == 0, err
     [line] = out.splitlines()
     got = json.loads(line)
@@ -68,14 +68,14 @@ def test_json(answers):
 
 @pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
 def test_streamed_or_not_the_text_is_the_same(answers, flag):
-    _, out, _ = answers(*ONE, "--image", PICTURE, flag)
-    assert out.strip("\n") == golden_engine("v1.6-mistral").ask(QUESTION, PICTURE, max_new_tokens=8).text
+    _, out, _ = answers(*ONE, "--image", IMAGE, flag)
+    assert out.strip("\n") == golden_engine("v1.6-mistral").ask(QUESTION, IMAGE, max_new_tokens=8).text
 
 
 def test_several_images_system_and_template(answers):
     args = (
         "--image",
-        PICTURE,
+        IMAGE,
         "--image",
         GOLDEN / "images/3_90x30.png",
         "--template",
@@ -94,7 +94,7 @@ def test_several_images_system_and_template(answers):
 
 def make_truncated(tmp_path):
     path = tmp_path / "cut.png"
-    path.write_bytes(PICTURE.read_bytes()[:-500])
+    path.write_bytes(IMAGE.read_bytes()[:-500])
     return path
 
 
@@ -117,9 +117,9 @@ BAD = {
     "1x1": (lambda t: ("--image", make_image(t, (1, 1))), "1x1 pixels"),
     "1x20000": (lambda t: ("--image", make_image(t, (1, 20000))), "1x20000 pixels"),
     "bomb": (lambda t: ("--image", make_image(t, (20000, 20000), "1")), "pixels; scale it down"),
-    "more marks": (lambda t: ("--image", PICTURE, "--prompt", "<image> <image>"), "2 <image> tokens for 1 images"),
+    "more marks": (lambda t: ("--image", IMAGE, "--prompt", "<image> <image>"), "2 <image> tokens for 1 images"),
     "fewer marks": (
-        lambda t: ("--image", PICTURE, "--image", PICTURE, "--prompt", "<image>"), "1 <image> tokens for 2 images",
+        lambda t: ("--image", IMAGE, "--image", IMAGE, "--prompt", "<image>"), "1 <image> tokens for 2 images",
     ),
     "marks and no image": (lambda t: ("--prompt", "<image> hi"), "1 <image> tokens for 0 images"),
     "too long": (lambda t: ("--prompt", "word " * 900), "at most 511 fit the model's context of 512"),
@@ -251,9 +251,9 @@ def test_questions_are_answered_in_the_reference_format(answers, folder):
     engine = golden_engine("v1.6-mistral")
     for row in rows:
         names = row.get("image", [])
-        pictures = [GOLDEN / "images" / n for n in ([names] if isinstance(names, str) else names)]
+        image_files = [GOLDEN / "images" / n for n in ([names] if isinstance(names, str) else names)]
         answer = got[row["question_id"]]
-        assert answer["text"] == engine.ask(row["text"], pictures, max_new_tokens=8).text
+        assert answer["text"] == engine.ask(row["text"], image_files, max_new_tokens=8).text
         assert list(answer) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
         assert (answer["prompt"], answer["model_id"], answer["metadata"]) == (row["text"], "v1.6-mistral", {})
     assert len({a["answer_id"] for a in got.values()}) == len(rows)
@@ -271,11 +271,11 @@ def test_several_questions_under_one_id(answers, folder):
 
 
 def test_images_of_questions_may_be_urls_of_files_and_data(answers, folder):
-    file = folder / "images" / PICTURE.name
+    file = folder / "images" / IMAGE.name
     data = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-    images = [PICTURE.name, str(file), f"file://{file}", data, [data]]
+    images = [IMAGE.name, str(file), f"file://{file}", data, [data]]
     rows = [{"question_id": i, "image": image, "text": QUESTION} for i, image in enumerate(images)]
-    rows += [{"question_id": 5, "images": [PICTURE.name], "text": QUESTION}]
+    rows += [{"question_id": 5, "images": [IMAGE.name], "text": QUESTION}]
     bad = ["http://x/a.png", f"file://{folder}/a.jsonl", "data:image/png;base64,?" + "A" * 9999, "../q.jsonl"]
     rows += [{"question_id": 6 + i, "image": image, "text": QUESTION} for i, image in enumerate(bad)]
     rows += [{"question_id": 10, "video": "a.mp4", "text": QUESTION}]

@@ -13,7 +13,7 @@ from train.config import TrainConfig
 # ---------------------------------------------------------------- data
 
 SAME = ("ids", "labels", "positions", "segments", "feature_rows", "tiles")
-PICTURE = {"image": "0.png"}
+PHOTO = {"image": "0.png"}
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
 
 
@@ -48,13 +48,13 @@ BROKEN = {
     json.dumps({"conversations": turns("a")}): "no answer",
     json.dumps({"conversations": turns("a", "")}): "no answer",
     json.dumps({"conversations": turns("<image>\na", "x")}): "1 <image> tokens for 0 images",
-    json.dumps(PICTURE | {"conversations": turns("a", "x")}): "0 <image> tokens for 1 images",
-    json.dumps(PICTURE | {"conversations": turns("<image>\na", "x", "<image>", "y")}): "2 <image> tokens for 1 images",
+    json.dumps(PHOTO | {"conversations": turns("a", "x")}): "0 <image> tokens for 1 images",
+    json.dumps(PHOTO | {"conversations": turns("<image>\na", "x", "<image>", "y")}): "2 <image> tokens for 1 images",
     json.dumps({"image": ["0.png"] * 2, "conversations": turns("<image>", "x")}): "1 <image> tokens for 2 images",
     json.dumps({"image": 3, "conversations": turns("<image>", "x")}): "image must be a file name",
     json.dumps({"image": [""], "conversations": turns("<image>", "x")}): "image must be a file name",
     json.dumps({"images": 3, "conversations": turns("<image>", "x")}): "images must be a file name",
-    json.dumps(PICTURE | {"images": ["0.png"], "conversations": turns("<image>", "x")}): "both image and images",
+    json.dumps(PHOTO | {"images": ["0.png"], "conversations": turns("<image>", "x")}): "both image and images",
     json.dumps({"messages": MESSAGES, "conversations": turns("a", "x")}): "both conversations and messages",
     json.dumps({"messages": [MESSAGES[0] | {"from": "human"}, MESSAGES[1]]}): "both from and role",
     json.dumps({"messages": [{"role": "user"}]}): "each turn of messages must have role and content",
@@ -63,14 +63,14 @@ BROKEN = {
     json.dumps({"system": "a", "messages": [{"role": "system", "content": "a"}, *MESSAGES]}): "have a system message",
     json.dumps({"system": ["a"], "messages": MESSAGES}): "system must be text",
     json.dumps({"system": "\ud800", "messages": MESSAGES}): "not valid Unicode",
-    json.dumps(PICTURE | {"system": "<image>", "messages": MESSAGES}): "the system message has an <image> token",
+    json.dumps(PHOTO | {"system": "<image>", "messages": MESSAGES}): "the system message has an <image> token",
     json.dumps({"messages": [parts({"type": "video", "video": "a.mp4"}), MESSAGES[1]]}): "part has type video;",
     json.dumps({"messages": [parts({"type": "text"}), MESSAGES[1]]}): "a message part of type text has no text",
     json.dumps({"messages": [parts("a"), MESSAGES[1]]}): "a message part has type unknown",
     json.dumps({"messages": [parts({"type": "image"}), MESSAGES[1]]}): "refers to image 0, but images has 0",
     json.dumps({"messages": [parts({"type": "image", "image": 3}), MESSAGES[1]]}): "an image part must name a file",
-    json.dumps(PICTURE | {"messages": [parts({"type": "image", "path": "1.png"}), MESSAGES[1]]}): "images name files",
-    json.dumps(PICTURE | {"messages": [parts({"type": "image", "index": 1}), MESSAGES[1]]}): "part refers to image",
+    json.dumps(PHOTO | {"messages": [parts({"type": "image", "path": "1.png"}), MESSAGES[1]]}): "images name files",
+    json.dumps(PHOTO | {"messages": [parts({"type": "image", "index": 1}), MESSAGES[1]]}): "part refers to image",
     json.dumps({"images": ["0.png", "1.png"], "messages": [parts({"type": "image"}), MESSAGES[1]]}):
         "1 image parts for 2 images",
     json.dumps({"images": ["0.png", "0.png"], "messages": [parts({"type": "image"}), MESSAGES[1]]}):
@@ -80,7 +80,7 @@ BROKEN = {
     json.dumps({"images": ["0.png", "1.png"],
                 "messages": [parts({"type": "image", "index": 1}, {"type": "image"}), MESSAGES[1]]}):
         "some image parts have an index and some do not",
-    json.dumps(PICTURE | {"messages": [parts({"type": "image", "index": False}), MESSAGES[1]]}):
+    json.dumps(PHOTO | {"messages": [parts({"type": "image", "index": False}), MESSAGES[1]]}):
         "part refers to image False",
     json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"tool_calls": [1]}]}): "tool calls are not supported",
     json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}): "weight: turn weights are not supported",

@@ -19,14 +19,14 @@ from llava_jax.data.images import TileLayout, image_size, open_image, read_tiles
 from llava_jax.data.splice import NEWLINE, count_features, merge_rows
 from llava_jax.models.clip import normalise
 
-PICTURES = sorted((GOLDEN / "images").iterdir())
+IMAGE_FILES = sorted((GOLDEN / "images").iterdir())
 
 
 @pytest.mark.parametrize("name", ["v1-linear-llama", "v1.5-llama", "v1.6-mistral"])
 def test_tiles_equal_the_reference(name):
     config = load_golden(name)[0].config
     expected = np.load(GOLDEN / "tiles.npz")
-    for path in PICTURES:
+    for path in IMAGE_FILES:
         image = open_image(path)
         got = tile_image(image, tile_layout(image.size, config), config)
         np.testing.assert_array_equal(read_tiles(path, tile_layout(image.size, config), config), got)

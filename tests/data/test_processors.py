@@ -54,7 +54,7 @@ GEOMETRY = (
 )
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
+def random_image(size: tuple[int, int]) -> Image.Image:
     random = np.random.default_rng(size[0])
     return Image.fromarray(random.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
@@ -70,7 +70,7 @@ def compare(kind: str, settings: dict, directory, nested: bool) -> None:
     config = read_config(model, preprocessor=read_preprocessor(directory)).with_image_rules("transformers")
     theirs = CLASSES[kind](**{key: value for key, value in settings.items() if key != "image_processor_type"})
     for size in SIZES:
-        image = picture(size)
+        image = random_image(size)
         made = tile_image(image, tile_layout(size, config), config)
         ours = np.asarray(normalise(jax.numpy.asarray(made), config.vision))
         want = theirs(image, return_tensors="np")["pixel_values"][0]
@@ -95,7 +95,7 @@ def test_the_originals_grids_are_bicubic_whatever_the_processor_says():
     model = {
         "model_type": "llava_next", "text_config": {}, "vision_config": VISION, "image_grid_pinpoints": PINPOINTS,
     }  # fmt: skip
-    image = picture((61, 23))
+    image = random_image((61, 23))
     cut = lambda config: tile_image(image, tile_layout(image.size, config), config)  # noqa: E731
     bicubic, bilinear = (read_config(model, preprocessor=PLAIN | {"resample": n}) for n in (3, 2))
     assert (cut(bicubic) == cut(bilinear)).all()

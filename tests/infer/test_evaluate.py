@@ -14,7 +14,7 @@ from infer.evaluate import exact_match, read_option, read_questions, scienceqa
 from llava_jax.data.templates import get_template
 
 CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
-PICTURES = ["0_64x48.png", "3_90x30.png"]
+IMAGE_FILES = ["0_64x48.png", "3_90x30.png"]
 
 
 @pytest.fixture
@@ -51,17 +51,17 @@ def test_exact_match(answer, right, score):
 
 def test_questions_come_with_what_was_said_before(folder):
     turns = ["<image>\na?", "1", "b?", "2"]
-    write(folder, [row(turns, ["x", "y"], PICTURES[0]), row(["c?", "3"])])
+    write(folder, [row(turns, ["x", "y"], IMAGE_FILES[0]), row(["c?", "3"])])
     first, second, third = read_questions(folder / "test.json", folder / "images")
-    picture = str(folder / "images" / PICTURES[0])
-    assert (first.turns, first.answer, first.kind, first.images) == (("<image>\na?",), "1", "x", (picture,))
-    assert (second.turns, second.answer, second.kind, second.images) == (tuple(turns[:3]), "2", "y", (picture,))
+    image_file = str(folder / "images" / IMAGE_FILES[0])
+    assert (first.turns, first.answer, first.kind, first.images) == (("<image>\na?",), "1", "x", (image_file,))
+    assert (second.turns, second.answer, second.kind, second.images) == (tuple(turns[:3]), "2", "y", (image_file,))
     assert (third.turns, third.answer, third.kind, third.images) == (("c?",), "3", "all", ())
 
 
 def test_an_image_comes_with_the_turn_that_shows_it(folder):
     turns = ["hi", "hello", "b?\n<image>", "2"]
-    write(folder, "\n".join(map(json.dumps, [row(turns, image=PICTURES[0]), row(["a?", "1"], image=PICTURES)])))
+    write(folder, "\n".join(map(json.dumps, [row(turns, image=IMAGE_FILES[0]), row(["a?", "1"], image=IMAGE_FILES)])))
     first, second, third = read_questions(folder / "test.json", folder / "images")
     assert first.images == ()
     assert len(second.images) == 1 and second.turns[-1] == "<image>\nb?"  # in front, as in training
@@ -71,15 +71,15 @@ def test_an_image_comes_with_the_turn_that_shows_it(folder):
 def test_accuracy_by_kind(run, folder):
     """Right answers are the model's own; one of them is wrong, one is in other letters."""
     engine = golden_engine("v1.6-mistral")
-    pictures = [folder / "images" / name for name in PICTURES]
-    one = engine.ask(QUESTION, pictures[0], max_new_tokens=4).text
-    two = engine.ask("<image> or <image>?", pictures, max_new_tokens=4).text
-    later = engine.ask([QUESTION, one, "And now?"], pictures[0], max_new_tokens=4).text
+    image_files = [folder / "images" / name for name in IMAGE_FILES]
+    one = engine.ask(QUESTION, image_files[0], max_new_tokens=4).text
+    two = engine.ask("<image> or <image>?", image_files, max_new_tokens=4).text
+    later = engine.ask([QUESTION, one, "And now?"], image_files[0], max_new_tokens=4).text
     none = engine.ask("Hello", max_new_tokens=4).text
     rows = [
-        row([f"<image>\n{QUESTION}", one, "And now?", later.upper() + "."], ["first", "later"], PICTURES[0]),
-        row([f"<image>\n{QUESTION}", one + " not"], ["first"], PICTURES[0]),
-        row(["<image> or <image>?", two], ["two"], PICTURES),
+        row([f"<image>\n{QUESTION}", one, "And now?", later.upper() + "."], ["first", "later"], IMAGE_FILES[0]),
+        row([f"<image>\n{QUESTION}", one + " not"], ["first"], IMAGE_FILES[0]),
+        row(["<image> or <image>?", two], ["two"], IMAGE_FILES),
         row(["Hello", none], ["none"]),
     ]
     status, out, err = run(*write(folder, rows), "--json")
@@ -101,11 +101,11 @@ def test_accuracy_by_kind(run, folder):
 
 def test_a_question_that_cannot_be_asked_is_named_and_counts_as_wrong(run, folder):
     none = golden_engine("v1.6-mistral").ask("Hello", max_new_tokens=4).text
-    (folder / "images" / PICTURES[0]).write_bytes(b"no picture")
-    rows = [row(["Hello", none]), row(["<image>\nHello", none], image=PICTURES[0])]
+    (folder / "images" / IMAGE_FILES[0]).write_bytes(b"no picture")
+    rows = [row(["Hello", none]), row(["<image>\nHello", none], image=IMAGE_FILES[0])]
     status, out, err = run(*write(folder, rows))
     assert (status, out.split()) == (1, ["all", "50.00%", "of", "2"])
-    assert f"{PICTURES[0]}: not an image" in err
+    assert f"{IMAGE_FILES[0]}: not an image" in err
     assert err.splitlines()[-1] == "error: 1 of 2 questions could not be asked, counted as wrong"
 
 
@@ -128,7 +128,7 @@ def test_what_counts_as_wrong_is_said_of_one_and_of_several(run, folder, monkeyp
 def test_rows_are_asked_as_training_reads_them(folder):
     """An answer that comes first is left out, so is a question that comes last; marks of one image become one; other
     formats and system messages."""
-    data = "data:image/png;base64," + base64.b64encode((folder / "images" / PICTURES[0]).read_bytes()).decode()
+    data = "data:image/png;base64," + base64.b64encode((folder / "images" / IMAGE_FILES[0]).read_bytes()).decode()
     said = row(["Hello", "a?", "1", "b?", "2", "Thanks!"])["conversations"]
     for turn, speaker in zip(said, ["gpt", "human"] * 3, strict=True):
         turn["from"] = speaker
@@ -137,20 +137,20 @@ def test_rows_are_asked_as_training_reads_them(folder):
         {"role": "user", "content": [{"type": "text", "text": "c?"}, {"type": "image", "image": data}]},
         {"role": "assistant", "content": "3"},
     ]
-    absolute = str(folder / "images" / PICTURES[0])
+    absolute = str(folder / "images" / IMAGE_FILES[0])
     rows = [
         {"conversations": said, "kinds": ["x", "y", "z"]},
         {"messages": messages},
         row(["<image>d?<image>", "4"], image=f"file://{absolute}") | {"system": "Be kind."},
-        row(["e?", "5"], image=[absolute, PICTURES[1]]),
+        row(["e?", "5"], image=[absolute, IMAGE_FILES[1]]),
     ]
     write(folder, rows)
     a, b, c, d, e = read_questions(folder / "test.json", folder / "images")
     assert [(one.turns, one.answer, one.kind) for one in (a, b)] == [(("a?",), "1", "x"), (("a?", "1", "b?"), "2", "y")]
     assert (c.turns, c.answer, c.system) == (("<image>\nc?",), "3", "Be brief.")
-    assert c.images == ((folder / "images" / PICTURES[0]).read_bytes(),)
+    assert c.images == ((folder / "images" / IMAGE_FILES[0]).read_bytes(),)
     assert (d.turns, d.system, d.images) == (("<image>\nd?",), "Be kind.", (absolute,))
-    assert e.images == (absolute, str(folder / "images" / PICTURES[1]))
+    assert e.images == (absolute, str(folder / "images" / IMAGE_FILES[1]))
 
 
 def test_a_bad_row_fails_alone(run, folder):
@@ -204,7 +204,7 @@ def test_scienceqa_is_counted(folder, capsys):
         def generate(self, requests, sampling, *, rows):
             yield from ((i, SimpleNamespace(text=said[i])) for i in reversed(range(len(requests))))
 
-    rows = [row(["Which?", "Because. The answer is B."], image=PICTURES[0] if i % 2 else None) for i in range(4)]
+    rows = [row(["Which?", "Because. The answer is B."], image=IMAGE_FILES[0] if i % 2 else None) for i in range(4)]
     rows.append(row(["Which?", "a cat"]))
     write(folder, rows)
     questions = read_questions(folder / "test.json", folder / "images")

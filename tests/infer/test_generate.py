@@ -26,7 +26,7 @@ from llava_jax.models import llama, llava
 NEW = 24
 
 
-def picture(i: int):
+def image_file(i: int):
     return next((GOLDEN / "images").glob(f"{i}_*"))
 
 
@@ -55,12 +55,12 @@ def test_greedy_tokens_equal_the_reference(name, how, tmp_path):
 def test_a_mixed_batch_gives_what_each_row_gives_alone(name):
     engine = golden_engine(name)
     requests = [
-        Request((QUESTION,), (picture(0),)),
+        Request((QUESTION,), (image_file(0),)),
         Request(("Just text, no picture at all.",)),
-        Request(("First <image> then <image> here.",), (picture(3), picture(4))),
-        Request(("Hi", "Hello.", "And now?"), (picture(6),)),
+        Request(("First <image> then <image> here.",), (image_file(3), image_file(4))),
+        Request(("Hi", "Hello.", "And now?"), (image_file(6),)),
         Request(("A",)),
-        *(Request((QUESTION + "!" * i,), (picture(i),)) for i in range(7)),
+        *(Request((QUESTION + "!" * i,), (image_file(i),)) for i in range(7)),
     ]
     sampling = Sampling(max_new_tokens=NEW)
     alone = [engine.ask(r.turns, r.images, max_new_tokens=NEW).token_ids for r in requests]
@@ -71,12 +71,12 @@ def test_a_mixed_batch_gives_what_each_row_gives_alone(name):
 
 def test_one_bad_request_does_not_stop_the_others(tmp_path):
     engine = golden_engine("v1.6-mistral")
-    (tmp_path / "cut.png").write_bytes(picture(0).read_bytes()[:-300])
+    (tmp_path / "cut.png").write_bytes(image_file(0).read_bytes()[:-300])
     requests = [
-        Request((QUESTION,), (picture(0),), name="q 1"),
+        Request((QUESTION,), (image_file(0),), name="q 1"),
         Request((QUESTION,), ("nowhere.png",), name="q 2"),
         Request((QUESTION,), (tmp_path / "cut.png",), name="q 3"),
-        Request(("x <image> <image>",), (picture(0),), name="q 4"),
+        Request(("x <image> <image>",), (image_file(0),), name="q 4"),
     ]
     answers = dict(engine.generate(requests, Sampling(max_new_tokens=2), rows=4))
     assert isinstance(answers[0], Answer)
@@ -131,7 +131,7 @@ def test_sliding_window_in_generation():
 
 def test_an_answer_depends_on_seed_and_question_not_on_its_batch():
     engine = golden_engine("v1.5-llama")
-    requests = [Request((QUESTION,), (picture(i % 7),), number=i) for i in range(9)]
+    requests = [Request((QUESTION,), (image_file(i % 7),), number=i) for i in range(9)]
     hot = Sampling(temperature=1.0, seed=5, max_new_tokens=NEW)
     together = dict(engine.generate(requests, hot, rows=8))
     one_by_one = dict(engine.generate(requests, hot, rows=1))
@@ -146,24 +146,24 @@ def test_an_answer_depends_on_seed_and_question_not_on_its_batch():
 
 def test_stops_at_an_end_token_of_any_kind():
     found, params = load_golden("v1.5-llama")
-    free = golden_engine("v1.5-llama").ask(QUESTION, picture(0), max_new_tokens=NEW)
+    free = golden_engine("v1.5-llama").ask(QUESTION, image_file(0), max_new_tokens=NEW)
     text = dataclasses.replace(found.config.text, eos_ids=(2, free.token_ids[5]))
     engine = Engine(params, found.config.replace(text=text), found.tokenizer, one_device())
-    answer = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    answer = engine.ask(QUESTION, image_file(0), max_new_tokens=NEW)
     assert answer.token_ids == free.token_ids[:6]
     assert answer.stopped_by == "end"
 
 
 def test_stops_at_the_templates_stop_string_even_across_tokens(monkeypatch):
     engine = golden_engine("v1.5-llama")
-    free = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    free = engine.ask(QUESTION, image_file(0), max_new_tokens=NEW)
     at = free.text.index("ifr")
     monkeypatch.setattr(engine, "template", dataclasses.replace(engine.template, stop=free.text[at - 2 : at + 2]))
-    answer = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    answer = engine.ask(QUESTION, image_file(0), max_new_tokens=NEW)
     assert answer.text == free.text[: at - 2].strip()
     assert answer.stopped_by == "stop"
     assert free.token_ids[: len(answer.token_ids)] == answer.token_ids
-    shown = [x for x in engine.stream(QUESTION, picture(0), max_new_tokens=NEW) if isinstance(x, str)]
+    shown = [x for x in engine.stream(QUESTION, image_file(0), max_new_tokens=NEW) if isinstance(x, str)]
     assert "".join(shown) == answer.text
 
 
@@ -171,7 +171,7 @@ def test_a_rows_answer_ends_where_the_context_does():
     found, params = load_golden("v1.5-llama")
     text = dataclasses.replace(found.config.text, max_positions=110)
     engine = Engine(params, found.config.replace(text=text), found.tokenizer, one_device())
-    answer = engine.ask(QUESTION, picture(0), max_new_tokens=NEW)
+    answer = engine.ask(QUESTION, image_file(0), max_new_tokens=NEW)
     assert len(answer.token_ids) == 110 - answer.prompt_tokens
     assert answer.stopped_by == "length"
 
@@ -189,8 +189,8 @@ def test_prompt_longer_than_the_context_says_by_how_much():
 def test_streamed_pieces_make_the_answer(name):
     engine = golden_engine(name)
     for i in range(7):
-        *pieces, answer = engine.stream(QUESTION, picture(i), max_new_tokens=NEW)
-        assert "".join(pieces) == answer.text == engine.ask(QUESTION, picture(i), max_new_tokens=NEW).text
+        *pieces, answer = engine.stream(QUESTION, image_file(i), max_new_tokens=NEW)
+        assert "".join(pieces) == answer.text == engine.ask(QUESTION, image_file(i), max_new_tokens=NEW).text
 
 
 def test_token_by_token_streaming_shows_no_half_characters(monkeypatch):
@@ -232,7 +232,7 @@ def test_a_tokenizer_of_another_model_is_noticed():
     config = found.config.replace(use_im_start_end=True)  # whose tokens the model has no embeddings for
     engine = Engine(params, config, load_tokenizer(found.directory), one_device())
     with pytest.raises(InputError, match="id 1001, but the model has 1000 embeddings"):
-        engine.ask("Hi", [picture(0)])
+        engine.ask("Hi", [image_file(0)])
 
 
 def test_longer_answers_than_the_context_are_truncated_there():
@@ -247,7 +247,7 @@ def test_an_image_is_fetched_once(monkeypatch):
     engine = golden_engine("v1.5-llama")
     answer = engine.ask("Hi", ["http://x/a.png"], max_new_tokens=4)
     assert asked == ["http://x/a.png"]
-    assert answer.token_ids == engine.ask("Hi", [picture(0)], max_new_tokens=4).token_ids
+    assert answer.token_ids == engine.ask("Hi", [image_file(0)], max_new_tokens=4).token_ids
 
 
 def test_one_image_is_held_at_a_time(monkeypatch):
@@ -259,7 +259,7 @@ def test_one_image_is_held_at_a_time(monkeypatch):
         return image
 
     monkeypatch.setattr(images, "_decode", watched)
-    golden_engine("v1.5-llama").ask("Hi", [picture(0), picture(1), picture(2)], max_new_tokens=1)
+    golden_engine("v1.5-llama").ask("Hi", [image_file(0), image_file(1), image_file(2)], max_new_tokens=1)
     assert alive == [0, 0, 0]
 
 
@@ -273,8 +273,8 @@ def test_logits_for_a_conversation():
     assert logits.shape == (len(ids), 1000)
     assert ids[ids != IMAGE].tolist() == [i for i in case["input_ids"] if i != IMAGE]
     assert logits[-1].argmax() == case["output_ids"][1]
-    assert engine.logits(QUESTION, [picture(0)])[0].shape == logits.shape
-    longer, _ = engine.logits((QUESTION, "Yes.", "Where?", None), [picture(0)])
+    assert engine.logits(QUESTION, [image_file(0)])[0].shape == logits.shape
+    longer, _ = engine.logits((QUESTION, "Yes.", "Where?", None), [image_file(0)])
     np.testing.assert_allclose(longer[: len(ids)], logits, atol=1e-5)
 
 

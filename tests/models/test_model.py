@@ -45,8 +45,10 @@ def test_everything_equals_the_reference(name, model):
     for case in cases:
         want = np.load(GOLDEN / "checkpoints" / name / f"expected.{case['key'].removeprefix(name + '.')}.npz")
         rows = [
-            make_row(talk, [GOLDEN / "images" / p for p in pictures], case["template"], found.config, found.tokenizer)
-            for talk, pictures in zip(case["conversations"], case["images"], strict=True)
+            make_row(
+                talk, [GOLDEN / "images" / p for p in image_files], case["template"], found.config, found.tokenizer
+            )
+            for talk, image_files in zip(case["conversations"], case["images"], strict=True)
         ]
         for b, row in enumerate(rows):
             valid = want["in_mask"][b]

@@ -47,7 +47,7 @@ def sizes(n: int):
     return [tuple(int(x) for x in random.integers(8, 150, 2)) for _ in range(n)]
 
 
-def picture(size) -> Image.Image:
+def random_image(size) -> Image.Image:
     random = np.random.default_rng(size[0] * 1000 + size[1])
     coarse = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC)
@@ -57,7 +57,7 @@ def picture(size) -> Image.Image:
 def test_logits_and_greedy_tokens_over_random_sizes(pair):
     kind, model, engine = pair
     for size in sizes(8):
-        image = picture(size)
+        image = random_image(size)
         logits, ids = engine.logits("What is this?", [image])
         inputs = processed(kind, model, image) | {"input_ids": torch.tensor(np.where(ids == IMAGE, MARK, ids))[None]}
         theirs = model(**inputs).logits[0].numpy()
@@ -73,7 +73,7 @@ def test_logits_and_greedy_tokens_over_random_sizes(pair):
 @torch.inference_mode()
 def test_several_images_and_none(pair):
     kind, model, engine = pair
-    two = [picture((60, 40)), picture((33, 90))]
+    two = [random_image((60, 40)), random_image((33, 90))]
     for images in ([], two):
         logits, ids = engine.logits("<image> and <image>" if images else "Hello.", images)
         inputs = {"input_ids": torch.tensor(np.where(ids == IMAGE, MARK, ids))[None]}

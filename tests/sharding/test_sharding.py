@@ -34,9 +34,9 @@ def mixed_batch(name: str) -> Batch:
     talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "Yes."}]
     several = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "Both."}]
     text = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi."}]
-    pictures = sorted((GOLDEN / "images").iterdir())
-    rows = [make_row(talk, [p], "v1", found.config, found.tokenizer) for p in pictures[:5]]
-    rows += [make_row(several, pictures[5:7], "v1", found.config, found.tokenizer)]
+    image_files = sorted((GOLDEN / "images").iterdir())
+    rows = [make_row(talk, [p], "v1", found.config, found.tokenizer) for p in image_files[:5]]
+    rows += [make_row(several, image_files[5:7], "v1", found.config, found.tokenizer)]
     rows += [make_row(text, [], "v1", found.config, found.tokenizer)] * 2
     return splice(rows, found.config)
 

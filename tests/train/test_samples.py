@@ -9,7 +9,7 @@ import pytest
 from helpers import turns
 from llava_jax.data.splice import IGNORE, IMAGE
 from train.samples import BadSample, Samples
-from training import BROKEN, MESSAGES, PICTURE, parts
+from training import BROKEN, MESSAGES, PHOTO, parts
 
 
 @pytest.mark.parametrize("line", BROKEN)
@@ -19,11 +19,11 @@ def test_what_is_wrong_with_a_sample(line, write, folder, models):
     found = found if isinstance(found, BadSample) else samples.load(found)
     assert BROKEN[line] in found.reason
     assert found.describe().startswith(f"{samples.path} row 0")
-    about_picture = any(
+    about_image = any(
         text in found.reason
         for text in ("image folder", "no such", "broken", "not an", "cannot be", "unsupported size", "URL", "host")
     )
-    assert bool(found.file) == (about_picture or "a directory" in found.reason)
+    assert bool(found.file) == (about_image or "a directory" in found.reason)
 
 
 def test_a_conversation_is_the_same_in_every_format(write, folder, models):
@@ -88,7 +88,7 @@ def test_a_system_message_replaces_the_templates(write, folder, models):
 
 
 def test_plain_has_no_place_for_a_system_message_and_says_so_once(write, folder, models, capsys):
-    rows = [PICTURE | {"conversations": turns("<image>", "x")}, PICTURE | {"conversations": turns("<image>", "x")}]
+    rows = [PHOTO | {"conversations": turns("<image>", "x")}, PHOTO | {"conversations": turns("<image>", "x")}]
     path = write([row | {"system": "Be brief."} for row in rows])
     samples = Samples(path, str(folder), *models["v1.5-llama"], template="plain")
     [plain] = [Samples(write(rows, "b.json"), str(folder), *models["v1.5-llama"], template="plain").measure(0)]

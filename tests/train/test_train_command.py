@@ -195,14 +195,14 @@ def test_the_table_of_presets_in_the_documentation():
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs/training.md").read_text().splitlines()]
     written = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in PRESETS}
     assert written.keys() == PRESETS.keys()
-    for name, (trains, template, pictures, rate, batch, epochs, length) in written.items():
+    for name, (trains, template, aspect_ratio, rate, batch, epochs, length) in written.items():
         preset = PRESETS[name]
         parts = "lora,projector" if preset.tune == "lora" else preset.tune
         own = {"projector": preset.projector_learning_rate, "vision": preset.vision_learning_rate}
         shown = [f"{part} ({own[part]})" if own.get(part) else part for part in parts.split(",")]
         assert trains.lower() == ", ".join(shown)
         assert template == (preset.template or "the checkpoint's")
-        assert (pictures, rate, batch, epochs, length) == tuple(
+        assert (aspect_ratio, rate, batch, epochs, length) == tuple(
             f"{value:g}" if isinstance(value, float) else str(value)
             for value in (
                 preset.aspect_ratio, preset.learning_rate, preset.global_batch_size, preset.epochs, preset.max_length

@@ -72,8 +72,8 @@ def test_losses_and_gradient_norms_of_the_reference(curve):
     case = next(x for x in golden_json("checkpoints/index.json") if x["key"] == f"{name}.{want['batch']}")
     found, params = load_golden(name)
     rows = [
-        make_row(talk, [GOLDEN / "images" / p for p in pictures], case["template"], found.config, found.tokenizer)
-        for talk, pictures in zip(case["conversations"], case["images"], strict=True)
+        make_row(talk, [GOLDEN / "images" / p for p in image_files], case["template"], found.config, found.tokenizer)
+        for talk, image_files in zip(case["conversations"], case["images"], strict=True)
     ]
     theirs = np.load(GOLDEN / "checkpoints" / name / f"expected.{want['batch']}.npz")
     labels = (theirs["in_labels"][b][theirs["in_mask"][b]] for b in range(len(rows)))  # it gave some up
