@@ -29,7 +29,7 @@ class BadSamples:
     """Logs, lists and counts the bad samples of a run, and raises `InputError` when there are too many.
 
     `bad_samples.jsonl` lists each bad sample once, over epochs and restarts. With several processes, each process
-    detects the broken images of its own rows, lists them in its own file, and raises only in `agree`, which all
+    detects the broken images of its shard, lists them in its own file, and raises only in `agree`, which all
     processes call at the same step: a process that stops alone would leave the others waiting.
 
     Attributes:

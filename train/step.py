@@ -198,7 +198,7 @@ class Steps:
 
 
 def split_batch(batch: Batch, parts: int, partition: Partition) -> Batch:
-    """Reshape leaves [B, ...] to [parts, B / parts, ...]; each device splits its own rows.
+    """Reshape leaves [B, ...] to [parts, B / parts, ...]; each device splits its shard of the rows.
 
     Raises:
       InputError: the rows do not divide evenly.

@@ -150,9 +150,9 @@ def splash_attention(
 ) -> jax.Array:
     """Causal self-attention by JAX's Pallas kernels for TPUs, forward and backward: scores never leave the core.
 
-    Each device runs them on its own rows and heads. Sequences are padded at the end to whole blocks; being causal, no
-    other position attends to that padding. Arguments and output are those of `attention`; `interpret` runs the kernels
-    anywhere, slowly.
+    Each device runs them on its shard of rows and heads. Sequences are padded at the end to whole blocks; attention is
+    causal, so no other position attends to that padding. Arguments and output are those of `attention`; `interpret`
+    runs the kernels anywhere, slowly.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

@@ -42,7 +42,7 @@ def is_shard(x: Any) -> bool:
 
 
 def map_rows(f: Callable, params: Any, specs: Any, rows: Any, *others: Any, mesh: Mesh) -> jax.Array:
-    """The sum over devices of the scalar `f(params, rows, *others)`, each device on its own rows.
+    """The sum over devices of the scalar `f(params, rows, *others)` of each device's shard of the rows.
 
     Args:
       specs: a tree like `params` of `PartitionSpec`. Parameters that are sharded along `fsdp` reach `f` as `Shard`.

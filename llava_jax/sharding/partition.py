@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax.config import LlavaConfig
 from llava_jax.sharding import fsdp
-from llava_jax.sharding.mesh import AXES, BATCH, DATA, FSDP, TENSOR
+from llava_jax.sharding.mesh import AXES, BATCH, FSDP, TENSOR, row_multiple
 
 GATHERED = "gathered"  # the checkpoint name of gathered weights, which no remat policy saves
 
@@ -73,7 +73,7 @@ class Partition:
     @property
     def row_shards(self) -> int:
         """The number of shards of a dimension of rows."""
-        return self.size(DATA) * self.size(FSDP)
+        return row_multiple(self.mesh) if self.mesh else 1
 
     @property
     def platform(self) -> str:
@@ -141,7 +141,7 @@ class Partition:
         return jax.tree_util.tree_map_with_path(gathered, params, is_leaf=fsdp.is_shard)
 
     def map_rows(self, f: Callable, params: Any, rows: Any, *others: Any) -> jax.Array:
-        """The sum over devices of the scalar `f(params, rows, *others)`, each device on its own rows.
+        """The sum over devices of the scalar `f(params, rows, *others)` of each device's shard of the rows.
 
         `fsdp.map_rows` for parameters whose layers are stacked.
         """
@@ -174,7 +174,7 @@ class Partition:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def map_heads(self, f: Callable, *heads_BSHN: jax.Array, rows_BS: tuple[jax.Array, ...] = ()) -> jax.Array:
-        """`f(*heads_BSHN, *rows_BS)` [B, S, H, N], each device on its own rows and heads.
+        """`f(*heads_BSHN, *rows_BS)` [B, S, H, N], run by each device on its shard of rows and heads.
 
         Rows are replicated where the mesh does not divide them; `tensor` must divide the heads.
         """

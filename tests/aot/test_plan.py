@@ -241,7 +241,7 @@ def test_all_of_them_fit_and_training_keeps_to_the_least(plans):
 
 @pytest.mark.parametrize("model", ["7b", "13b"])
 def test_stages_compute_at_most_four_fifths_on_any_slice(plans, model):
-    """Of the same model's full training with as many rows a chip."""
+    """Of the same model's full training, with the same per-chip batch size."""
     of = {preset: [] for preset in ("pretrain", "finetune", "finetune-lora")}
     for command, needs in plans.items():
         words = command.split()

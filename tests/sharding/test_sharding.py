@@ -157,7 +157,7 @@ def test_along_one_side_of_a_slice_after_the_other_the_same_is_gathered_and_scat
     monkeypatch.setattr("llava_jax.sharding.fsdp.fsdp_lines", lambda mesh: lines)
     x = np.arange(24 * 3, dtype=np.float32).reshape(24, 3)
 
-    def loss(shards, rows):  # on each device's own rows
+    def loss(shards, rows):  # on each device's shard of the rows
         return jnp.sum(rows @ Partition(c.tiny(), mesh).gather(shards, "")["x"])
 
     rows = np.random.default_rng(0).integers(0, 9, (8, 24)).astype(np.float32)
