@@ -19,7 +19,7 @@ from infer.flags import add_batch_size_flag, add_model_flags, load_engine
 from infer.sampling import Sampling
 from llava_jax.console import InputError, Parser, Progress, note, plural, ranges, run_main, shorten, terminal_safe
 from llava_jax.data.conversations import read_conversation, read_rows, warn_unknown_keys
-from llava_jax.data.images import ImageFolder
+from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.templates import IMAGE_TOKEN
 
 MAX_SHOWN = 10  # failed questions that are logged; the rest are counted

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from infer.answers import AnswersFile, Id, key_of
 from llava_jax.console import InputError, Progress, note, print_json, shorten
 from llava_jax.data.conversations import image_names
-from llava_jax.data.images import ImageFolder
+from llava_jax.data.image_folder import ImageFolder
 from llava_jax.files import read_text
 from llava_jax.json_files import check_json, parse_json
 

@@ -17,7 +17,8 @@ from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.data.buckets import TILES
 from llava_jax.data.conversations import count_images, has_system, read_conversation, read_rows, warn_unknown_keys
-from llava_jax.data.images import ImageFolder, TileLayout, image_size, read_tiles, tile_layout
+from llava_jax.data.image_folder import ImageFolder
+from llava_jax.data.images import TileLayout, image_size, read_tiles, tile_layout
 from llava_jax.data.prompts import encode_conversation, prepare_tokenizer
 from llava_jax.data.splice import IGNORE, IMAGE, Row, positions_per_id
 from llava_jax.data.templates import choose_template, get_template, is_jinja

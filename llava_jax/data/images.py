@@ -36,14 +36,13 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  # FORMATS
 
 from llava_jax.config import BICUBIC, LlavaConfig, VisionConfig
 from llava_jax.console import InputError, shorten
-from llava_jax.data.urls import NamedBytes, fetch, is_url
+from llava_jax.data.urls import fetch
 from llava_jax.files import open_regular
 
 FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "TIFF": "TIFF"}  # Pillow's names
@@ -250,56 +249,6 @@ def _scale_16_bits(name: str, image: Image.Image) -> Image.Image:
     for box in boxes:
         grey.paste(Image.fromarray((np.asarray(image.crop(box)) >> shift).astype(np.uint8)), box)
     return grey
-
-
-class ImageFolder:
-    """The folder of the images that a file names; names cannot escape it."""
-
-    def __init__(self, folder: str | os.PathLike | None, *, follow_links: bool = False):
-        """
-        Args:
-          folder: None or "" for the current directory.
-          follow_links: also allow links in the folder that point outside it.
-
-        Raises:
-          InputError: the directory does not exist.
-        """
-        self.folder, self.follow_links = Path(folder or "."), follow_links
-        if not self.folder.is_dir():
-            raise InputError(f"--image-folder {shorten(self.folder)}: no such directory")
-        self._absolute, self._real = os.path.abspath(self.folder), os.path.realpath(self.folder)
-
-    def find(self, name: str) -> str | NamedBytes:
-        """Resolve a name: a path relative to the folder, or an absolute path or a `file:` URL inside it, to a path; a
-        `data:` URL to its bytes.
-
-        Raises:
-          InputError: the name escapes the folder, needs a download, or is a URL but not of an image.
-        """
-        if is_url(name):
-            raise InputError(f"{shorten(name)}: images in data files are not downloaded; save it in the image folder")
-        found = fetch(name)
-        if isinstance(found, NamedBytes):
-            return found
-        path = PurePath(found)
-        if ".." in path.parts:
-            raise InputError(f"{shorten(name)}: is outside the image folder")
-        file = str(self.folder / path)
-        if self.follow_links and not path.is_absolute():
-            return file
-        try:
-            real = PurePath(os.path.realpath(file))
-        except ValueError:  # an invalid file name; opening it raises a better error
-            return file
-        inside = real.is_relative_to(self._real)
-        if path.is_absolute() and not (inside or any(map(path.is_relative_to, (self._absolute, self._real)))):
-            raise InputError(f"{shorten(name)}: is outside the image folder {shorten(self._absolute)}")
-        if not (inside or self.follow_links):
-            raise InputError(
-                f"{shorten(name)}: is outside the image folder, through a link to {shorten(real)} "
-                "(--follow-links allows it)"
-            )
-        return file
 
 
 def _reason(error: BaseException) -> str:

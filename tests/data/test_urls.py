@@ -16,7 +16,8 @@ import pytest
 from helpers import image_file
 from llava_jax.console import InputError
 from llava_jax.data import urls
-from llava_jax.data.images import ImageFolder, image_size, open_image
+from llava_jax.data.image_folder import ImageFolder
+from llava_jax.data.images import image_size, open_image
 
 
 @pytest.fixture
