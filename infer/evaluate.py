@@ -18,7 +18,8 @@ from typing import Any
 from infer.flags import add_batch_size_flag, add_model_flags, load_engine
 from infer.sampling import Sampling
 from llava_jax.console import InputError, Parser, Progress, note, plural, ranges, run_main, shorten, terminal_safe
-from llava_jax.data.conversations import read_conversation, read_rows, warn_unknown_keys
+from llava_jax.data.conversations import read_conversation
+from llava_jax.data.data_files import read_rows, summarize
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.templates import IMAGE_TOKEN
 
@@ -81,7 +82,7 @@ def read_questions(path: Path, folder: Path) -> list[Question]:
     """
     images = ImageFolder(folder, follow_links=True)
     rows = read_rows(path)
-    warn_unknown_keys(path, rows)
+    summarize(path, rows)
     found: list[Question] = []
     for number, row in enumerate(rows):
         name = f"{shorten(path)} row {number}"

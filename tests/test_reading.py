@@ -23,7 +23,7 @@ from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.checkpoints.orbax_files import open_ours
 from llava_jax.checkpoints.sources import tensor_files
 from llava_jax.console import InputError
-from llava_jax.data.conversations import read_rows
+from llava_jax.data.data_files import read_rows
 from llava_jax.data.images import image_size, open_image
 from llava_jax.data.tokenizer import load_tokenizer
 from train.mixture import checksum, read_parts

@@ -39,7 +39,7 @@ class BucketedBatches:
         self.rows = self.rows_in_use = -(-survey.wanted // multiple) * multiple
         self.length = config.max_length
         self.tiles = MAX_TILES if config.tiles_per_row is None else config.tiles_per_row
-        self._rows = [[one] for one in sorted(survey.measured, key=lambda one: bool(one.images))]
+        self._rows = [[one] for one in sorted(survey.measured, key=lambda one: bool(one.layouts))]
         self.steps_per_epoch = len(self.order())
 
     def order(self) -> grain.MapDataset:

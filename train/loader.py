@@ -268,7 +268,7 @@ class Data:
         tokens = sum(one.length for one in kept)
         return {
             "conversations": len(kept),
-            "images": sum(len(one.images) for one in kept),
+            "images": sum(len(one.layouts) for one in kept),
             "tokens": tokens,
             "padding": unused_share(tokens, self.rows * length),
             "tile_padding": unused_share(sum(one.tiles for one in kept), self.rows * tiles),

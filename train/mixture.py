@@ -14,6 +14,7 @@ The random rows depend on the seed and the position in the list, and are the sam
 """
 
 import argparse
+import collections
 import dataclasses
 import hashlib
 import math
@@ -25,6 +26,8 @@ import yaml
 
 from llava_jax.console import InputError, number, shorten
 from llava_jax.files import open_regular, read_text
+from train.prepared import is_prepared, read_description
+from train.stores import Store
 
 STRATEGIES = ("first", "end", "random")
 MAX_YAML = 2**18  # bytes: some thousands of files
@@ -76,6 +79,23 @@ def read_parts(data: str | Sequence[str]) -> list[Part]:
     return parts
 
 
+def choose(parts: Sequence[Part], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+    """The rows, int64 [m], to use from each part, of files that have `sizes` rows.
+
+    Raises:
+      InputError: as `Part.choose`.
+    """
+    return [part.choose(size, (seed, i)) for i, (part, size) in enumerate(zip(parts, sizes, strict=True))]
+
+
+def repeats(parts: Sequence[Part], chosen: Sequence[np.ndarray]) -> int:
+    """The maximum number of times that a row occurs among the `chosen` rows of parts, which may name the same file."""
+    chosen_of = collections.defaultdict(list)
+    for part, rows in zip(parts, chosen, strict=True):
+        chosen_of[part.path if "://" in part.path else os.path.realpath(part.path)].append(rows)
+    return max(int(np.bincount(np.concatenate(rows)).max()) for rows in chosen_of.values())
+
+
 def describe(parts: Sequence[Part]) -> str:
     """A short description of the files."""
     more = len(parts) - 1
@@ -83,7 +103,8 @@ def describe(parts: Sequence[Part]) -> str:
 
 
 def checksum(parts: Sequence[Part]) -> str:
-    """SHA-256 of a file's bytes; for several files or a share of one, of their digests and shares.
+    """SHA-256 of a file's bytes, or that of a prepared dataset's index; for several or a share of one, of their digests
+    and shares.
 
     Raises:
       InputError: a file cannot be read.
@@ -96,6 +117,8 @@ def checksum(parts: Sequence[Part]) -> str:
 
 
 def _digest(path: str) -> str:
+    if is_prepared(path):
+        return read_description(Store(path))["index"]
     digest = hashlib.sha256()
     try:
         with open_regular(path) as file:

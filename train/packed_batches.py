@@ -141,7 +141,7 @@ class PackedBatches:
     def order(self) -> grain.MapDataset:
         """One epoch as windows, lists of indices; when it is repeated, grain shuffles each epoch differently."""
         n = len(self._survey.samples)
-        indices = grain.MapDataset.source(list(range(n))).seed(self._survey.config.seed)
+        indices = grain.MapDataset.source(range(n)).seed(self._survey.config.seed)
         indices = indices.shuffle() if self._survey.train else indices
         return indices.batch(n if self.filling.whole else row_packing.WINDOW, batch_fn=list)
 

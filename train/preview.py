@@ -130,7 +130,7 @@ def describe(samples: Samples, sample: Sample, row: Row, model, tokenizer: Token
                 "tiles": layout.tiles,
                 "features": count_features(layout, model),
             }
-            for name, layout in zip(sample.images, row.layouts, strict=True)
+            for name, layout in zip(samples.encode(sample).names, row.layouts, strict=False)  # without truncated images
         ],
         "text": [{"text": text, "trained": trained} for text, trained in pieces(row, tokenizer)],
         "ids": np.where(batch.feature_rows[0] == TEXT, batch.ids[0], IMAGE).tolist(),

@@ -5,9 +5,7 @@ conversation (positions, tiles) does not depend on its pixels: `Samples.measure`
 images. Both return a `BadSample` instead of raising an error.
 """
 
-import collections
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -16,15 +14,18 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.data.buckets import TILES
-from llava_jax.data.conversations import count_images, has_system, read_conversation, read_rows, warn_unknown_keys
+from llava_jax.data.conversations import Conversation
 from llava_jax.data.image_folder import ImageFolder
-from llava_jax.data.images import TileLayout, image_size, read_tiles, tile_layout
+from llava_jax.data.images import TileLayout, read_tiles, tile_layout
 from llava_jax.data.prompts import encode_conversation, prepare_tokenizer
-from llava_jax.data.splice import IGNORE, IMAGE, Row, positions_per_id
+from llava_jax.data.splice import Row, count_features, image_indices
 from llava_jax.data.templates import choose_template, get_template, is_jinja
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import display_name
 from train import mixture
+from train.lengths import Length, Lengths, lengths_key, lengths_name
+from train.prepared import MAX_INDEX
+from train.row_sources import DataFile, PreparedRows, open_source
 
 MAX_NAMED = 3  # bad samples that an error names
 MAX_TILES = TILES[-1]  # of a conversation, without --tiles-per-row
@@ -32,25 +33,35 @@ MAX_TILES = TILES[-1]  # of a conversation, without --tiles-per-row
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A measured conversation: its row has everything except pixels."""
+    """A measured conversation: its size, from which rows are planned."""
 
     number: int  # among all of a run; each repetition of a row has its own
-    data: str  # the data file
-    index: int  # of its row in the file
-    id: Any  # in the data file; without one, the index
+    data: str  # the data file or prepared dataset
+    index: int  # of its row there
+    id: Any  # of the row; without one, the index
     epoch: int
-    row: Row
-    images: tuple[str, ...]  # names in the data file
     length: int  # positions after splicing and truncation
     truncated: int  # positions that truncation removed
+    ids: int  # number of ids that are left
+    layouts: tuple[TileLayout, ...]  # of the images that are left
+    encoded: "Encoded | None" = None  # if it has just been tokenized, and its length was not known before
 
     @property
     def tiles(self) -> int:
-        return self.row.tile_count
+        return sum(layout.tiles for layout in self.layouts)
 
     def bad(self, reason: str, file: str | None = None) -> "BadSample":
         """This conversation as a bad sample."""
         return BadSample(self.number, self.data, self.index, self.id, file, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens, before truncation."""
+
+    ids: np.ndarray  # int32 [n], `IMAGE` for each image
+    labels: np.ndarray  # int32 [n]
+    names: tuple[str, ...]  # of the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,82 +158,131 @@ class Samples:
             )
         self._template = get_template(self.template)
         self._check_template(tokenizer)
-        self._folder = ImageFolder(image_folder, follow_links=follow_links)
         self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self._random_order, self._seed = image_first == "random", seed
-        self._read_files(mixture.read_parts(data))
+        self._open(mixture.read_parts(data), ImageFolder(image_folder, follow_links=follow_links))
         prepare_tokenizer(tokenizer, model)
+        self._lengths = [self._known_lengths(source) for source in self._sources]
 
-    def _read_files(self, parts: Sequence[mixture.Part]) -> None:
-        """Read the rows of all files, and choose those to use from each."""
+    def _open(self, parts: Sequence[mixture.Part], folder: ImageFolder) -> None:
+        """Open all data, and choose the rows to use from each part."""
         self.path = mixture.describe(parts)
-        self._rows = {path: read_rows(path) for path in dict.fromkeys(part.path for part in parts)}
-        for path, contents in self._rows.items():
-            warn_unknown_keys(path, contents)
-            if self._template.style == "plain" and any(map(has_system, contents)):
-                note(f"warning: {shorten(path)}: the template {self.template} has no place for its system messages")
-        self._paths = [part.path for part in parts]
-        chosen = [part.choose(len(self._rows[part.path]), (self._seed, i)) for i, part in enumerate(parts)]
-        chosen_of = collections.defaultdict(list)  # per file, which several parts may name
-        for path, indices in zip(self._paths, chosen, strict=True):
-            chosen_of[os.path.realpath(path)].append(indices)
-        self.repeats = max(int(np.bincount(np.concatenate(indices)).max()) for indices in chosen_of.values())
-        self._part, self._index = np.repeat(np.arange(len(parts)), list(map(len, chosen))), np.concatenate(chosen)
-        counts = {path: np.array(list(map(count_images, rows))) for path, rows in self._rows.items()}
-        images = np.concatenate([counts[path][indices] for path, indices in zip(self._paths, chosen, strict=True)])
-        self.has_image, self.max_images = images > 0, int(images.max())
+        paths = list(dict.fromkeys(part.path for part in parts))
+        self._sources = [open_source(path, folder) for path in paths]
+        for source in self._sources:
+            if self._template.style == "plain" and source.system:
+                name = shorten(source.path)
+                note(f"warning: {name}: the template {self.template} has no place for its system messages")
+        self._source_of = [paths.index(part.path) for part in parts]
+        chosen = mixture.choose(parts, [len(self._sources[i]) for i in self._source_of], self._seed)
+        self.repeats = mixture.repeats(parts, chosen)
+        self._part = np.repeat(np.arange(len(parts), dtype=np.int32), list(map(len, chosen)))
+        self._index = np.concatenate(chosen)
+        counts = [self._sources[i].image_counts[rows] for i, rows in zip(self._source_of, chosen, strict=True)]
+        self.has_image, self.max_images = np.concatenate(counts) > 0, max(int(count.max()) for count in counts)
+
+    def _known_lengths(self, source: DataFile | PreparedRows) -> Lengths:
+        """The lengths of a source's rows that have been measured for this tokenizer and template, to be completed."""
+        orders = 1 + self._random_order
+        lengths = Lengths(source.image_counts, orders)
+        if isinstance(source, PreparedRows):
+            name = lengths_name(lengths_key(self._template, self._tokenizer, self.model, orders))
+            if (data := source.dataset.store.read(name, MAX_INDEX)) is not None:
+                lengths.load(data, shorten(source.dataset.store.name_of(name)))
+        return lengths
 
     def __len__(self) -> int:
         return len(self._index)
 
     def measure(self, index: int, epoch: int = 0) -> Sample | BadSample:
-        """Tokenize a conversation and lay out its images.
+        """Measure a conversation: tokenize it, unless its length is known, and lay out its images.
 
         The result depends only on the arguments and the seed.
         """
-        number, data, index = index, self._paths[self._part[index]], int(self._index[index])
-        row = self._rows[data][index]
-        name = row.get("id", index) if isinstance(row, dict) else index
-        name = name if isinstance(name, str | int | float) else index
-        image = None
+        number, part, row = int(index), self._source_of[self._part[index]], int(self._index[index])
+        source, lengths, order = self._sources[part], self._lengths[part], self._order(number, epoch)
+        encoded, image = None, None
         try:
-            conversation = read_conversation(row)
-            images = conversation.images
-            ids, labels = encode_conversation(
-                conversation.turns,
-                self._template,
-                self._tokenizer,
-                self.model,
-                system=conversation.system,
-                images=len(images),
-                image_last=self._random_order and np.random.default_rng((self._seed, epoch, number)).random() < 0.5,
-            )
-            if len(ids) and ids.max() >= self.model.text.vocab_size:
-                raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.model.text.vocab_size}")
+            length = lengths.get(order, row)
+            if length is None:
+                conversation = source.conversation(row)
+                for image in conversation.images:
+                    source.check_image(image)
+                image = None
+                encoded = self._encode(conversation, order)
+                length = Length.of(encoded.ids, encoded.labels)
+                lengths.set(order, row, length)
             layouts = []
-            for image in images:
-                layouts.append(self._layout(image))
+            for place in range(len(length.images)):
+                image = encoded and encoded.names[place]
+                layouts.append(self._layout(source, row, place))
             image = None
-            whole = Row(ids, tuple(layouts), labels=labels)
-            row, length = self._truncate(whole)
-            assert row.labels is not None
-            if not (row.labels[1:] != IGNORE).any():
-                has_answer = (labels[1:] != IGNORE).any()
-                raise InputError(f"no answer within {self._max_length} positions" if has_answer else "no answer")
-            room = length if self._max_length is None else min(length, self._max_length)
-            return Sample(number, data, index, name, epoch, row, images[: len(row.layouts)], room, length - room)
+            features = [count_features(layout, self.model) for layout in layouts]
+            positions = length.spliced(features)
+            kept = length.tokens if self._max_length is None else length.ids_within(self._max_length, features)
+            if not 0 < length.label < kept:
+                raise InputError(f"no answer within {self._max_length} positions" if length.label > 0 else "no answer")
+            images = sum(place < kept for place in length.images.tolist())
         except InputError as error:
-            return BadSample(number, data, index, name, image and display_name(image), str(error))
+            return BadSample(number, source.path, row, source.id(row), image and display_name(image), str(error))
+        room = positions if self._max_length is None else min(positions, self._max_length)
+        return Sample(
+            number,
+            source.path,
+            row,
+            source.id(row),
+            epoch,
+            room,
+            positions - room,
+            kept,
+            tuple(layouts[:images]),
+            encoded,
+        )
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The tokens of a measured conversation."""
+        if sample.encoded:
+            return sample.encoded
+        source = self._sources[self._source_of[self._part[sample.number]]]
+        return self._encode(source.conversation(sample.index), self._order(sample.number, sample.epoch))
 
     def load(self, sample: Sample) -> Row | BadSample:
         """Read a conversation's tiles."""
-        loaded = []
-        for name, place in zip(sample.images, sample.row.layouts, strict=True):
-            try:
-                loaded.append(read_tiles(self._folder.find(name), place, self.model))
-            except InputError as error:
-                return sample.bad(str(error), display_name(name))
-        return dataclasses.replace(sample.row, tiles=tuple(loaded))
+        source = self._sources[self._source_of[self._part[sample.number]]]
+        tiles, image = [], None
+        try:
+            encoded = self.encode(sample)
+            for place, layout in enumerate(sample.layouts):
+                image = encoded.names[place]
+                tiles.append(read_tiles(source.image(sample.index, place), layout, self.model))
+        except InputError as error:
+            return sample.bad(str(error), image and display_name(image))
+        ids, labels = encoded.ids[: sample.ids], encoded.labels[: sample.ids]
+        return Row(ids, sample.layouts, tuple(tiles), labels)
+
+    def _order(self, number: int, epoch: int) -> int:
+        """The place of a single image in its turn: 0 for in front of the text, 1 for after it."""
+        return int(self._random_order and np.random.default_rng((self._seed, epoch, number)).random() < 0.5)
+
+    def _encode(self, conversation: Conversation, order: int) -> Encoded:
+        """
+        Raises:
+          InputError: its turns or its image tokens are invalid.
+        """
+        images = len(conversation.images)
+        ids, labels = encode_conversation(
+            conversation.turns,
+            self._template,
+            self._tokenizer,
+            self.model,
+            system=conversation.system,
+            images=images,
+            image_last=bool(order),
+        )
+        if len(ids) and ids.max() >= self.model.text.vocab_size:
+            raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.model.text.vocab_size}")
+        image_indices(ids, images)
+        return Encoded(ids, labels, conversation.images)
 
     def _check_template(self, tokenizer: Tokenizer) -> None:
         stop = self._template.stop or ""
@@ -232,26 +292,11 @@ class Samples:
                 "checkpoint's tokenizer; choose a template that fits the model"
             )
 
-    def _truncate(self, row: Row) -> tuple[Row, int]:
-        """The row truncated to `max_length` positions, and its length before.
-
-        Images that are truncated entirely are dropped from the row.
-        """
-        taken = positions_per_id(row, self.model)
-        length = int(taken.sum())
-        if self._max_length is None or length <= self._max_length:
-            return row, length
-        assert row.labels is not None
-        kept = np.cumsum(taken) - taken < self._max_length
-        ids, labels = row.ids[kept], row.labels[kept]
-        return Row(ids, row.layouts[: int((ids == IMAGE).sum())], labels=labels), length
-
-    def _layout(self, image: str) -> TileLayout:
+    def _layout(self, source: DataFile | PreparedRows, row: int, place: int) -> TileLayout:
         """The layout of an image. Only anyres needs its size; otherwise the image is not opened before its batch is
         loaded, so that each process opens only its own images."""
-        found = self._folder.find(image)
         side = self.model.vision.image_size
-        size = image_size(found) if self.model.aspect_ratio == "anyres" else (side, side)
+        size = source.image_size(row, place) if self.model.aspect_ratio == "anyres" else (side, side)
         return tile_layout(size, self.model)
 
 

@@ -110,7 +110,7 @@ def survey_data(
     """
     chosen = range(0, len(samples), -(-len(samples) // row_packing.WINDOW))
     good, bad = split_bad(map(measure, chosen))
-    with_images = [one for one in good if one.images]
+    with_images = [one for one in good if one.layouts]
     broken = [one for one in bad if one.file]
     few, readable = train and len(with_images) <= FEW_WITH_IMAGES, False
     for one in with_images[:: 1 if few else -(-len(with_images) // MAX_TRIALS) or 1]:

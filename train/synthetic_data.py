@@ -59,13 +59,11 @@ class DrawnSamples:
         return self._number
 
     def measure(self, index: int, epoch: int = 0) -> Sample:
-        places = (self._place,) * bool(self.has_image[index])
-        length = int(self._lengths[index])
-        row = Row(np.zeros(0, int), places)
-        return Sample(index, self.path, index, index, epoch, row, ("",) * len(places), length, 0)
+        layouts = (self._place,) * bool(self.has_image[index])
+        return Sample(index, self.path, index, index, epoch, int(self._lengths[index]), 0, 0, layouts)
 
     def load(self, sample: Sample) -> Row:
-        return sample.row
+        return Row(np.zeros(0, int), sample.layouts)
 
 
 def drawn_data(config: TrainConfig, model: LlavaConfig, rows_multiple: int, n: int | None = None) -> Data:

@@ -1,6 +1,6 @@
-"""The data file format that training and evaluation read: rows of conversations.
+"""The rows of data files (`data_files.py`), which training and evaluation read: conversations.
 
-A file is a JSON list or JSON lines. The original's rows (llava/train/train.py `LazySupervisedDataset`) are
+The original's rows (llava/train/train.py `LazySupervisedDataset`) are
 
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
@@ -16,14 +16,11 @@ a key that would change what the model learns, and each unknown key causes one w
 """
 
 import dataclasses
-import os
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from typing import Any
 
-from llava_jax.console import InputError, first_line, note, shorten
+from llava_jax.console import InputError, shorten
 from llava_jax.data.templates import IMAGE_TOKEN
-from llava_jax.files import memory_bytes, open_regular
-from llava_jax.json_files import parse_json
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
@@ -58,10 +55,6 @@ TURN_KEYS = {"from", "value", "role", "content"}
 TURN_METADATA_KEYS = {"id", "name", "kind", "model"}
 PART_KEYS = {"type", "text", "image", "image_url", "path", "url", "index"}
 IMAGE_PARTS = ("image", "image_url")
-MAX_LINE = 256 * 2**20  # bytes, since images may be `data:` URLs
-MAX_PARSED_GROWTH = 40  # memory of parsed values over bytes of the file, at worst (`[],`)
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-MAX_NAMED_KEYS = 10  # unknown keys that warnings name per file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,109 +70,6 @@ class Conversation:
     turns: list[dict[str, str]]
     images: tuple[str, ...] = ()
     system: str | None = None
-
-
-# ---------------------------------------------------------------- the file
-
-
-def read_rows(path: str | os.PathLike) -> list[Any]:
-    """Read the rows of a JSON list or of JSON lines. An invalid line becomes an `InputError` in the result.
-
-    Raises:
-      InputError: the file is missing, empty or larger than memory, or the list is not valid JSON.
-    """
-    name = shorten(path)
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > memory_bytes():
-                raise InputError(f"{name}: has {size:,} bytes, more than this machine's memory ({memory_bytes():,})")
-            if size * MAX_PARSED_GROWTH > memory_bytes() and (parsed := _parsed_bytes(file)) > memory_bytes():
-                raise InputError(
-                    f"{name}: its values may take {parsed:,} bytes, more than this machine's memory "
-                    f"({memory_bytes():,}); split it and pass each part with --data"
-                )
-            is_list = _first_byte(file) == b"["
-            file.seek(0)
-            rows = _read_list(file.read(size), name) if is_list else list(_read_lines(file, name))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be read ({first_line(error)})") from None
-    if not rows:
-        raise InputError(f"{name}: has no conversations; it should be a JSON list or JSON lines")
-    return rows
-
-
-def _parsed_bytes(file: BinaryIO) -> int:
-    """Upper bound on the memory of a file's parsed values: in CPython a list or an object takes 88 bytes including the
-    reference to it, a string 60 plus its characters, a number 32."""
-    size = 0
-    while block := file.read(2**20):
-        strings, numbers = block.count(b'"') // 2, block.count(b",")
-        size += len(block) + 88 * (block.count(b"[") + block.count(b"{")) + 60 * strings + 32 * numbers
-    file.seek(0)
-    return size
-
-
-def _first_byte(file: BinaryIO) -> bytes:
-    """The first byte that is not whitespace, after any byte order mark; empty if there is none."""
-    block = file.read(2**16).removeprefix(BYTE_ORDER_MARK)
-    while block and not block.strip():
-        block = file.read(2**16)
-    return block.lstrip()[:1]
-
-
-def _read_list(data: bytes, name: str) -> list[Any]:
-    try:
-        return parse_json(data, bounded=False)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-
-
-def _read_lines(file: BinaryIO, name: str) -> Iterator[Any]:
-    number = 0
-    while line := file.readline(MAX_LINE + 1):
-        number += 1
-        if len(line) > MAX_LINE:
-            raise InputError(f"{name}: line {number} has more than {MAX_LINE:,} bytes")
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        yield from (_read_line(part) for part in line.splitlines() if part.strip())
-
-
-def _read_line(line: bytes) -> Any:
-    try:
-        return parse_json(line, bounded=False)
-    except InputError as error:
-        return error
-
-
-def warn_unknown_keys(path: str | os.PathLike, rows: Sequence[Any]) -> None:
-    """Warn once about each unknown key in a file's rows and their turns."""
-    known = {*ROW_KEYS, *METADATA_KEYS, *UNSUPPORTED_KEYS}
-    known_in_turns = {*TURN_KEYS, *TURN_METADATA_KEYS, *UNSUPPORTED_TURN_KEYS}
-    found: dict[str, int] = {}
-
-    def collect(number: int, mapping: dict[str, Any], known: set[str], where: str) -> None:
-        if not mapping.keys() <= known:
-            for key in mapping.keys() - known:
-                found.setdefault(f"key {shorten(key, 40)!r}{where}", number)
-
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            continue
-        collect(number, row, known, "")
-        for turn in _turns_of(row):
-            if isinstance(turn, dict):
-                collect(number, turn, known_in_turns, " of a turn")
-                for part in _parts_of(turn):
-                    collect(number, part, PART_KEYS, " of a part")
-    for what, number in sorted(found.items(), key=lambda item: (item[1], item[0]))[:MAX_NAMED_KEYS]:
-        note(f"warning: {shorten(path)}: {what} is ignored (first in row {number})")
-    if len(found) > MAX_NAMED_KEYS:
-        note(f"warning: {shorten(path)}: {len(found) - MAX_NAMED_KEYS} other keys are ignored too")
-
-
-# ---------------------------------------------------------------- a row
 
 
 def read_conversation(row: Any) -> Conversation:
@@ -245,7 +135,7 @@ def count_images(row: Any) -> int:
     names = row.get("image") or row.get("images")
     named = len(names) if isinstance(names, list) else int(bool(names))
     placed = 0
-    for turn in _turns_of(row):
+    for turn in turns_of(row):
         content = isinstance(turn, dict) and (turn.get("content") or turn.get("value"))
         if isinstance(content, list):  # rare: most rows need no more than the check
             placed += sum(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in content)
@@ -256,7 +146,7 @@ def has_system(row: Any) -> bool:
     """Whether a row has its own system message."""
     if not isinstance(row, dict):
         return False
-    first = next(iter(_turns_of(row)), None)
+    first = next(iter(turns_of(row)), None)
     in_turns = isinstance(first, dict) and str(first.get("from", first.get("role"))).lower() == "system"
     return bool(row.get("system")) or in_turns
 
@@ -338,12 +228,14 @@ def _join_parts(content: list[Any], parts: _ImageParts) -> str:
     return text
 
 
-def _turns_of(row: dict[str, Any]) -> Sequence[Any]:
+def turns_of(row: dict[str, Any]) -> Sequence[Any]:
+    """The turns of a row in either format, unread."""
     turns = row.get("conversations") or row.get("messages")
     return turns if isinstance(turns, list) else ()
 
 
-def _parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
+def parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a turn's content, if it is a list."""
     content = turn.get("content") or turn.get("value")
     return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
 

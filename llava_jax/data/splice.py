@@ -118,7 +118,9 @@ def positions_per_id(row: Row, config: LlavaConfig) -> np.ndarray:
       InputError: the numbers of image tokens and images differ.
     """
     positions = np.ones(len(row.ids), np.int64)
-    positions[_image_indices(row)] = [count_features(layout, config) for layout in row.layouts]
+    positions[image_indices(row.ids, len(row.layouts), row.name)] = [
+        count_features(layout, config) for layout in row.layouts
+    ]
     return positions
 
 
@@ -209,13 +211,19 @@ def pack(
     return out
 
 
-def _image_indices(row: Row, number: int | None = None) -> np.ndarray:
-    """The indices of image tokens in `row.ids`."""
-    indices = np.flatnonzero(row.ids == IMAGE)
-    if len(indices) != len(row.layouts):
-        where = row.name or ("" if number is None else f"row {number}")
+def image_indices(ids: np.ndarray, images: int, where: str = "") -> np.ndarray:
+    """The indices of image tokens in `ids`.
+
+    Args:
+      where: the name of the conversation in the error.
+
+    Raises:
+      InputError: there are not as many as images.
+    """
+    indices = np.flatnonzero(ids == IMAGE)
+    if len(indices) != images:
         raise InputError(
-            f"{where}{': ' if where else ''}{len(indices)} <image> tokens for {len(row.layouts)} images; "
+            f"{where}{': ' if where else ''}{len(indices)} <image> tokens for {images} images; "
             "there must be one for each image"
         )
     return indices
@@ -223,11 +231,11 @@ def _image_indices(row: Row, number: int | None = None) -> np.ndarray:
 
 def _splice_row(row: Row, number: int, config: LlavaConfig, max_length: int | None):
     """ids, feature rows (indices into the conversation's own table, `TEXT` or `NEWLINE`) and labels, each [n]."""
-    image_indices = _image_indices(row, number)
+    indices = image_indices(row.ids, len(row.layouts), row.name or f"row {number}")
     labels = np.full(len(row.ids), IGNORE, np.int32) if row.labels is None else row.labels
     ids_parts, feature_parts, label_parts = [], [], []
     start = first_row = 0
-    for end, layout in zip([*image_indices, len(row.ids)], [*row.layouts, None], strict=True):
+    for end, layout in zip([*indices, len(row.ids)], [*row.layouts, None], strict=True):
         text = slice(start, end)
         ids_parts.append(row.ids[text])
         feature_parts.append(np.full(end - start, TEXT, np.int32))

@@ -9,7 +9,7 @@ import pytest
 
 from helpers import GOLDEN
 from llava_jax.console import InputError
-from llava_jax.data.conversations import read_rows
+from llava_jax.data.data_files import read_rows
 from train.__main__ import read_config
 from train.loader import open_data
 from train.mixture import Part, checksum, read_parts

@@ -81,7 +81,7 @@ def test_a_system_message_replaces_the_templates(write, folder, models):
     rows = [{"system": "Be brief.", "conversations": turns("a", "the")}, {"conversations": turns("a", "the")}]
     for template in ("v1", "llava_v0", "llava_llama_2", "mistral_instruct"):
         samples = Samples(write(rows), str(folder), model, tokenizer, template=template)
-        own, other = (samples.measure(i).row for i in (0, 1))
+        own, other = (samples.load(samples.measure(i)) for i in (0, 1))
         text = tokenizer.decode(own.ids, special=True)
         assert "Be brief." in text and "artificial" not in text and "helpful" not in text
         assert tokenizer.decode(own.ids[own.labels != IGNORE]) == tokenizer.decode(other.ids[other.labels != IGNORE])
@@ -92,7 +92,7 @@ def test_plain_has_no_place_for_a_system_message_and_says_so_once(write, folder,
     path = write([row | {"system": "Be brief."} for row in rows])
     samples = Samples(path, str(folder), *models["v1.5-llama"], template="plain")
     [plain] = [Samples(write(rows, "b.json"), str(folder), *models["v1.5-llama"], template="plain").measure(0)]
-    np.testing.assert_array_equal(samples.measure(1).row.ids, plain.row.ids)
+    np.testing.assert_array_equal(samples.measure(1).encoded.ids, plain.encoded.ids)
     says = f"warning: {path}: the template plain has no place for its system messages\n"
     assert capsys.readouterr().err == says
 
@@ -198,13 +198,13 @@ def test_a_long_conversation_is_truncated_and_images_behind_its_end_are_forgotte
             assert cut.reason == f"no answer within {room} positions"
             continue
         assert (cut.length, cut.truncated) == (min(room, whole.length), max(0, whole.length - room))
-        assert cut.tiles == len(cut.images) == (cut.row.ids == IMAGE).sum()
-    answer = int(np.flatnonzero(whole.row.labels != IGNORE)[0])
+        assert cut.tiles == len(cut.layouts) == (cut.encoded.ids[: cut.ids] == IMAGE).sum()
+    answer = int(np.flatnonzero(whole.encoded.labels != IGNORE)[0])
     before = answer + 15  # positions before it: 16 features for one mark
     short = Samples(path, str(folder), model, tokenizer, template="llava_llama_2", max_length=before + 2)
     cut = short.measure(0)
-    assert (cut.images, cut.length) == (("0.png",), before + 2)
-    assert (cut.row.labels != IGNORE).sum() == 2
+    assert (len(cut.layouts), cut.length) == (1, before + 2)
+    assert (short.load(cut).labels != IGNORE).sum() == 2
     assert short.load(cut).tile_count == 1
     too_short = Samples(path, str(folder), model, tokenizer, template="llava_llama_2", max_length=before)
     assert too_short.measure(0).reason == f"no answer within {before} positions"
@@ -216,7 +216,7 @@ def test_random_order_of_image_and_question(write, folder, models):
     def places(seed, epoch):
         samples = Samples(path, str(folder), *models["v1.5-llama"], template="v1", image_first="random", seed=seed)
         np.random.seed(epoch)  # of no importance
-        return [int(np.flatnonzero(samples.measure(i, epoch).row.ids == IMAGE)[0]) for i in range(40)]
+        return [int(np.flatnonzero(samples.measure(i, epoch).encoded.ids == IMAGE)[0]) for i in range(40)]
 
     first = places(0, 0)
     assert len(set(first)) == 2
@@ -224,4 +224,4 @@ def test_random_order_of_image_and_question(write, folder, models):
     assert places(0, 0) == first
     assert places(0, 1) != first != places(1, 0)
     as_is = Samples(path, str(folder), *models["v1.5-llama"], template="v1").measure(0)
-    assert int(np.flatnonzero(as_is.row.ids == IMAGE)[0]) == min(first)
+    assert int(np.flatnonzero(as_is.encoded.ids == IMAGE)[0]) == min(first)

@@ -7,38 +7,42 @@ import tracemalloc
 import pytest
 
 from llava_jax.console import InputError
-from llava_jax.data.conversations import read_rows
+from llava_jax.data.data_files import read_rows
 from training import good_row, write_rows
 
 
 def test_lists_and_lines_are_read_alike(tmp_path):
     rows = [good_row(i) for i in range(4)]
-    assert (
-        read_rows(write_rows(tmp_path / "data.json", rows))
-        == read_rows(write_rows(tmp_path / "data.jsonl", rows))
-        == rows
-    )
+    assert list(read_rows(write_rows(tmp_path / "data.json", rows))) == rows
+    assert list(read_rows(write_rows(tmp_path / "data.jsonl", rows))) == rows
     lines = tmp_path / "odd.jsonl"
     lines.write_bytes(b"\r\n\n  \n".join(json.dumps(row).encode() for row in rows))
-    assert read_rows(str(lines)) == rows
+    assert list(read_rows(str(lines))) == rows
     marked = tmp_path / "marked.json"
     marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
-    assert read_rows(str(marked)) == rows
+    assert list(read_rows(str(marked))) == rows
     marked.write_bytes(b"\xef\xbb\xbf" + b"\r".join(json.dumps(row).encode() for row in rows))
-    assert read_rows(str(marked)) == rows
+    assert list(read_rows(str(marked))) == rows
     marked.write_bytes(b" \n" * 40_000 + json.dumps(rows, indent=1).encode())
-    assert read_rows(str(marked)) == rows
+    assert list(read_rows(str(marked))) == rows
+
+
+def test_a_surrogate_makes_its_own_row_invalid(tmp_path):
+    """msgspec, which splits lists, rejects it in the whole list; JSON allows it."""
+    path = tmp_path / "data.json"
+    path.write_text('[{"id": 1}, {"id": "\\ud800"}, {"id": 3, "b": "\\ud83d\\ude42 ä"}]')
+    assert list(read_rows(path)) == [{"id": 1}, {"id": "\ud800"}, {"id": 3, "b": "🙂 ä"}]
 
 
 def test_a_line_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_jax.data.conversations.MAX_LINE", 100)
+    monkeypatch.setattr("llava_jax.data.data_files.MAX_LINE", 100)
     (tmp_path / "a.jsonl").write_bytes(b"{}\n" + b" " * 99 + b"\n" + b" " * 101)
     with pytest.raises(InputError, match="line 3 has more than 100 bytes"):
         read_rows(tmp_path / "a.jsonl")
 
 
 def test_a_file_beyond_memory_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_jax.data.conversations.memory_bytes", lambda: 10)
+    monkeypatch.setattr("llava_jax.data.data_files.memory_bytes", lambda: 10)
     with pytest.raises(InputError, match=r"more than this machine's memory \(10\)"):
         read_rows(write_rows(tmp_path / "data.json", [good_row(0)]))
 
@@ -53,7 +57,7 @@ def test_a_file_of_many_small_values_is_not_begun(tmp_path, monkeypatch, value):
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(rows) == 20_000
-    monkeypatch.setattr("llava_jax.data.conversations.memory_bytes", lambda: taken // 2)
+    monkeypatch.setattr("llava_jax.data.data_files.memory_bytes", lambda: taken // 2)
     with pytest.raises(InputError, match="its values may take") as said:
         read_rows(path)
     assert int(re.search(r"take ([\d,]+)", str(said.value))[1].replace(",", "")) < 4 * taken

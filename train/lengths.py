@@ -1,0 +1,152 @@
+"""The numbers of tokens of conversations: what rows are planned from, without the text.
+
+A conversation's text is tokenized once; what remains of it is three numbers, from which its positions in any image mode
+and at any `max_length` follow. A prepared dataset has them on disk (`train.datasets.prepare --checkpoint`), so that
+planning needs neither its text nor a tokenizer; for other data each process keeps those that it has measured.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from msgspec import Meta
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from llava_jax.config import LlavaConfig
+from llava_jax.console import InputError, first_line
+from llava_jax.data.splice import IGNORE, IMAGE
+from llava_jax.data.templates import Template
+from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.json_files import check_json, parse_json
+from train.prepared import first_images
+
+VERSION = 1  # of the rules that make tokens of a conversation
+UNKNOWN, BAD = 0, -1  # instead of a number of tokens
+REASONS = "reasons"
+MAX_REASON = 200  # characters
+
+Reason = tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)], str]  # placement, row, why it is bad
+
+
+def lengths_name(key: str) -> str:
+    """The file of lengths in a prepared dataset."""
+    return f"lengths-{key}.safetensors"
+
+
+def lengths_key(template: Template, tokenizer: Tokenizer, model: LlavaConfig, orders: int) -> str:
+    """Identifies everything that the tokens of a conversation depend on.
+
+    Args:
+      orders: the number of placements of the image: 1, or 2 if it may come after the text.
+    """
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(tokenizer.files.items())}
+    flags = [model.use_im_start_end, model.use_im_patch, model.text.vocab_size]
+    described = [VERSION, dataclasses.asdict(template), files, flags, orders]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """The tokens of a conversation.
+
+    tokens   number of ids, of which an image token is one
+    label    index of the first id that is trained, after the first one; -1 if there is none
+    images   int32 [k], indices of the image tokens
+    """
+
+    tokens: int
+    label: int
+    images: np.ndarray
+
+    @classmethod
+    def of(cls, ids: np.ndarray, labels: np.ndarray) -> "Length":
+        """Of ids and labels [n]."""
+        trained = np.flatnonzero(labels[1:] != IGNORE)
+        return cls(len(ids), int(trained[0]) + 1 if len(trained) else -1, np.flatnonzero(ids == IMAGE))
+
+    def spliced(self, features: Sequence[int]) -> int:
+        """The positions after splicing, if each image has so many features."""
+        return self.tokens - len(self.images) + sum(features)
+
+    def ids_within(self, positions: int, features: Sequence[int]) -> int:
+        """The number of ids that begin within so many positions, if each image has so many features."""
+        first = at = 0  # id after the last image, and its position
+        for image, count in zip(self.images.tolist(), features, strict=True):
+            if at + image - first >= positions:
+                break
+            first, at = image + 1, at + image - first + count
+        return min(self.tokens, first + max(positions - at, 0))
+
+
+class Lengths:
+    """The measured lengths of n rows with r images, for each of V placements of the image.
+
+    tokens   int32 [V, n]; `UNKNOWN` or `BAD` without a length
+    label    int32 [V, n]
+    images   int32 [V, r], row by row
+    reasons  why a row is bad, by placement and row
+    """
+
+    def __init__(self, image_counts: np.ndarray, orders: int):
+        self._first = first_images(image_counts)
+        self.tokens = np.zeros((orders, len(image_counts)), np.int32)
+        self.label = np.zeros((orders, len(image_counts)), np.int32)
+        self.images = np.zeros((orders, int(self._first[-1])), np.int32)
+        self.reasons: dict[tuple[int, int], str] = {}
+
+    def get(self, order: int, row: int) -> Length | None:
+        """The length of a row; None if it is not known.
+
+        Raises:
+          InputError: the row is known to be bad.
+        """
+        tokens = int(self.tokens[order, row])
+        if tokens == BAD:
+            raise InputError(self.reasons[order, row])
+        if tokens == UNKNOWN:
+            return None
+        images = self.images[order, self._first[row] : self._first[row + 1]]
+        return Length(tokens, int(self.label[order, row]), images)
+
+    def set(self, order: int, row: int, length: Length) -> None:
+        """Remember a length. Threads may call this at the same time."""
+        self.images[order, self._first[row] : self._first[row + 1]] = length.images
+        self.label[order, row] = length.label
+        self.tokens[order, row] = length.tokens  # last, as it makes the others known
+
+    def set_bad(self, order: int, row: int, reason: str) -> None:
+        """Remember that a row cannot be trained on."""
+        self.reasons[order, row] = reason
+        self.tokens[order, row] = BAD
+
+    def save(self) -> bytes:
+        """The contents of a file of lengths, all of which must be known."""
+        reasons = [[order, row, reason[:MAX_REASON]] for (order, row), reason in sorted(self.reasons.items())]
+        arrays = dict(tokens=self.tokens, label=self.label, images=self.images)
+        return save(arrays, {REASONS: json.dumps(reasons)})
+
+    def load(self, data: bytes, where: str) -> None:
+        """Take the lengths of a file.
+
+        Raises:
+          InputError: the file is damaged, or of other rows.
+        """
+        try:
+            arrays = load(data)
+            header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            reasons = check_json(parse_json(header["__metadata__"][REASONS]), list[Reason], where)
+        except (SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
+            raise InputError(f"{where}: not a file of lengths ({first_line(error)})") from None
+        for name in ("tokens", "label", "images"):
+            mine, theirs = getattr(self, name), arrays.get(name)
+            if theirs is None or theirs.dtype != mine.dtype or theirs.shape != mine.shape:
+                raise InputError(f"{where}: damaged, or of another dataset ({name})")
+            setattr(self, name, theirs)
+        self.reasons = {(order, row): reason for order, row, reason in reasons}
+        bad = {(int(order), int(row)) for order, row in zip(*np.nonzero(self.tokens == BAD), strict=True)}
+        if int(self.tokens.min(initial=BAD)) < BAD or bad != self.reasons.keys():
+            raise InputError(f"{where}: damaged (tokens)")
