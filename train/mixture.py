@@ -117,10 +117,10 @@ def checksum(parts: Sequence[Part]) -> str:
 
 
 def _digest(path: str) -> str:
-    if is_prepared(path):
-        return read_description(Store(path))["index"]
     digest = hashlib.sha256()
     try:
+        if is_prepared(path):
+            return read_description(Store(path))["index"]
         with open_regular(path) as file:
             while chunk := file.read(2**24):
                 digest.update(chunk)

@@ -14,6 +14,7 @@ A run reads the index when it starts, and after that the rows and the images of 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import zlib
@@ -219,15 +220,22 @@ class PreparedDataset:
           InputError: it is damaged.
           OSError: it cannot be read.
         """
-        image = int(self._index.image_of[self.first_image[row] + place])
+        image = self._image(row, place)
         shard, number = self._shard(self._image_shards, image)
-        start, size = int(self._index.image_start[image]), int(self._index.image_bytes[image])
+        start, size = int(self._index.image_start[image]), self.image_bytes(row, place)
         name = self.described["images"][shard]["name"]
         data = NamedBytes(self.store.read_range(name, start, size))
         data.name = f"{shorten(self.store.name_of(name))} image {number}"
         if zlib.crc32(data) != self._index.image_crc[image]:
             raise InputError(f"{data.name}: damaged (another checksum than in {INDEX})")
         return data
+
+    def image_bytes(self, row: int, place: int) -> int:
+        """The size of that image's file."""
+        return int(self._index.image_bytes[self._image(row, place)])
+
+    def _image(self, row: int, place: int) -> int:
+        return int(self._index.image_of[self.first_image[row] + place])
 
     @staticmethod
     def _shard(starts: np.ndarray, number: int) -> tuple[int, int]:
@@ -240,6 +248,8 @@ class PreparedDataset:
         data = self.store.read(INDEX, MAX_INDEX)
         if data is None:
             raise InputError(f"{where}: no such file")
+        if hashlib.sha256(data).hexdigest() != self.described["index"]:
+            raise InputError(f"{where}: damaged (another checksum than in {DATASET})")
         try:
             index = Index(**load(data))
         except (SafetensorError, TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llava_jax.console import InputError, shorten
+from llava_jax.console import InputError, first_line, shorten
 from llava_jax.data.conversations import Conversation, read_conversation
 from llava_jax.data.data_files import read_rows, summarize
 from llava_jax.data.image_folder import ImageFolder
@@ -136,6 +136,9 @@ class PreparedRows:
 def open_source(path: str, folder: ImageFolder) -> DataFile | PreparedRows:
     """
     Raises:
-      InputError, OSError: `path` cannot be read.
+      InputError: `path` cannot be read.
     """
-    return PreparedRows(path) if is_prepared(path) else DataFile(path, folder)
+    try:
+        return PreparedRows(path) if is_prepared(path) else DataFile(path, folder)
+    except OSError as error:
+        raise InputError(f"--data {first_line(error)}") from None

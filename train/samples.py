@@ -6,6 +6,7 @@ images. Both return a `BadSample` instead of raising an error.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from train.prepared import MAX_INDEX
 from train.row_sources import DataFile, PreparedRows, open_source
 
 MAX_NAMED = 3  # bad samples that an error names
+MAX_SIZES = 2**16  # sizes of images whose layouts are remembered
 MAX_TILES = TILES[-1]  # of a conversation, without --tiles-per-row
 
 
@@ -121,6 +123,7 @@ class Samples:
       max_images: the maximum number of images of a row.
       repeats: the maximum number of times that a row occurs.
       template: the name of the conversation template.
+      sources: the data files and prepared datasets.
     """
 
     def __init__(
@@ -160,25 +163,27 @@ class Samples:
         self._check_template(tokenizer)
         self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self._random_order, self._seed = image_first == "random", seed
+        self._lay_out = functools.lru_cache(MAX_SIZES)(functools.partial(tile_layout, config=model))
+        self._features = functools.lru_cache(MAX_SIZES)(functools.partial(count_features, config=model))
         self._open(mixture.read_parts(data), ImageFolder(image_folder, follow_links=follow_links))
         prepare_tokenizer(tokenizer, model)
-        self._lengths = [self._known_lengths(source) for source in self._sources]
+        self._lengths = [self._known_lengths(source) for source in self.sources]
 
     def _open(self, parts: Sequence[mixture.Part], folder: ImageFolder) -> None:
         """Open all data, and choose the rows to use from each part."""
         self.path = mixture.describe(parts)
         paths = list(dict.fromkeys(part.path for part in parts))
-        self._sources = [open_source(path, folder) for path in paths]
-        for source in self._sources:
+        self.sources = [open_source(path, folder) for path in paths]
+        for source in self.sources:
             if self._template.style == "plain" and source.system:
                 name = shorten(source.path)
                 note(f"warning: {name}: the template {self.template} has no place for its system messages")
         self._source_of = [paths.index(part.path) for part in parts]
-        chosen = mixture.choose(parts, [len(self._sources[i]) for i in self._source_of], self._seed)
+        chosen = mixture.choose(parts, [len(self.sources[i]) for i in self._source_of], self._seed)
         self.repeats = mixture.repeats(parts, chosen)
         self._part = np.repeat(np.arange(len(parts), dtype=np.int32), list(map(len, chosen)))
         self._index = np.concatenate(chosen)
-        counts = [self._sources[i].image_counts[rows] for i, rows in zip(self._source_of, chosen, strict=True)]
+        counts = [self.sources[i].image_counts[rows] for i, rows in zip(self._source_of, chosen, strict=True)]
         self.has_image, self.max_images = np.concatenate(counts) > 0, max(int(count.max()) for count in counts)
 
     def _known_lengths(self, source: DataFile | PreparedRows) -> Lengths:
@@ -200,7 +205,7 @@ class Samples:
         The result depends only on the arguments and the seed.
         """
         number, part, row = int(index), self._source_of[self._part[index]], int(self._index[index])
-        source, lengths, order = self._sources[part], self._lengths[part], self._order(number, epoch)
+        source, lengths, order = self.sources[part], self._lengths[part], self._order(number, epoch)
         encoded, image = None, None
         try:
             length = lengths.get(order, row)
@@ -217,7 +222,7 @@ class Samples:
                 image = encoded and encoded.names[place]
                 layouts.append(self._layout(source, row, place))
             image = None
-            features = [count_features(layout, self.model) for layout in layouts]
+            features = [self._features(layout) for layout in layouts]
             positions = length.spliced(features)
             kept = length.tokens if self._max_length is None else length.ids_within(self._max_length, features)
             if not 0 < length.label < kept:
@@ -243,12 +248,12 @@ class Samples:
         """The tokens of a measured conversation."""
         if sample.encoded:
             return sample.encoded
-        source = self._sources[self._source_of[self._part[sample.number]]]
+        source = self.sources[self._source_of[self._part[sample.number]]]
         return self._encode(source.conversation(sample.index), self._order(sample.number, sample.epoch))
 
     def load(self, sample: Sample) -> Row | BadSample:
         """Read a conversation's tiles."""
-        source = self._sources[self._source_of[self._part[sample.number]]]
+        source = self.sources[self._source_of[self._part[sample.number]]]
         tiles, image = [], None
         try:
             encoded = self.encode(sample)
@@ -297,7 +302,7 @@ class Samples:
         loaded, so that each process opens only its own images."""
         side = self.model.vision.image_size
         size = source.image_size(row, place) if self.model.aspect_ratio == "anyres" else (side, side)
-        return tile_layout(size, self.model)
+        return self._lay_out(size)
 
 
 def measure_within(samples: SampleSource, max_tiles: int, index: int, epoch: int = 0) -> Sample | BadSample:
