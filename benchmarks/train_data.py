@@ -4,8 +4,9 @@
 
 Lengths are drawn like mix665k's (40 % short answers about an image, 6 % text only, the rest conversations about an
 image), for v1.5 at 336 pixels. Padding is measured for packed rows, bucketed rows, and grain's first-fit packing.
-Waiting is measured in a loop that takes a batch and then sleeps for the given step time; images are JPEGs of COCO's
-sizes.
+Waiting is measured in a loop that takes a batch and then sleeps for the given step time. Images are JPEGs of COCO's
+sizes, or, with `--images mix`, of sizes as various as mix665k's: with `--aspect-ratio anyres` they then have 1,476 to
+2,928 features instead of about 2,340.
 """
 
 import argparse
@@ -25,8 +26,10 @@ import grain
 import numpy as np
 from PIL import Image
 
-from llava_jax.config import preset
+from llava_jax.config import LlavaConfig, preset
+from llava_jax.data.images import tile_layout
 from llava_jax.data.prompts import encode_conversation
+from llava_jax.data.splice import count_features
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
 from train.config import TrainConfig
@@ -35,6 +38,12 @@ from train.row_packing import WINDOW, fill_rows
 from train.synthetic_data import draw_lengths
 
 ROOT = Path(__file__).parents[1]
+COCO = [(640, 480), (480, 640), (640, 427), (500, 375)]
+# Assumed: COCO and Visual Genome, covers of books (OCR-VQA), photos of 1,024 pixels (TextVQA), squares.
+MIX = [
+    *[(640, 480)] * 11, *[(480, 640)] * 4, *[(640, 427)] * 4, *[(427, 640)] * 2, *[(500, 375)] * 2, *[(333, 500)] * 4,
+    (1024, 768), (768, 1024), (1024, 683), (640, 360), (612, 612),
+]  # fmt: skip
 IMAGES = 32
 COMPILE_SECONDS = 5  # between the first batch and the second, as if a step were compiled
 GOALS = {"padding": 0.05, "waiting": 0.02}
@@ -47,28 +56,46 @@ def conversation(has_image: bool, words: int) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": " ".join([WORD] * words)}]
 
 
-def write_data(folder: Path, tokenizer, lengths: np.ndarray, has_image: np.ndarray, features: int) -> Path:
-    """Write a data file of conversations with these numbers of positions, and its images."""
+def write_data(
+    folder: Path, tokenizer, lengths: np.ndarray, has_image: np.ndarray, features: np.ndarray | int, sizes=COCO
+) -> Path:
+    """Write a data file of conversations with these numbers of positions, and its images, whose sizes repeat `sizes`.
+
+    Args:
+      features: positions of each conversation that are its image's, or of all.
+    """
     random = np.random.default_rng(0)
     for i in range(IMAGES):
-        width, height = [(640, 480), (480, 640), (640, 427), (500, 375)][i % 4]
+        width, height = sizes[i % len(sizes)]
         small = Image.fromarray(random.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
         small.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    words = lengths - (features - 1) * has_image
     rows = []
-    for i, (length, with_image) in enumerate(zip(lengths.tolist(), has_image.tolist(), strict=True)):
+    for i, (length, with_image) in enumerate(zip(words.tolist(), has_image.tolist(), strict=True)):
         ids, _ = encode_conversation(conversation(with_image, 1), get_template(TEMPLATE), tokenizer)
-        words = max(1, length - (len(ids) - 1) - (features - 1) * with_image)
-        row = {"id": i, "conversations": conversation(with_image, words)}
+        row = {"id": i, "conversations": conversation(with_image, max(1, length - (len(ids) - 1)))}
         rows.append(row | ({"image": f"{i % IMAGES}.jpg"} if with_image else {}))
     path = folder / "data.json"
     path.write_text(json.dumps(rows))
     return path
 
 
-def packed(sizes: list[tuple[int, int]], length: int, tiles: int) -> float:
-    """Padding of our packing, window by window as in training."""
+def image_features(n: int, sizes: list[tuple[int, int]], model: LlavaConfig) -> np.ndarray:
+    """The positions of the image of each of n conversations: int [n]."""
+    counts = [count_features(tile_layout(size, model), model) for size in sizes]
+    return np.array(counts)[np.arange(n) % IMAGES % len(sizes)]
+
+
+def packed(sizes: list[tuple[int, int]], length: int, tiles: int) -> dict[str, float]:
+    """Padding of our packing, window by window as in training, and its time per conversation."""
+    start = time.process_time()
     rows = sum(len(fill_rows(sizes[i : i + WINDOW], length, tiles)) for i in range(0, len(sizes), WINDOW))
-    return 1 - sum(n for n, _ in sizes) / (length * rows)
+    seconds = time.process_time() - start
+    return {
+        "packed": 1 - sum(n for n, _ in sizes) / (length * rows),
+        "packed_tiles": 1 - sum(t for _, t in sizes) / (tiles * rows),
+        "packing_milliseconds": 1000 * seconds / len(sizes),
+    }
 
 
 def first_fit(sizes: list[tuple[int, int]], length: int, tiles: int) -> float:
@@ -113,15 +140,19 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--aspect-ratio", default="pad", choices=["square", "pad", "anyres"])
     p.add_argument("--max-length", type=int, default=2048)
+    p.add_argument("--images", default="coco", choices=["coco", "mix"], help="sizes of the images")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
     args = p.parse_args()
     model = preset("v1.6-vicuna-7b" if args.aspect_ratio == "anyres" else "v1.5-7b")
-    features = 2340 if args.aspect_ratio == "anyres" else 576
+    model = model.replace(aspect_ratio=args.aspect_ratio)
+    image_sizes = {"coco": COCO, "mix": MIX}[args.images]
+    # With COCO's sizes, text as long as if each image had the features of 640 x 480 pixels.
+    features = image_features(args.conversations, COCO[:1] if args.images == "coco" else MIX, model)
     tokenizer = load_tokenizer(ROOT / "tests" / "golden" / "tokenizer")
     result = {"settings": vars(args), "goals": GOALS}
     with tempfile.TemporaryDirectory() as folder:
         drawn = draw_lengths(args.conversations, 0, features, args.max_length)
-        path = write_data(Path(folder), tokenizer, *drawn, features)
+        path = write_data(Path(folder), tokenizer, *drawn, features, image_sizes)
         config = TrainConfig(
             data=str(path), image_folder=folder, template=TEMPLATE, max_length=args.max_length,
             global_batch_size=args.batch_size, workers=args.workers, aspect_ratio=args.aspect_ratio,
@@ -130,9 +161,8 @@ def main() -> None:
         sizes = [(one.length, one.tiles) for one in map(data.samples.measure, range(len(data.samples)))]
         result["row"] = {"positions": data.length, "tiles": data.tiles}
         padding = {
-            "packed": packed(sizes, data.length, data.tiles),
+            **packed(sizes, data.length, data.tiles),
             "first_fit": first_fit(sizes, data.length, data.tiles),
-            "packed_tiles": data.estimate()["tile_padding"],
         }
         data.close()
         data = open_data(config.replace(batching="bucketed"), model, tokenizer)
@@ -142,7 +172,8 @@ def main() -> None:
         print(
             f"padding of positions: packed, rows of {result['row']['positions']}, {padding['packed']:.1%} (goal "
             f"{GOALS['padding']:.0%}; grain's first-fit packing {padding['first_fit']:.1%}); bucketed "
-            f"{padding['bucketed']:.1%}; of tiles: {padding['packed_tiles']:.1%} and {padding['bucketed_tiles']:.1%}"
+            f"{padding['bucketed']:.1%}; of tiles: {padding['packed_tiles']:.1%} and {padding['bucketed_tiles']:.1%}; "
+            f"packing takes {padding['packing_milliseconds']:.3f} ms a conversation"
         )
         data = open_data(config.replace(global_batch_size=args.host_batch_size), model, tokenizer)
         found = result["waiting"] = wait_share(data, args.steps, args.step_seconds)

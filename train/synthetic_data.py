@@ -21,9 +21,13 @@ MIX665K, CAPTIONS = 665_298, 558_128  # rows of llava_v1_5_mix665k.json and of b
 IMAGE = (640, 480)  # most of COCO's
 
 
-def draw_lengths(n: int, seed: int, features: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_lengths(n: int, seed: int, features: int | np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw the spliced lengths of n conversations like mix665k's, and whether each has an image: 40 % are short answers
-    about an image, 6 % text only, the rest conversations about an image."""
+    about an image, 6 % text only, the rest conversations about an image.
+
+    Args:
+      features: of the image, in all conversations or each.
+    """
     random = np.random.default_rng(seed)
     kind = random.choice(3, n, p=[0.40, 0.54, 0.06])
     short = features + 45 + random.integers(8, 60, n)
