@@ -375,7 +375,7 @@ def test_more_steps_than_can_be_counted():
 
 
 def test_rows_of_any_size_take_what_is_in_them():
-    assert fill_rows([(3, 1), (2, 0), (2, 2)], 10**12, 10**9) == [[0, 1, 2]]
+    assert fill_rows([(3, 1), (2, 0), (2, 2)], 10**12, 10**9) == [[0, 2, 1]]
     assert fill_rows([(3, 1), (2, 0), (2, 2)], 10**12, 2) == [[0, 1], [2]]
 
 

@@ -82,7 +82,7 @@ class TrainConfig(_Origin):
     prefetch: int = _(2, "batches prepared ahead", integer(1, 1024))
     positions_per_row: int | None = _(
         None,
-        "positions of a packed row; None: max_length, or up to half more if that saves computation",
+        "positions of a packed row; None: max_length, or up to twice that if it saves computation",
         integer(2, 2**18),
     )
     tiles_per_row: int | None = _(None, "maximum tiles per row; None: from the data", integer(0, 512))

@@ -16,9 +16,10 @@ from train import row_packing
 from train.row_packing import (
     BATCH_TOLERANCE,
     LENGTH_MULTIPLE,
-    choose_length,
     choose_tiles,
+    fill_lengths,
     fill_rows,
+    row_cost,
     rows_of_batch,
     split_rows,
 )
@@ -26,15 +27,6 @@ from train.samples import BadSample, Sample, split_bad
 from train.survey import Rows, Survey, describe_multiple, estimate
 
 SPARE = 0.05  # extra rows for a batch of all the data, if only a part of the data was surveyed
-
-
-@dataclasses.dataclass(frozen=True)
-class RowLimits:
-    """The size of a row, and the average number of conversations in a full one."""
-
-    length: int
-    tiles: int
-    conversations: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +46,84 @@ class Filling:
 # ---------------------------------------------------------------- before a run
 
 
+class RowLimits:
+    """The sizes that rows may have.
+
+    The filling alone decides which one they get, so rows are the same on every mesh on which a run is resumed.
+
+    Attributes:
+      conversations: the average number of conversations in a full row, by its length.
+      best: the length that costs least per conversation if rows are full.
+    """
+
+    def __init__(self, survey: Survey):
+        self._survey, config, width = survey, survey.config, survey.samples.model.text.width
+        self._sizes = [(one.length, one.tiles) for one in survey.measured]
+        self._tiles: dict[int, int] = {}
+        tiles = sum(t for _, t in self._sizes) if config.tiles_per_row is None else config.tiles_per_row
+        minimum = config.positions_per_row or config.max_length
+        # Where the tiles of a row decide which conversations are bad samples, all fillings get one length. It is not
+        # much longer, as nothing shortens it for a mesh that cannot fill it.
+        fixed = config.tiles_per_row is None and survey.max_tiles > survey.min_tiles
+        maximum = minimum if config.positions_per_row else minimum + minimum // (2 if fixed else 1)
+        self.conversations = fill_lengths(self._sizes, minimum, maximum, width, tiles)
+        self._costs = {length: row_cost(length, width) for length in self.conversations}
+        self.best = min(self.conversations, key=lambda length: self._costs[length] / self.conversations[length])
+        if fixed:
+            self.conversations = {self.best: self.conversations[self.best]}
+
+    def tiles(self, length: int) -> int:
+        """Tiles of a row of `length` positions that suit the data, unless --tiles-per-row sets them."""
+        if length not in self._tiles:
+            given, minimum = self._survey.config.tiles_per_row, self._survey.min_tiles
+            self._tiles[length] = choose_tiles(self._sizes, length, minimum) if given is None else given
+        return self._tiles[length]
+
+    def filling(self, rows: int) -> Filling:
+        """How `rows` rows hold about the target number of conversations: full, if that changes the batch by at most
+        `BATCH_TOLERANCE`."""
+        full = Filling(rows)
+        return full if self._suitable(full) else Filling(rows, per_row=max(1.0, self._survey.wanted / rows))
+
+    def length(self, filling: Filling) -> int:
+        """The length with which a filling costs least."""
+        return min(self._suitable(filling) or [self.best], key=lambda length: self._cost(length, filling))
+
+    def cost(self, filling: Filling) -> float:
+        """The computation per conversation, to compare fillings."""
+        return self._cost(self.length(filling), filling)
+
+    def _cost(self, length: int, filling: Filling) -> float:
+        per_row = self._survey.usable / filling.rows if filling.whole else filling.per_row
+        return self._costs[length] / (per_row or self.conversations[length])
+
+    def _suitable(self, filling: Filling) -> list[int]:
+        """The lengths that rows can have with this filling."""
+        survey, rows = self._survey, filling.rows
+        if filling.whole or filling.per_row:
+            needed = filling.per_row or (1 + SPARE) * survey.usable / rows
+            return [length for length, n in self.conversations.items() if n >= needed]
+        return [
+            length for length, n in self.conversations.items() if abs(rows * n / survey.wanted - 1) <= BATCH_TOLERANCE
+        ]
+
+
 def row_limits(survey: Survey) -> RowLimits:
-    """The row size that suits the data, unless --positions-per-row and --tiles-per-row set it."""
-    config, model = survey.config, survey.samples.model
-    sizes = [(one.length, one.tiles) for one in survey.measured]
-    length = config.positions_per_row or choose_length(sizes, config.max_length, model.text.width)
-    tiles = config.tiles_per_row
-    if tiles is None:
-        tiles = choose_tiles(sizes, length, survey.min_tiles)
-    return RowLimits(length, tiles, len(sizes) / len(fill_windows(survey.measured, length, tiles)))
+    """The sizes of rows that suit the data, unless --positions-per-row and --tiles-per-row set them."""
+    return RowLimits(survey)
 
 
 def choose_filling(survey: Survey, limits: RowLimits, multiple: int) -> Filling:
-    """The filling for batches of about the target size, on a mesh that needs a `multiple` of rows."""
-    rows, per_row = rows_of_batch(survey.wanted, limits.conversations, multiple)
-    held = rows * (per_row or limits.conversations)
+    """The filling for batches of about the target size, on a mesh that needs a `multiple` of rows.
+
+    Where full rows of the best length make batches of another size, shorter or less full ones cost less.
+    """
+    numbers = {rows_of_batch(survey.wanted, n, multiple) for n in limits.conversations.values()}
+    filling = min(map(limits.filling, sorted(numbers)), key=limits.cost)
+    held = filling.rows * (filling.per_row or limits.conversations[limits.length(filling)])
     if max(survey.wanted, held) < survey.usable * (1 - 1e-9):
-        return Filling(rows, per_row)
-    rows = len(fill_windows(survey.measured, limits.length, limits.tiles))
+        return filling
+    rows = len(fill_windows(survey.measured, limits.best, limits.tiles(limits.best)))
     if not survey.is_complete:
         rows = math.ceil(survey.extrapolate((1 + SPARE) * rows))
     return Filling(-(-rows // multiple) * multiple, whole=True)
@@ -113,19 +165,20 @@ class PackedBatches:
 
         Full and shrunken rows have room for the same conversations, so that these do not depend on the mesh.
         """
-        survey, limits, config = self._survey, self._limits, self._survey.config
-        self.length, self.tiles = limits.length, limits.tiles
+        survey, config = self._survey, self._survey.config
+        self.length = self._full_length = self._limits.length(self.filling)
+        self.tiles = self._limits.tiles(self.length)
         self._rows = self._fill(survey.measured)  # the surveyed conversations
         if (self.filling.per_row or self.filling.whole) and config.tiles_per_row is None:
             fullest = max(sum(one.tiles for one in row) for row in self._rows)
-            self.tiles = min(limits.tiles, max(survey.max_tiles, fullest))
+            self.tiles = min(self.tiles, max(survey.max_tiles, fullest))
             self._rows = self._fill(survey.measured)
         if survey.is_complete and config.image_first == "as_is" and config.positions_per_row is None:
             fullest = max(sum(one.length for one in row) for row in self._rows)
-            self.length = min(-(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, limits.length)
+            self.length = min(-(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self._full_length)
 
     def _fill(self, samples: list[Sample]) -> Rows:
-        rows = fill_windows(samples, self._limits.length, self.tiles)
+        rows = fill_windows(samples, self._full_length, self.tiles)
         if self.filling.whole:
             n = self.filling.rows
             rows = split_rows(rows, min(n, n * len(samples) // self._survey.usable))
@@ -186,6 +239,6 @@ class PackedBatches:
         if self.filling.per_row:
             return [
                 f"rows are only partly filled, so that a batch holds {wanted} conversations: "
-                f"--global-batch-size {self.rows * self._limits.conversations:.0f} would fill them"
+                f"--global-batch-size {self.rows * self._limits.conversations[self._full_length]:.0f} would fill them"
             ]
         return []
