@@ -33,7 +33,7 @@ from llava_jax.sharding.mesh import format_mesh, row_multiple
 from train.bad_samples import BadSamples
 from train.bucketed_batches import BucketedBatches
 from train.config import TrainConfig
-from train.packed_batches import Filling, PackedBatches, choose_filling, row_limits
+from train.packed_batches import Filling, PackedBatches, RowLimits, choose_filling
 from train.row_packing import WINDOW
 from train.samples import MAX_TILES, BadSample, Samples, SampleSource, measure_within
 from train.survey import Rows, survey_data, unused_share
@@ -140,7 +140,7 @@ class Data:
         self.survey = survey_data(config, samples, bad, measure, self._map_measure, train=train)
         self.survey.check_parts()
         self.batches: PackedBatches | BucketedBatches
-        self._limits = row_limits(self.survey) if config.batching == "packed" else None
+        self._limits = RowLimits(self.survey) if config.batching == "packed" else None
         self._rebuild(multiple)
 
     def _rebuild(self, multiple: int, filling: Filling | None = None) -> None:

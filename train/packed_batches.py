@@ -47,7 +47,7 @@ class Filling:
 
 
 class RowLimits:
-    """The sizes that rows may have.
+    """The sizes of rows that suit the data, unless --positions-per-row and --tiles-per-row set them.
 
     The filling alone decides which one they get, so rows are the same on every mesh on which a run is resumed.
 
@@ -106,11 +106,6 @@ class RowLimits:
         return [
             length for length, n in self.conversations.items() if abs(rows * n / survey.wanted - 1) <= BATCH_TOLERANCE
         ]
-
-
-def row_limits(survey: Survey) -> RowLimits:
-    """The sizes of rows that suit the data, unless --positions-per-row and --tiles-per-row set them."""
-    return RowLimits(survey)
 
 
 def choose_filling(survey: Survey, limits: RowLimits, multiple: int) -> Filling:
