@@ -24,12 +24,13 @@ import grain
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, plural, ranges
+from llava_jax.console import InputError, note, plural, ranges
 from llava_jax.data.splice import Batch, Row, pack
 from llava_jax.data.templates import explain_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.files import memory_bytes
 from llava_jax.sharding.mesh import format_mesh, row_multiple
+from train import row_packing
 from train.bad_samples import BadSamples
 from train.bucketed_batches import BucketedBatches
 from train.config import TrainConfig
@@ -295,6 +296,7 @@ class Data:
             "rows": filling.rows,
             "per_row": filling.per_row,
             "whole": filling.whole,
+            "packing": row_packing.VERSION,
             "place": self._iterator.get_state(),
         }
 
@@ -311,6 +313,11 @@ class Data:
             raise InputError(
                 f"{self.samples.path} has {len(self.samples)} conversations; the run to resume had "
                 f"{state['conversations']}"
+            )
+        if self._limits is not None and state.get("packing", 1) != row_packing.VERSION:
+            note(
+                "warning: the run was begun by a version that packs conversations into other rows: some of a window of "
+                f"{WINDOW:,} conversations may be used twice, and some not at all"
             )
         filling = Filling(state["rows"], state.get("per_row"), state.get("whole", False))
         if self._limits is not None and filling != self._filling():

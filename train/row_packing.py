@@ -15,6 +15,7 @@ import bisect
 import heapq
 from collections.abc import Sequence
 
+VERSION = 2  # of the packing, which is saved with a run: another one makes other rows of the same conversations
 WINDOW = 1024  # conversations that are packed together
 MAX_CANDIDATES = 96  # conversations that a row is filled from, at most
 FULL = 0.99  # share of positions in use that needs no second attempt

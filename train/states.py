@@ -35,6 +35,7 @@ class DataProgress(TypedDict):
     rows: Annotated[int, Meta(ge=1, le=1_000_000)]
     per_row: NotRequired[Annotated[float, Meta(ge=1, le=1_000_000)] | None]
     whole: NotRequired[bool]
+    packing: NotRequired[Annotated[int, Meta(ge=1)]]
     place: dict[str, Any]  # grain's own
 
 

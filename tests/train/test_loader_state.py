@@ -44,6 +44,17 @@ def test_a_place_in_the_data_that_is_none_is_refused(write, config, models):
     data.close()
 
 
+def test_a_run_of_another_packing_is_resumed_with_a_warning(write, config, models, capsys):
+    data = open_data(config(write([good_row(i) for i in range(8)])), *models["v1.5-llama"])
+    state = data.get_state()
+    data.set_state(state)
+    assert "packs conversations" not in capsys.readouterr().err
+    del state["packing"]  # as 0.1.0 saved it
+    data.set_state(state)
+    assert "warning: the run was begun by a version that packs conversations" in capsys.readouterr().err
+    data.close()
+
+
 def test_resume_with_another_number_of_processes_and_another_mesh(write, config, models):
     model = models["v1.5-llama"]
     settings = config(write([good_row(i) for i in range(70)]), template="v1")
