@@ -188,7 +188,23 @@ def scienceqa(pick: random.Random) -> Attempt:
     return Attempt(lambda: convert(Path(), pick.choice(["train", "test", "x"]), pick.choice(["QCM-LEA", "x", "CQM-A"])))
 
 
-READERS = (config, tensors, tokenizer, template, adapter, image, data, questions, scienceqa)
+def captions(pick: random.Random) -> Attempt:
+    from train.datasets.caption_sources import Fields, Pair, read_captions
+    from train.datasets.captions import make_row
+
+    fetch_inputs(name := pick.choice(["captions.jsonl", "captions.csv", "captions.tsv", "captions.tar", "coco.json"]))
+    change(Path(name), pick)
+    image_name = pick.choice([None, "{row:9}.jpg"])
+
+    def run():
+        for found in read_captions(name, Fields(image_name=image_name)):
+            if isinstance(found, Pair):
+                make_row(found, ["What is it?"], 0)
+
+    return Attempt(run)
+
+
+READERS = (config, tensors, tokenizer, template, adapter, image, data, questions, scienceqa, captions)
 
 
 # ---------------------------------------------------------------- commands
@@ -214,6 +230,8 @@ STARTS = (
     ("train.preview", "--checkpoint v1.5 --data data.json --template v1"),
     ("train.plot", "metrics.jsonl --metrics loss --output new.png"),
     ("train.datasets.scienceqa", "--base-dir . --split train"),
+    ("train.datasets.captions", "--captions captions.jsonl --image-folder . --output new"),
+    ("train.datasets.captions", "--captions captions.tar --output new"),
     ("train.datasets.shapes", "--output new --examples 4 --tests 2"),
     ("convert", "to-orbax v1.5 new"),
     ("convert", "to-orbax adapter new --base v1.5"),
@@ -229,7 +247,7 @@ def command(pick: random.Random) -> Attempt:
     destination = pick.choice(["new", "new", "transformers", "images", "data.json", "data.json/x"])
     arguments = [destination if argument == "new" else argument for argument in start.split()]
     fetch_inputs(*(name for name in PATHS if re.match(r"\w[^/]*$", name) and (BASE / name).exists()))
-    fetch_inputs("problems.json", "pid_splits.json")
+    fetch_inputs("problems.json", "pid_splits.json", "captions.jsonl", "captions.tar")
     os.mkfifo("fifo")
     os.symlink("loop", "loop")
     arguments += random_flags(module, arguments, pick)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def make(base: Path) -> None:
     rows += [{"id": 4, "messages": messages, "system": "Be brief."}, {"id": "5", "conversations": turns[:1] * 2}]
     rows[2] |= {"image": ["images/rgb.png"], "kinds": ["animal"]}
     problem = dict(question="Which?", choices=["cat", "dog"], answer=0, hint="", image=None, lecture="", solution="")
+    coco = {"images": [{"id": i, "file_name": "images/rgb.png"} for i in range(2)]}
+    coco["annotations"] = [{"id": i, "image_id": i, "caption": "A cat."} for i in range(2)]
     asked = [{"question_id": i, "text": "What is it?", "image": "images/rgb.png"} for i in range(3)]
     answered = [{"question_id": 0, "prompt": "What is it?", "text": "A cat.", "answer_id": "a", "metadata": {}}]
     files = {
@@ -80,10 +83,20 @@ def make(base: Path) -> None:
         "answers.jsonl": "".join(json.dumps(row) + "\n" for row in answered),
         "metrics.jsonl": "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3)),
         "problems.json": json.dumps({str(i): problem for i in range(3)}),
+        "captions.jsonl": "".join(
+            json.dumps({"image": "images/rgb.png", "caption": f"A {i}."}) + "\n" for i in range(3)
+        ),
+        "captions.csv": "image,caption\nimages/rgb.png,A\n" + 'images/16.png,"A ""b"",\nc"\n' * 3,
+        "captions.tsv": "A cat\timages/rgb.png\n" * 3,
+        "coco.json": json.dumps(coco),
         "pid_splits.json": json.dumps({"train": ["0", "1"], "test": ["2"]}),
     }
     for file, text in files.items():
         (base / file).write_text(text)
+    with tarfile.open(base / "captions.tar", "w") as tar:
+        for i in range(3):
+            tar.add(images / "rgb.png", f"{i}.png")
+            tar.add(base / ("questions.jsonl" if i else "pid_splits.json"), f"{i}.{'txt' if i else 'json'}")
 
 
 def fetch_inputs(*names: str) -> None:

@@ -37,6 +37,7 @@ def test_every_flag_in_the_documents_exists():
     from infer.generate import parser as generate
     from infer.plan import parser as infer_plan
     from train.__main__ import parser as train
+    from train.datasets.captions import parser as captions
     from train.datasets.shapes import parser as shapes
     from train.plan import parser as train_plan
     from train.plot import parser as plot
@@ -47,6 +48,7 @@ def test_every_flag_in_the_documents_exists():
         evaluate(),
         train(),
         preview(),
+        captions(),
         shapes(),
         train_plan(),
         infer_plan(),
