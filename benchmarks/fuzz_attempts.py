@@ -204,7 +204,30 @@ def captions(pick: random.Random) -> Attempt:
     return Attempt(run)
 
 
-READERS = (config, tensors, tokenizer, template, adapter, image, data, questions, scienceqa, captions)
+def mix(pick: random.Random) -> Attempt:
+    from llava_jax.data.image_folder import ImageFolder
+    from train import mixture
+    from train.datasets.mix_files import mark_duplicates, measure_file
+    from train.datasets.mix_images import check_images
+    from train.datasets.mix_report import render, summarize
+    from train.datasets.mix_rows import choose, left_out, write_mix
+
+    fetch_inputs("images", "data.json", "data.jsonl")
+    change_one(".", pick, (".json", ".json", ".jsonl", ".png"))
+
+    def run():
+        files = [measure_file(name) for name in ("data.json", "data.jsonl")]
+        earlier = mark_duplicates(files)
+        images = check_images(files, ImageFolder(""), decode=pick.random() < 0.5) if pick.random() < 0.7 else None
+        mix = choose(mixture.read_parts(["data.json", "data.jsonl=1.5"]), files, images, 0)
+        write_mix(mix, Path("mix.json"))
+        list(left_out(files, earlier, images))
+        render(summarize(mix, None), [])
+
+    return Attempt(run, ("mix.json",))
+
+
+READERS = (config, tensors, tokenizer, template, adapter, image, data, questions, scienceqa, captions, mix)
 
 
 # ---------------------------------------------------------------- commands
@@ -232,6 +255,8 @@ STARTS = (
     ("train.datasets.scienceqa", "--base-dir . --split train"),
     ("train.datasets.captions", "--captions captions.jsonl --image-folder . --output new"),
     ("train.datasets.captions", "--captions captions.tar --output new"),
+    ("train.datasets.mix", "--data data.json --data data.jsonl=1.5 --image-folder . --output new"),
+    ("train.datasets.mix", "--data data.jsonl --checkpoint v1.5 --report-only"),
     ("train.datasets.shapes", "--output new --examples 4 --tests 2"),
     ("convert", "to-orbax v1.5 new"),
     ("convert", "to-orbax adapter new --base v1.5"),

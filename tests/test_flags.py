@@ -32,7 +32,7 @@ from train import __main__ as train
 from train import plan as train_plan
 from train import plot, preview
 from train.config import TrainConfig
-from train.datasets import captions, scienceqa, shapes
+from train.datasets import captions, mix, scienceqa, shapes
 from train.mixture import read_parts
 from train.optim import schedule
 from train.plan_run import numbers_of_parts
@@ -61,6 +61,7 @@ COMMANDS = {
     "plot": (plot.main, plot.parser, ["none", "--output", "x.png"], []),
     "scienceqa": (scienceqa.main, scienceqa.parser, ["--base-dir", "none", "--split", "train"], []),
     "captions": (captions.main, captions.parser, ["--captions", "DATA", "--output", "OUTPUT"], []),
+    "mix": (mix.main, mix.parser, ["--data", "DATA", "--output", "OUTPUT"], []),
     "shapes": (shapes.main, shapes.parser, ["--output", "OUTPUT", "--examples", "1"], []),
     **{
         f"convert {name}": (convert.main, convert.parser, [name, *flags], [])

@@ -38,6 +38,7 @@ def test_every_flag_in_the_documents_exists():
     from infer.plan import parser as infer_plan
     from train.__main__ import parser as train
     from train.datasets.captions import parser as captions
+    from train.datasets.mix import parser as mix
     from train.datasets.shapes import parser as shapes
     from train.plan import parser as train_plan
     from train.plot import parser as plot
@@ -49,6 +50,7 @@ def test_every_flag_in_the_documents_exists():
         train(),
         preview(),
         captions(),
+        mix(),
         shapes(),
         train_plan(),
         infer_plan(),
