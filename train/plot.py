@@ -7,20 +7,17 @@ with its running mean on top; `eval_loss` is drawn as dots in the same panel.
 """
 
 import argparse
-import io
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.checkpoints.outputs import write_file
 from llava_jax.console import InputError, Parser, note, number, printable, run_main, shorten
+from train.figures import new_figure, save_figure
 from train.metrics import read_metrics
 
 METRICS = ("loss", "learning_rate", "tokens_per_second")
 FORMATS = (".png", ".svg", ".pdf")
-ACROSS, WIDTH, HEIGHT = 3, 4.6, 3.0  # panels per line; inches of one panel
 
 Run = list[dict[str, Any]]  # the lines of a metrics.jsonl
 
@@ -76,35 +73,6 @@ def smooth(values: Sequence[float], share: float) -> Iterator[float]:
         if math.isfinite(value):
             total, weight = share * total + (1 - share) * value, share * weight + (1 - share)
         yield total / weight if weight else math.nan
-
-
-def new_figure(panels: int) -> tuple[Any, list[Any]]:
-    """A matplotlib figure, and the axes of its panels.
-
-    Raises:
-      InputError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install matplotlib") from None
-    across, lines = min(ACROSS, panels), -(-panels // ACROSS)
-    figure = Figure(figsize=(WIDTH * across, HEIGHT * lines), layout="constrained")
-    axes = list(figure.subplots(lines, across, squeeze=False).flat)
-    for spare in axes[panels:]:
-        spare.remove()
-    return figure, axes[:panels]
-
-
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure in the format of the file's extension."""
-    import matplotlib
-
-    data = io.BytesIO()
-    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
-        warnings.simplefilter("ignore")  # about characters that the font lacks
-        figure.savefig(data, format=Path(path).suffix[1:].lower(), dpi=100)
-    write_file(path, data.getvalue())
 
 
 def draw(runs: dict[str, Run], metrics: Sequence[str], share: float) -> Any:

@@ -50,8 +50,9 @@ from train.datasets import shape_questions as questions
 from train.datasets import shapes
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.datasets.shape_questions import plural
+from train.figures import new_figure, save_figure
 from train.loader import open_data
-from train.plot import new_figure, points, read_run, save_figure, smooth
+from train.plot import points, read_run, smooth
 from train.run import prepare
 from train.run_directory import differences
 from train.step import setup

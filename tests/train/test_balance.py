@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava_jax.console import InputError
 from train.datasets import balance, captions
+from train.figures import new_figure
 
 DETERMINERS, ADJECTIVES = ("a", "the"), ("red", "small", "old")
 NOUNS, PREPOSITIONS = ("bus", "dog", "street", "cat", "house", "tree"), ("on", "near", "under")
@@ -186,7 +187,7 @@ def test_the_command_balances(source, pipelines, run_cli, tmp_path):
 
 def test_the_curves_are_the_frequencies():
     phrases = balance.collect([["a", "b"], ["a"], ["a", "b"], ["c"], ["a"]])
-    _, [ax] = balance.new_figure(1)
+    _, [ax] = new_figure(1)
     balance.draw(ax, phrases, np.array([True, False, True, True, False]))
     before, after, _ = ax.get_lines()
     assert list(before.get_ydata()) == [4, 2, 1] and list(after.get_ydata()) == [2, 2, 1]

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from llava_jax.console import InputError, first_line, note, shorten
-from train.plot import new_figure, save_figure
+from train.figures import new_figure, save_figure
 
 MODEL = "en_core_web_sm"
 MIN_FREQUENCY = 3  # captions of a phrase; rarer ones are dropped

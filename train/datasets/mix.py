@@ -33,7 +33,7 @@ from train.datasets.mix_images import check_images
 from train.datasets.mix_lengths import Lengths, measure_lengths, open_model
 from train.datasets.mix_plots import draw
 from train.datasets.mix_rows import Mix, choose, left_out, write_mix
-from train.plot import new_figure, save_figure
+from train.figures import new_figure, save_figure
 from train.prepared import is_prepared
 
 

@@ -10,7 +10,7 @@ from train.datasets.mix_files import KINDS
 from train.datasets.mix_lengths import Lengths
 from train.datasets.mix_report import LEFT_OUT
 from train.datasets.mix_rows import Mix
-from train.plot import new_figure
+from train.figures import new_figure
 
 BARS = 12  # sources that are drawn; the others are one bar
 BINS = 50
