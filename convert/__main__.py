@@ -10,9 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from convert.sizes import parse_size
 from llava_jax.config import ASPECT_RATIOS
 from llava_jax.console import SEED, InputError, Parser, note, run_main, terminal_safe
+from llava_jax.sizes import parse_size
 
 TYPES = ["bfloat16", "float16", "float32"]
 

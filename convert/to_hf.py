@@ -3,11 +3,11 @@
 import os
 
 from convert.finite import check_finite
-from convert.sizes import SHARD_BYTES
 from llava_jax.checkpoints.checkpoint import open_any
 from llava_jax.checkpoints.directories import find_directory
 from llava_jax.checkpoints.hf_files import write_hf, write_projector
 from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.sizes import SHARD_BYTES
 
 
 def to_hf(

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from convert import __main__ as convert
-from convert.sizes import parse_size
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from helpers import GOLDEN, golden_engine, turns
@@ -28,6 +27,7 @@ from llava_jax.checkpoints.directories import find_directory
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError, Range, flag_of, ranges
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
+from llava_jax.sizes import parse_size
 from train import __main__ as train
 from train import plan as train_plan
 from train import plot, preview
