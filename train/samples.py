@@ -15,16 +15,14 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, shorten
 from llava_jax.data.buckets import TILES
-from llava_jax.data.conversations import Conversation
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.images import TileLayout, read_tiles, tile_layout
-from llava_jax.data.prompts import encode_conversation, prepare_tokenizer
-from llava_jax.data.splice import Row, count_features, image_indices
-from llava_jax.data.templates import choose_template, get_template, is_jinja
+from llava_jax.data.splice import Row, count_features
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import display_name
 from train import mixture
-from train.lengths import Length, Lengths, lengths_key, lengths_name
+from train.encoding import Encoded, Encoder
+from train.lengths import Length, Lengths
 from train.prepared import MAX_INDEX
 from train.row_sources import DataFile, PreparedRows, open_source
 
@@ -46,7 +44,7 @@ class Sample:
     truncated: int  # positions that truncation removed
     ids: int  # number of ids that are left
     layouts: tuple[TileLayout, ...]  # of the images that are left
-    encoded: "Encoded | None" = None  # if it has just been tokenized, and its length was not known before
+    encoded: Encoded | None = None  # if it has just been tokenized, and its length was not known before
 
     @property
     def tiles(self) -> int:
@@ -55,15 +53,6 @@ class Sample:
     def bad(self, reason: str, file: str | None = None) -> "BadSample":
         """This conversation as a bad sample."""
         return BadSample(self.number, self.data, self.index, self.id, file, reason)
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A conversation as tokens, before truncation."""
-
-    ids: np.ndarray  # int32 [n], `IMAGE` for each image
-    labels: np.ndarray  # int32 [n]
-    names: tuple[str, ...]  # of the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,21 +141,13 @@ class Samples:
         Raises:
           InputError: a file, the folder or the template cannot be used.
         """
-        self.template = template or choose_template(model)
-        if is_jinja(self.template):
-            raise InputError(
-                f"the checkpoint has a chat template of its own ({model.template_from}), which does not mark "
-                f"what is trained: choose one with --template ({choose_template(model.replace(template=None))} suits "
-                f"its decoder)"
-            )
-        self._template = get_template(self.template)
-        self._check_template(tokenizer)
-        self.model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self._encoder = Encoder(model, tokenizer, template)
+        self.template = self._encoder.name
+        self.model, self._max_length = model, max_length
         self._random_order, self._seed = image_first == "random", seed
         self._lay_out = functools.lru_cache(MAX_SIZES)(functools.partial(tile_layout, config=model))
         self._features = functools.lru_cache(MAX_SIZES)(functools.partial(count_features, config=model))
         self._open(mixture.read_parts(data), ImageFolder(image_folder, follow_links=follow_links))
-        prepare_tokenizer(tokenizer, model)
         self._lengths = [self._known_lengths(source) for source in self.sources]
 
     def _open(self, parts: Sequence[mixture.Part], folder: ImageFolder) -> None:
@@ -175,7 +156,7 @@ class Samples:
         paths = list(dict.fromkeys(part.path for part in parts))
         self.sources = [open_source(path, folder) for path in paths]
         for source in self.sources:
-            if self._template.style == "plain" and source.system:
+            if self._encoder.template.style == "plain" and source.system:
                 name = shorten(source.path)
                 note(f"warning: {name}: the template {self.template} has no place for its system messages")
         self._source_of = [paths.index(part.path) for part in parts]
@@ -191,7 +172,7 @@ class Samples:
         orders = 1 + self._random_order
         lengths = Lengths(source.image_counts, orders)
         if isinstance(source, PreparedRows):
-            name = lengths_name(lengths_key(self._template, self._tokenizer, self.model, orders))
+            name = self._encoder.lengths_name(orders)
             if (data := source.dataset.store.read(name, MAX_INDEX)) is not None:
                 lengths.load(data, shorten(source.dataset.store.name_of(name)))
         return lengths
@@ -214,7 +195,7 @@ class Samples:
                 for image in conversation.images:
                     source.check_image(image)
                 image = None
-                encoded = self._encode(conversation, order)
+                encoded = self._encoder.encode(conversation, order)
                 length = Length.of(encoded.ids, encoded.labels)
                 lengths.set(order, row, length)
             layouts = []
@@ -249,7 +230,7 @@ class Samples:
         if sample.encoded:
             return sample.encoded
         source = self.sources[self._source_of[self._part[sample.number]]]
-        return self._encode(source.conversation(sample.index), self._order(sample.number, sample.epoch))
+        return self._encoder.encode(source.conversation(sample.index), self._order(sample.number, sample.epoch))
 
     def load(self, sample: Sample) -> Row | BadSample:
         """Read a conversation's tiles."""
@@ -268,34 +249,6 @@ class Samples:
     def _order(self, number: int, epoch: int) -> int:
         """The place of a single image in its turn: 0 for in front of the text, 1 for after it."""
         return int(self._random_order and np.random.default_rng((self._seed, epoch, number)).random() < 0.5)
-
-    def _encode(self, conversation: Conversation, order: int) -> Encoded:
-        """
-        Raises:
-          InputError: its turns or its image tokens are invalid.
-        """
-        images = len(conversation.images)
-        ids, labels = encode_conversation(
-            conversation.turns,
-            self._template,
-            self._tokenizer,
-            self.model,
-            system=conversation.system,
-            images=images,
-            image_last=bool(order),
-        )
-        if len(ids) and ids.max() >= self.model.text.vocab_size:
-            raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.model.text.vocab_size}")
-        image_indices(ids, images)
-        return Encoded(ids, labels, conversation.images)
-
-    def _check_template(self, tokenizer: Tokenizer) -> None:
-        stop = self._template.stop or ""
-        if stop.startswith("<") and tokenizer.token_id(stop) is None:
-            raise InputError(
-                f"--template {self.template}: its answers end in {stop}, which is not a token of this "
-                "checkpoint's tokenizer; choose a template that fits the model"
-            )
 
     def _layout(self, source: DataFile | PreparedRows, row: int, place: int) -> TileLayout:
         """The layout of an image. Only anyres needs its size; otherwise the image is not opened before its batch is

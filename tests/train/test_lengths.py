@@ -57,7 +57,7 @@ def test_a_conversation_is_tokenized_once_for_its_size(tmp_path, folder, models,
     )
     found = [[samples.measure(i, epoch) for epoch in range(8)] for i in range(5)]
     calls = []
-    monkeypatch.setattr(samples, "_encode", lambda *given: calls.append(given))
+    monkeypatch.setattr(samples._encoder, "encode", lambda *given: calls.append(given))
     again = [[samples.measure(i, epoch) for epoch in range(8)] for i in range(5)]
     assert not calls
     for before, after in zip(found, again, strict=True):
