@@ -159,7 +159,7 @@ def _plain(value: float) -> str:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its status; an `InputError` prints one line on standard error and exits with 1."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
-    _silence_pillow()
+    silence_pillow()
     _open_streams()
     try:
         status = main() or 0
@@ -185,7 +185,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-def _silence_pillow() -> None:
+def silence_pillow() -> None:
     """Silence Pillow's warnings and logs about broken images, which we report ourselves, and, if its handlers can be
     found, libtiff's lines on standard error."""
     warnings.filterwarnings("ignore", module="PIL")

@@ -123,6 +123,13 @@ class Lengths:
         self.reasons[order, row] = reason
         self.tokens[order, row] = BAD
 
+    def insert(self, first: int, part: "Lengths") -> None:
+        """Take the lengths of the rows from number `first` on."""
+        end = first + part.tokens.shape[1]
+        self.tokens[:, first:end], self.label[:, first:end] = part.tokens, part.label
+        self.images[:, self._first[first] : self._first[end]] = part.images
+        self.reasons |= {(order, first + row): reason for (order, row), reason in part.reasons.items()}
+
     def save(self) -> bytes:
         """The contents of a file of lengths, all of which must be known."""
         reasons = [[order, row, reason[:MAX_REASON]] for (order, row), reason in sorted(self.reasons.items())]

@@ -32,6 +32,7 @@ from train.stores import Store
 
 FORMAT = 1
 DATASET, INDEX = "dataset.json", "index.safetensors"
+UNFINISHED = "prepare.json"  # the settings of a preparation that is not complete
 MAX_DATASET = 2**24  # bytes of dataset.json
 MAX_INDEX = 2**36
 MAX_ROW = 256 * 2**20  # bytes of a row
@@ -101,8 +102,7 @@ def read_description(store: Store) -> Description:
     files = store.sizes()
     data = store.read(DATASET, MAX_DATASET) if DATASET in files else None
     if data is None:
-        unfinished = any(name.startswith("images-") for name in files)
-        if unfinished:
+        if UNFINISHED in files:
             raise InputError(f"{name}: its preparation is not complete; repeat the command that prepares it")
         raise InputError(
             f"{name}: {'' if store.local is None else 'a directory, but '}not a prepared dataset: it has no {DATASET} "
@@ -169,6 +169,7 @@ class PreparedDataset:
 
     Attributes:
       path: the directory.
+      index: where rows and images are.
       digest: identifies the contents.
       image_counts: uint16 [n], the number of images of each row.
       first_image: int64 [n + 1], the first of a row's references to images.
@@ -183,7 +184,7 @@ class PreparedDataset:
         """
         self.path, self._name, self.store = path, shorten(path), Store(path)
         self.described = read_description(self.store)
-        self._index = index = self._read_index()
+        self.index = index = self._read_index()
         self.digest = self.described["index"]
         self.image_counts = index.row_images
         self.first_image = first_images(index.row_images)
@@ -196,7 +197,7 @@ class PreparedDataset:
 
     def id(self, row: int) -> Any:
         """The id of a row."""
-        ids, end = self._index.ids, self._index.id_end
+        ids, end = self.index.ids, self.index.id_end
         return json.loads(ids[int(end[row - 1]) if row else 0 : int(end[row])].tobytes())
 
     def row(self, row: int) -> Any:
@@ -206,7 +207,7 @@ class PreparedDataset:
           OSError: it cannot be read.
         """
         shard, _ = self._shard(self._row_shards, row)
-        start, size = int(self._index.row_start[row]), int(self._index.row_bytes[row])
+        start, size = int(self.index.row_start[row]), int(self.index.row_bytes[row])
         data = self.store.read_range(self.described["conversations"][shard]["name"], start, size)
         try:
             return parse_json(data, bounded=False)
@@ -222,20 +223,20 @@ class PreparedDataset:
         """
         image = self._image(row, place)
         shard, number = self._shard(self._image_shards, image)
-        start, size = int(self._index.image_start[image]), self.image_bytes(row, place)
+        start, size = int(self.index.image_start[image]), self.image_bytes(row, place)
         name = self.described["images"][shard]["name"]
         data = NamedBytes(self.store.read_range(name, start, size))
         data.name = f"{shorten(self.store.name_of(name))} image {number}"
-        if zlib.crc32(data) != self._index.image_crc[image]:
+        if zlib.crc32(data) != self.index.image_crc[image]:
             raise InputError(f"{data.name}: damaged (another checksum than in {INDEX})")
         return data
 
     def image_bytes(self, row: int, place: int) -> int:
         """The size of that image's file."""
-        return int(self._index.image_bytes[self._image(row, place)])
+        return int(self.index.image_bytes[self._image(row, place)])
 
     def _image(self, row: int, place: int) -> int:
-        return int(self._index.image_of[self.first_image[row] + place])
+        return int(self.index.image_of[self.first_image[row] + place])
 
     @staticmethod
     def _shard(starts: np.ndarray, number: int) -> tuple[int, int]:

@@ -59,6 +59,12 @@ class RowSource(Protocol):
         """
 
 
+def row_id(row: Any, number: int) -> Any:
+    """The id of a parsed row; its number if it has none."""
+    name = row.get("id", number) if isinstance(row, dict) else number
+    return name if isinstance(name, str | int | float) else number
+
+
 class DataFile:
     """The rows of a data file, and an image folder."""
 
@@ -77,10 +83,12 @@ class DataFile:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def row(self, row: int) -> Any:
+        """A row, parsed; an invalid one is an `InputError`."""
+        return self._rows[row]
+
     def id(self, row: int) -> Any:
-        found = self._rows[row]
-        name = found.get("id", row) if isinstance(found, dict) else row
-        return name if isinstance(name, str | int | float) else row
+        return row_id(self._rows[row], row)
 
     def conversation(self, row: int) -> Conversation:
         return read_conversation(self._rows[row])
