@@ -5,6 +5,7 @@ all.
 """
 
 import contextlib
+import logging
 import os
 import random
 import time
@@ -19,6 +20,7 @@ from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import open_regular, read_bytes
 
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each repetition of a read
+PATIENCE = 30.0  # seconds after which a read is not repeated: some clients repeat it themselves
 T = TypeVar("T")
 
 
@@ -40,6 +42,7 @@ class Store:
         self.local = None if separator else Path(self.path)
         if self.local:
             return
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # prints errors that are raised anyway
         name = shorten(self.path)
         if scheme in ("file", "local", "http", "https"):
             raise InputError(f"{name}: {scheme}:// is not a supported object store; give a path, or gs://...")
@@ -73,7 +76,7 @@ class Store:
                 return {}
             return {os.path.basename(one["name"]): one["size"] for one in entries if one["type"] == "file"}
 
-        return self._repeated(self.path, listed)
+        return self._repeated("", listed)
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """Read a file; None if it is missing.
@@ -162,15 +165,16 @@ class Store:
 
     def _repeated(self, name: str, read: Callable[[], T]) -> T:
         """The result of `read`, which is repeated if it fails, other than for a missing file."""
+        start, where = time.monotonic(), shorten(self.name_of(name).rstrip("/"))
         for wait in (*WAITS, None):
             try:
                 return read()
             except FileNotFoundError:
                 raise
             except Exception as error:  # clients raise exceptions of their own
-                if wait is None:
-                    raise OSError(f"{shorten(self.name_of(name))}: cannot be read ({first_line(error)})") from None
+                if wait is None or time.monotonic() > start + PATIENCE:
+                    raise OSError(f"{where}: cannot be read ({first_line(error)})") from None
                 if wait == WAITS[-1]:
-                    note(f"warning: {shorten(self.name_of(name))}: cannot be read ({first_line(error)}); trying again")
+                    note(f"warning: {where}: cannot be read ({first_line(error)}); trying again")
                 time.sleep(wait * random.uniform(0.75, 1.25))
         raise AssertionError
