@@ -11,6 +11,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks for a bucket's type through gRPC, which no test serves
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same for pytest's workers, and for commands that tests run
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

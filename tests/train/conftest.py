@@ -3,8 +3,11 @@
 import json
 import shutil
 
+import fsspec
+import gcsfs
 import numpy as np
 import pytest
+from gcp_storage_emulator.server import create_server
 from PIL import Image
 
 from helpers import GOLDEN, turns
@@ -12,6 +15,7 @@ from llava_jax.checkpoints.checkpoint import open_checkpoint
 from train import __main__ as command
 from train import loop
 from train.config import TrainConfig
+from train.datasets import prepare as preparing
 from train.run import prepare
 from training import flags, mesh_of_one, write_rows
 
@@ -65,6 +69,46 @@ def config(folder, tmp_path):
         return TrainConfig(**kept | changes)
 
     return config
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket of a local server that answers as Cloud Storage does: its URL. Processes that a test starts reach
+    it too."""
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    host, port = server._api._httpd.socket.getsockname()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+    monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
+    fsspec.config.set_conf_env(fsspec.config.conf)
+    yield "gs://bucket"
+    fsspec.config.conf.pop("gs", None)
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The jobs of a preparation run in this process, which takes no time to start."""
+    for module in ("prepare", "verify_prepared", "measure_lengths"):
+        monkeypatch.setattr(
+            f"train.datasets.{module}.run_jobs", lambda run, jobs, _, report: (run(job, report) for job in jobs)
+        )
+
+
+@pytest.fixture(name="prepare")
+def _prepare(run_cli, folder, tmp_path):
+    """Run `train.datasets.prepare` with some flags: (exit status, standard error)."""
+
+    def run(*flags, output="out"):
+        location = output if "://" in str(output) else tmp_path / output
+        status, out, err = run_cli(
+            preparing.main, "--image-folder", folder, "--output", location, "--workers", 2, *flags
+        )
+        assert not out
+        return status, err
+
+    return run
 
 
 # ---------------------------------------------------------------- runs

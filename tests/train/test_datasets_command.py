@@ -15,7 +15,7 @@ COMMANDS = {one.name: one for one in command.find_commands()}
 
 
 def test_all_are_listed():
-    assert {"captions", "mix", "scienceqa", "shapes"} <= COMMANDS.keys()
+    assert {"captions", "mix", "prepare", "scienceqa", "shapes"} <= COMMANDS.keys()
     modules = [path.stem for path in Path(command.__file__).parent.glob("*.py") if path.stem != "__main__"]
     found = {name for name in modules if hasattr(importlib.import_module(f"train.datasets.{name}"), "parser")}
     assert COMMANDS.keys() == found
