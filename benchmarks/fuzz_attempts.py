@@ -204,6 +204,29 @@ def captions(pick: random.Random) -> Attempt:
     return Attempt(run)
 
 
+def prepared(pick: random.Random) -> Attempt:
+    from llava_jax.checkpoints.checkpoint import open_checkpoint
+    from train.datasets import verify_prepared
+    from train.prepared import PreparedDataset
+    from train.samples import BadSample, Samples
+
+    fetch_inputs("prepared", "v1.5")
+    change_one("prepared", pick, (".json", ".jsonl", ".safetensors", ".tar"))
+
+    def run():
+        found = open_checkpoint("v1.5")
+        samples = Samples("prepared", "", found.config, found.tokenizer, template="v1")
+        for i in range(min(len(samples), 8)):
+            sample = samples.measure(i, 0)
+            if not isinstance(sample, BadSample):
+                samples.load(sample)
+        dataset = PreparedDataset("prepared")
+        for job in verify_prepared.jobs_of(dataset):
+            verify_prepared.verify_shard(job, lambda count, size: None)
+
+    return Attempt(run)
+
+
 def mix(pick: random.Random) -> Attempt:
     from llava_jax.data.image_folder import ImageFolder
     from train import mixture
@@ -227,7 +250,7 @@ def mix(pick: random.Random) -> Attempt:
     return Attempt(run, ("mix.json",))
 
 
-READERS = (config, tensors, tokenizer, template, adapter, image, data, questions, scienceqa, captions, mix)
+READERS = (config, tensors, tokenizer, template, adapter, image, data, prepared, questions, scienceqa, captions, mix)
 
 
 # ---------------------------------------------------------------- commands
@@ -241,7 +264,7 @@ FLAG_VALUES = (
 )
 PATHS = (
     *("original", "v1.5", "orbax", "transformers", "adapter", "images", "data.json", "data.jsonl", "mix.yaml"),
-    *("questions.jsonl", "answers.jsonl", "metrics.jsonl", "images/rgb.png", "images/16.png"),
+    *("questions.jsonl", "answers.jsonl", "metrics.jsonl", "images/rgb.png", "images/16.png", "prepared"),
     *("original/config.json", "nowhere"),
     *("fifo", "loop", "data.json/x", "..", "v1.5/model.safetensors", "v1.5/vision_tower", "new", "new/new"),
 )
@@ -258,6 +281,8 @@ STARTS = (
     ("train.datasets.mix", "--data data.json --data data.jsonl=1.5 --image-folder . --output new"),
     ("train.datasets.mix", "--data data.jsonl --checkpoint v1.5 --report-only"),
     ("train.datasets.shapes", "--output new --examples 4 --tests 2"),
+    ("train.datasets.prepare", "--data data.json --output new --workers 1"),
+    ("train.datasets.prepare", "--output prepared --verify --workers 1"),
     ("convert", "to-orbax v1.5 new"),
     ("convert", "to-orbax adapter new --base v1.5"),
     ("convert", "to-hf original new"),

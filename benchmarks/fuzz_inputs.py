@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +99,9 @@ def make(base: Path) -> None:
         for i in range(3):
             tar.add(images / "rgb.png", f"{i}.png")
             tar.add(base / ("questions.jsonl" if i else "pid_splits.json"), f"{i}.{'txt' if i else 'json'}")
+    command = [sys.executable, "-m", "train.datasets.prepare", "--data", "train.json", "--output", "prepared"]
+    more = ["--workers", "1", "--checkpoint", "v1.5", "--template", "v1"]
+    subprocess.run([*command, *more], cwd=base, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 def fetch_inputs(*names: str) -> None:

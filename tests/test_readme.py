@@ -39,6 +39,7 @@ def test_every_flag_in_the_documents_exists():
     from train.__main__ import parser as train
     from train.datasets.captions import parser as captions
     from train.datasets.mix import parser as mix
+    from train.datasets.prepare import parser as prepare
     from train.datasets.shapes import parser as shapes
     from train.plan import parser as train_plan
     from train.plot import parser as plot
@@ -52,6 +53,7 @@ def test_every_flag_in_the_documents_exists():
         captions(),
         mix(),
         shapes(),
+        prepare(),
         train_plan(),
         infer_plan(),
         plot(),
