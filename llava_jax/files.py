@@ -1,12 +1,16 @@
-"""Read regular files of a bounded size.
+"""Read regular files of a bounded size, and write files that appear whole or not at all.
 
 Reading a pipe or a device could block or continue forever, and a file of the wrong type could exhaust memory. All local
 files of users and checkpoints are opened here.
 """
 
 import contextlib
+import hashlib
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from etils import epath
@@ -79,6 +83,40 @@ def read_text(path: str | os.PathLike, max_bytes: int) -> str:
         return read_bytes(path, max_bytes).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{shorten(path)}: not UTF-8 ({first_line(error)})") from None
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name when the block ends, whole or not at all. It replaces an existing
+    file, or a link's target.
+
+    Raises:
+      InputError: the path exists and is not a file, or is a link that leads back to itself.
+      OSError: the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # realpath resolves all links but those of a loop
+        raise InputError(f"{shorten(path)}: a link that leads back to itself, not a file")
+    if target.exists() and (kind := kind_of(target.stat())):
+        raise InputError(f"{shorten(path)}: {kind}, not a file")
+    staged = beside(target, secrets.token_hex(4), "incomplete")
+    try:
+        with staged.open("xb") as file:
+            yield file
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def beside(target: Path, key: str, kind: str) -> Path:
+    """A hidden name beside a file or directory, unique by `key`."""
+    return target.parent / f".{short_name(target.name)}.{key}.{kind}"
+
+
+def short_name(name: str) -> str:
+    """A name, shortened with a hash if it leaves no room for a suffix."""
+    data = os.fsencode(name)
+    return name if len(data) <= 200 else os.fsdecode(data[:150]) + hashlib.sha256(data).hexdigest()[:32]
 
 
 def remote_path(where: str | os.PathLike) -> epath.Path:

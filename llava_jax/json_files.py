@@ -21,6 +21,7 @@ from llava_jax.files import read_bytes
 MAX_CONFIG_BYTES = 32 * 2**20  # for settings, or a file that names every tensor
 MAX_CONTAINERS = 2**21  # objects and lists; each takes 50 to 500 bytes of memory for 2 bytes of text
 MAX_DEPTH = 100  # of nested objects and lists
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_DIGITS = 100  # of an integer: real files have 10**30 for "no limit"
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # a \u escape of a surrogate, paired or not
@@ -138,6 +139,31 @@ def check_json(value: Any, schema: Any, where: str) -> Any:
         raise InputError(f"{where}: {_in_words(str(error))}") from None
     except UnicodeEncodeError:
         raise InputError(f"{where}: text with an unpaired Unicode surrogate") from None
+
+
+def decode_json(data: bytes | memoryview, schema: Any, where: str) -> Any:
+    """Parse JSON straight into a type, without values of undeclared keys: `msgspec.json.decode` with readable errors.
+
+    For large files of known structure: it takes a fraction of the time and memory of `parse_json` and `check_json`.
+
+    Args:
+      schema: a `msgspec.Struct`, a list of them or the like.
+      where: the name of the data in errors.
+
+    Raises:
+      InputError: the data is not JSON, or has another type. Names the key.
+    """
+    view = memoryview(data)
+    try:
+        return msgspec.json.decode(view[3:] if view[:3] == BYTE_ORDER_MARK else view, type=schema)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where}: {_in_words(str(error))}") from None
+    except msgspec.DecodeError as error:
+        raise InputError(f"{where}: not JSON ({shorten(error)})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise InputError(f"{where}: not JSON (nested too deeply)") from None
 
 
 def _in_words(error: str) -> str:

@@ -8,7 +8,6 @@ beside it (`.NAME.KEY.lock`) lets the next command distinguish the remains of a 
 
 import contextlib
 import fnmatch
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from etils import epath
 
 from llava_jax.console import InputError, first_line, note, shorten
-from llava_jax.files import kind_of, read_bytes, remote_path
+from llava_jax.files import beside, new_file, read_bytes, remote_path, short_name
 from llava_jax.locks import InUseError, LockedFile
 
 # The files in directories of checkpoints: ours, the original's, transformers' and PEFT's.
@@ -241,7 +240,7 @@ class _Staging:
 
     def __init__(self, target: Path, name: str):
         self.target = target
-        short = re.escape(_short(target.name))
+        short = re.escape(short_name(target.name))
         for path in target.parent.iterdir():
             if found := re.fullmatch(rf"\.{short}\.([0-9a-f]{{8}})\.lock", path.name):
                 self._recover(path, found[1], name)
@@ -255,7 +254,7 @@ class _Staging:
         self.new, self.old = self._path(key, "incomplete"), self._path(key, "replaced")
 
     def _path(self, key: str, kind: str) -> Path:
-        return _beside(self.target, key, kind)
+        return beside(self.target, key, kind)
 
     def _recover(self, path: Path, key: str, name: str) -> None:
         try:
@@ -295,34 +294,10 @@ class _Staging:
         self.new.rename(self.target)
 
 
-def _beside(target: Path, key: str, kind: str) -> Path:
-    return target.parent / f".{_short(target.name)}.{key}.{kind}"
-
-
-def _short(name: str) -> str:
-    """A name, shortened with a hash if it leaves no room for a suffix."""
-    data = os.fsencode(name)
-    return name if len(data) <= 200 else os.fsdecode(data[:150]) + hashlib.sha256(data).hexdigest()[:32]
-
-
 # ---------------------------------------------------------------- files
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file that appears under its name whole or not at all. It replaces an existing file, or a link's target.
-
-    Raises:
-      InputError: the path exists and is not a file, or is a link that leads back to itself.
-      OSError: the file cannot be written.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_symlink():  # realpath resolves all links but those of a loop
-        raise InputError(f"{shorten(path)}: a link that leads back to itself, not a file")
-    if target.exists() and (kind := kind_of(target.stat())):
-        raise InputError(f"{shorten(path)}: {kind}, not a file")
-    staged = _beside(target, secrets.token_hex(4), "incomplete")
-    try:
-        staged.write_bytes(data)
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
+    """Write a file with `new_file`; raises as it does."""
+    with new_file(path) as file:
+        file.write(data)
