@@ -1,0 +1,152 @@
+"""The output directory of `train.datasets.instruct`: settings, replies, and the conversations built from them."""
+
+import collections
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from llava_jax.checkpoints.outputs import make_directories, write_file
+from llava_jax.console import InputError, Progress, first_line, shorten
+from llava_jax.files import new_file
+from llava_jax.json_files import read_json
+from llava_jax.replies import Replies
+from train.datasets.instruct_dialogues import Dialogues, to_row
+from train.datasets.instruct_prompts import Prompt
+
+SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+
+
+class Settings(TypedDict):
+    """What all replies in a directory have in common. `prompts` are fingerprints by kind."""
+
+    model: str
+    image_side: int | None
+    prompts: dict[str, str]
+
+
+@contextlib.contextmanager
+def open_output(output: Path) -> Iterator[Replies]:
+    """Open the replies in a directory, which is made if missing. After an error without replies nothing is left.
+
+    Raises:
+      InputError: it holds something else, is in use or cannot be written.
+    """
+    name = f"--output {shorten(output)}"
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        is_ours = (output / SETTINGS).exists()
+        if not made and not is_ours and any(output.iterdir()):
+            raise InputError(f"{name}: holds something else; give a new directory")
+        make_directories(output)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be used ({first_line(error)})") from None
+    try:
+        with Replies(output / ANSWERS) as replies:
+            try:
+                yield replies
+            except BaseException:
+                if not is_ours and not len(replies):
+                    (output / SETTINGS).unlink(missing_ok=True)
+                raise
+    finally:
+        with contextlib.suppress(OSError):  # at the first that is not empty
+            for path in made:
+                path.rmdir()
+
+
+def read_settings(output: Path) -> Settings | None:
+    """The settings of earlier replies in a directory, if there are any.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    return read_json(output / SETTINGS, Settings)
+
+
+def check_settings(output: Path, model: str, image_side: int | None, prompts: Mapping[str, Prompt]) -> None:
+    """Check that the replies in a directory are to requests of this kind, and record what was not asked for before.
+
+    Raises:
+      InputError: they are not.
+    """
+    fingerprints = {kind: prompt.fingerprint for kind, prompt in prompts.items()}
+    settings: Settings = {"model": model, "image_side": image_side, "prompts": fingerprints}
+    found = read_settings(output)
+    if found:
+        asked = found["prompts"]
+        differing = [
+            ("--model", found["model"], model),
+            ("--image-side", found["image_side"], image_side),
+            *((f"the prompts of {kind}", asked.get(kind, new), new) for kind, new in fingerprints.items()),
+        ]
+        for what, old, new in differing:
+            if old != new:
+                raise InputError(
+                    f"{what}: {shorten(output)} was made with {shorten(old)}, not {shorten(new)}; give a new --output"
+                )
+        settings["prompts"] = asked | fingerprints
+    if settings != found:
+        write_file(output / SETTINGS, json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def write_results(
+    output: Path, dialogues: Dialogues, failed: Mapping[str, str], questions: Sequence[str], seed: int
+) -> collections.Counter[str]:
+    """Write the conversations and what was rejected. Returns the number of conversations by kind, of those `rejected`,
+    and of those `open`, which another run asks for.
+
+    Args:
+      failed: reasons for which requests have no reply, by the request's id.
+      questions: those that a description answers.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    with contextlib.ExitStack() as stack:
+        lists = {
+            name: stack.enter_context(_JSONList(output / f"{name}.json")) for name in (*dialogues.prompts, "instruct")
+        }
+        rejected = stack.enter_context(new_file(output / "rejected.jsonl"))
+        bar = stack.enter_context(Progress("writing", len(dialogues.by_id), "conversations"))
+        for dialogue in dialogues.by_id.values():
+            state = dialogues.state(dialogue)
+            request = dialogues.request(dialogue, state)
+            if state.turns:
+                row = to_row(dialogue, state.turns, questions, seed)
+                lists[dialogue.kind].append(row)
+                lists["instruct"].append(row)
+                counts[dialogue.kind] += 1
+            elif request is None or request.id in failed:
+                reasons = [reason for _, reason in state.rejected]
+                reasons += [failed[request.id]] if request else []
+                line = {"id": dialogue.record.id, "image": dialogue.record.image, "kind": dialogue.kind}
+                last = state.rejected[-1][0] if state.rejected else None
+                rejected.write(_encode(line | {"reasons": reasons, "reply": last}) + b"\n")
+                counts["rejected"] += 1
+            else:
+                counts["open"] += 1
+            bar.advance()
+    return counts
+
+
+class _JSONList:
+    """A file with a JSON list, written one element a line."""
+
+    def __init__(self, path: Path):
+        self._opening, self._separator = new_file(path), b"[\n"
+
+    def __enter__(self) -> "_JSONList":
+        self._file = self._opening.__enter__()
+        return self
+
+    def append(self, value: Any) -> None:
+        self._file.write(self._separator + _encode(value))
+        self._separator = b",\n"
+
+    def __exit__(self, *error) -> None:
+        self._file.write(b"\n]\n" if self._separator == b",\n" else b"[]\n")
+        self._opening.__exit__(*error)
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
