@@ -44,6 +44,7 @@ class ScriptedEndpoint:
 
     Attributes:
       log: the requests, in the order in which they were answered.
+      first: when the first request came (`time.monotonic`).
       status, error: if set, all requests are answered with this status and this message.
     """
 
@@ -57,7 +58,7 @@ class ScriptedEndpoint:
         """
         self.lost, self.bad, self.stubborn, self.delay, self.slow, self.seed = lost, bad, stubborn, delay, slow, seed
         self.log: list[Asked] = []
-        self.status, self.error = 200, ""
+        self.status, self.error, self.first = 200, "", 0.0
         self._times: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -226,6 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         script = self.server.script
+        script.first = script.first or time.monotonic()
         body = self.rfile.read(int(self.headers["Content-Length"]))
         messages = json.loads(body)["messages"]
         record, kind, attempt = read_request(messages)

@@ -13,6 +13,7 @@ from llava_jax.data.conversations import read_conversation
 from llava_jax.data.images import tile_layout
 from train.datasets import shape_questions as questions
 from train.datasets import shapes
+from train.datasets.coco import read_records
 from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
 
 
@@ -301,6 +302,25 @@ def test_train_and_test_share_no_image(data):
     assert len(set(contents)) == len(contents) == 100
 
 
+def test_records_are_captions_and_boxes_of_the_training_images(data):
+    records = read_records(data / "records.jsonl")
+    assert [record.image for record in records] == [row["image"] for row in read(data, "captions.json")]
+    for record, row in zip(records, read(data, "captions.json"), strict=True):
+        assert len(set(record.captions)) >= 3 and len(record.captions) == 5
+        said = row["conversations"][1][
+            "value"
+        ]  # of the same scene: "objects: 2, small objects: 1, ..., at the top ..."
+        assert said.startswith(f"objects: {len(record.boxes)}, ") and said.endswith(
+            record.captions[-1].removeprefix("You see ").removesuffix(".")
+        )
+        with Image.open(data / "images" / record.image) as image:
+            width, height = image.size
+        for box in record.boxes:
+            left, top, right, bottom = box.bbox
+            assert f"a {box.category}" in said and f"a {box.category}" in record.captions[0]
+            assert (right - left) * width == pytest.approx((bottom - top) * height, abs=0.3)  # all are as wide as high
+
+
 def test_a_scene_is_not_drawn_again_for_the_other_split(tmp_path, monkeypatch):
     drawn = iter([SCENE, SCENE, Scene(9, 9, "plain", SCENE.things[:1])])
     monkeypatch.setattr(shapes, "make_scene", lambda rng: next(drawn))
@@ -313,7 +333,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(data, tmp_path)
     shapes.write(tmp_path / "again", 60, 40, seed=3)
     shapes.write(tmp_path / "other", 60, 40, seed=4)
     same = [path.relative_to(data) for path in data.rglob("*") if path.is_file()]
-    assert len(same) == 104
+    assert len(same) == 105
     assert all((data / path).read_bytes() == (tmp_path / "again" / path).read_bytes() for path in same)
     assert all((data / path).read_bytes() != (tmp_path / "other" / path).read_bytes() for path in same)
 

@@ -7,8 +7,10 @@
     train.json          stage 2: conversations about one training image, two, or none
     test.json           questions about other images, one per row, equally many of each kind
     test_captions.json  captions of the test images
+    records.jsonl       captions and boxes of the training images, as `train.datasets.instruct` reads them
 
-All have the original's format, plus the kind of each question (`kinds`). The same seed writes the same files.
+The JSON files have the original's format, plus the kind of each question (`kinds`). The same seed writes the same
+files.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.checkpoints.outputs import new_directory
-from llava_jax.console import SEED, InputError, Parser, Progress, integer, note, run_main, shorten
+from llava_jax.console import SEED, InputError, Parser, Progress, integer, note, plural, run_main, shorten
 from train.datasets import shape_questions as questions
 from train.datasets.scenes import Scene, draw, make_scene
 from train.datasets.shape_questions import Rng, Turn
@@ -178,6 +180,28 @@ def question_rows(scenes: list[Scene], seed: int) -> list[Row]:
     return rows
 
 
+def records(split: str, scenes: list[Scene], seed: int) -> list[Row]:
+    """Captions of each image as by several people, and the boxes of its objects, as in COCO (`coco.read_records`)."""
+    rows = []
+    for i, scene in enumerate(scenes):
+        rng = rng_for(seed, split, i, 6)
+        things = [questions.described(thing) for thing in scene.things]
+        captions = [f"{questions.listed(things)} on a {scene.background} background."]
+        captions += [f"There is {questions.listed(list(rng.permutation(things)))}." for _ in range(2)]
+        captions += [f"The image shows {plural(len(things), 'object')}.", f"You see {questions.placed(scene)}."]
+        sides = (scene.width, scene.height, scene.width, scene.height)
+        instances = [
+            {
+                "category": f"{thing.size} {thing.name}",
+                "bbox": [round(a / b, 3) for a, b in zip(thing.box, sides, strict=True)],
+            }
+            for thing in scene.things
+        ]
+        name = file_name(split, i)
+        rows.append({"id": f"{split}-{i}", "image": name, "captions": captions, "instances": instances})
+    return rows
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -228,6 +252,8 @@ def write(output: Path, examples: int, tests: int, seed: int) -> None:
         }
         for name, rows in files.items():
             (staged / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        lines = (json.dumps(record) + "\n" for record in records("train", scenes["train"], seed))
+        (staged / "records.jsonl").write_text("".join(lines))
     asked = collections.Counter(kind for row in files["test.json"] for kind in row["kinds"])
     note(
         f"{examples:,} training images with {len(files['train.json']):,} conversations, {tests:,} test images with "
