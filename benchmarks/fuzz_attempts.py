@@ -5,6 +5,7 @@ Each function in `READERS` and `COMMANDS` sets up an attempt in the empty curren
 
 import argparse
 import base64
+import contextlib
 import functools
 import importlib
 import itertools
@@ -250,7 +251,30 @@ def mix(pick: random.Random) -> Attempt:
     return Attempt(run, ("mix.json",))
 
 
-READERS = (config, tensors, tokenizer, template, adapter, image, data, prepared, questions, scienceqa, captions, mix)
+def instruct(pick: random.Random) -> Attempt:
+    from llava_jax.batch_files import read_results
+    from llava_jax.replies import Replies
+    from train.datasets.coco import read_records
+    from train.datasets.instruct_answers import BadAnswer, Checker
+    from train.datasets.instruct_prompts import read_prompt
+
+    fetch_inputs("coco_captions.json", "coco_instances.json", "records.jsonl", "replies.jsonl", "results.jsonl")
+    change_one(".", pick, (".json", ".jsonl"))
+    checker = Checker("conversation", read_prompt(None, "conversation"))
+    parts = ["Question:", "Answer:", "===", "\n", "A cat.", "**", "[", '{"a": 1}', "<image>", "\ud800", "\0", "```"]
+    reply = "".join(pick.choices(parts, k=pick.randrange(30)))
+
+    def run():
+        with contextlib.suppress(BadAnswer):
+            checker.turns(reply)
+        read_records("coco_captions.json", "coco_instances.json"), read_records("records.jsonl")
+        list(read_results("results.jsonl")), Replies("replies.jsonl").close()
+
+    return Attempt(run, ("replies.jsonl",))
+
+
+READERS = (config, tensors, tokenizer, template, adapter, image, data, prepared, questions, scienceqa,
+           captions, mix, instruct)  # fmt: skip
 
 
 # ---------------------------------------------------------------- commands
@@ -265,7 +289,7 @@ FLAG_VALUES = (
 PATHS = (
     *("original", "v1.5", "orbax", "transformers", "adapter", "images", "data.json", "data.jsonl", "mix.yaml"),
     *("questions.jsonl", "answers.jsonl", "metrics.jsonl", "images/rgb.png", "images/16.png", "prepared"),
-    *("original/config.json", "nowhere"),
+    *("original/config.json", "nowhere", "coco_captions.json", "coco_instances.json", "records.jsonl", "results.jsonl"),
     *("fifo", "loop", "data.json/x", "..", "v1.5/model.safetensors", "v1.5/vision_tower", "new", "new/new"),
 )
 DEVICES = ("/dev/full", "/dev/zero", "/dev/null", "file:///dev/zero", "http://127.0.0.1:9/x", "data:,x", "/", "/root")
@@ -280,6 +304,8 @@ STARTS = (
     ("train.datasets.captions", "--captions captions.tar --output new"),
     ("train.datasets.mix", "--data data.json --data data.jsonl=1.5 --image-folder . --output new"),
     ("train.datasets.mix", "--data data.jsonl --checkpoint v1.5 --report-only"),
+    ("train.datasets.instruct", "--captions records.jsonl --model m --output new --write-batch batch.jsonl"),
+    ("train.datasets.instruct", "--captions records.jsonl --model m --output new --endpoint http://127.0.0.1:9/v1"),
     ("train.datasets.shapes", "--output new --examples 4 --tests 2"),
     ("train.datasets.prepare", "--data data.json --output new --workers 1"),
     ("train.datasets.prepare", "--output prepared --verify --workers 1"),
@@ -318,7 +344,8 @@ def command(pick: random.Random) -> Attempt:
 
 def owned(arguments: list[str]) -> list[str]:
     """The outputs of a command that do not exist yet."""
-    named = [arguments[i + 1] for i, flag in enumerate(arguments[:-1]) if flag in ("--answers", "--output")]
+    flags = ("--answers", "--output", "--write-batch")
+    named = [arguments[i + 1] for i, flag in enumerate(arguments[:-1]) if flag in flags]
     return [name for name in ("new", "llava_train_QCM-LEA.json", *named) if name and not os.path.lexists(name)]
 
 

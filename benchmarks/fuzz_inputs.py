@@ -76,6 +76,20 @@ def make(base: Path) -> None:
     coco["annotations"] = [{"id": i, "image_id": i, "caption": "A cat."} for i in range(2)]
     asked = [{"question_id": i, "text": "What is it?", "image": "images/rgb.png"} for i in range(3)]
     answered = [{"question_id": 0, "prompt": "What is it?", "text": "A cat.", "answer_id": "a", "metadata": {}}]
+    records = [
+        {
+            "id": i,
+            "image": "images/rgb.png",
+            "captions": ["A cat."],
+            "instances": [{"category": "cat", "bbox": [0, 0, 1, 1]}],
+        }
+        for i in range(3)
+    ]
+    choices = [{"message": {"content": "A cat."}, "finish_reason": "stop"}]
+    results = [
+        {"custom_id": f"{i}/detail/0/1", "response": {"status_code": 200, "body": {"choices": choices}}, "error": None}
+        for i in range(3)
+    ]
     files = {
         "data.json": json.dumps(rows),
         "data.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
@@ -84,6 +98,24 @@ def make(base: Path) -> None:
         "questions.jsonl": "".join(json.dumps(row) + "\n" for row in asked),
         "answers.jsonl": "".join(json.dumps(row) + "\n" for row in answered),
         "metrics.jsonl": "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3)),
+        "coco_captions.json": json.dumps(
+            {
+                "images": [{"id": i, "file_name": "images/rgb.png", "width": 64, "height": 48} for i in range(3)],
+                "annotations": [{"image_id": i % 3, "caption": "A cat on a mat."} for i in range(9)],
+            }
+        ),
+        "coco_instances.json": json.dumps(
+            {
+                "images": [{"id": i, "file_name": "images/rgb.png", "width": 64, "height": 48} for i in range(3)],
+                "annotations": [
+                    {"image_id": i, "category_id": 1, "bbox": [1, 2.5, 9, 9], "iscrowd": 0} for i in range(3)
+                ],
+                "categories": [{"id": 1, "name": "cat"}],
+            }
+        ),
+        "records.jsonl": "".join(json.dumps(line) + "\n" for line in records),
+        "replies.jsonl": "".join(f'{{"id":"{i}/detail/0/1","text":"A cat."}}\n' for i in range(3)),
+        "results.jsonl": "".join(json.dumps(line) + "\n" for line in results),
         "problems.json": json.dumps({str(i): problem for i in range(3)}),
         "captions.jsonl": "".join(
             json.dumps({"image": "images/rgb.png", "caption": f"A {i}."}) + "\n" for i in range(3)

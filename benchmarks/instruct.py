@@ -16,7 +16,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +35,7 @@ def run(module: str, *flags) -> None:
 
 
 def ask(folder: Path, output: Path, script: ScriptedEndpoint, *more) -> dict[str, float]:
-    """Run `train.datasets.instruct`; seconds from the first request to the end, and CPU seconds of all of it."""
+    """Run `train.datasets.instruct`; seconds from the first request to the last reply, and CPU seconds of all of it."""
     flags = (
         "--captions",
         folder / "records.jsonl",
@@ -50,10 +49,9 @@ def ask(folder: Path, output: Path, script: ScriptedEndpoint, *more) -> dict[str
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with script:
         run("train.datasets.instruct", *flags, "--boxes-for", "conversation,detail,reasoning", *more)
-        seconds = time.monotonic() - script.first
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"requests": len(script.log), "seconds": seconds, "cpu_seconds": cpu}
+    return {"requests": len(script.log), "seconds": script.last + script.delay - script.first, "cpu_seconds": cpu}
 
 
 def measure_rate(folder: Path) -> dict[str, float]:

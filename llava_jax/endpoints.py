@@ -97,21 +97,20 @@ class Endpoint:
         replies: Replies,
         *,
         total: int,
-        done: int = 0,
         follow_up: Callable[[Reply], Request | None] = lambda reply: None,
     ) -> Outcome:
         """Send requests, and append the replies. SIGINT and SIGTERM stop asking: those in flight are waited for, unless
         the signal is repeated.
 
         Args:
-          total: the number of requests, for the progress bar, including the `done` ones, which `requests` lacks.
+          total: the number of requests, for the progress bar.
           follow_up: the next request of a conversation, which counts as part of the first; None if it has ended.
 
         Raises:
           InputError: openai is not installed, the URL is not one, nothing can be answered (no connection, wrong key,
             unknown model), or the replies cannot be written.
         """
-        return asyncio.run(_Asking(self, replies, follow_up).run(requests, total, done))
+        return asyncio.run(_Asking(self, replies, follow_up).run(requests, total))
 
 
 def request_body(endpoint: Endpoint, messages: Messages) -> dict[str, Any]:
@@ -160,9 +159,9 @@ class _Asking:
         self.given_up = 0  # requests in a row; one may be at fault itself, two are the endpoint's fault
         self.start, self.tokens = time.monotonic(), 0
 
-    async def run(self, requests: Iterable[Request], total: int, done: int) -> Outcome:
+    async def run(self, requests: Iterable[Request], total: int) -> Outcome:
         self.stopping, self.source = asyncio.Event(), iter(requests)
-        with Progress("asking", total, "answers", done=done) as self.bar:
+        with Progress("asking", total, "answers") as self.bar:
             workers = [asyncio.create_task(self._work()) for _ in range(self.endpoint.concurrency)]
             with self._signals(workers):
                 await asyncio.gather(*workers, return_exceptions=True)

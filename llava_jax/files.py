@@ -58,15 +58,15 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
       InputError: the file cannot be read, is not regular, or is larger.
     """
     try:
-        if "://" in os.fspath(path):  # an `epath.Path`
-            remote = epath.Path(path)
+        if "://" in os.fspath(path):
+            remote = remote_path(path)
             size = remote.stat().length
             data = remote.read_bytes() if size <= max_bytes else b""
         else:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 data = file.read(size) if size <= max_bytes else b""  # bounded even if the file grows
-    except (OSError, ValueError) as error:  # ValueError: an invalid file name
+    except (OSError, ValueError, ImportError) as error:  # an invalid file name; an object store without its client
         raise InputError(f"{shorten(path)}: cannot be read ({first_line(error)})") from None
     if size > max_bytes:
         raise InputError(f"{shorten(path)}: has {size:,} bytes; a file of this type may have at most {max_bytes:,}")

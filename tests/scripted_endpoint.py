@@ -44,21 +44,23 @@ class ScriptedEndpoint:
 
     Attributes:
       log: the requests, in the order in which they were answered.
-      first: when the first request came (`time.monotonic`).
+      first, last: when the first and the last request came (`time.monotonic`).
       status, error: if set, all requests are answered with this status and this message.
     """
 
-    def __init__(self, *, lost=0.0, bad=0.0, stubborn=0.0, delay=0.0, slow=0.2, seed=0):
+    def __init__(self, *, lost=0.0, bad=0.0, stubborn=0.0, delay=0.0, slow=0.2, retry_after=0.05, seed=0):
         """
         Args:
           lost: the share of requests whose reply is lost, the first two times.
           bad: the share of replies that cannot be used.
           stubborn: the share of images and kinds to which no reply can be used.
-          delay: seconds that each reply takes; `slow`: those that a slow one takes.
+          delay, slow: seconds that a reply takes, and those that a slow one takes beyond.
+          retry_after: seconds that 429 asks for.
         """
-        self.lost, self.bad, self.stubborn, self.delay, self.slow, self.seed = lost, bad, stubborn, delay, slow, seed
+        self.lost, self.bad, self.stubborn, self.seed = lost, bad, stubborn, seed
+        self.delay, self.slow, self.retry_after = delay, slow, retry_after
         self.log: list[Asked] = []
-        self.status, self.error, self.first = 200, "", 0.0
+        self.status, self.error, self.first, self.last = 200, "", 0.0, 0.0
         self._times: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -227,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         script = self.server.script
-        script.first = script.first or time.monotonic()
+        script.last = time.monotonic()
+        script.first = script.first or script.last
         body = self.rfile.read(int(self.headers["Content-Length"]))
         messages = json.loads(body)["messages"]
         record, kind, attempt = read_request(messages)
@@ -253,7 +256,9 @@ class _Handler(BaseHTTPRequestHandler):
         }
         match arrival:
             case "429":
-                self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"})
+                self.send(
+                    429, {"error": {"message": "slow down"}}, {"Retry-After": str(self.server.script.retry_after)}
+                )
             case "429 with a date":
                 self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": self.date_time_string()})
             case "500" | "503":

@@ -66,10 +66,9 @@ def test_what_may_pass_is_asked_again(loss, replies, monkeypatch):
 
 def test_an_endpoint_is_asked_when_it_says(replies, monkeypatch):
     monkeypatch.setattr("scripted_endpoint.LOSSES", ("429",))
-    with ScriptedEndpoint(lost=1.0) as script:
-        start = time.monotonic()
+    with ScriptedEndpoint(lost=1.0, retry_after=0.3) as script:
         ask(script.url, replies, requests(1))
-    assert time.monotonic() - start >= 2 * 0.05  # twice `Retry-After`, which is longer than `WAITS`
+    assert len(script.log) == 3 and script.last - script.first >= 2 * 0.3
     assert endpoints._retry_after({"retry-after": "7"}) == 7
     assert (
         50

@@ -38,6 +38,7 @@ def test_every_flag_in_the_documents_exists():
     from infer.plan import parser as infer_plan
     from train.__main__ import parser as train
     from train.datasets.captions import parser as captions
+    from train.datasets.instruct import parser as instruct
     from train.datasets.mix import parser as mix
     from train.datasets.prepare import parser as prepare
     from train.datasets.shapes import parser as shapes
@@ -54,6 +55,7 @@ def test_every_flag_in_the_documents_exists():
         mix(),
         shapes(),
         prepare(),
+        instruct(),
         train_plan(),
         infer_plan(),
         plot(),

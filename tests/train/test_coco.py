@@ -126,5 +126,7 @@ def test_files_that_are_none(coco, tmp_path):
     for path, says in (("none.json", "No such file"), ("pipe.json", "a pipe"), (".", "a directory")):
         with pytest.raises(InputError, match=says):
             read_records(tmp_path / path)
+    with pytest.raises(InputError, match="http:// is not a supported object store"):
+        read_records("http://a/b.json")
     with pytest.raises(InputError, match="leave out --boxes"):
         read_records(write_lines(tmp_path, LINE), coco()[1])

@@ -132,6 +132,7 @@ def test_killed_at_random_moments_it_asks_nothing_twice(whole, tmp_path):
                 assert "stopped: " in said and said.count("\n") <= 4
     assert log == sorted(log) and log[0] < log[-2] < log[-1] == len(kept)
     assert results(output) == results(whole[0])
+    assert {file.name for file in output.iterdir()} == {file.name for file in whole[0].iterdir()}
 
 
 def kept_by(output) -> set[tuple[str, str, int]]:

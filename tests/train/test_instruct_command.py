@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers import GOLDEN, contents, put_file
+from helpers import GOLDEN, contents, files_of_at_most, put_file
 from llava_jax import endpoints
 from scripted_endpoint import ScriptedEndpoint, read_request
 from train.datasets import instruct, instruct_dialogues
+from train.datasets.coco import read_records
 from train.datasets.instruct_prompts import OWN
 
 CAPTIONS = GOLDEN / "coco80.jsonl"
@@ -71,6 +72,13 @@ def test_kinds_and_images_are_added_in_later_runs(run, tmp_path):
         *("answers.jsonl", "settings.json", "rejected.jsonl"),
         *("instruct.json", "conversation.json", "detail.json", "reasoning.json"),
     }
+
+
+def test_a_larger_limit_draws_those_of_a_smaller_one():
+    records = read_records(CAPTIONS)
+    drawn = [instruct.draw(records, limit, seed) for limit, seed in ((10, 0), (20, 0), (None, 0), (10, 1))]
+    assert [len(found) for found in drawn] == [10, 20, 80, 10]
+    assert drawn[0] < drawn[1] < drawn[2] and drawn[3] != drawn[0] != {record.id for record in records[:10]}
 
 
 def test_changed_captions_are_asked_about_again(run, few):
@@ -179,7 +187,7 @@ def test_results_that_failed_or_are_of_others(run, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in found))
     for added, left in ((10, "2 not asked yet"), (0, "2 not asked yet")):
         status, err = run("--read-batch", path)
-        assert status == 0 and f"{added} replies added" in err and left in err
+        assert status == 0 and err.startswith(f"{added} replies added\n") and left in err
         assert "1 request failed, to be asked again; the first is" in err and "expired" in err
         assert "warning: 1 result ignored: not about these captions" in err
 
@@ -212,7 +220,7 @@ def test_images_go_along_downscaled(run, few, tmp_path):
     assert asked[0][0]["content"].endswith((OWN / "image.txt").read_text().strip())
     assert "none.png: no such image" in lines(tmp_path / "out" / "rejected.jsonl")[0]["reasons"][0]
     status, err = run(*more, "--write-batch", tmp_path / "again.jsonl")
-    assert status == 1 and "--image-side: " in err and "was made with 32, not 768" in err
+    assert status == 1 and "was made with images of 32 pixels, not images of 768 pixels; give a new" in err
     shutil.rmtree(tmp_path / "out")
     status, err = run("--kinds", "detail", "--write-batch", tmp_path / "again.jsonl")
     assert status == 1 and "has nothing to ask for detail with: no captions; --image-folder sends" in err
@@ -241,7 +249,10 @@ def test_prompts_may_be_ones_own(run, tmp_path):
     put_file(prompts / "detail_description" / "questions.txt", "\nWhat is it?\n")
     put_file(prompts / "conversation" / "system_message.txt", "Changed.")
     status, err = run("--prompts", prompts, "--write-batch", tmp_path / "again.jsonl")
-    assert status == 1 and "the prompts of conversation: " in err and "give a new --output" in err
+    assert status == 1 and "was made with other prompts of conversation, not these; give a new directory" in err
+    shutil.rmtree(prompts / "detail_description")
+    more = ("--prompts", prompts, "--kinds", "reasoning", "--output", tmp_path / "other")
+    assert run(*more, "--write-batch", tmp_path / "reasoning.jsonl")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -269,7 +280,7 @@ def test_another_model_is_refused(run, tmp_path):
         run("--endpoint", script.url)
     before = contents(tmp_path / "out")
     status, err = run("--endpoint", NOBODY, "--model", "other")
-    assert status == 1 and err.endswith("was made with m, not other; give a new --output\n") and err.count("\n") == 1
+    assert status == 1 and err.endswith("was made with m, not other; give a new directory\n") and err.count("\n") == 1
     assert contents(tmp_path / "out") == before
 
 
@@ -303,6 +314,16 @@ def test_wrong_input_is_one_line_and_leaves_nothing(more, says, run, tmp_path, m
     assert status == 1 and error.startswith("error: ") and says in error and len(error) < 300
     assert all(line.startswith("asking m for 12 conversations, ") for line in notes)
     assert contents(tmp_path) == before
+
+
+def test_a_full_disk_leaves_the_results_that_were_there(run, tmp_path):
+    with ScriptedEndpoint() as script:
+        run("--endpoint", script.url)
+    before = contents(tmp_path / "out")
+    with files_of_at_most(1000):
+        status, err = run("--endpoint", NOBODY, "--seed", 1)
+    assert (status, err.splitlines()[-1]) == (1, f"error: --output {tmp_path}/out: cannot be written (File too large)")
+    assert contents(tmp_path / "out") == before
 
 
 def test_an_output_directory_with_something_else_is_refused(run, tmp_path):

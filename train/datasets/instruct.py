@@ -225,10 +225,11 @@ def main() -> int:
         kinds = [kind for kind in KINDS if kind in args.kinds or (before and kind in before["prompts"])]
         prompts = {kind: read_prompt(folder, kind, with_image=images is not None) for kind in kinds}
         check_settings(output, args.model, images.side if images else None, prompts)
-        dialogues = Dialogues(
-            records, prompts, replies, attempts=args.attempts, boxes_for=args.boxes_for, images=images,
-            language=None if args.language == "none" else args.language,
-        )  # fmt: skip
+        with elapsed("preparing requests"):
+            dialogues = Dialogues(
+                records, prompts, replies, attempts=args.attempts, boxes_for=args.boxes_for, images=images,
+                language=None if args.language == "none" else args.language,
+            )  # fmt: skip
         add_results(args.read_batch, dialogues)
         outcome = ask(dialogues, find_pending(dialogues, draw(records, args.limit, args.seed), args.kinds), args)
         if outcome.signal:
@@ -260,10 +261,7 @@ def ask(dialogues: Dialogues, pending: Pending, args: argparse.Namespace) -> Out
         paths = write_batches(Path(args.write_batch), bodies_of(requests, endpoint, outcome))
         note(f"requests in {', '.join(map(shorten, paths))}; add their results with --read-batch")
         return outcome
-    ended = len(dialogues.by_id) - len(pending)
-    return endpoint.ask(
-        requests, dialogues.replies, total=len(dialogues.by_id), done=ended, follow_up=dialogues.follow_up
-    )
+    return endpoint.ask(requests, dialogues.replies, total=len(pending), follow_up=dialogues.follow_up)
 
 
 def bodies_of(requests: Iterable[Request], endpoint: Endpoint, outcome: Outcome) -> Iterator[tuple[str, dict]]:
@@ -287,16 +285,15 @@ def show_tokens(prompt_tokens: int, completion_tokens: int, prices: Prices | Non
 def summary(output: Path, dialogues: Dialogues, counts: collections.Counter[str], prices: Prices | None) -> str:
     """What there is at the end."""
     found = ", ".join(f"{counts[kind]:,} {kind}" for kind in dialogues.prompts)
-    parts = [f"{found} in {output}"]
+    parts = [f"{found} in {shorten(output)}"]
     if counts["rejected"]:
         parts.append(f"{counts['rejected']:,} rejected (rejected.jsonl)")
     if counts["open"]:
         parts.append(f"{counts['open']:,} not asked yet")
     replies = dialogues.replies
-    parts.append(
-        f"{len(replies):,} replies of {shorten(', '.join(replies.models))}, "
-        f"{show_tokens(replies.prompt_tokens, replies.completion_tokens, prices)}"
-    )
+    tokens = show_tokens(replies.prompt_tokens, replies.completion_tokens, prices)
+    models = shorten(", ".join(filter(None, replies.models)))
+    parts.append(f"{len(replies):,} replies{f' of {models}' if models else ''}, {tokens}")
     return "; ".join(parts)
 
 

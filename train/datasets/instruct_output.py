@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -50,6 +50,8 @@ def open_output(output: Path) -> Iterator[Replies]:
                 if not is_ours and not len(replies):
                     (output / SETTINGS).unlink(missing_ok=True)
                 raise
+    except OSError as error:  # for example a full disk
+        raise InputError(f"{name}: cannot be written ({first_line(error)})") from None
     finally:
         with contextlib.suppress(OSError):  # at the first that is not empty
             for path in made:
@@ -76,19 +78,19 @@ def check_settings(output: Path, model: str, image_side: int | None, prompts: Ma
     found = read_settings(output)
     if found:
         asked = found["prompts"]
-        differing = [
-            ("--model", found["model"], model),
-            ("--image-side", found["image_side"], image_side),
-            *((f"the prompts of {kind}", asked.get(kind, new), new) for kind, new in fingerprints.items()),
-        ]
-        for what, old, new in differing:
+        pairs = [(found["model"], model), (_images(found["image_side"]), _images(image_side))]
+        pairs += [(f"other prompts of {kind}", "these") for kind in asked if asked[kind] != fingerprints.get(kind)]
+        for old, new in pairs:
             if old != new:
-                raise InputError(
-                    f"{what}: {shorten(output)} was made with {shorten(old)}, not {shorten(new)}; give a new --output"
-                )
+                was = f"was made with {shorten(old)}, not {shorten(new)}"
+                raise InputError(f"--output {shorten(output)}: {was}; give a new directory")
         settings["prompts"] = asked | fingerprints
     if settings != found:
         write_file(output / SETTINGS, json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def _images(side: int | None) -> str:
+    return "no images" if side is None else f"images of {side} pixels"
 
 
 def write_results(
@@ -102,10 +104,11 @@ def write_results(
       questions: those that a description answers.
     """
     counts: collections.Counter[str] = collections.Counter()
+    for path in output.glob(".*.incomplete"):  # of a command that was killed, since `Replies` locks the directory
+        path.unlink()
     with contextlib.ExitStack() as stack:
-        lists = {
-            name: stack.enter_context(_JSONList(output / f"{name}.json")) for name in (*dialogues.prompts, "instruct")
-        }
+        names = (*dialogues.prompts, "instruct")
+        append = {name: stack.enter_context(_json_list(output / f"{name}.json")) for name in names}
         rejected = stack.enter_context(new_file(output / "rejected.jsonl"))
         bar = stack.enter_context(Progress("writing", len(dialogues.by_id), "conversations"))
         for dialogue in dialogues.by_id.values():
@@ -113,8 +116,8 @@ def write_results(
             request = dialogues.request(dialogue, state)
             if state.turns:
                 row = to_row(dialogue, state.turns, questions, seed)
-                lists[dialogue.kind].append(row)
-                lists["instruct"].append(row)
+                append[dialogue.kind](row)
+                append["instruct"](row)
                 counts[dialogue.kind] += 1
             elif request is None or request.id in failed:
                 reasons = [reason for _, reason in state.rejected]
@@ -129,23 +132,19 @@ def write_results(
     return counts
 
 
-class _JSONList:
-    """A file with a JSON list, written one element a line."""
+@contextlib.contextmanager
+def _json_list(path: Path) -> Iterator[Callable[[Any], None]]:
+    """A function that appends an element to a JSON list in a new file, one a line."""
+    with new_file(path) as file:
+        separator = b"[\n"
 
-    def __init__(self, path: Path):
-        self._opening, self._separator = new_file(path), b"[\n"
+        def append(value: Any) -> None:
+            nonlocal separator
+            file.write(separator + _encode(value))
+            separator = b",\n"
 
-    def __enter__(self) -> "_JSONList":
-        self._file = self._opening.__enter__()
-        return self
-
-    def append(self, value: Any) -> None:
-        self._file.write(self._separator + _encode(value))
-        self._separator = b",\n"
-
-    def __exit__(self, *error) -> None:
-        self._file.write(b"\n]\n" if self._separator == b",\n" else b"[]\n")
-        self._opening.__exit__(*error)
+        yield append
+        file.write(b"\n]\n" if separator == b",\n" else b"[]\n")
 
 
 def _encode(value: Any) -> bytes:

@@ -96,9 +96,8 @@ def read_questions(folder: Path | None) -> list[str]:
     Raises:
       InputError: the file cannot be read, or has none.
     """
-    path = OWN / "detail" / "questions.txt"
-    if folder and (given := _folder_of(folder, "detail") / path.name).exists():
-        path = given
+    given = [folder / name / "questions.txt" for name in FOLDERS["detail"]] if folder else []
+    path = next((path for path in given if path.exists()), OWN / "detail" / "questions.txt")
     questions = [line.strip() for line in _read(path).split("\n") if line.strip()]
     if not questions:
         raise InputError(f"{shorten(path)}: has no questions")
