@@ -217,10 +217,12 @@ def _referenced(data: Data, ids: list[Any]) -> int:
 
 
 def plan_milliseconds(data: Data, windows: int) -> float:
-    """Processor time to measure and to pack a conversation, alone; the first window is not counted."""
+    """Processor time to measure and to pack a conversation, alone, in the last windows of an epoch, whose text no batch
+    has needed so far; the first of them is not counted."""
     order = data.batches.order()
-    for number in range(windows + 1):
-        if number == 1:
+    begun = 0.0
+    for i, number in enumerate(range(len(order) - 2 - windows, len(order) - 1)):
+        if i == 1:
             begun = time.process_time()
         found = [measure_within(data.samples, data.tiles, index) for index in order[number]]
         data.batches.distribute(number, found)
