@@ -190,8 +190,8 @@ def scienceqa(pick: random.Random) -> Attempt:
 
 
 def captions(pick: random.Random) -> Attempt:
-    from train.datasets.caption_sources import Fields, Pair, read_captions
-    from train.datasets.captions import make_row
+    from train.datasets.captions.__main__ import make_row
+    from train.datasets.captions.sources import Fields, Pair, read_captions
 
     fetch_inputs(name := pick.choice(["captions.jsonl", "captions.csv", "captions.tsv", "captions.tar", "coco.json"]))
     change(Path(name), pick)
@@ -207,7 +207,7 @@ def captions(pick: random.Random) -> Attempt:
 
 def prepared(pick: random.Random) -> Attempt:
     from llava_jax.checkpoints.checkpoint import open_checkpoint
-    from train.datasets import verify_prepared
+    from train.datasets.prepare import verify as verify_prepared
     from train.prepared import PreparedDataset
     from train.samples import BadSample, Samples
 
@@ -231,10 +231,10 @@ def prepared(pick: random.Random) -> Attempt:
 def mix(pick: random.Random) -> Attempt:
     from llava_jax.data.image_folder import ImageFolder
     from train import mixture
-    from train.datasets.mix_files import mark_duplicates, measure_file
-    from train.datasets.mix_images import check_images
-    from train.datasets.mix_report import render, summarize
-    from train.datasets.mix_rows import choose, left_out, write_mix
+    from train.datasets.mix.files import mark_duplicates, measure_file
+    from train.datasets.mix.images import check_images
+    from train.datasets.mix.report import render, summarize
+    from train.datasets.mix.rows import choose, left_out, write_mix
 
     fetch_inputs("images", "data.json", "data.jsonl")
     change_one(".", pick, (".json", ".json", ".jsonl", ".png"))
@@ -254,9 +254,9 @@ def mix(pick: random.Random) -> Attempt:
 def instruct(pick: random.Random) -> Attempt:
     from llava_jax.batch_files import read_results
     from llava_jax.replies import Replies
-    from train.datasets.coco import read_records
-    from train.datasets.instruct_answers import BadAnswer, Checker
-    from train.datasets.instruct_prompts import read_prompt
+    from train.datasets.instruct.answers import BadAnswer, Checker
+    from train.datasets.instruct.coco import read_records
+    from train.datasets.instruct.messages import read_prompt
 
     fetch_inputs("coco_captions.json", "coco_instances.json", "records.jsonl", "replies.jsonl", "results.jsonl")
     change_one(".", pick, (".json", ".jsonl"))

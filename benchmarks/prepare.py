@@ -31,8 +31,8 @@ from PIL import Image
 
 from llava_jax.console import silence_notes
 from llava_jax.data.image_folder import ImageFolder
-from train.datasets.image_plan import Plan
-from train.datasets.image_shards import ImagePart
+from train.datasets.prepare.image_shards import ImagePart
+from train.datasets.prepare.plan import Plan
 from train.mixture import read_parts
 
 SIZES = ((640, 480), (480, 640), (640, 427), (500, 375))

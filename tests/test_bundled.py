@@ -15,8 +15,8 @@ from infer.engine import Engine, Request
 from infer.generate import BUNDLED
 from infer.sampling import Sampling
 from llava_jax.data.images import tile_layout
-from train.datasets import shapes
-from train.datasets.scenes import draw, make_scene
+from train.datasets.shapes import __main__ as shapes
+from train.datasets.shapes.scenes import draw, make_scene
 
 LEAST = 0.95
 SHOWN = make_scene(np.random.default_rng(50))  # what example.png shows

@@ -32,7 +32,10 @@ from train import __main__ as train
 from train import plan as train_plan
 from train import plot, preview
 from train.config import TrainConfig
-from train.datasets import captions, mix, scienceqa, shapes
+from train.datasets import scienceqa
+from train.datasets.captions import __main__ as captions
+from train.datasets.mix import __main__ as mix
+from train.datasets.shapes import __main__ as shapes
 from train.mixture import read_parts
 from train.optim import schedule
 from train.plan_run import numbers_of_parts

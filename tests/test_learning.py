@@ -24,8 +24,8 @@ from llava_jax.models.clip import normalise, vision_features
 from llava_jax.models.projector import project
 from train import loop
 from train.config import TrainConfig
-from train.datasets.scenes import COLOURS, draw, make_scene
-from train.datasets.shape_questions import middle_of, place_of
+from train.datasets.shapes.questions import middle_of, place_of
+from train.datasets.shapes.scenes import COLOURS, draw, make_scene
 from train.loader import open_data
 from train.run import prepare
 

@@ -37,11 +37,11 @@ def test_every_flag_in_the_documents_exists():
     from infer.generate import parser as generate
     from infer.plan import parser as infer_plan
     from train.__main__ import parser as train
-    from train.datasets.captions import parser as captions
-    from train.datasets.instruct import parser as instruct
-    from train.datasets.mix import parser as mix
-    from train.datasets.prepare import parser as prepare
-    from train.datasets.shapes import parser as shapes
+    from train.datasets.captions.__main__ import parser as captions
+    from train.datasets.instruct.__main__ import parser as instruct
+    from train.datasets.mix.__main__ import parser as mix
+    from train.datasets.prepare.__main__ import parser as prepare
+    from train.datasets.shapes.__main__ import parser as shapes
     from train.plan import parser as train_plan
     from train.plot import parser as plot
     from train.preview import parser as preview

@@ -46,10 +46,10 @@ from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import make_mesh
 from train import loop
 from train.config import TrainConfig
-from train.datasets import shape_questions as questions
-from train.datasets import shapes
-from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
-from train.datasets.shape_questions import plural
+from train.datasets.shapes import __main__ as shapes
+from train.datasets.shapes import questions
+from train.datasets.shapes.questions import plural
+from train.datasets.shapes.scenes import COLOURS, SHAPES, SIZES, Scene, draw, make_scene
 from train.figures import new_figure, save_figure
 from train.loader import open_data
 from train.plot import points, read_run, smooth

@@ -34,8 +34,8 @@ from llava_jax.sharding.mesh import make_mesh
 from llava_jax.sharding.partition import Partition, path_of
 from train import loop
 from train.config import TrainConfig
-from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene
-from train.datasets.shape_questions import ACROSS, DOWN, middle_of, place_of
+from train.datasets.shapes.questions import ACROSS, DOWN, middle_of, place_of
+from train.datasets.shapes.scenes import COLOURS, SHAPES, SIZES, Scene
 from train.loader import open_data
 from train.loss import loss_sum, next_tokens
 from train.metrics import MetricsFiles

@@ -15,7 +15,7 @@ from llava_jax.checkpoints import outputs
 from llava_jax.checkpoints.outputs import new_directory, write_file
 from llava_jax.console import InputError
 from train.config import TrainConfig
-from train.datasets import shapes
+from train.datasets.shapes import __main__ as shapes
 from train.run_directory import Output
 
 MISTRAL = GOLDEN / "checkpoints" / "v1.6-mistral"

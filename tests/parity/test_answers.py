@@ -8,8 +8,8 @@ from helpers import one_device
 from infer.engine import Engine, Request
 from infer.generate import BUNDLED
 from infer.sampling import Sampling
-from train.datasets import shape_questions as questions
-from train.datasets.scenes import draw, make_scene
+from train.datasets.shapes import questions
+from train.datasets.shapes.scenes import draw, make_scene
 
 SCENES = 100
 ASKED = (*questions.SHORT.values(), questions.reasoning, questions.detail)

@@ -15,7 +15,7 @@ from llava_jax.checkpoints.checkpoint import open_checkpoint
 from train import __main__ as command
 from train import loop
 from train.config import TrainConfig
-from train.datasets import prepare as preparing
+from train.datasets.prepare import __main__ as preparing
 from train.run import prepare
 from training import flags, mesh_of_one, write_rows
 
@@ -90,9 +90,9 @@ def bucket(monkeypatch):
 @pytest.fixture
 def in_process(monkeypatch):
     """The jobs of a preparation run in this process, which takes no time to start."""
-    for module in ("prepare", "verify_prepared", "measure_lengths"):
+    for module in ("__main__", "verify", "lengths"):
         monkeypatch.setattr(
-            f"train.datasets.{module}.run_jobs", lambda run, jobs, _, report: (run(job, report) for job in jobs)
+            f"train.datasets.prepare.{module}.run_jobs", lambda run, jobs, _, report: (run(job, report) for job in jobs)
         )
 
 

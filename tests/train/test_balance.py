@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from llava_jax.console import InputError
-from train.datasets import balance, captions
+from train.datasets.captions import __main__ as captions
+from train.datasets.captions import balance
 from train.figures import new_figure
 
 DETERMINERS, ADJECTIVES = ("a", "the"), ("red", "small", "old")

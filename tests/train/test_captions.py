@@ -11,8 +11,9 @@ from PIL import Image
 
 from helpers import files_of_at_most, image_file
 from llava_jax.console import InputError
-from train.datasets import caption_sources, captions
-from train.datasets.caption_sources import Fields, Pair, Skipped, read_captions
+from train.datasets.captions import __main__ as captions
+from train.datasets.captions import sources as caption_sources
+from train.datasets.captions.sources import Fields, Pair, Skipped, read_captions
 from train.samples import Sample, Samples
 
 BRIEF = captions.read_requests("brief")

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from llava_jax.console import InputError
-from train.datasets.coco import Box, Record, read_records
+from train.datasets.instruct.coco import Box, Record, read_records
 
 IMAGES = [
     {"id": 9, "file_name": "000000000009.jpg", "width": 640, "height": 480, "license": 3},

@@ -14,16 +14,22 @@ from train.datasets import __main__ as command
 COMMANDS = {one.name: one for one in command.find_commands()}
 
 
+def module_of(path: Path):
+    return importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
 def test_all_are_listed():
-    assert {"captions", "mix", "prepare", "scienceqa", "shapes"} <= COMMANDS.keys()
-    modules = [path.stem for path in Path(command.__file__).parent.glob("*.py") if path.stem != "__main__"]
-    found = {name for name in modules if hasattr(importlib.import_module(f"train.datasets.{name}"), "parser")}
-    assert COMMANDS.keys() == found
+    assert {"captions", "instruct", "mix", "prepare", "scienceqa", "shapes"} <= COMMANDS.keys()
+    folder = Path(command.__file__).parent
+    paths = {path.stem: path for path in folder.glob("[!_]*.py")}
+    paths |= {path.name: path / "__main__.py" for path in folder.iterdir() if (path / "__init__.py").exists()}
+    assert COMMANDS.keys() == {name for name, path in paths.items() if hasattr(module_of(path), "parser")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_of_each_what_its_parser_says(name):
-    one, parser = COMMANDS[name], importlib.import_module(f"train.datasets.{name}").parser()
+    path = Path(command.__file__).parent / name
+    one, parser = COMMANDS[name], module_of(path / "__main__.py" if path.is_dir() else path).parser()
     assert one.description == parser.description and one.description
     python, _, module, *flags = shlex.split(one.example)
     assert (python, module) == ("python", f"train.datasets.{name}") and one.example.count("python") == 1

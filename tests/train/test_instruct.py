@@ -18,9 +18,9 @@ from llava_jax import endpoints
 from scripted_endpoint import ScriptedEndpoint
 from train import __main__ as training_command
 from train import preview
-from train.datasets import instruct
-from train.datasets.coco import read_records
-from train.datasets.instruct_prompts import KINDS, describe
+from train.datasets.instruct import __main__ as instruct
+from train.datasets.instruct.coco import read_records
+from train.datasets.instruct.messages import KINDS, describe
 from training import flags
 
 CAPTIONS = GOLDEN / "coco80.jsonl"

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from scripted_endpoint import FAULTS, FORMS, dress, spoil
-from train.datasets.instruct_answers import BadAnswer, Checker, retry_message
-from train.datasets.instruct_prompts import KINDS, Prompt, read_prompt, read_questions
+from train.datasets.instruct.answers import BadAnswer, Checker, retry_message
+from train.datasets.instruct.messages import KINDS, Prompt, read_prompt, read_questions
 
 PROMPTS = {kind: read_prompt(None, kind) for kind in KINDS}
 CHECKERS = {kind: Checker(kind, prompt) for kind, prompt in PROMPTS.items()}

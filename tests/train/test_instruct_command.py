@@ -13,9 +13,10 @@ from PIL import Image
 from helpers import GOLDEN, contents, files_of_at_most, put_file
 from llava_jax import endpoints
 from scripted_endpoint import ScriptedEndpoint, read_request
-from train.datasets import instruct, instruct_dialogues
-from train.datasets.coco import read_records
-from train.datasets.instruct_prompts import OWN
+from train.datasets.instruct import __main__ as instruct
+from train.datasets.instruct import dialogues as instruct_dialogues
+from train.datasets.instruct.coco import read_records
+from train.datasets.instruct.messages import OWN
 
 CAPTIONS = GOLDEN / "coco80.jsonl"
 NOBODY = "http://127.0.0.1:9/v1"

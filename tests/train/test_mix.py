@@ -15,8 +15,14 @@ from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.splice import IGNORE
 from train import mixture
 from train.config import PRESETS
-from train.datasets import mix, mix_files, mix_images, mix_lengths, mix_plots, mix_report, mix_rows
-from train.datasets.mix_files import GOOD, KINDS
+from train.datasets.mix import __main__ as mix
+from train.datasets.mix import files as mix_files
+from train.datasets.mix import images as mix_images
+from train.datasets.mix import lengths as mix_lengths
+from train.datasets.mix import plots as mix_plots
+from train.datasets.mix import report as mix_report
+from train.datasets.mix import rows as mix_rows
+from train.datasets.mix.files import GOOD, KINDS
 from train.samples import Samples
 
 CHECKPOINT = str(GOLDEN / "checkpoints" / "v1.5-llama")

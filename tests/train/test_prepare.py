@@ -207,7 +207,7 @@ def test_a_failing_disk_is_not_a_bad_image(tmp_path, write, prepare, in_process,
     def fails(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("train.datasets.image_shards.open_regular", fails)
+    monkeypatch.setattr("train.datasets.prepare.image_shards.open_regular", fails)
     status, err = prepare("--data", write([good_row(0)]))
     assert (status, err.splitlines()[-1]) == (1, "error: [Errno 5] Input/output error")
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from helpers import ROOT, turns, user_environment
-from train.datasets.image_shards import ImagePart
+from train.datasets.prepare.image_shards import ImagePart
 from training import write_rows
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from helpers import GOLDEN, files_of_at_most
 from llava_jax.locks import LockedFile
-from train.datasets import image_shards
+from train.datasets.prepare import image_shards
 from train.loader import open_data
 from training import assert_same_batches, good_row, take
 
@@ -69,7 +69,7 @@ def interrupt_after(monkeypatch, shards: int) -> None:
             raise KeyboardInterrupt
         write(job, report)
 
-    monkeypatch.setattr("train.datasets.prepare.write_shard", interrupted)
+    monkeypatch.setattr("train.datasets.prepare.__main__.write_shard", interrupted)
 
 
 def test_an_interrupted_command_is_resumed(tmp_path, folder, data, prepare, in_process, monkeypatch):
@@ -190,7 +190,7 @@ def flip(data: bytes, at: int) -> bytes:
 def test_verify_decodes_images(tmp_path, data, prepare, in_process, monkeypatch):
     """A checksum only tells that an image is as it was written."""
     assert prepare("--data", data)[0] == 0
-    monkeypatch.setattr("train.datasets.verify_prepared.open_image", lambda _: Image.new("RGB", (3, 5)))
+    monkeypatch.setattr("train.datasets.prepare.verify.open_image", lambda _: Image.new("RGB", (3, 5)))
     status, err = prepare("--verify")
     assert status == 1 and "image 0 (byte 512): has 3x5 pixels; index.safetensors says 20x20" in err
 

@@ -11,10 +11,10 @@ from helpers import GOLDEN
 from llava_jax.config import tiny
 from llava_jax.data.conversations import read_conversation
 from llava_jax.data.images import tile_layout
-from train.datasets import shape_questions as questions
-from train.datasets import shapes
-from train.datasets.coco import read_records
-from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
+from train.datasets.instruct.coco import read_records
+from train.datasets.shapes import __main__ as shapes
+from train.datasets.shapes import questions
+from train.datasets.shapes.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw, make_scene
 
 
 @pytest.fixture(scope="module")

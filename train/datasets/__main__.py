@@ -2,8 +2,8 @@
 
     python -m train.datasets
 
-A command is a module of this package with a function `parser`. Modules are parsed, not imported: listing needs none of
-the libraries that they need.
+A command is a module or a package in here, and its parser describes it. Modules are parsed, not imported: listing needs
+none of the libraries that they need.
 """
 
 import argparse
@@ -27,13 +27,15 @@ class Command(NamedTuple):
 
 def find_commands(folder: Path = Path(__file__).parent) -> Iterator[Command]:
     """The commands of the package, by name."""
-    for path in sorted(folder.glob("*.py")):
-        module = ast.parse(path.read_bytes(), path.name)
+    modules = {path.stem: path for path in folder.glob("[!_]*.py")}
+    modules |= {path.parent.name: path for path in folder.glob("*/__main__.py")}
+    for name, path in sorted(modules.items()):
+        module = ast.parse(path.read_bytes(), name)
         functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
-        if "parser" in functions and not path.name.startswith("_"):
+        if "parser" in functions:
             docstring = ast.get_docstring(module) or ""
             description = _description(functions["parser"]) or docstring.partition("\n")[0]
-            yield Command(path.stem, description, _example(docstring, f"python -m {PACKAGE}.{path.stem}"))
+            yield Command(name, description, _example(docstring, f"python -m {PACKAGE}.{name}"))
 
 
 def _description(function: ast.FunctionDef) -> str:

@@ -12,8 +12,8 @@ from llava_jax.console import InputError, Progress, first_line, shorten
 from llava_jax.files import new_file
 from llava_jax.json_files import read_json
 from llava_jax.replies import Replies
-from train.datasets.instruct_dialogues import Dialogues, to_row
-from train.datasets.instruct_prompts import Prompt
+from train.datasets.instruct.dialogues import Dialogues, to_row
+from train.datasets.instruct.messages import Prompt
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.console import InputError, shorten
 from llava_jax.json_files import parse_json
-from train.datasets.instruct_prompts import Prompt
+from train.datasets.instruct.messages import Prompt
 
 Turn = tuple[str, str]  # question, answer
 

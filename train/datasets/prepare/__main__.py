@@ -31,11 +31,11 @@ from llava_jax.console import (
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.sizes import parse_size
 from train import mixture
-from train.datasets.conversation_shards import write_conversations
-from train.datasets.image_plan import Plan
-from train.datasets.image_shards import ImagePart, Job, write_shard
-from train.datasets.preparation import LEFT_OUT, Preparation
-from train.datasets.worker_processes import run_jobs
+from train.datasets.prepare.conversation_shards import write_conversations
+from train.datasets.prepare.image_shards import ImagePart, Job, write_shard
+from train.datasets.prepare.output import LEFT_OUT, Preparation
+from train.datasets.prepare.plan import Plan
+from train.datasets.prepare.workers import run_jobs
 from train.prepared import FORMAT, Description, is_prepared
 from train.samples import describe_first
 
@@ -93,11 +93,11 @@ def main() -> int:
     if args.data:
         prepare(args, workers)
     if args.checkpoint:
-        from train.datasets.measure_lengths import measure  # slow, and not needed otherwise
+        from train.datasets.prepare.lengths import measure  # slow, and not needed otherwise
 
         measure(args, workers)
     if args.verify:
-        from train.datasets.verify_prepared import verify
+        from train.datasets.prepare.verify import verify
 
         return verify(args.output, workers)
     return 0

@@ -3,7 +3,7 @@
     python -m train.datasets.captions --captions Train_GCC-training.tsv --image-name GCC_train_{row:9}.jpg \\
         --image-folder cc3m --output cc3m-595k --balance
 
-Reads JSON, CSV, CC3M's own file, COCO's and WebDataset's tars (`caption_sources`), and writes, as a new directory,
+Reads JSON, CSV, CC3M's own file, COCO's and WebDataset's tars (`captions.sources`), and writes, as a new directory,
 
     captions.json    the original's format: {"id", "image", "conversations": [request with <image>, caption]}
     images/          the images of tars
@@ -30,10 +30,10 @@ from llava_jax.console import SEED, InputError, Parser, integer, note, plural, r
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files import open_regular, read_text
-from train.datasets import balance
-from train.datasets.caption_sources import Fields, Member, Pair, Skipped, read_captions
+from train.datasets.captions import balance
+from train.datasets.captions.sources import Fields, Member, Pair, Skipped, read_captions
 
-REQUESTS = Path(__file__).parent / "instructions"
+REQUESTS = Path(__file__).parent / "requests"
 NAMED_REQUESTS = ("brief", "detailed")
 MAX_REQUESTS_BYTES = 2**20
 MAX_NAMED = 5  # rows left out that are named on the terminal

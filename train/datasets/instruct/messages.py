@@ -24,7 +24,7 @@ from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.images import open_image
 from llava_jax.endpoints import Messages
 from llava_jax.files import read_text
-from train.datasets.coco import Record
+from train.datasets.instruct.coco import Record
 
 FOLDERS = {
     "conversation": ("conversation",),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from train.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
+from train.datasets.shapes.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 Turn = tuple[str, str]  # question, answer
 Rng = np.random.Generator

@@ -16,7 +16,7 @@ from typing import Any
 from llava_jax.console import InputError, shorten
 from llava_jax.json_files import parse_json
 from llava_jax.locks import LockedFile
-from train.datasets.image_shards import MAX_PART, ImagePart, part_name
+from train.datasets.prepare.image_shards import MAX_PART, ImagePart, part_name
 from train.prepared import DATASET, INDEX, MAX_DATASET, UNFINISHED, Description, Index, images_name
 from train.stores import Store
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from llava_jax.console import InputError, Progress, shorten
 from llava_jax.data.conversations import Conversation, has_system, read_conversation
-from train.datasets.image_plan import Plan
-from train.datasets.image_shards import ImagePart, member_name
+from train.datasets.prepare.image_shards import ImagePart, member_name
+from train.datasets.prepare.plan import Plan
 from train.prepared import MAX_ROW, Description, Index, Shard, conversations_name
 from train.row_sources import row_id
 from train.stores import Store

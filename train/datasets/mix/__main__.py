@@ -27,12 +27,12 @@ from llava_jax.console import SEED, InputError, Parser, note, plural, ranges, ru
 from llava_jax.data.image_folder import ImageFolder
 from train import mixture
 from train.config import PRESETS, TrainConfig
-from train.datasets import mix_report
-from train.datasets.mix_files import DataFile, mark_duplicates, measure_file
-from train.datasets.mix_images import check_images
-from train.datasets.mix_lengths import Lengths, measure_lengths, open_model
-from train.datasets.mix_plots import draw
-from train.datasets.mix_rows import Mix, choose, left_out, write_mix
+from train.datasets.mix import report as mix_report
+from train.datasets.mix.files import DataFile, mark_duplicates, measure_file
+from train.datasets.mix.images import check_images
+from train.datasets.mix.lengths import Lengths, measure_lengths, open_model
+from train.datasets.mix.plots import draw
+from train.datasets.mix.rows import Mix, choose, left_out, write_mix
 from train.figures import new_figure, save_figure
 from train.prepared import is_prepared
 

@@ -13,7 +13,7 @@ from llava_jax.data.conversations import read_conversation
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.images import image_size, open_image
 from llava_jax.data.urls import display_name
-from train.datasets.mix_files import BAD_IMAGE, GOOD, DataFile
+from train.datasets.mix.files import BAD_IMAGE, GOOD, DataFile
 
 AT_ONCE = 4096  # images that threads are given at once
 MAX_REASONS = 10_000  # bad images whose reason is kept

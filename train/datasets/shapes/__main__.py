@@ -26,9 +26,9 @@ import numpy as np
 
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import SEED, InputError, Parser, Progress, integer, note, plural, run_main, shorten
-from train.datasets import shape_questions as questions
-from train.datasets.scenes import Scene, draw, make_scene
-from train.datasets.shape_questions import Rng, Turn
+from train.datasets.shapes import questions
+from train.datasets.shapes.questions import Rng, Turn
+from train.datasets.shapes.scenes import Scene, draw, make_scene
 
 ONE_IMAGE, TWO_IMAGES = "<image>\n", "<image>\n<image>\n"
 SPLITS = ("train", "test")

@@ -12,8 +12,8 @@ import numpy as np
 from llava_jax.console import InputError, Progress, note, shorten
 from llava_jax.data.conversations import read_conversation
 from train import mixture
-from train.datasets.mix_files import DUPLICATE, DataFile, check_conversation, has_id, hash_text
-from train.datasets.mix_images import Images, reason_of
+from train.datasets.mix.files import DUPLICATE, DataFile, check_conversation, has_id, hash_text
+from train.datasets.mix.images import Images, reason_of
 
 
 @dataclasses.dataclass(frozen=True)

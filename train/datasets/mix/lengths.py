@@ -14,7 +14,7 @@ from llava_jax.data.splice import IGNORE, Row, positions_per_id
 from llava_jax.data.templates import choose_template, get_template, is_jinja
 from llava_jax.data.tokenizer import Tokenizer
 from train.config import PRESETS, TrainConfig, check_preset
-from train.datasets.mix_rows import Mix, hash_text
+from train.datasets.mix.rows import Mix, hash_text
 
 MAX_MEASURED = 10_000  # rows; of a larger mix, so many spread over it
 

@@ -15,9 +15,9 @@ from llava_jax.console import InputError, shorten
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.endpoints import Messages, Request
 from llava_jax.replies import Replies, Reply
-from train.datasets.coco import Record
-from train.datasets.instruct_answers import BadAnswer, Checker, Turn, retry_message
-from train.datasets.instruct_prompts import Prompt, describe, image_url
+from train.datasets.instruct.answers import BadAnswer, Checker, Turn, retry_message
+from train.datasets.instruct.coco import Record
+from train.datasets.instruct.messages import Prompt, describe, image_url
 
 HOPELESS = 20  # dialogues that end in rejection before one succeeds: then the model cannot do it
 

@@ -39,10 +39,10 @@ from llava_jax.data.image_folder import ImageFolder
 from llava_jax.endpoints import Endpoint, Outcome, Request, request_body
 from llava_jax.json_files import parse_json
 from llava_jax.replies import Prices
-from train.datasets.coco import Record, read_records
-from train.datasets.instruct_dialogues import Dialogue, Dialogues, Images, State
-from train.datasets.instruct_output import check_settings, open_output, read_settings, write_results
-from train.datasets.instruct_prompts import KINDS, read_prompt, read_questions
+from train.datasets.instruct.coco import Record, read_records
+from train.datasets.instruct.dialogues import Dialogue, Dialogues, Images, State
+from train.datasets.instruct.messages import KINDS, read_prompt, read_questions
+from train.datasets.instruct.output import check_settings, open_output, read_settings, write_results
 
 CHARACTERS_PER_TOKEN = 4  # for estimates
 OWN_FIELDS = ("model", "messages", "stream", "n")  # of a request, which --extra-body cannot set

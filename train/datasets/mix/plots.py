@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from llava_jax.console import printable, shorten
-from train.datasets.mix_files import KINDS
-from train.datasets.mix_lengths import Lengths
-from train.datasets.mix_report import LEFT_OUT
-from train.datasets.mix_rows import Mix
+from train.datasets.mix.files import KINDS
+from train.datasets.mix.lengths import Lengths
+from train.datasets.mix.report import LEFT_OUT
+from train.datasets.mix.rows import Mix
 from train.figures import new_figure
 
 BARS = 12  # sources that are drawn; the others are one bar

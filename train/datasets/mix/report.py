@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from llava_jax.console import plural, printable, shorten
-from train.datasets.mix_files import BAD_IMAGE, DUPLICATE, INVALID, KINDS
-from train.datasets.mix_images import Images, most_frequent_sizes
-from train.datasets.mix_lengths import Lengths
-from train.datasets.mix_rows import Mix
+from train.datasets.mix.files import BAD_IMAGE, DUPLICATE, INVALID, KINDS
+from train.datasets.mix.images import Images, most_frequent_sizes
+from train.datasets.mix.lengths import Lengths
+from train.datasets.mix.rows import Mix
 
 PERCENTILES = {"median": 50, "90 %": 90, "99 %": 99, "max": 100}
 LONGEST = 10  # rows that are listed

@@ -1,0 +1,1 @@
+"""Captions as conversations for stage 1."""

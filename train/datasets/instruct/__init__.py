@@ -1,0 +1,1 @@
+"""Conversations about images, written by a language model from captions and boxes."""

@@ -1,0 +1,1 @@
+"""Several data files as one, and a report of what is in them."""

@@ -1,0 +1,1 @@
+"""Data files and their images as a prepared dataset (`train.prepared`)."""

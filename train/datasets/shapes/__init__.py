@@ -1,0 +1,1 @@
+"""A synthetic dataset: images of coloured shapes, captions and conversations about them."""
