@@ -129,7 +129,8 @@ def test_a_bucket(tmp_path, folder, data, prepare, bucket, config, models):
     flags = ["--data", data, "--max-shard-size", "20KB"]
     assert prepare(*flags)[0] == 0
     status, err = prepare(*flags, output=f"{bucket}/a/b")
-    assert status == 0 and f"{bucket}/a/b: 12 conversations (0 left out) and 11 images" in err
+    assert status == 0, err
+    assert f"{bucket}/a/b: 12 conversations (0 left out) and 11 images" in err
     store = fsspec.filesystem("gs")
     found = {path.rpartition("/")[2]: store.cat_file(path) for path in store.find(f"{bucket}/a/b")}
     assert found == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -199,4 +200,4 @@ def test_verify_checks_lengths(tmp_path, data, prepare, in_process):
     assert prepare("--data", data, "--checkpoint", CHECKPOINT, "--template", "v1")[0] == 0
     path = next((tmp_path / "out").glob("lengths-*"))
     path.write_bytes(path.read_bytes()[:-4])
-    assert path.name in refused(prepare("--verify"))
+    assert path.name[-24:] in refused(prepare("--verify"))  # the rest may be elided
