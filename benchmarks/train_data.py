@@ -1,6 +1,7 @@
 """The padding of batches, and the time that training steps wait for data.
 
     python benchmarks/train_data.py --json data.json
+    python benchmarks/train_data.py --prepared --read-seconds 0.05 --workers 16
 
 Lengths are drawn like mix665k's (40 % short answers about an image, 6 % text only, the rest conversations about an
 image), for v1.5 at 336 pixels. Padding is measured for packed rows, bucketed rows, and grain's first-fit packing.
@@ -12,6 +13,7 @@ sizes, or, with `--images mix`, of sizes as various as mix665k's: with `--aspect
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ from llava_jax.data.tokenizer import load_tokenizer
 from train.config import TrainConfig
 from train.loader import open_data
 from train.row_packing import WINDOW, fill_rows
+from train.stores import Store
 from train.synthetic_data import draw_lengths
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +133,20 @@ def wait_share(data, steps: int, seconds: float) -> dict[str, float]:
     }
 
 
+def prepare(path: Path, seconds: float) -> str:
+    """Prepare a data file whose images are beside it. Reading of the result then takes some seconds more each time."""
+    output, read_range = path.parent / "prepared", Store.read_range
+
+    def slow(self, *range):
+        time.sleep(seconds)
+        return read_range(self, *range)
+
+    command = [sys.executable, "-m", "train.datasets.prepare", "--data", path, "--image-folder", path.parent]
+    subprocess.run([*map(str, command), "--output", str(output)], check=True, cwd=ROOT)
+    Store.read_range = slow  # type: ignore[method-assign]
+    return str(output)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description="What batching wastes, and whether a step waits for its data.")
     p.add_argument("--conversations", type=int, default=8192, help="in the data file")
@@ -141,6 +158,8 @@ def main() -> None:
     p.add_argument("--aspect-ratio", default="pad", choices=["square", "pad", "anyres"])
     p.add_argument("--max-length", type=int, default=2048)
     p.add_argument("--images", default="coco", choices=["coco", "mix"], help="sizes of the images")
+    p.add_argument("--prepared", action="store_true", help="wait for batches of a prepared dataset")
+    p.add_argument("--read-seconds", type=float, default=0, help="that each read of it takes more, as in a bucket")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
     args = p.parse_args()
     model = preset("v1.6-vicuna-7b" if args.aspect_ratio == "anyres" else "v1.5-7b")
@@ -175,6 +194,8 @@ def main() -> None:
             f"{padding['bucketed']:.1%}; of tiles: {padding['packed_tiles']:.1%} and {padding['bucketed_tiles']:.1%}; "
             f"packing takes {padding['packing_milliseconds']:.3f} ms a conversation"
         )
+        if args.prepared:
+            config = config.replace(data=prepare(path, args.read_seconds))
         data = open_data(config.replace(global_batch_size=args.host_batch_size), model, tokenizer)
         found = result["waiting"] = wait_share(data, args.steps, args.step_seconds)
         data.close()
