@@ -55,6 +55,7 @@ TURN_KEYS = {"from", "value", "role", "content"}
 TURN_METADATA_KEYS = {"id", "name", "kind", "model"}
 PART_KEYS = {"type", "text", "image", "image_url", "path", "url", "index"}
 IMAGE_PARTS = ("image", "image_url")
+MAX_ROW_IMAGES = 2**16 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,8 @@ def read_conversation(row: Any) -> Conversation:
     if system and IMAGE_TOKEN in system:
         raise InputError(f"the system message has an {IMAGE_TOKEN} token; images belong in questions")
     images = parts.images()
+    if len(images) > MAX_ROW_IMAGES:
+        raise InputError(f"{len(images):,} images; a row may have at most {MAX_ROW_IMAGES:,}")
     for text in (system or "", *images, str(row.get("id")), *(turn["value"] for turn in turns)):
         try:
             text.encode()

@@ -13,6 +13,7 @@ import numpy as np
 
 from llava_jax.console import InputError, Progress, first_line, note, shorten
 from llava_jax.data.conversations import (
+    MAX_ROW_IMAGES,
     METADATA_KEYS,
     PART_KEYS,
     ROW_KEYS,
@@ -29,7 +30,6 @@ from llava_jax.files import memory_bytes, open_regular
 from llava_jax.json_files import parse_json
 
 MAX_LINE = 256 * 2**20  # bytes, since images may be `data:` URLs
-MAX_ROW_IMAGES = 2**16 - 1
 ROW_BYTES = 160  # memory for each row while a file is split, apart from its text
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_NAMED_KEYS = 10  # unknown keys that warnings name per file

@@ -7,7 +7,8 @@ import tracemalloc
 import pytest
 
 from llava_jax.console import InputError
-from llava_jax.data.data_files import read_rows
+from llava_jax.data.conversations import read_conversation
+from llava_jax.data.data_files import read_rows, summarize
 from training import good_row, write_rows
 
 
@@ -79,3 +80,13 @@ def test_a_file_that_cannot_be_used(tmp_path, contents, says):
         path.write_bytes(contents)
     with pytest.raises(InputError, match=says):
         read_rows(str(path))
+
+
+def test_a_row_has_at_most_so_many_images(tmp_path):
+    """As many as are counted beforehand."""
+    rows = [{"image": ["a.png"] * n, "conversations": good_row(0)["conversations"]} for n in (65_535, 65_536)]
+    path = write_rows(tmp_path / "data.json", rows)
+    assert summarize(path, read_rows(path)).image_counts.tolist() == [65_535, 65_535]
+    assert len(read_conversation(rows[0]).images) == 65_535
+    with pytest.raises(InputError, match="65,536 images; a row may have at most 65,535"):
+        read_conversation(rows[1])

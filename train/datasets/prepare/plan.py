@@ -131,8 +131,6 @@ class Plan:
         source, name, found = self.sources[number], None, []
         try:
             conversation = source.file.conversation(row)
-            if len(conversation.images) != len(source.images_of(row)):
-                raise InputError(f"{len(conversation.images):,} images, more than a row may have")
             for name in conversation.images:
                 found.append(self._locate(name))
         except InputError as error:
