@@ -44,14 +44,17 @@ class RowSource(Protocol):
           InputError: the source has no image with this name, as far as that is known without opening it.
         """
 
-    def image_size(self, row: int, place: int) -> tuple[int, int]:
+    def image_size(self, row: int, place: int, name: str | None) -> tuple[int, int]:
         """Width and height of the image at a `place` among those of a valid row.
+
+        Args:
+          name: of the image, so that the row need not be parsed for it; None if its size has been read before.
 
         Raises:
           InputError: the image is missing or broken.
         """
 
-    def image(self, row: int, place: int) -> str | NamedBytes:
+    def image(self, row: int, place: int, name: str) -> str | NamedBytes:
         """The path or the bytes of that image.
 
         Raises:
@@ -96,14 +99,15 @@ class DataFile:
     def check_image(self, name: str) -> None:
         self._folder.find(name)
 
-    def image_size(self, row: int, place: int) -> tuple[int, int]:
+    def image_size(self, row: int, place: int, name: str | None) -> tuple[int, int]:
         size = self._sizes[self._first_image[row] + place]
         if not size.any():  # not read before
-            size[:] = image_size(self.image(row, place))
+            assert name is not None
+            size[:] = image_size(self.image(row, place, name))
         return int(size[0]), int(size[1])
 
-    def image(self, row: int, place: int) -> str | NamedBytes:
-        return self._folder.find(self.conversation(row).images[place])
+    def image(self, row: int, place: int, name: str) -> str | NamedBytes:
+        return self._folder.find(name)
 
 
 class PreparedRows:
@@ -133,11 +137,11 @@ class PreparedRows:
     def check_image(self, name: str) -> None:
         pass
 
-    def image_size(self, row: int, place: int) -> tuple[int, int]:
+    def image_size(self, row: int, place: int, name: str | None) -> tuple[int, int]:
         width, height = self.dataset.sizes[self.dataset.first_image[row] + place]
         return int(width), int(height)
 
-    def image(self, row: int, place: int) -> str | NamedBytes:
+    def image(self, row: int, place: int, name: str) -> str | NamedBytes:
         return self.dataset.image(row, place)
 
 

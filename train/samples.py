@@ -197,12 +197,13 @@ class Samples:
                 image = None
                 encoded = self._encoder.encode(conversation, order)
                 length = Length.of(encoded.ids, encoded.labels)
-                lengths.set(order, row, length)
             layouts = []
             for place in range(len(length.images)):
-                image = encoded and encoded.names[place]
-                layouts.append(self._layout(source, row, place))
+                image = encoded.names[place] if encoded else None
+                layouts.append(self._layout(source, row, place, image))
             image = None
+            if encoded:
+                lengths.set(order, row, length)  # after the sizes of its images, which are then known as well
             features = [self._features(layout) for layout in layouts]
             positions = length.spliced(features)
             kept = length.tokens if self._max_length is None else length.ids_within(self._max_length, features)
@@ -240,7 +241,7 @@ class Samples:
             encoded = self.encode(sample)
             for place, layout in enumerate(sample.layouts):
                 image = encoded.names[place]
-                tiles.append(read_tiles(source.image(sample.index, place), layout, self.model))
+                tiles.append(read_tiles(source.image(sample.index, place, image), layout, self.model))
         except InputError as error:
             return sample.bad(str(error), image and display_name(image))
         ids, labels = encoded.ids[: sample.ids], encoded.labels[: sample.ids]
@@ -250,11 +251,11 @@ class Samples:
         """The place of a single image in its turn: 0 for in front of the text, 1 for after it."""
         return int(self._random_order and np.random.default_rng((self._seed, epoch, number)).random() < 0.5)
 
-    def _layout(self, source: DataFile | PreparedRows, row: int, place: int) -> TileLayout:
+    def _layout(self, source: DataFile | PreparedRows, row: int, place: int, name: str | None) -> TileLayout:
         """The layout of an image. Only anyres needs its size; otherwise the image is not opened before its batch is
         loaded, so that each process opens only its own images."""
         side = self.model.vision.image_size
-        size = source.image_size(row, place) if self.model.aspect_ratio == "anyres" else (side, side)
+        size = source.image_size(row, place, name) if self.model.aspect_ratio == "anyres" else (side, side)
         return self._lay_out(size)
 
 

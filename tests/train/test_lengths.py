@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from helpers import turns
 from llava_jax.console import InputError
 from llava_jax.data.splice import IGNORE, IMAGE
 from train.lengths import Length, Lengths
@@ -67,3 +68,23 @@ def test_a_conversation_is_tokenized_once_for_its_size(tmp_path, folder, models,
             else:
                 assert other.encoded is None
                 assert {**vars(one), "encoded": None} == vars(other)
+
+
+def test_a_broken_image_is_named_whenever_it_is_measured(tmp_path, folder, models):
+    """Also once the conversation has been tokenized."""
+    data = write_rows(tmp_path / "data.json", [good_row(0) | {"image": "empty.png"}, good_row(1)])
+    samples = Samples(data, str(folder), *models["v1.6-mistral"])
+    first, again = samples.measure(0), samples.measure(0, epoch=1)
+    assert again == first and first.file == "empty.png"
+
+
+def test_a_row_is_parsed_once_for_all_its_images(tmp_path, folder, models, monkeypatch):
+    """A row that has them as `data:` URLs is long."""
+    row = {"image": ["0.png"] * 5, "conversations": turns("<image>" * 5 + "What?", "x")}
+    samples = Samples(write_rows(tmp_path / "data.json", [row]), str(folder), *models["v1.6-mistral"], template="v1")
+    read, parsed = samples.sources[0].conversation, []
+    monkeypatch.setattr(samples.sources[0], "conversation", lambda row: parsed.append(row) or read(row))
+    assert samples.load(samples.measure(0)).tile_count > 5
+    assert parsed == [0]
+    assert samples.load(samples.measure(0)).tile_count > 5
+    assert parsed == [0, 0]
