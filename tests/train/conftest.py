@@ -72,9 +72,11 @@ def config(folder, tmp_path):
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket(monkeypatch, tmp_path_factory):
     """An empty bucket of a local server that answers as Cloud Storage does: its URL. Processes that a test starts reach
     it too."""
+    # A preparation locks a directory that is named after its output, which other tests running at the same time share.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("temporary")))
     server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     server.start()
     host, port = server._api._httpd.socket.getsockname()
