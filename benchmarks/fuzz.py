@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz.py [--seed 0] [--seconds 60] [--only N] [--findings DIR] [--json FILE]
 
-Each attempt (`fuzz_attempts.py`) takes a valid input (`fuzz_inputs.py`), changes it at random, and passes it to its
-reader or command. Requirements: an error is one line of at most 300 printable characters; an attempt ends within its
-deadline, uses at most 2 GB, and changes no files but its own. A finding is printed with the command that reproduces it
-(similar ones once), its files are kept in `--findings`, and the exit status is 1.
+Each attempt takes a valid input (`fuzz_inputs.py`), changes it at random, and passes it to a reader (`fuzz_readers.py`)
+or command (`fuzz_commands.py`). Requirements: an error is one line of at most 300 printable characters; an attempt ends
+within its deadline, uses at most 2 GB, and changes no files but its own. A finding is printed with the command that
+reproduces it (similar ones once), its files are kept in `--findings`, and the exit status is 1.
 
 Attempts run one at a time in a child process, which is restarted after a crash, a hang or excessive memory use; one in
 400 is a command in a separate process.
@@ -174,8 +174,9 @@ def work(scratch: Path, first: int, seed: int, *, only: bool) -> int:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    import fuzz_attempts as attempts
+    import fuzz_commands
     from fuzz_inputs import make
+    from fuzz_readers import READERS
 
     if not (scratch / "base").exists():
         with silent(out, err):
@@ -186,7 +187,7 @@ def work(scratch: Path, first: int, seed: int, *, only: bool) -> int:
     while True:
         pick = random.Random(f"{seed} {number}")
         slow = number % SLOW_EVERY == SLOW_EVERY - 1
-        kind = pick.choice(attempts.COMMANDS if slow else (*attempts.READERS, attempts.command))
+        kind = pick.choice(fuzz_commands.COMMANDS if slow else (*READERS, fuzz_commands.command))
         send(kind=kind.__name__, attempt=number, slow=slow)
         here = scratch / "work" / "here"  # so that `..` is empty otherwise
         shutil.rmtree(scratch / "work", ignore_errors=True)
