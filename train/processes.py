@@ -115,7 +115,7 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
 
 
 def together(what: str, work: Callable[[], T], *, same: Callable[[T], str]) -> T:
-    """Call `work` on every process; if it fails on one, or the results differ, raise on all.
+    """Call `work` on every process; if it raises `InputError` or `OSError` on one, or the results differ, raise on all.
 
     Args:
       what: names the result in the error.
@@ -134,6 +134,8 @@ def together(what: str, work: Callable[[], T], *, same: Callable[[T], str]) -> T
         text = same(result)
     except InputError as error:
         problem = str(error)
+    except OSError as error:  # for example an object store that cannot be reached
+        problem = first_line(error) if error.filename is None else f"{shorten(error.filename)}: {first_line(error)}"
     problems = share(problem)
     if problem:
         raise InputError(problem)
