@@ -27,11 +27,10 @@ from llava_jax.data.conversations import (
     turns_of,
 )
 from llava_jax.files import memory_bytes, open_regular
-from llava_jax.json_files import parse_json
+from llava_jax.json_files import BYTE_ORDER_MARK, parse_json
 
 MAX_LINE = 256 * 2**20  # bytes, since images may be `data:` URLs
 ROW_BYTES = 160  # memory for each row while a file is split, apart from its text
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_NAMED_KEYS = 10  # unknown keys that warnings name per file
 
 _LINE, _VISIBLE = re.compile(rb"[^\r\n]+"), re.compile(rb"\S")

@@ -20,10 +20,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, NotRequired, TypedDict
 
 from llava_jax.console import InputError, Progress, first_line, shorten
-from llava_jax.data.data_files import BYTE_ORDER_MARK, MAX_LINE, read_rows
+from llava_jax.data.data_files import MAX_LINE, read_rows
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files import open_regular
-from llava_jax.json_files import check_json, parse_json, read_json
+from llava_jax.json_files import BYTE_ORDER_MARK, check_json, parse_json, read_json
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".tar")
 CAPTION_FIELDS = ("caption", "captions", "text")  # the first that is there

@@ -22,7 +22,7 @@ from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.urls import NamedBytes, display_name
 from llava_jax.files import kind_of
 from train import mixture
-from train.prepared import MAX_IMAGE
+from train.prepared import MAX_IMAGE, first_images
 from train.row_sources import DataFile
 from train.samples import BadSample
 
@@ -54,7 +54,7 @@ class Source:
 
     def __init__(self, file: DataFile):
         self.file = file
-        self._first = np.concatenate([[0], np.cumsum(file.image_counts, dtype=np.int64)])
+        self._first = first_images(file.image_counts)
         self.images = np.full(self._first[-1], NO_IMAGE, np.uint32)
         self.left_out: dict[int, BadSample] = {}
 
