@@ -46,8 +46,9 @@ def train(run: Run) -> int:
             note(f"{run.output.root} holds the finished run: {steps}, model in {run.output.root / 'model'}")
             return 0
         return _train(run)
-    except InputError:
-        run.checkpoints.settle()  # complete a save in progress
+    except (InputError, OSError) as error:
+        if isinstance(error, InputError) or jax.process_count() == 1:  # an OSError is that of one process alone
+            run.checkpoints.settle()  # complete a save in progress
         raise
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().split("\n")[0][:300]
