@@ -234,7 +234,7 @@ def test_too_few_captions(pipelines, run_cli, tmp_path, monkeypatch):
     ("module", "says"),
     [
         ("spacy", "--balance needs spaCy: pip install 'llava-jax[data]'"),
-        ("matplotlib.figure", "plots need matplotlib: pip install matplotlib"),
+        ("matplotlib.figure", "plots need matplotlib: pip install 'llava-jax[plots]'"),
     ],
 )
 def test_without_the_libraries(source, run_cli, monkeypatch, tmp_path, module, says):

@@ -228,6 +228,8 @@ def test_what_the_report_says(mix_known, tmp_path):
     assert [found["images"][name] for name in ("landscape", "square", "portrait")] == [1, 1, 1]
     assert "| b\\|c.jsonl | 2 | 6 | 0 | 0 | 0 | 12 | 80.0 % |" in text
     assert "15 rows from 11 rows in 2 sources; 93.3 % of them have an image." in text
+    assert "| 20 x 20 | 1 | 33.3 % |" in text
+    assert "broken. Of the others, 33.3 % landscape, 33.3 % square, 33.3 % portrait." in text
     assert "4 images, 1 missing and 0 broken." in text and "- gone.png: no such image" in text
     assert "36.4 % of the rows have keys that are not read:" in text
     shown = re.findall(r"!\[\w+\]\((\w+\.png)\)", text)
@@ -352,7 +354,7 @@ def test_without_matplotlib(write_rows, run_cli, monkeypatch, tmp_path):
     write_rows("a.jsonl", [row(0)])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, err = run_cli(mix.main, "--data", "a.jsonl", "--output", "out")
-    assert (status, err) == (1, "error: plots need matplotlib: pip install matplotlib\n")
+    assert (status, err) == (1, "error: plots need matplotlib: pip install 'llava-jax[plots]'\n")
     assert run_cli(mix.main, "--data", "a.jsonl", "--report-only")[0] == 0  # which draws nothing
 
 

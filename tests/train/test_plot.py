@@ -89,4 +89,4 @@ def test_what_cannot_be_plotted_is_one_line(runs, run_cli, monkeypatch, tmp_path
 def test_without_matplotlib(runs, run_cli, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, err = run_cli(plot.main, str(runs[0]), "--output", str(tmp_path / "x.png"))
-    assert (status, err) == (1, "error: plots need matplotlib: pip install matplotlib\n")
+    assert (status, err) == (1, "error: plots need matplotlib: pip install 'llava-jax[plots]'\n")

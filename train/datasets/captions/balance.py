@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from llava_jax.console import InputError, first_line, note, shorten
-from train.figures import new_figure, save_figure
+from train.figures import label_counts, new_figure, save_figure
 
 MODEL = "en_core_web_sm"
 MIN_FREQUENCY = 3  # captions of a phrase; rarer ones are dropped
@@ -233,6 +233,6 @@ def draw(ax: Any, phrases: Phrases, chosen: np.ndarray) -> None:
         xscale="log", yscale="log",
     )  # fmt: skip
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:,.0f}")
+        label_counts(axis)
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")

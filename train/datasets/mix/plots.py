@@ -10,7 +10,7 @@ from train.datasets.mix.files import KINDS
 from train.datasets.mix.lengths import Lengths
 from train.datasets.mix.report import LEFT_OUT
 from train.datasets.mix.rows import Mix
-from train.figures import new_figure
+from train.figures import label_counts, new_figure
 
 BARS = 12  # sources that are drawn; the others are one bar
 BINS = 50
@@ -50,7 +50,7 @@ def draw_sources(mix: Mix) -> Any:
         names[-1] = f"{len(mix.parts) - shown + 1} others"
     ax.set(title="rows of each source", yticks=range(shown), yticklabels=names)
     ax.invert_yaxis()
-    _counts(ax.xaxis)
+    label_counts(ax.xaxis)
     _grid(ax, axis="x")
     figure.set_size_inches(9, 1.6 + 0.4 * shown)
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -70,12 +70,12 @@ def draw_texts(mix: Mix) -> Any:
     for values, label in ((asked, "questions"), (answered, "answers")):
         characters.hist(np.maximum(values, 1), edges, histtype="stepfilled", alpha=0.5, label=label)
     characters.set(title="texts of a row", xlabel="characters", xscale="log")
-    characters.xaxis.set_major_formatter("{x:,.0f}")
+    label_counts(characters.xaxis)
     characters.legend(fontsize="small")
-    questions.xaxis.get_major_locator().set_params(integer=True)
+    label_counts(questions.xaxis)
     for ax in (questions, characters):
         ax.set_ylabel("rows")
-        _counts(ax.yaxis)
+        label_counts(ax.yaxis)
         _grid(ax)
     return figure
 
@@ -86,7 +86,7 @@ def draw_images(sizes: np.ndarray) -> Any:
     limit = float(np.percentile(sizes, 99.5)) * 1.1
     inside = np.clip(sizes, 0, limit)
     drawn = plane.hist2d(inside[:, 0], inside[:, 1], bins=BINS, range=[[0, limit]] * 2, cmin=1, norm="log")
-    figure.colorbar(drawn[3], ax=plane, label="images", format="{x:,.0f}")
+    label_counts(figure.colorbar(drawn[3], ax=plane, label="images").ax.yaxis)
     plane.set(title="sizes of images", xlabel="width", ylabel="height", aspect="equal")
     values = np.clip(sizes[:, 0] / sizes[:, 1], 0.25, 4)
     ratio.hist(values, np.geomspace(0.25, 4, BINS))
@@ -94,7 +94,7 @@ def draw_images(sizes: np.ndarray) -> Any:
     ticks = {0.25: "1:4", 0.5: "1:2", 0.75: "3:4", 1: "1:1", 4 / 3: "4:3", 2: "2:1", 4: "4:1"}
     ratio.set_xticks(list(ticks), list(ticks.values()))
     ratio.minorticks_off()
-    _counts(ratio.yaxis)
+    label_counts(ratio.yaxis)
     for ax in (plane, ratio):
         _grid(ax)
     return figure
@@ -115,13 +115,9 @@ def draw_positions(lengths: Lengths) -> Any:
         xscale="log",
     )
     for axis in (ax.xaxis, ax.yaxis):
-        _counts(axis)
+        label_counts(axis)
     _grid(ax)
     return figure
-
-
-def _counts(axis: Any) -> None:
-    axis.set_major_formatter("{x:,.0f}")
 
 
 def _grid(ax: Any, axis: str = "both") -> None:
