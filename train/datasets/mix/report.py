@@ -225,15 +225,15 @@ def _render_images(images: Report | None) -> list[str]:
     listed += [f"- and {bad - len(listed):,} more"] * (bad > len(listed)) + [""] * bool(listed)
     if n == bad:
         return ["## Images", "", text, "", *listed]
-    shapes = ", ".join(f"{share(images[name], n)} {name}" for name in ("landscape", "square", "portrait"))
+    shapes = ", ".join(f"{share(images[name], n - bad)} {name}" for name in ("landscape", "square", "portrait"))
     rows = [(name, images[name]["mean"], *(images[name][key] for key in PERCENTILES)) for name in ("width", "height")]
     sizes = [
-        (f"{w} x {h}", one["images"], share(one["images"], n))
+        (f"{w} x {h}", one["images"], share(one["images"], n - bad))
         for one in images["frequent_sizes"]
         for w, h in [one["size"]]
     ]
     return [
-        "## Images", "", f"{text} Of the images, {shapes}.", "", *listed,
+        "## Images", "", f"{text} Of the others, {shapes}." if bad else f"{text} Of them, {shapes}.", "", *listed,
         *table(("pixels", "mean", *PERCENTILES), rows), *table(("frequent sizes", "images", "share"), sizes),
     ]  # fmt: skip
 
