@@ -99,7 +99,8 @@ def _result(line: bytes, where: str) -> Reply | Failure:
     if found.error is not None or found.response is None:
         return Failure(found.custom_id, shorten(found.error))
     if found.response.status_code != 200:
-        return Failure(found.custom_id, f"status {found.response.status_code}: {shorten(bytes(found.response.body))}")
+        body = bytes(found.response.body).decode(errors="replace")
+        return Failure(found.custom_id, f"status {found.response.status_code}: {shorten(body)}")
     try:
         return decode_json(found.response.body, Completion, where).reply(found.custom_id)
     except InputError as error:

@@ -174,7 +174,7 @@ def test_results_are_as_the_api_and_vllm_write_them(tmp_path):
     assert reply == Reply("a/1", "A cat.", "stop", 3)
     assert all(isinstance(failure, Failure) for failure in failures)
     assert [failure.id for failure in failures] == ["b/1", "c/1", "d/1"]
-    assert "status 400" in failures[0].reason and "batch_expired" in failures[1].reason
+    assert failures[0].reason == 'status 400: {"error": {"message": "no"}}' and "batch_expired" in failures[1].reason
     assert failures[2].reason == "the reply has no choices"
 
 

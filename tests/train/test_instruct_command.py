@@ -65,7 +65,7 @@ def test_kinds_and_images_are_added_in_later_runs(run, tmp_path):
         _, err = run(*asks, "--kinds", "conversation", "--limit", 3)
         rows = read(output / "instruct.json")
         assert len(script.log) == 5 == len(rows) and two < {row["id"] for row in rows}
-        assert "2 detail" in err and "3 not asked yet" in err
+        assert "2 detail" in err and "3 still to ask" in err
         assert not (output / "reasoning.json").exists()
         assert run(*asks)[0] == 0
     assert len(script.log) == 12 == len(read(output / "instruct.json"))
@@ -186,7 +186,7 @@ def test_results_that_failed_or_are_of_others(run, tmp_path):
     found[0] = {"custom_id": asked[0]["custom_id"], "response": None, "error": {"message": "expired"}}
     found[1] |= {"custom_id": "other/detail/0/1"}
     path.write_text("".join(json.dumps(line) + "\n" for line in found))
-    for added, left in ((10, "2 not asked yet"), (0, "2 not asked yet")):
+    for added, left in ((10, "2 still to ask"), (0, "2 still to ask")):
         status, err = run("--read-batch", path)
         assert status == 0 and err.startswith(f"{added} replies added\n") and left in err
         assert "1 request failed, to be asked again; the first is" in err and "expired" in err
@@ -313,7 +313,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(more, says, run, tmp_path, m
     status, err = run("--output", "a/b/out", *more)
     *notes, error = err.splitlines()
     assert status == 1 and error.startswith("error: ") and says in error and len(error) < 300
-    assert all(line.startswith("asking m for 12 conversations, ") for line in notes)
+    asks = ("asking m for 12 conversations, ", "writing requests to m for 12 conversations, ")
+    assert all(line.startswith(asks) for line in notes)
     assert contents(tmp_path) == before
 
 

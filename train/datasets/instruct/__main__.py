@@ -252,7 +252,8 @@ def ask(dialogues: Dialogues, pending: Pending, args: argparse.Namespace) -> Out
     endpoint = Endpoint(args.endpoint or "", args.model, args.concurrency, args.timeout, fields, prices)
     tokens = estimate(pending, dialogues)
     note(
-        f"asking {shorten(args.model)} for {plural(len(pending), 'conversation')}, an estimated "
+        f"{'writing requests to' if args.write_batch else 'asking'} {shorten(args.model)} for "
+        f"{plural(len(pending), 'conversation')}, an estimated "
         f"{show_tokens(*tokens, prices)}{', not counting images' if dialogues.images else ''}"
     )
     requests = filter(None, (dialogues.request(dialogue, state) for dialogue, state in pending))
@@ -289,7 +290,7 @@ def summary(output: Path, dialogues: Dialogues, counts: collections.Counter[str]
     if counts["rejected"]:
         parts.append(f"{counts['rejected']:,} rejected (rejected.jsonl)")
     if counts["open"]:
-        parts.append(f"{counts['open']:,} not asked yet")
+        parts.append(f"{counts['open']:,} still to ask")
     replies = dialogues.replies
     tokens = show_tokens(replies.prompt_tokens, replies.completion_tokens, prices)
     models = shorten(", ".join(filter(None, replies.models)))
