@@ -205,9 +205,10 @@ def _report(args: argparse.Namespace, description: Description, left_out: int, s
     conversations, images = description["conversations"], description["images"]
     rows, files = (sum(shard["count"] for shard in shards) for shards in (conversations, images))
     size = sum(shard["bytes"] for shard in (*conversations, *images))
+    amount = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
     note(
         f"{args.output}: {plural(rows, 'conversation')} ({left_out:,} left out) and {plural(files, 'image')}, "
-        f"{size / 1e9:,.3g} GB in {plural(len(conversations) + len(images), 'shard')}, in {seconds:,.0f} s "
+        f"{amount} in {plural(len(conversations) + len(images), 'shard')}, in {seconds:,.0f} s "
         f"({files / seconds:,.0f} images/s, {size / 1e6 / seconds:,.1f} MB/s)"
     )
     note(f"train from it with: python -m train ... --data {args.output}")
