@@ -200,7 +200,8 @@ def main() -> int:
 
     run = prepare(config)
     note(f"{describe(args.preset, config)}; the full configuration is in {run.output.root / 'config.json'}")
-    note(run.data.describe())
+    for line in run.data.describe().splitlines():
+        note(line)
     return train(run)
 
 

@@ -64,7 +64,9 @@ class TrainConfig(_Origin):
 
     # data
     data: str | tuple[str, ...] = _(
-        "", "conversations: JSON list, JSON lines, LLaVA-NeXT's YAML, FILE=0.5 for half of its rows; repeatable"
+        "",
+        "conversations: JSON list, JSON lines, LLaVA-NeXT's YAML or a prepared dataset; FILE=0.5 for half of its "
+        "rows; repeatable",
     )
     image_folder: str = _("", "directory of the images that the data names")
     follow_links: bool = _(False, "follow links that lead out of the image folder, to other disks")
