@@ -15,15 +15,17 @@ from helpers import ROOT, turns, user_environment
 from train.datasets.prepare.image_shards import ImagePart
 from training import write_rows
 
+IMAGES = 100  # enough that a busy machine, too, is seen at work
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Forty images, each a shard of its own with `--max-shard-size 1KB`, and a data file."""
+    """Images, each a shard of its own with `--max-shard-size 1KB`, and a data file."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    for i in range(40):
+    for i in range(IMAGES):
         Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8)).save(folder / f"{i}.png", compress_level=1)
-    rows = [{"id": i, "image": f"{i}.png", "conversations": turns("<image>\n?", "x")} for i in range(40)]
+    rows = [{"id": i, "image": f"{i}.png", "conversations": turns("<image>\n?", "x")} for i in range(IMAGES)]
     return folder, write_rows(folder.parent / "photos.json", rows)
 
 
@@ -60,9 +62,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def parts_of(out: Path) -> list[Path]:
+    return sorted(out.glob("*.part.safetensors"))
+
+
 def complete_parts(out: Path) -> list[Path]:
     """The parts that are there, whose shards are whole."""
-    parts = sorted(out.glob("*.part.safetensors"))
+    parts = parts_of(out)
     for path in parts:
         part = ImagePart.load(path.read_bytes(), path.name)
         assert (out / part.shard["name"]).stat().st_size == part.shard["bytes"]
@@ -73,7 +79,7 @@ def test_killed_commands_are_resumed(tmp_path, start):
     out = tmp_path / "out"
     # The command alone: its workers end too, and write nothing more.
     process = start()
-    wait(lambda: complete_parts(out))
+    wait(lambda: parts_of(out))
     workers = children(process)
     assert len(workers) >= 2
     process.kill()
@@ -84,17 +90,17 @@ def test_killed_commands_are_resumed(tmp_path, start):
     assert {path.name for path in out.iterdir()} == left
     # The whole group.
     process, before = start(), len(complete_parts(out))
-    wait(lambda: len(complete_parts(out)) > before)
+    wait(lambda: len(parts_of(out)) > before)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     # Ctrl-C, which a terminal sends to the whole group.
     process, before = start(), len(complete_parts(out))
-    wait(lambda: len(complete_parts(out)) > before)
+    wait(lambda: len(parts_of(out)) > before)
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate()[1].splitlines()[-1] == "interrupted"
-    assert process.returncode == 130 and 0 < len(complete_parts(out)) < 40
+    assert process.returncode == 130 and 0 < len(complete_parts(out)) < IMAGES
     process, done = start(), len(complete_parts(out))
-    assert f"resuming: {done} of 40 shards of images are complete" in process.communicate()[1]
+    assert f"resuming: {done} of {IMAGES} shards of images are complete" in process.communicate()[1]
     assert process.returncode == 0
     assert start("whole").wait() == 0
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
@@ -103,7 +109,7 @@ def test_killed_commands_are_resumed(tmp_path, start):
 
 def test_a_killed_worker_ends_the_command(tmp_path, start):
     process = start()
-    wait(lambda: complete_parts(tmp_path / "out"))
+    wait(lambda: parts_of(tmp_path / "out"))
     for pid in children(process):  # one of them is multiprocessing's resource tracker
         if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
             os.kill(pid, signal.SIGKILL)
