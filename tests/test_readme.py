@@ -1,6 +1,8 @@
 """What the README says runs."""
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -68,3 +70,16 @@ def test_every_flag_in_the_documents_exists():
     for page in pages - {ROOT / "docs" / "tpu-pod.md"}:  # most flags there are Google's; ours: test_train_command.py
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()):
             assert flag in known, (page.name, flag)
+
+
+def test_the_commands_for_datasets_parse():
+    from train.datasets.__main__ import find_commands
+
+    folder, shown = ROOT / "train" / "datasets", set()
+    for page in ("data.md", "datasets.md", "tpu-pod.md"):
+        text = (ROOT / "docs" / page).read_text().replace("\\\n", " ")
+        for name, flags in re.findall(r"^python -m train\.datasets\.(\w+) (.*)$", text, re.M):
+            module = f"train.datasets.{name}" + ".__main__" * (folder / name).is_dir()
+            importlib.import_module(module).parser().parse_args(shlex.split(flags))
+            shown.add(name)
+    assert shown == {command.name for command in find_commands()}
