@@ -38,7 +38,7 @@ from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
 from train import mixture
 from train.config import TrainConfig
-from train.lengths import Length, Lengths, lengths_key, lengths_name
+from train.lengths import Length, Lengths, contents_of, lengths_key, lengths_name
 from train.loader import Data, open_data
 from train.prepared import DATASET, FORMAT, INDEX, Index, PreparedDataset, conversations_name, images_name
 from train.row_packing import WINDOW
@@ -129,6 +129,7 @@ def write_prepared(folder: Path, rows: int, model) -> Path:
     index = Index(
         row_start=(np.cumsum(sizes) - sizes).astype(np.uint64)[text_of],
         row_bytes=sizes[text_of],
+        row_crc=np.array([zlib.crc32(line) for line in lines], np.uint32)[text_of],
         row_images=with_image.astype(np.uint16),
         id_end=np.arange(1, rows + 1, dtype=np.uint64) * 14,
         ids=ids,
@@ -146,11 +147,11 @@ def write_prepared(folder: Path, rows: int, model) -> Path:
         conversations=[shard(conversations_name(0), rows)], images=[shard(images_name(0), images)],
     )  # fmt: skip
     (folder / DATASET).write_text(json.dumps(described))
-    _write_lengths(folder, texts, text_of, model)
+    _write_lengths(folder, described["index"], texts, text_of, model)
     return folder
 
 
-def _write_lengths(folder: Path, texts: list[dict], text_of: np.ndarray, model) -> None:
+def _write_lengths(folder: Path, digest: str, texts: list[dict], text_of: np.ndarray, model) -> None:
     template, tokenizer = get_template(TEMPLATE), load_tokenizer(TOKENIZER)
     prepare_tokenizer(tokenizer, model)
     encoded = [encode_conversation(text["conversations"], template, tokenizer, model) for text in texts]
@@ -160,7 +161,8 @@ def _write_lengths(folder: Path, texts: list[dict], text_of: np.ndarray, model) 
     lengths.label = np.array([[one.label for one in each]], np.int32)[:, text_of]
     places = np.array([one.images[0] if len(one.images) else -1 for one in each], np.int32)[text_of]
     lengths.images = places[places >= 0][None]
-    (folder / lengths_name(lengths_key(template, tokenizer, model, 1))).write_bytes(lengths.save())
+    name = lengths_name(lengths_key(template, tokenizer, model, 1))
+    (folder / name).write_bytes(lengths.save(contents_of(digest, name)))
 
 
 # ---------------------------------------------------------------- one process

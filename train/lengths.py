@@ -17,16 +17,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, first_line
+from llava_jax.console import InputError, first_line, shorten
 from llava_jax.data.splice import IGNORE, IMAGE
 from llava_jax.data.templates import Template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.json_files import check_json, parse_json
-from train.prepared import first_images
+from train.prepared import MAX_INDEX, PreparedDataset, first_images
 
 VERSION = 1  # of the rules that make tokens of a conversation
 UNKNOWN, BAD = 0, -1  # instead of a number of tokens
-REASONS = "reasons"
+ARRAYS = ("tokens", "label", "images")
+REASONS, CHECKSUM = "reasons", "checksum"  # in the metadata of a file
 MAX_REASON = 200  # characters
 
 Reason = tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)], str]  # placement, row, why it is bad
@@ -130,30 +131,68 @@ class Lengths:
         self.images[:, self._first[first] : self._first[end]] = part.images
         self.reasons |= {(order, first + row): reason for (order, row), reason in part.reasons.items()}
 
-    def save(self) -> bytes:
-        """The contents of a file of lengths, all of which must be known."""
-        reasons = [[order, row, reason[:MAX_REASON]] for (order, row), reason in sorted(self.reasons.items())]
-        arrays = dict(tokens=self.tokens, label=self.label, images=self.images)
-        return save(arrays, {REASONS: json.dumps(reasons)})
+    def save(self, of: str) -> bytes:
+        """The contents of a file of lengths, all of which must be known.
 
-    def load(self, data: bytes, where: str) -> None:
+        Args:
+          of: identifies the dataset and the tokens.
+        """
+        reasons = [[order, row, reason[:MAX_REASON]] for (order, row), reason in sorted(self.reasons.items())]
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
+        text = json.dumps(reasons)
+        return save(arrays, {REASONS: text, CHECKSUM: _checksum(of, arrays, text)})
+
+    def load(self, data: bytes, where: str, of: str) -> None:
         """Take the lengths of a file.
 
+        Args:
+          of: as `save` got it.
+
         Raises:
-          InputError: the file is damaged, or of other rows.
+          InputError: the file is damaged, or of other rows or tokens.
         """
         try:
             arrays = load(data)
-            header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            reasons = check_json(parse_json(header["__metadata__"][REASONS]), list[Reason], where)
+            metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            reasons = check_json(parse_json(metadata[REASONS]), list[Reason], where)
+            is_same = metadata[CHECKSUM] == _checksum(of, {name: arrays[name] for name in ARRAYS}, metadata[REASONS])
         except (SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
-            raise InputError(f"{where}: not a file of lengths ({first_line(error)})") from None
-        for name in ("tokens", "label", "images"):
-            mine, theirs = getattr(self, name), arrays.get(name)
-            if theirs is None or theirs.dtype != mine.dtype or theirs.shape != mine.shape:
-                raise InputError(f"{where}: damaged, or of another dataset ({name})")
-            setattr(self, name, theirs)
+            raise InputError(f"{where}: not a file of lengths ({first_line(error)}); remove it") from None
+        mine = {name: getattr(self, name) for name in ARRAYS}
+        if not is_same or any((arrays[n].dtype, arrays[n].shape) != (mine[n].dtype, mine[n].shape) for n in ARRAYS):
+            raise InputError(f"{where}: damaged, or of another dataset, tokenizer or template; remove it")
+        for name in ARRAYS:
+            setattr(self, name, arrays[name])
         self.reasons = {(order, row): reason for order, row, reason in reasons}
         bad = {(int(order), int(row)) for order, row in zip(*np.nonzero(self.tokens == BAD), strict=True)}
         if int(self.tokens.min(initial=BAD)) < BAD or bad != self.reasons.keys():
             raise InputError(f"{where}: damaged (tokens)")
+
+
+def _checksum(of: str, arrays: dict[str, np.ndarray], reasons: str) -> str:
+    digest = hashlib.sha256(f"{of}\n{reasons}\n".encode())
+    for name in ARRAYS:
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def read_lengths(dataset: PreparedDataset, name: str, orders: int) -> Lengths | None:
+    """The lengths in a file of a prepared dataset; None without the file.
+
+    Args:
+      name: of the file (`lengths_name`).
+
+    Raises:
+      InputError: as `Lengths.load`.
+      OSError: it cannot be read.
+    """
+    if (data := dataset.store.read(name, MAX_INDEX)) is None:
+        return None
+    lengths = Lengths(dataset.image_counts, orders)
+    lengths.load(data, shorten(dataset.store.name_of(name)), contents_of(dataset.digest, name))
+    return lengths
+
+
+def contents_of(digest: str, name: str) -> str:
+    """What the file of lengths `name` of a dataset is of: `of` of `Lengths`."""
+    return f"{digest} {name}"

@@ -125,6 +125,7 @@ class Index:
 
     row_start     uint64 [n]   byte of a row in its shard; the shards' counts tell which one
     row_bytes     uint32 [n]
+    row_crc       uint32 [n]   CRC-32 of those bytes
     row_images    uint16 [n]   number of images of a row
     id_end        uint64 [n]   end of a row's id in `ids`
     ids           uint8 [...]  the ids as JSON, one after the other
@@ -137,6 +138,7 @@ class Index:
 
     row_start: np.ndarray
     row_bytes: np.ndarray
+    row_crc: np.ndarray
     row_images: np.ndarray
     id_end: np.ndarray
     ids: np.ndarray
@@ -153,6 +155,7 @@ class Index:
 _ARRAYS = {  # dtype and shape of each array
     "row_start": ("uint64", "n"),
     "row_bytes": ("uint32", "n"),
+    "row_crc": ("uint32", "n"),
     "row_images": ("uint16", "n"),
     "id_end": ("uint64", "n"),
     "ids": ("uint8", "i"),
@@ -201,14 +204,18 @@ class PreparedDataset:
         return json.loads(ids[int(end[row - 1]) if row else 0 : int(end[row])].tobytes())
 
     def row(self, row: int) -> Any:
-        """A row, parsed; an invalid one is an `InputError`.
+        """A row, parsed; a damaged one is an `InputError`.
 
         Raises:
           OSError: it cannot be read.
         """
-        shard, _ = self._shard(self._row_shards, row)
+        shard, number = self._shard(self._row_shards, row)
         start, size = int(self.index.row_start[row]), int(self.index.row_bytes[row])
-        data = self.store.read_range(self.described["conversations"][shard]["name"], start, size)
+        name = self.described["conversations"][shard]["name"]
+        data = self.store.read_range(name, start, size)
+        if zlib.crc32(data) != self.index.row_crc[row]:
+            where = f"{shorten(self.store.name_of(name))} row {number}"
+            return InputError(f"{where}: damaged (another checksum than in {INDEX})")
         try:
             return parse_json(data, bounded=False)
         except InputError as error:

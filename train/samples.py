@@ -22,8 +22,7 @@ from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import display_name
 from train import mixture
 from train.encoding import Encoded, Encoder
-from train.lengths import Length, Lengths
-from train.prepared import MAX_INDEX
+from train.lengths import Length, Lengths, read_lengths
 from train.row_sources import DataFile, PreparedRows, open_source
 
 MAX_NAMED = 3  # bad samples that an error names
@@ -170,12 +169,10 @@ class Samples:
     def _known_lengths(self, source: DataFile | PreparedRows) -> Lengths:
         """The lengths of a source's rows that have been measured for this tokenizer and template, to be completed."""
         orders = 1 + self._random_order
-        lengths = Lengths(source.image_counts, orders)
+        known = None
         if isinstance(source, PreparedRows):
-            name = self._encoder.lengths_name(orders)
-            if (data := source.dataset.store.read(name, MAX_INDEX)) is not None:
-                lengths.load(data, shorten(source.dataset.store.name_of(name)))
-        return lengths
+            known = read_lengths(source.dataset, self._encoder.lengths_name(orders), orders)
+        return known or Lengths(source.image_counts, orders)
 
     def __len__(self) -> int:
         return len(self._index)

@@ -37,16 +37,29 @@ def test_known_lengths_are_saved_and_read_back():
         lengths.set_bad(order, 1, "no turns")
         lengths.set(order, 2, Length(8, 3, np.array([1, 4])))
     again = Lengths(np.array([1, 0, 2], np.uint16), 2)
-    again.load(lengths.save(), "a")
+    again.load(lengths.save("of"), "a", "of")
     assert again.get(1, 0).images.tolist() == [1] and again.get(0, 2).tokens == 8
     with pytest.raises(InputError, match="no turns"):
         again.get(0, 1)
-    data = bytearray(lengths.save())
+    data = lengths.save("of")
     with pytest.raises(InputError, match="a: damaged, or of another dataset"):
-        Lengths(np.array([1, 0, 1], np.uint16), 2).load(bytes(data), "a")
-    for damaged in (bytes(data[:-4]), b"", bytes(data).replace(b"no turns", b"no\\xturn"), b"\xff" * 100):
+        Lengths(np.array([1, 0, 1], np.uint16), 2).load(data, "a", "of")
+    with pytest.raises(InputError, match="a: damaged, or of another dataset, tokenizer or template; remove it"):
+        again.load(data, "a", "of another")
+    for damaged in (data[:-4], b"", data.replace(b"no turns", b"no\\xturn"), data.replace(b"turns", b"terms")):
         with pytest.raises(InputError, match="a: "):
-            again.load(damaged, "a")
+            again.load(damaged, "a", "of")
+
+
+def test_any_damaged_byte_is_noticed():
+    lengths = Lengths(np.array([1], np.uint16), 1)
+    lengths.set(0, 0, Length(9, 5, np.array([1])))
+    data = lengths.save("of")
+    for at in range(len(data)):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        with pytest.raises(InputError, match="a: "):
+            Lengths(np.array([1], np.uint16), 1).load(bytes(damaged), "a", "of")
 
 
 @pytest.mark.parametrize("first", ["as_is", "random"])

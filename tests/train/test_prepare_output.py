@@ -1,15 +1,20 @@
 """Preparing datasets: what may be there already, object stores, failures, and damage that `--verify` finds."""
 
+import re
 import shutil
 
 import fsspec
 import pytest
 from PIL import Image
 
-from helpers import GOLDEN, files_of_at_most
+from helpers import GOLDEN, files_of_at_most, turns
+from llava_jax.console import InputError
 from llava_jax.locks import LockedFile
+from train import mixture
 from train.datasets.prepare import image_shards
+from train.encoding import Encoder
 from train.loader import open_data
+from train.samples import Sample, Samples
 from training import assert_same_batches, good_row, take
 
 CHECKPOINT = GOLDEN / "checkpoints" / "v1.5-llama"
@@ -164,9 +169,7 @@ TAR, LINES, INDEX = "images-00000.tar", "conversations-00000.jsonl", "index.safe
         (TAR, lambda data: flip(data, 3), f"{TAR}: damaged (another SHA-256"),
         (TAR, lambda data: data[:-1], f"{TAR}: has "),
         (TAR, None, f"{TAR}: is missing"),
-        (LINES, lambda data: b"x" + data[1:], f"{LINES}: row 0 (byte 0): not JSON"),
-        (LINES, lambda data: data.replace(b"row3", b"row4"), f"{LINES}: row 3 (byte 438): has another id"),
-        (LINES, lambda data: data.replace(b'"image"', b'"imago"', 1), f"{LINES}: row 0 (byte 0): has 0 images"),
+        (LINES, lambda data: data.replace(b"the", b"she", 1), f"{LINES}: row 1 (byte 118): damaged (another checksum"),
         (LINES, lambda data: flip(data, -1), f"{LINES}: damaged (another SHA-256"),
         (INDEX, lambda data: flip(data, -1), f"{INDEX}: damaged (another checksum"),
         (INDEX, None, f"{INDEX}: no such file"),
@@ -196,8 +199,67 @@ def test_verify_decodes_images(tmp_path, data, prepare, in_process, monkeypatch)
     assert status == 1 and "image 0 (byte 512): has 3x5 pixels; index.safetensors says 20x20" in err
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (InputError("not JSON"), "not JSON"),
+        ({"conversations": turns("a", "b")}, "has 0 images; index.safetensors says 1"),
+        (good_row(0) | {"id": "other"}, "has another id than index.safetensors"),
+    ],
+)
+def test_verify_parses_rows(tmp_path, data, prepare, in_process, monkeypatch, row, says):
+    assert prepare("--data", data)[0] == 0
+    monkeypatch.setattr("train.datasets.prepare.verify.parse_json", lambda *_, **__: row)
+    status, err = prepare("--verify")
+    assert status == 1 and f"{LINES}: row 0 (byte 0): {says}" in err
+
+
 def test_verify_checks_lengths(tmp_path, data, prepare, in_process):
     assert prepare("--data", data, "--checkpoint", CHECKPOINT, "--template", "v1")[0] == 0
     path = next((tmp_path / "out").glob("lengths-*"))
     path.write_bytes(path.read_bytes()[:-4])
     assert path.name[-24:] in refused(prepare("--verify"))  # the rest may be elided
+
+
+def test_training_reads_no_damaged_row(tmp_path, folder, data, prepare, in_process, models):
+    """Whether its length is known or not; one of other text with the same length is a bad sample."""
+    assert prepare("--data", data)[0] == 0
+    path = tmp_path / "out" / LINES
+    whole = path.read_bytes()
+    damaged = whole.replace(b"the", b"she", 1)
+    samples = Samples(str(tmp_path / "out"), "", *models["v1.5-llama"], max_length=240)
+    path.write_bytes(damaged)
+    says = f"{LINES} row 1: damaged (another checksum than in index.safetensors)"
+    assert samples.measure(1).reason.endswith(says)
+    path.write_bytes(whole)
+    assert isinstance(samples.measure(1), Sample)
+    found = samples.measure(1)
+    path.write_bytes(damaged)
+    assert samples.load(found).reason.endswith(says)
+    err = refused(prepare("--checkpoint", CHECKPOINT, "--template", "v1"))
+    assert f"{LINES}: row 1: damaged" in err
+
+
+def test_lengths_of_another_tokenizer(tmp_path, data, prepare, in_process, models):
+    """Under the name of those that a run looks for."""
+    measured = ["--checkpoint", CHECKPOINT, "--template"]
+    assert prepare("--data", data, *measured, "v1")[0] == prepare(*measured, "v0")[0] == 0
+    one, other = (tmp_path / "out").glob("lengths-*")
+    content = one.read_bytes()
+    other.write_bytes(content)
+    one.unlink()
+    for template in ("v0", "v1"):
+        says = "safetensors: damaged, or of another dataset, tokenizer or template; remove it"
+        if other.name == Encoder(*models["v1.5-llama"], template).lengths_name(1):
+            with pytest.raises(InputError, match=re.escape(says)):
+                Samples(str(tmp_path / "out"), "", *models["v1.5-llama"], template=template)
+            assert says in refused(prepare(*measured, template))
+
+
+def test_the_digest_is_of_the_contents(tmp_path, folder, prepare, write, in_process):
+    """A run does not resume with other text of the same length."""
+    for name, answer in (("one", "cat"), ("two", "dog")):
+        path = write([good_row(0) | {"conversations": turns("<image>\n?", answer)}])
+        assert prepare("--data", path, output=name)[0] == 0
+    one, two = (mixture.checksum(mixture.read_parts(str(tmp_path / name))) for name in ("one", "two"))
+    assert one != two

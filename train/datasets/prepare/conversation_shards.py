@@ -4,6 +4,7 @@ import array
 import contextlib
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +35,7 @@ def write_conversations(
       OSError: a shard cannot be written.
     """
     images = _Images(plan, parts)
-    start, size, counts = array.array("Q"), array.array("I"), array.array("H")
+    start, size, crc, counts = array.array("Q"), array.array("I"), array.array("I"), array.array("H")
     ends, ids, image_of, system = array.array("Q"), bytearray(), array.array("I"), False
     left_out = plan.is_left_out()
     with Progress("writing conversations", len(plan), "rows") as bar, _Shards(store, folder, max_bytes) as shards:
@@ -51,6 +52,7 @@ def write_conversations(
             at, length = shards.add(line)
             start.append(at)
             size.append(length)
+            crc.append(zlib.crc32(line[:length]))
             counts.append(len(numbers))
             image_of.extend(images.number[numbers].tolist())
             ids += json.dumps(row_id(row, index)).encode()
@@ -59,6 +61,7 @@ def write_conversations(
     index = Index(
         row_start=np.array(start, np.uint64),
         row_bytes=np.array(size, np.uint32),
+        row_crc=np.array(crc, np.uint32),
         row_images=np.array(counts, np.uint16),
         id_end=np.array(ends, np.uint64),
         ids=np.frombuffer(bytes(ids), np.uint8),

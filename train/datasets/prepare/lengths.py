@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,8 +15,8 @@ from llava_jax.json_files import parse_json
 from train.config import PRESETS, TrainConfig, check_preset
 from train.datasets.prepare.workers import Report, run_jobs
 from train.encoding import Encoder
-from train.lengths import Length, Lengths
-from train.prepared import MAX_INDEX, PreparedDataset
+from train.lengths import Length, Lengths, contents_of, read_lengths
+from train.prepared import INDEX, PreparedDataset
 from train.stores import Store
 
 ROWS = 2048  # that a worker measures at a time
@@ -46,6 +47,7 @@ class Job:
     first: int
     start: np.ndarray
     bytes: np.ndarray
+    crc: np.ndarray
     images: np.ndarray
 
 
@@ -62,16 +64,16 @@ def measure(args: argparse.Namespace, workers: int) -> None:
     dataset = PreparedDataset(args.output)
     tokens = _tokens(args)
     name = tokens.encoder().lengths_name(tokens.orders)
-    where, lengths = shorten(dataset.store.name_of(name)), Lengths(dataset.image_counts, tokens.orders)
-    if (data := dataset.store.read(name, MAX_INDEX)) is not None:
-        lengths.load(data, where)
+    where = shorten(dataset.store.name_of(name))
+    if read_lengths(dataset, name, tokens.orders):
         note(f"{where}: is complete already")
         return
+    lengths = Lengths(dataset.image_counts, tokens.orders)
     jobs = list(_jobs(dataset, tokens))
     with Progress("measuring conversations", len(dataset), "rows") as bar:
         for first, part in run_jobs(measure_rows, jobs, min(workers, len(jobs)), lambda rows, _: bar.advance(rows)):
             lengths.insert(first, part)
-    dataset.store.write(name, lengths.save())
+    dataset.store.write(name, lengths.save(contents_of(dataset.digest, name)))
     note(f"{where}: {plural(len(dataset), 'conversation')} measured for template {tokens.encoder().name}")
     for (_, row), reason in sorted(lengths.reasons.items())[:1]:
         bad = len({row for _, row in lengths.reasons})
@@ -102,6 +104,7 @@ def _jobs(dataset: PreparedDataset, tokens: Tokens) -> Iterator[Job]:
                 at,
                 index.row_start[rows],
                 index.row_bytes[rows],
+                index.row_crc[rows],
                 index.row_images[rows],
             )
         first = end
@@ -117,8 +120,10 @@ def measure_rows(job: Job, report: Report) -> tuple[int, Lengths]:
     encoder, lengths = job.tokens.encoder(), Lengths(job.images, job.tokens.orders)
     start, end = int(job.start[0]), int(job.start[-1]) + int(job.bytes[-1])
     data = Store(job.output).read_range(job.shard, start, end - start)
-    for row, (at, size, images) in enumerate(zip(job.start, job.bytes, job.images, strict=True)):
+    for row, (at, size, crc, images) in enumerate(zip(job.start, job.bytes, job.crc, job.images, strict=True)):
         line = data[int(at) - start : int(at) - start + int(size)]
+        if zlib.crc32(line) != crc:
+            raise InputError(f"{job.shard}: row {job.first + row}: damaged (another checksum than in {INDEX})")
         try:
             conversation = read_conversation(parse_json(line, bounded=False))
         except InputError as error:

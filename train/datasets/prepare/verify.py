@@ -15,8 +15,8 @@ from llava_jax.data.images import open_image
 from llava_jax.data.urls import NamedBytes
 from llava_jax.json_files import parse_json
 from train.datasets.prepare.workers import Report, run_jobs
-from train.lengths import Lengths, lengths_name
-from train.prepared import INDEX, MAX_INDEX, PreparedDataset, Shard
+from train.lengths import lengths_name, read_lengths
+from train.prepared import INDEX, PreparedDataset, Shard
 from train.stores import Store
 
 BLOCK = 2**25  # bytes that are read at a time
@@ -27,7 +27,8 @@ MAX_NOTED = 10
 class Job:
     """A shard, and the arrays of its items: bytes `start` to `start + size` of each.
 
-    crc, pixels   of images, as in the index
+    crc           of each
+    pixels        of images, as in the index
     images, ids   of rows: the number of images, the id as JSON
     """
 
@@ -35,7 +36,7 @@ class Job:
     shard: Shard
     start: np.ndarray
     size: np.ndarray
-    crc: np.ndarray | None = None
+    crc: np.ndarray
     pixels: np.ndarray | None = None
     images: np.ndarray | None = None
     ids: list[bytes] | None = None
@@ -72,13 +73,12 @@ def jobs_of(dataset: PreparedDataset) -> list[Job]:
 
 def _check_lengths(dataset: PreparedDataset) -> list[str]:
     """The problems of the files of lengths."""
-    problems, store = [], dataset.store
-    for name in fnmatch.filter(store.sizes(), lengths_name("*")):
-        where, data = shorten(store.name_of(name)), store.read(name, MAX_INDEX) or b""
+    problems = []
+    for name in fnmatch.filter(dataset.store.sizes(), lengths_name("*")):
         found = []
         for orders in (1, 2):
             try:
-                Lengths(dataset.image_counts, orders).load(data, where)
+                read_lengths(dataset, name, orders)
             except InputError as error:
                 found.append(str(error))
         if len(found) == 2:
@@ -95,7 +95,7 @@ def _image_jobs(dataset: PreparedDataset) -> Iterator[Job]:
             shard,
             index.image_start[part],
             index.image_bytes[part],
-            crc=index.image_crc[part],
+            index.image_crc[part],
             pixels=index.image_size[part],
         )
 
@@ -112,6 +112,7 @@ def _row_jobs(dataset: PreparedDataset) -> Iterator[Job]:
             shard,
             index.row_start[part],
             index.row_bytes[part],
+            index.row_crc[part],
             images=index.row_images[part],
             ids=ids,
         )
@@ -129,7 +130,11 @@ def verify_shard(job: Job, report: Report) -> list[str]:
     for item, (start, size) in enumerate(zip(job.start.tolist(), job.size.tolist(), strict=True)):
         data = NamedBytes(file.read(start, size))
         data.name = noun
-        if reason := _row_problem(job, item, data) if noun == "row" else _image_problem(job, item, data):
+        if zlib.crc32(data) != job.crc[item]:
+            reason: str | None = f"damaged (another checksum than in {INDEX})"
+        else:
+            reason = _row_problem(job, item, data) if noun == "row" else _image_problem(job, item, data)
+        if reason:
             problems.append(f"{where}: {noun} {item} (byte {start:,}): {reason}")
     if file.digest() != job.shard["sha256"]:
         problems.append(f"{where}: damaged (another SHA-256 than in dataset.json)")
@@ -137,9 +142,7 @@ def verify_shard(job: Job, report: Report) -> list[str]:
 
 
 def _image_problem(job: Job, item: int, data: bytes) -> str | None:
-    assert job.crc is not None and job.pixels is not None
-    if zlib.crc32(data) != job.crc[item]:
-        return f"damaged (another checksum than in {INDEX})"
+    assert job.pixels is not None
     try:
         size = open_image(data).size
     except InputError as error:
