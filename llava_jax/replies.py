@@ -114,7 +114,7 @@ class Replies:
         try:
             for number, line in enumerate(iter(lambda: reader.readline(MAX_LINE), b""), 1):
                 whole = line.endswith(b"\n")
-                if not whole and (line.startswith(START) or START.startswith(line)):
+                if not whole and len(line) < MAX_LINE and (line.startswith(START) or START.startswith(line)):
                     break
                 self._add(decode_json(line, Reply, f"{self.name} line {number}"), end, len(line))
                 end += len(line)

@@ -42,6 +42,15 @@ def test_a_line_that_a_killed_command_left_incomplete_is_dropped(path):
         assert path.read_bytes() == whole
 
 
+def test_a_line_that_is_too_long_is_no_incomplete_one(path, monkeypatch):
+    """Nothing after it is dropped."""
+    whole = path.read_bytes()
+    monkeypatch.setattr("llava_jax.replies.MAX_LINE", 20)
+    with pytest.raises(InputError, match="line 1: not JSON"):
+        Replies(path)
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
