@@ -21,7 +21,7 @@ import re
 import signal
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from llava_jax.console import InputError, Progress, first_line, note, plural, shorten
@@ -36,6 +36,7 @@ BUSY = (408, 409, 425, 429)  # statuses that are worth a retry, as are all from 
 OWN_FAULT = (400, 413, 422)  # statuses of a request that the endpoint refuses, while others may succeed
 FAILED_AT_START = 8  # requests that fail before one succeeds: then the settings are at fault
 CONNECT_SECONDS = 10.0
+MAX_REPLY = 2**24  # bytes
 KEY = "OPENAI_API_KEY"
 
 
@@ -138,11 +139,26 @@ def _open_client(endpoint: Endpoint) -> Any:
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError
         base_url = endpoint.url.removesuffix("/chat/completions")
-        return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout)
+        http = openai.DefaultAsyncHttpxClient(timeout=timeout, event_hooks={"response": [_bound]})
+        return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout, http_client=http)
     except Exception:  # each HTTP client has its own for an invalid URL
         raise InputError(
             f"{shorten(endpoint.url)}: is not the URL of an endpoint, such as http://host:8000/v1"
         ) from None
+
+
+async def _bound(response: Any) -> None:
+    """Stop reading a response of the HTTP client after `MAX_REPLY` decompressed bytes."""
+    read = response.aiter_bytes
+
+    async def aiter_bytes(*args: Any) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in read(*args):
+            if (size := size + len(part)) > MAX_REPLY:
+                raise _Refused(f"the reply has more than {MAX_REPLY:,} bytes")
+            yield part
+
+    response.aiter_bytes = aiter_bytes
 
 
 class _Asking:

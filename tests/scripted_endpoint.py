@@ -17,6 +17,7 @@ import re
 import socket
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
@@ -272,6 +273,13 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.shutdown(socket.SHUT_RDWR)
             case "not JSON":
                 self.send(200, '{"choices": [')
+            case "endless 200" | "endless 500":
+                self.send(int(arrival[-3:]), "", {"Transfer-Encoding": "chunked", "Content-Encoding": "gzip"})
+                block = zlib.compressobj(1, wbits=31).compress(bytes(2**26))
+                with contextlib.suppress(OSError):
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(block), block))
+                    while True:
+                        self.wfile.write(b"1\r\n\0\r\n")
             case "no choices":
                 self.send(200, completion | {"choices": []})
             case _:

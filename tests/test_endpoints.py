@@ -168,6 +168,16 @@ def test_a_silent_endpoint_times_out(replies):
         ask(script.url, replies, requests(2), timeout=0.1)
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_endless_reply_is_given_up(replies, monkeypatch, status):
+    """Before it fills the memory, and without a retry."""
+    monkeypatch.setattr("scripted_endpoint.LOSSES", (f"endless {status}",))
+    with ScriptedEndpoint(lost=1.0) as script:
+        outcome = ask(script.url, replies, requests(2))
+    assert outcome.failed == dict.fromkeys(("r0", "r1"), "the reply has more than 16,777,216 bytes")
+    assert len(script.log) == 2
+
+
 def test_openai_is_named_when_it_is_missing(replies, monkeypatch):
     endpoints._openai.cache_clear()
     monkeypatch.setitem(sys.modules, "openai", None)
