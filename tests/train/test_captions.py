@@ -206,7 +206,11 @@ def test_damaged_tars_are_refused(convert, tmp_path):
     whole = write_tar(tmp_path / "a.tar", TAR).read_bytes()
     giant = tarfile.TarInfo("x")
     giant.type, giant.size = tarfile.XHDTYPE, 2**33
-    damaged = {"text": b"no tar" * 500, "cut": whole[:1000], "giant header": giant.tobuf() + whole, "empty": b""}
+    second = tarfile.BLOCKSIZE * 2  # the header after that of a small file
+    damaged = {
+        "text": b"no tar" * 500, "cut": whole[:1000], "giant header": giant.tobuf() + whole, "empty": b"",
+        "cut within a header": whole[: second + 100], "header": whole[:second] + b"?" + whole[second + 1 :],
+    }  # fmt: skip
     for name, data in damaged.items():
         (tmp_path / "a.tar").write_bytes(data)
         status, err, rows, _ = convert("--captions", "a.tar")
@@ -233,6 +237,19 @@ def test_images_of_tars_do_not_replace_each_other(convert, tmp_path):
     assert status == 0 and row["conversations"][1]["value"] == "x"
     assert (tmp_path / "out/images/a/1.jpg").read_bytes() == b"x"
     assert left_out == [{"row": "y/a.tar 1", "image": "a/1.jpg", "reason": "another image has its name"}]
+
+
+def test_names_in_tars_that_no_file_can_have(convert, tmp_path):
+    """Their rows are left out."""
+    names = ("1.jpg", "1.jpg/2.jpg", "d/" * 600 + "3.jpg", "n" * 300 + ".jpg", "../4.jpg")
+    write_tar(
+        tmp_path / "a.tar", {end: data for name in names for end, data in ((name, PNG), (name[:-3] + "txt", b"A"))}
+    )
+    status, _, [row], left_out = convert("--captions", "a.tar")
+    assert (status, row["image"]) == (0, "a/1.jpg")
+    assert [one["reason"] for one in left_out] == [
+        "another image has its name", *["its name is not one of a file in the image folder"] * 3
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- the command

@@ -154,11 +154,11 @@ class Writer:
         if not self._extract or pair.member is None:
             return pair
         path = self._directory / "images" / pair.image
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as file:
                 _copy(pair.member, file)
-        except FileExistsError:
+        except (FileExistsError, NotADirectoryError):
             return Skipped(pair.where, pair.image, "another image has its name")
         return pair
 

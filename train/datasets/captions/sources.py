@@ -31,6 +31,7 @@ IMAGE_FIELDS = ("image", "file_name", "filename", "image_path", "path")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_CAPTION = 10_000  # characters; a longer text is no caption
 MAX_COCO_BYTES = 2**30
+MAX_NAME = 1024  # bytes of an image's name
 MAX_TAR_READ = 2**24  # bytes read from a tar at once: headers, captions
 SHARD_ROWS = 10_000  # of img2dataset, by default
 
@@ -328,6 +329,9 @@ def _members(tar: tarfile.TarFile, bar: Progress) -> Iterator[tarfile.TarInfo]:
         bar.advance(tar.offset - int(bar.n))
         if member.isreg() and not member.issparse():
             yield member
+    tar.fileobj.seek(tar.offset)  # tarfile takes any damaged header after the first for the end
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -346,7 +350,8 @@ def _tar_pair(
         return Skipped(where, None, f"has no image ({', '.join(IMAGE_SUFFIXES)})")
     name = f"{PurePosixPath(path).stem}/{key.removeprefix('./')}.{_split(image.name)[1]}"
     parts = name.split("/")
-    if any(part in ("", "..") or len(os.fsencode(part)) > 255 for part in parts) or "\0" in name:
+    is_long = len(os.fsencode(name)) > MAX_NAME or any(len(os.fsencode(part)) > 255 for part in parts)
+    if is_long or any(part in ("", "..") for part in parts) or "\0" in name:
         return Skipped(where, None, "its name is not one of a file in the image folder")
     caption: Any = None
     if "txt" in files and fields.caption is None:
