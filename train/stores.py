@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,17 @@ PATIENCE = 30.0  # seconds after which a read is not repeated: some clients repe
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of reading and writing, unlike those of opening, do not name the file: add it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 class Store:
     """A directory and the names of files in it.
 
@@ -35,8 +46,10 @@ class Store:
     def __init__(self, path: str | os.PathLike):
         """
         Raises:
-          InputError: the object store is not supported, or its client is not installed.
+          InputError: the path is empty, the object store is not supported, or its client is not installed.
         """
+        if not os.fspath(path):
+            raise InputError("the name of the directory is empty")
         self.path = os.fspath(path).rstrip("/") or "/"
         scheme, separator, _ = self.path.partition("://")
         self.local = None if separator else Path(self.path)

@@ -203,13 +203,13 @@ def test_nothing_is_written_if_all_images_are_missing(tmp_path, write, prepare):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failing_disk_is_not_a_bad_image(tmp_path, write, prepare, in_process, monkeypatch):
+def test_a_failing_disk_is_not_a_bad_image(folder, write, prepare, in_process, monkeypatch):
     def fails(*_):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("train.datasets.prepare.image_shards.open_regular", fails)
     status, err = prepare("--data", write([good_row(0)]))
-    assert (status, err.splitlines()[-1]) == (1, "error: [Errno 5] Input/output error")
+    assert (status, err.splitlines()[-1]) == (1, f"error: {folder}/0.png: Input/output error")
 
 
 # ---------------------------------------------------------------- lengths

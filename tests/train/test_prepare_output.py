@@ -11,6 +11,7 @@ from helpers import GOLDEN, files_of_at_most, turns
 from llava_jax.console import InputError
 from llava_jax.locks import LockedFile
 from train import mixture
+from train.datasets.prepare import __main__ as preparing
 from train.datasets.prepare import image_shards
 from train.encoding import Encoder
 from train.loader import open_data
@@ -77,6 +78,11 @@ def interrupt_after(monkeypatch, shards: int) -> None:
     monkeypatch.setattr("train.datasets.prepare.__main__.write_shard", interrupted)
 
 
+def test_no_output_is_not_the_root_directory(data, run_cli):
+    status, _, err = run_cli(preparing.main, "--data", data, "--output", "")
+    assert (status, err) == (1, "error: the name of the directory is empty\n")
+
+
 def test_an_interrupted_command_is_resumed(tmp_path, folder, data, prepare, in_process, monkeypatch):
     assert prepare("--data", data, "--max-shard-size", "20KB", output="whole")[0] == 0
     with monkeypatch.context() as patch:
@@ -115,7 +121,7 @@ def test_an_interrupted_command_is_resumed(tmp_path, folder, data, prepare, in_p
 def test_a_full_disk(tmp_path, data, prepare, in_process):
     with files_of_at_most(10_000):
         err = refused(prepare("--data", data))
-    assert "File too large" in err
+    assert err.endswith("images-00000.tar.incomplete: File too large\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["prepare.json"]
     assert prepare("--data", data, "--verify")[0] == 0
 

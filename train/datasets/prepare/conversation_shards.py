@@ -17,7 +17,7 @@ from train.datasets.prepare.image_shards import ImagePart, member_name
 from train.datasets.prepare.plan import Plan
 from train.prepared import MAX_ROW, Description, Index, Shard, conversations_name
 from train.row_sources import row_id
-from train.stores import Store
+from train.stores import Store, naming
 
 REPLACED = ("image", "images", "system", "conversations", "messages")  # keys of a row that names no files in the folder
 
@@ -145,14 +145,16 @@ class _Shards(contextlib.AbstractContextManager):
             self._staged = self._folder / f"{self._name}.incomplete"
             self._file = self._staged.open("wb")
             self._size, self._count, self._digest = 0, 0, hashlib.sha256()
-        self._file.write(line)
+        with naming(self._staged):
+            self._file.write(line)
         self._digest.update(line)
         self._size, self._count = self._size + len(line), self._count + 1
         return self._size - len(line), len(line) - 1
 
     def _publish(self) -> None:
         assert self._file
-        self._file.close()
+        with naming(self._staged):
+            self._file.close()
         self._file = None
         self._store.publish(self._staged, self._name)
         shard = Shard(name=self._name, bytes=self._size, sha256=self._digest.hexdigest(), count=self._count)

@@ -26,7 +26,7 @@ from llava_jax.json_files import parse_json
 from train.datasets.prepare.plan import TAR_BLOCK, TAR_END, image_error
 from train.datasets.prepare.workers import Report
 from train.prepared import Shard, images_name
-from train.stores import Store
+from train.stores import Store, naming
 
 QUALITY = 90  # of images that are scaled down, without --quality
 MAX_JPEG_SIDE = 65500
@@ -110,7 +110,7 @@ def write_shard(job: Job, report: Report) -> None:
     store, name = Store(job.output), images_name(job.number)
     staged = Path(job.folder) / f"{name}.incomplete"
     try:
-        with open(staged, "wb") as file:
+        with naming(staged), open(staged, "wb") as file:
             part = _write_images(job, _Tar(file), report)
         store.publish(staged, name)
     finally:

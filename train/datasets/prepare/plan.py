@@ -25,6 +25,7 @@ from train import mixture
 from train.prepared import MAX_IMAGE, first_images
 from train.row_sources import DataFile
 from train.samples import BadSample
+from train.stores import naming
 
 MAX_DIRECTORIES = 2**16  # whose resolved paths are kept
 NO_IMAGE = 2**32 - 1  # instead of the number of an image, in rows that are left out or not used
@@ -41,7 +42,8 @@ def image_error(path: str, error: OSError | ValueError) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"{shorten(path)}: no such image")
     if isinstance(error, OSError) and error.errno not in LEFT_OUT:
-        raise error
+        with naming(path):
+            raise error
     return InputError(f"{shorten(path)}: cannot be read ({first_line(error)})")
 
 
