@@ -27,7 +27,7 @@ from train.prepared import MAX_INDEX, PreparedDataset, first_images
 VERSION = 1  # of the rules that make tokens of a conversation
 UNKNOWN, BAD = 0, -1  # instead of a number of tokens
 ARRAYS = ("tokens", "label", "images")
-REASONS, CHECKSUM = "reasons", "checksum"  # in the metadata of a file
+METADATA = "checksum and reasons"  # one key: safetensors writes several in any order
 MAX_REASON = 200  # characters
 
 Reason = tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)], str]  # placement, row, why it is bad
@@ -140,7 +140,7 @@ class Lengths:
         reasons = [[order, row, reason[:MAX_REASON]] for (order, row), reason in sorted(self.reasons.items())]
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
         text = json.dumps(reasons)
-        return save(arrays, {REASONS: text, CHECKSUM: _checksum(of, arrays, text)})
+        return save(arrays, {METADATA: json.dumps([_checksum(of, arrays, text), text])})
 
     def load(self, data: bytes, where: str, of: str) -> None:
         """Take the lengths of a file.
@@ -154,8 +154,9 @@ class Lengths:
         try:
             arrays = load(data)
             metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            reasons = check_json(parse_json(metadata[REASONS]), list[Reason], where)
-            is_same = metadata[CHECKSUM] == _checksum(of, {name: arrays[name] for name in ARRAYS}, metadata[REASONS])
+            checksum, text = check_json(parse_json(metadata[METADATA]), tuple[str, str], where)
+            reasons = check_json(parse_json(text), list[Reason], where)
+            is_same = checksum == _checksum(of, {name: arrays[name] for name in ARRAYS}, text)
         except (SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
             raise InputError(f"{where}: not a file of lengths ({first_line(error)}); remove it") from None
         mine = {name: getattr(self, name) for name in ARRAYS}
