@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from llava_jax.console import InputError, first_line, note, shorten
+from train.datasets.worker_processes import end_with_parent
 from train.figures import label_counts, new_figure, save_figure
 
 MODEL = "en_core_web_sm"
@@ -158,6 +159,7 @@ _pipeline: Any = None  # of a process of `find_phrases`
 
 def _start_worker(model: str) -> None:
     global _pipeline
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself is interrupted
     _pipeline = load_pipeline(model)
 

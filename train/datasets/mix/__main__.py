@@ -28,9 +28,9 @@ from llava_jax.data.image_folder import ImageFolder
 from train import mixture
 from train.config import PRESETS, TrainConfig
 from train.datasets.mix import report as mix_report
-from train.datasets.mix.files import DataFile, mark_duplicates, measure_file
+from train.datasets.mix.files import MeasuredFile, mark_duplicates, measure_file
 from train.datasets.mix.images import check_images
-from train.datasets.mix.lengths import Lengths, measure_lengths, open_model
+from train.datasets.mix.lengths import Positions, measure_lengths, open_model
 from train.datasets.mix.plots import draw
 from train.datasets.mix.rows import Mix, choose, left_out, write_mix
 from train.figures import new_figure, save_figure
@@ -105,7 +105,7 @@ def main() -> None:
         print(terminal_safe(mix_report.render(mix_report.summarize(mix, lengths), [])))
 
 
-def read_files(parts: Sequence[mixture.Part]) -> list[DataFile]:
+def read_files(parts: Sequence[mixture.Part]) -> list[MeasuredFile]:
     """Read and measure the data files of parts, each once."""
     paths: dict[str, str] = {}
     for part in parts:
@@ -117,7 +117,9 @@ def read_files(parts: Sequence[mixture.Part]) -> list[DataFile]:
     return [measure_file(path) for path in paths.values()]
 
 
-def write(mix: Mix, lengths: Lengths | None, earlier: Sequence[np.ndarray], output: Path, *, report_only: bool) -> None:
+def write(
+    mix: Mix, lengths: Positions | None, earlier: Sequence[np.ndarray], output: Path, *, report_only: bool
+) -> None:
     """Write the mix, what is left out, and the report.
 
     Raises:

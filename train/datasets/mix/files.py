@@ -45,13 +45,13 @@ MAX_COUNT = 2**32 - 1
 _COLUMNS = {
     "status": "B", "kind": "B", "questions": "I", "asked": "I", "answered": "I", "images": "I", "content": "Q",
     "ids": "Q", "names": "Q",
-}  # of `DataFile`, with their types in `array`  # fmt: skip
+}  # of `MeasuredFile`, with their types in `array`  # fmt: skip
 _ASKS_TO_DESCRIBE = re.compile(r"\b(descri(be|ption)|caption|summar(y|ize)|sum up|depict|what (do|can) you see)", re.I)
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9][0-9,.]*")  # parts of a reason that differ from row to row
 
 
 @dataclasses.dataclass
-class DataFile:
+class MeasuredFile:
     """The rows of a data file, and what is known of each.
 
     status          uint8 [n]: `GOOD`, or why the row is left out
@@ -91,7 +91,7 @@ class DataFile:
         return np.flatnonzero(self.status == GOOD)
 
 
-def measure_file(path: str) -> DataFile:
+def measure_file(path: str) -> MeasuredFile:
     """Read a data file and measure its rows.
 
     Raises:
@@ -123,7 +123,7 @@ def measure_file(path: str) -> DataFile:
             for name in _COLUMNS.keys() - {"names"}:
                 columns[name].append(measured[name])
     arrays = {name: np.array(column) for name, column in columns.items()}
-    return DataFile(path, rows, reasons=reasons, unread_keys=keys, rows_with_unread_keys=rows_with_keys, **arrays)
+    return MeasuredFile(path, rows, reasons=reasons, unread_keys=keys, rows_with_unread_keys=rows_with_keys, **arrays)
 
 
 def _measure(conversation: Conversation) -> dict[str, int]:
@@ -199,7 +199,7 @@ def hash_text(text: str | bytes) -> int:
 # ---------------------------------------------------------------- duplicates
 
 
-def mark_duplicates(files: Sequence[DataFile]) -> list[np.ndarray]:
+def mark_duplicates(files: Sequence[MeasuredFile]) -> list[np.ndarray]:
     """Mark rows whose images, conversation and system message equal those of an earlier row of any file.
 
     Ids do not matter. Equal are hashes of 64 bits: of ten million rows, that takes two others for the same with a

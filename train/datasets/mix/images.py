@@ -13,7 +13,7 @@ from llava_jax.data.conversations import read_conversation
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.images import image_size, open_image
 from llava_jax.data.urls import display_name
-from train.datasets.mix.files import BAD_IMAGE, GOOD, DataFile
+from train.datasets.mix.files import BAD_IMAGE, GOOD, MeasuredFile
 
 AT_ONCE = 4096  # images that threads are given at once
 MAX_REASONS = 10_000  # bad images whose reason is kept
@@ -48,7 +48,7 @@ class Images:
         return self.sizes[np.searchsorted(self.names, names)]
 
 
-def check_images(files: Sequence[DataFile], folder: ImageFolder, *, decode: bool) -> Images:
+def check_images(files: Sequence[MeasuredFile], folder: ImageFolder, *, decode: bool) -> Images:
     """Check each image once, in threads, and mark the rows of bad ones.
 
     Args:
@@ -90,7 +90,7 @@ def check_images(files: Sequence[DataFile], folder: ImageFolder, *, decode: bool
     return images
 
 
-def _names(files: Sequence[DataFile], wanted: np.ndarray) -> Iterator[str]:
+def _names(files: Sequence[MeasuredFile], wanted: np.ndarray) -> Iterator[str]:
     """The names of images, by their numbers among all images of good rows, ascending."""
     at = end = 0
     for file in files:
@@ -109,7 +109,7 @@ def _batches(order: np.ndarray, names: Iterator[str]) -> Iterator[tuple[np.ndarr
         yield numbers, list(itertools.islice(names, len(numbers)))
 
 
-def _mark(files: Sequence[DataFile], images: Images) -> None:
+def _mark(files: Sequence[MeasuredFile], images: Images) -> None:
     for file in files:
         row_of = np.repeat(np.arange(len(file)), file.images)
         used = file.status[row_of] == GOOD

@@ -30,7 +30,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
+class Positions:
     """The lengths of measured rows.
 
     rows       int64 [m]: index into the mix
@@ -69,7 +69,7 @@ def open_model(args: argparse.Namespace) -> Model:
     return Model(config, found.tokenizer, template, args.max_length or run.max_length)
 
 
-def measure_lengths(mix: Mix, model: Model) -> Lengths:
+def measure_lengths(mix: Mix, model: Model) -> Positions:
     """Measure up to `MAX_MEASURED` rows of a mix."""
     rows = np.unique(np.linspace(0, len(mix) - 1, min(len(mix), MAX_MEASURED)).astype(np.int64))
     measured = []
@@ -82,7 +82,7 @@ def measure_lengths(mix: Mix, model: Model) -> Lengths:
                 continue
     columns = np.array(measured, np.int64).reshape(-1, 4)
     kept, positions, trained, total = columns.T
-    return Lengths(model, kept, positions, trained, total, unfit=len(rows) - len(columns))
+    return Positions(model, kept, positions, trained, total, unfit=len(rows) - len(columns))
 
 
 def _measure(mix: Mix, row: int, model: Model) -> tuple[int, int, int]:

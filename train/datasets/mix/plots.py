@@ -7,7 +7,7 @@ import numpy as np
 
 from llava_jax.console import printable, shorten
 from train.datasets.mix.files import KINDS
-from train.datasets.mix.lengths import Lengths
+from train.datasets.mix.lengths import Positions
 from train.datasets.mix.report import LEFT_OUT
 from train.datasets.mix.rows import Mix
 from train.figures import label_counts, new_figure
@@ -16,7 +16,7 @@ BARS = 12  # sources that are drawn; the others are one bar
 BINS = 50
 
 
-def draw(mix: Mix, lengths: Lengths | None) -> Iterator[tuple[str, Any]]:
+def draw(mix: Mix, lengths: Positions | None) -> Iterator[tuple[str, Any]]:
     """The names of the plots' files, and their figures; none of an empty mix."""
     if not len(mix):
         return
@@ -100,7 +100,7 @@ def draw_images(sizes: np.ndarray) -> Any:
     return figure
 
 
-def draw_positions(lengths: Lengths) -> Any:
+def draw_positions(lengths: Positions) -> Any:
     """Lengths in positions, and where training truncates."""
     figure, [ax] = new_figure(1)
     longest, limit = int(lengths.positions.max()), lengths.model.max_length

@@ -13,7 +13,7 @@ import numpy as np
 from llava_jax.console import plural, printable, shorten
 from train.datasets.mix.files import BAD_IMAGE, DUPLICATE, INVALID, KINDS
 from train.datasets.mix.images import Images, most_frequent_sizes
-from train.datasets.mix.lengths import Lengths
+from train.datasets.mix.lengths import Positions
 from train.datasets.mix.rows import Mix
 
 PERCENTILES = {"median": 50, "90 %": 90, "99 %": 99, "max": 100}
@@ -30,7 +30,7 @@ Report = dict[str, Any]
 # ---------------------------------------------------------------- counting
 
 
-def summarize(mix: Mix, lengths: Lengths | None) -> Report:
+def summarize(mix: Mix, lengths: Positions | None) -> Report:
     """The contents of `report.json`."""
     files = mix.files
     kinds = mix.column("kind")
@@ -118,7 +118,7 @@ def _images(images: Images) -> Report:
     }
 
 
-def _positions(mix: Mix, lengths: Lengths) -> Report:
+def _positions(mix: Mix, lengths: Positions) -> Report:
     model = lengths.model
     is_truncated = lengths.positions > model.max_length
     order = np.argsort(-lengths.positions, kind="stable")[:LONGEST]

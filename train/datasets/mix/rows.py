@@ -12,7 +12,7 @@ import numpy as np
 from llava_jax.console import InputError, Progress, note, shorten
 from llava_jax.data.conversations import read_conversation
 from train import mixture
-from train.datasets.mix.files import DUPLICATE, DataFile, check_conversation, has_id, hash_text
+from train.datasets.mix.files import DUPLICATE, MeasuredFile, check_conversation, has_id, hash_text
 from train.datasets.mix.images import Images, reason_of
 
 
@@ -30,7 +30,7 @@ class Mix:
     """
 
     parts: Sequence[mixture.Part]
-    files: Sequence[DataFile]
+    files: Sequence[MeasuredFile]
     file_of: Sequence[int]
     part: np.ndarray
     file: np.ndarray
@@ -41,13 +41,13 @@ class Mix:
         return len(self.row)
 
     def column(self, name: str) -> np.ndarray:
-        """The values [n] of a column of `DataFile`."""
+        """The values [n] of a column of `MeasuredFile`."""
         columns = [getattr(file, name) for file in self.files]
         starts = np.cumsum([0, *map(len, columns)])
         return np.concatenate(columns)[starts[self.file] + self.row]
 
 
-def choose(parts: Sequence[mixture.Part], files: Sequence[DataFile], images: Images | None, seed: int) -> Mix:
+def choose(parts: Sequence[mixture.Part], files: Sequence[MeasuredFile], images: Images | None, seed: int) -> Mix:
     """Choose the rows of each part, by its weight, from those of its file that are not left out.
 
     Raises:
@@ -118,7 +118,7 @@ def _encode(value: Any) -> bytes:
 
 
 def left_out(
-    files: Sequence[DataFile], earlier: Sequence[np.ndarray], images: Images | None
+    files: Sequence[MeasuredFile], earlier: Sequence[np.ndarray], images: Images | None
 ) -> Iterator[dict[str, Any]]:
     """The rows that are left out, with the reason."""
     starts = np.cumsum([0, *map(len, files)])

@@ -35,7 +35,7 @@ from train.datasets.prepare.conversation_shards import write_conversations
 from train.datasets.prepare.image_shards import ImagePart, Job, write_shard
 from train.datasets.prepare.output import LEFT_OUT, Preparation
 from train.datasets.prepare.plan import Plan
-from train.datasets.prepare.workers import run_jobs
+from train.datasets.worker_processes import run_jobs
 from train.prepared import FORMAT, Description, is_prepared
 from train.samples import describe_first
 

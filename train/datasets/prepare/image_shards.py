@@ -24,7 +24,7 @@ from llava_jax.data.urls import NamedBytes
 from llava_jax.files import open_regular
 from llava_jax.json_files import parse_json
 from train.datasets.prepare.plan import TAR_BLOCK, TAR_END, image_error
-from train.datasets.prepare.workers import Report
+from train.datasets.worker_processes import Report
 from train.prepared import Shard, images_name
 from train.stores import Store, naming
 

@@ -13,7 +13,7 @@ from llava_jax.console import InputError, Progress, note, plural, shorten
 from llava_jax.data.conversations import read_conversation
 from llava_jax.json_files import parse_json
 from train.config import PRESETS, TrainConfig, check_preset
-from train.datasets.prepare.workers import Report, run_jobs
+from train.datasets.worker_processes import Report, run_jobs
 from train.encoding import Encoder
 from train.lengths import Length, Lengths, contents_of, read_lengths
 from train.prepared import INDEX, PreparedDataset

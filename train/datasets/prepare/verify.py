@@ -14,7 +14,7 @@ from llava_jax.data.conversations import read_conversation
 from llava_jax.data.images import open_image
 from llava_jax.data.urls import NamedBytes
 from llava_jax.json_files import parse_json
-from train.datasets.prepare.workers import Report, run_jobs
+from train.datasets.worker_processes import Report, run_jobs
 from train.lengths import lengths_name, read_lengths
 from train.prepared import INDEX, PreparedDataset, Shard
 from train.stores import Store

@@ -104,7 +104,7 @@ def _ignored(number: signal.Signals) -> Iterator[None]:
 
 def _work(connection: Connection, function: Function) -> None:
     """A worker: run the jobs that arrive."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     silence_pillow()
     done, reported = [0, 0], time.monotonic()
 
@@ -130,7 +130,12 @@ def _work(connection: Connection, function: Function) -> None:
         connection.send(result)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this worker process when its parent ends, even if that is killed."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
