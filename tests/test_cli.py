@@ -153,12 +153,12 @@ def test_bad_input_is_one_line_and_status_1(answers, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "module", ["infer.generate", "infer.evaluate", "convert", "train.preview", "train.datasets.shapes"]
+    "module",
+    ["infer.generate", "infer.evaluate", "convert.__main__", "train.preview", "train.datasets.shapes.__main__"],
 )
 @pytest.mark.parametrize("flags", [["--image"], ["to-orbax"], ["--nope", "1"]])
 def test_wrong_flags_are_one_line(module, flags, run_cli):
-    main = importlib.import_module(f"{module}.__main__" if module == "convert" else module).main
-    status, out, err = run_cli(main, *flags)
+    status, out, err = run_cli(importlib.import_module(module).main, *flags)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("error: ") and "--help" in err
 

@@ -108,13 +108,16 @@ def test_scienceqa_file_is_whole_or_as_it_was(tmp_path, run_cli, monkeypatch):
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
     path = tmp_path / "llava_train_QCM-LEA.json"
     path.write_text("[]")
-    write = Path.write_bytes
+    opened = Path.open
 
-    def full_disk(self, data):
-        write(self, data[:20])
-        raise OSError(28, "No space left on device")
+    def full_disk(self, mode="r", *more, **settings):
+        file = opened(self, mode, *more, **settings)
+        if "r" not in mode:
+            file.write(b"[{")
+            raise OSError(28, "No space left on device")
+        return file
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(Path, "open", full_disk)
     status, _, err = run_cli(scienceqa.main, "--base-dir", tmp_path, "--split", "train")
     assert (status, err) == (1, f"error: {path}: cannot be written (No space left on device)\n")
     assert path.read_text() == "[]"

@@ -53,7 +53,7 @@ BAD = {
     "eval data without a good row": (lambda t: ("--eval-data", broken_lines(t)), "nothing in it can be trained on"),
     "eval data is none": (lambda t: ("--eval-data", CHECKPOINT / "config.json"), "nothing in it can be trained on"),
     "eval data is empty": (lambda t: ("--eval-data", make(t / "e.json", Path.touch)), "has no conversations"),
-    "eval data is a directory": (lambda t: ("--eval-data", t), "a directory, not a file"),
+    "eval data is a directory": (lambda t: ("--eval-data", t), "a directory, but not a prepared dataset"),
     "eval data is a pipe": (lambda t: ("--eval-data", make(t / "e.json", os.mkfifo)), "a pipe, not a file"),
     "no image of eval data": (lambda t: ("--eval-data", without_images(t)), "none of its images can be read"),
     "output below a file": (lambda t: ("--output", CHECKPOINT / "config.json" / "x"), "cannot be used"),
