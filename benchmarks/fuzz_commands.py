@@ -90,7 +90,8 @@ def owned(arguments: list[str]) -> list[str]:
 
 
 def module_of(name: str):
-    return importlib.import_module(f"{name}.__main__" if name in ("convert", "train") else name)
+    found = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(found, "__path__") else found  # a package
 
 
 def random_flags(module: str, arguments: list[str], pick: random.Random) -> list[str]:
