@@ -145,7 +145,7 @@ class PreparedRows:
         return self.dataset.image(row, place)
 
 
-def open_source(path: str, folder: ImageFolder) -> DataFile | PreparedRows:
+def open_source(path: str, folder: ImageFolder) -> RowSource:
     """
     Raises:
       InputError: `path` cannot be read.

@@ -23,7 +23,7 @@ from llava_jax.data.urls import display_name
 from train import mixture
 from train.encoding import Encoded, Encoder
 from train.lengths import Length, Lengths, read_lengths
-from train.row_sources import DataFile, PreparedRows, open_source
+from train.row_sources import PreparedRows, RowSource, open_source
 
 MAX_NAMED = 3  # bad samples that an error names
 MAX_SIZES = 2**16  # sizes of images whose layouts are remembered
@@ -166,7 +166,7 @@ class Samples:
         counts = [self.sources[i].image_counts[rows] for i, rows in zip(self._source_of, chosen, strict=True)]
         self.has_image, self.max_images = np.concatenate(counts) > 0, max(int(count.max()) for count in counts)
 
-    def _known_lengths(self, source: DataFile | PreparedRows) -> Lengths:
+    def _known_lengths(self, source: RowSource) -> Lengths:
         """The lengths of a source's rows that have been measured for this tokenizer and template, to be completed."""
         orders = 1 + self._random_order
         known = None
@@ -248,7 +248,7 @@ class Samples:
         """The place of a single image in its turn: 0 for in front of the text, 1 for after it."""
         return int(self._random_order and np.random.default_rng((self._seed, epoch, number)).random() < 0.5)
 
-    def _layout(self, source: DataFile | PreparedRows, row: int, place: int, name: str | None) -> TileLayout:
+    def _layout(self, source: RowSource, row: int, place: int, name: str | None) -> TileLayout:
         """The layout of an image. Only anyres needs its size; otherwise the image is not opened before its batch is
         loaded, so that each process opens only its own images."""
         side = self.model.vision.image_size
