@@ -26,6 +26,7 @@ from msgspec import Meta
 from tokenizers import AddedToken, processors
 
 from llava_jax.console import InputError, note, shorten
+from llava_jax.data.decoding import WholeStream
 from llava_jax.data.json_tokenizer import JsonTokenizer, limit_untrusted
 from llava_jax.data.sentencepiece_tokenizer import Offsets, SentencePieceTokenizer, Token, added_token, content_of
 from llava_jax.data.templates import IMAGE_TOKEN
@@ -120,6 +121,10 @@ class Tokenizer:
     def decode_settled(self, ids: Iterable[int]) -> str:
         """Decode the part of the text that later ids cannot change: it ends before an incomplete character."""
         return self._engine.decode_settled([int(i) for i in ids]).rstrip("\ufffd")
+
+    def stream(self) -> WholeStream:
+        """A decoder to which ids are added one by one; special tokens are skipped."""
+        return WholeStream(self.decode)
 
     def token_id(self, token: str) -> int | None:
         return self._engine.token_id(token)
