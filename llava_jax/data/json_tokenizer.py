@@ -7,6 +7,7 @@ memory (`sandbox`).
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -19,7 +20,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from llava_jax.console import InputError, first_line, shorten
-from llava_jax.data.sentencepiece_tokenizer import Offsets, Token, added_token, prefix_after_images
+from llava_jax.data.decoding import ByteStream, PieceStream, Stream, WholeStream
+from llava_jax.data.sentencepiece_tokenizer import SPACE, Offsets, Token, added_token, prefix_after_images
 from llava_jax.json_files import parse_json
 from llava_jax.sandbox import LimitError, Worker
 
@@ -39,6 +41,9 @@ PATTERNS = {
 COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MAX_ADDED_CHARS = 2  # at the beginning of a text: `▁\n`
 LITERALS = re.compile(r"(?:[^\\()\[\]{}*+?]|\\A|\\n|\\\W)*")
+
+
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the token of a byte
 
 
 class JsonTokenizer:
@@ -85,9 +90,45 @@ class JsonTokenizer:
         with _input_errors(f"{self._file}: decoding {len(ids):,} ids fails"):
             return self._run.decode(ids, skip_special_tokens=not special)
 
+    def stream(self) -> Stream:
+        decode, added = functools.partial(self.decode, special=False), self._engine.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        skips = lambda i: i in special or self.token(i) is None  # noqa: E731
+        kinds = [part["type"] for part in self._decoders]
+        if kinds == ["ByteLevel"]:
+            return ByteStream(lambda i: _bytes_of(self.token(i) or ""), skips)
+        if all(map(_is_local, self._decoders)):
+            return PieceStream(decode, self._byte, skips, whole_runs=True)
+        return WholeStream(decode)
+
+    def token_bytes(self, i: int) -> bytes:
+        token = self.token(i) or ""
+        if i in self._engine.get_added_tokens_decoder():
+            return token.encode()
+        kinds = {part["type"]: part for part in self._decoders}
+        if "ByteLevel" in kinds:
+            return _bytes_of(token)
+        if (byte := self._byte(i)) is not None:
+            return bytes([byte])
+        return (token.replace(SPACE, " ") if kinds.keys() & {"Replace", "Metaspace"} else token).encode()
+
+    def _byte(self, i: int) -> int | None:
+        fallback = any(part["type"] == "ByteFallback" for part in self._decoders)
+        token = BYTE.fullmatch(self.token(i) or "") if fallback else None
+        return int(token[1], 16) if token else None
+
+    @functools.cached_property
+    def _decoders(self) -> list[dict[str, Any]]:
+        """The settings of the decoders, in order."""
+        decoder = self._engine.decoder
+        parts = [json.loads(decoder.__getstate__())] if decoder else []
+        while any(part["type"] == "Sequence" for part in parts):
+            parts = [inner for part in parts for inner in part.get("decoders", [part])]
+        return parts
+
     def decode_settled(self, ids: list[int]) -> str:
         n = len(ids)  # another byte can change the text of a run of bytes
-        while n and re.fullmatch(r"<0x[0-9A-F]{2}>", self.token(ids[n - 1]) or ""):
+        while n and BYTE.fullmatch(self.token(ids[n - 1]) or ""):
             n -= 1
         return self.decode(ids[:n], False)
 
@@ -129,6 +170,31 @@ def _read(files: dict[str, bytes], settings: dict[str, Any], directory: Path) ->
         trial.run("load", text)
         trial.close()
     return tokenizers.Tokenizer.from_str(text)
+
+
+# ---------------------------------------------------------------- the bytes of tokens
+
+
+@functools.cache
+def _alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level BPE (GPT-2's encoder.py `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes of a token of byte-level BPE; a token with other characters is its own text."""
+    found = [_alphabet().get(char) for char in token]
+    return token.encode() if None in found else bytes(byte for byte in found if byte is not None)
+
+
+def _is_local(decoder: dict[str, Any]) -> bool:
+    """Whether a decoder gives a token the same text everywhere except at the beginning of a text."""
+    kind = decoder["type"]
+    if kind == "Replace":
+        return decoder["pattern"] == {"String": SPACE}
+    return kind in ("ByteFallback", "Fuse", "Metaspace") or (kind == "Strip" and decoder["stop"] == 0)
 
 
 # ---------------------------------------------------------------- limits

@@ -5,6 +5,7 @@ dummy prefix goes (models/llama/tokenization_llama.py): before each piece of tex
 """
 
 import dataclasses
+import functools
 import re
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from llava_jax.console import InputError, first_line, shorten
+from llava_jax.data.decoding import PieceStream, Stream, WholeStream, unfinished
 
 SPACE = "▁"
 LLAMA_SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")  # defaults that a checkpoint's files may omit
@@ -204,10 +206,31 @@ class SentencePieceTokenizer:
         while n and self._is_byte(ids[n - 1]):
             n -= 1
         run = bytes(int(self._model.id_to_piece(i)[3:5], 16) for i in ids[n:])
-        return self.decode(ids[: len(ids) - _unfinished(run)], False)
+        return self.decode(ids[: len(ids) - unfinished(run)], False)
+
+    def stream(self) -> Stream:
+        decode = functools.partial(self.decode, special=False)
+        if self._denormalizes:
+            return WholeStream(decode)
+        skips = lambda i: i not in self.added and not 0 <= i < self._size  # noqa: E731
+        return PieceStream(decode, self._byte, skips, beginnings=self.added)
+
+    def token_bytes(self, i: int) -> bytes:
+        if i in self.added:
+            return self.added[i].content.encode()
+        if (byte := self._byte(i)) is not None:
+            return bytes([byte])
+        return self._model.id_to_piece(i).replace(SPACE, " ").encode() if 0 <= i < self._size else b""
+
+    @functools.cached_property
+    def _denormalizes(self) -> bool:
+        return bool(_parse(self._proto).denormalizer_spec.precompiled_charsmap)
 
     def _is_byte(self, i: int) -> bool:
         return i not in self.added and 0 <= i < self._size and self._model.is_byte(i)
+
+    def _byte(self, i: int) -> int | None:
+        return int(self._model.id_to_piece(i)[3:5], 16) if self._is_byte(i) else None
 
     def for_transformers(self) -> tokenizers.Tokenizer:
         """Convert with transformers' own converter."""
@@ -258,14 +281,3 @@ def _without_dummy_prefix(proto: bytes) -> bytes:
     model = _parse(proto)
     model.normalizer_spec.add_dummy_prefix = False
     return model.SerializeToString()
-
-
-def _unfinished(data: bytes) -> int:
-    """The number of bytes at the end that begin an incomplete UTF-8 character."""
-    for n in range(1, min(3, len(data)) + 1):
-        first = data[-n]
-        if first >= 0xC0:
-            return n if n < 2 + (first >= 0xE0) + (first >= 0xF0) else 0
-        if first < 0x80:
-            break
-    return 0

@@ -26,7 +26,7 @@ from msgspec import Meta
 from tokenizers import AddedToken, processors
 
 from llava_jax.console import InputError, note, shorten
-from llava_jax.data.decoding import WholeStream
+from llava_jax.data.decoding import Stream
 from llava_jax.data.json_tokenizer import JsonTokenizer, limit_untrusted
 from llava_jax.data.sentencepiece_tokenizer import Offsets, SentencePieceTokenizer, Token, added_token, content_of
 from llava_jax.data.templates import IMAGE_TOKEN
@@ -122,9 +122,13 @@ class Tokenizer:
         """Decode the part of the text that later ids cannot change: it ends before an incomplete character."""
         return self._engine.decode_settled([int(i) for i in ids]).rstrip("\ufffd")
 
-    def stream(self) -> WholeStream:
+    def stream(self) -> Stream:
         """A decoder to which ids are added one by one; special tokens are skipped."""
-        return WholeStream(self.decode)
+        return self._engine.stream()
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that a token stands for; those of the ids of a text make up the text, behind a dummy prefix."""
+        return self._engine.token_bytes(i)
 
     def token_id(self, token: str) -> int | None:
         return self._engine.token_id(token)
