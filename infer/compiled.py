@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from infer.next_token import choose
+from infer.next_token import Controls, History, choose
 from llava_jax.models import llama, llava
 from llava_jax.sharding.partition import Partition
 
@@ -59,7 +59,8 @@ def prefill(
     config, (B, S, _) = partition.config.text, x_BSD.shape
     decoder, slots = params["decoder"], S + new_tokens
     x_BD, cache = llama.prefill(decoder, config, x_BSD, lengths, slots, int8=int8_cache, partition=partition)
-    tokens = choose(llama.logits(decoder, config, x_BD, partition), _fold(keys, 0), sampling_params, partition)
+    logits_BV = llama.logits(decoder, config, x_BD, partition)
+    tokens = _choose(logits_BV, keys, jnp.int32(0), sampling_params, eos_ids, partition)
     out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
     done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
     return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
@@ -85,7 +86,7 @@ def _decode(params, state: State, stopped, steps, sampling_params, *, partition,
         )
         step = state.step + 1
         logits_BV = llama.logits(params["decoder"], config, x_BD, partition)
-        tokens = choose(logits_BV, _fold(state.keys, step), sampling_params, partition)
+        tokens = _choose(logits_BV, state.keys, step, sampling_params, eos_ids, partition)
         tokens = jnp.where(state.done, state.tokens, tokens)
         out = jnp.where(
             state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))
@@ -106,6 +107,14 @@ def decode_on(platform: str):
     except Exception:  # this JAX release lacks the option
         options = {}
     return jax.jit(_decode, static_argnames=("partition", "eos_ids"), donate_argnames="state", compiler_options=options)
+
+
+def _choose(logits_BV, keys, step, sampling_params, eos_ids, partition) -> jax.Array:
+    """The next token of each row, all with the same options and without a history."""
+    rows = jnp.zeros(logits_BV.shape[:1], jnp.int32)
+    controls = Controls(*(jnp.broadcast_to(sampling_params[name], rows.shape) for name in Controls._fields))
+    history = History(*(jnp.zeros(logits_BV.shape, dtype) for dtype in (bool, jnp.int32, jnp.float32)))
+    return choose(logits_BV, _fold(keys, step), controls, history, rows + step, eos_ids, partition)
 
 
 def _is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:

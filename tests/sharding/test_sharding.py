@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from helpers import GOLDEN, QUESTION, golden_engine, load_golden, make_row
 from infer.engine import Engine, Request
-from infer.next_token import choose, row_keys
+from infer.next_token import Controls, History, choose, row_keys
 from infer.sampling import Sampling
 from llava_jax import config as c
 from llava_jax.console import InputError
@@ -102,18 +102,21 @@ def test_every_mesh_quantizes_the_same(mesh):
 def test_only_drawing_gathers_logits():
     """The likeliest token is found where its logits are, even if the vocabulary divides nothing."""
     mesh = make_mesh({"tensor": 4}, jax.devices()[:4])
-    keys, sampling_params = row_keys(0, range(8)), Sampling().params()
+    keys, controls, generated = row_keys(0, range(8)), Controls.of([Sampling()] * 8), np.zeros(8, np.int32)
     cut = jax.NamedSharding(mesh, P(None, "tensor"))
     logits = jax.device_put(np.random.default_rng(0).standard_normal((8, 4096), np.float32), cut)
     partition = Partition(c.tiny(), mesh)
-    chosen = jax.jit(choose, static_argnums=3).lower(logits, keys, sampling_params, partition).compile()
+    static, dtypes = dict(static_argnums=(5, 6)), (bool, np.int32, np.float32)
+    history = History(*(np.zeros((8, 4096), dtype) for dtype in dtypes))
+    chosen = jax.jit(choose, **static).lower(logits, keys, controls, history, generated, (2,), partition).compile()
     computations = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%|ENTRY)", chosen.as_text())}
     gathering = {name for name, part in computations.items() if re.search(r"f32\[8,4096\]\S* all-gather\(", part)}
     branches = re.findall(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.]+)", chosen.as_text())
     assert gathering and gathering <= {name for pair in branches for group in pair for name in group.split(", ")}
     odd = np.random.default_rng(1).standard_normal((8, 4097), np.float32)
+    history = History(*(np.zeros(odd.shape, dtype) for dtype in dtypes))
     np.testing.assert_array_equal(
-        jax.jit(choose, static_argnums=3)(odd, keys, sampling_params, partition), odd.argmax(-1)
+        jax.jit(choose, **static)(odd, keys, controls, history, generated, (2,), partition), odd.argmax(-1)
     )
 
 
