@@ -1,101 +1,224 @@
-"""The engine's jitted functions: four, one after the other, for a batch of questions, and `logits` without a cache.
+"""The engine's jitted functions. Their static shapes depend only on the slots (B of M positions) and on short ladders:
 
-Their static shapes depend only on (B rows, S positions, T tiles, N new tokens):
+    encode      (T)        uint8 tiles -> features
+    image_table (T, n)     the features of one image of n tiles
+    embed       (S)        token ids -> input embeddings of a chunk of a prompt
+    place       (S, n)     the features of one image, where the chunk has them: one gather
+    prefill     (S, span)  input embeddings -> keys and values in a slot; after the last chunk, the first token
+    copy        (span)     keys and values of one slot -> another
+    decode      (span)     a `while_loop` over decode steps of all slots, which ends when all have ended
 
-    encode   (B, T)      uint8 tiles -> feature table
-    splice   (B, S, T)   token ids, feature table -> input embeddings: one gather
-    prefill  (B, S, N)   input embeddings -> cache, first token
-    decode   (B, S, N)   a `while_loop` that ends when all rows have ended, cache updated in place
+`span` is the number of positions that are read of each slot. A prefill has A rows, one for each shard of the slots.
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from infer.next_token import Controls, History, choose
-from llava_jax.models import llama, llava
+from infer.next_token import Controls, History, Logprobs, choose, count_tokens, log_probabilities
+from infer.sampling import MAX_LOGPROBS, Sampling
+from llava_jax.models import cache, llama, llava
+from llava_jax.sharding.mesh import BATCH, TENSOR
 from llava_jax.sharding.partition import Partition
+
+STEPS = 16  # the most decode steps of a dispatch
+NONE = -1  # the token of a slot that has ended
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "lengths", "limits", "step", "done", "out", "keys", "cache"],
-    meta_fields=["prompt_slots"],
-)
+    data_fields=["cache", "tokens", "lengths", "generated", "limits", "done", "ignore_eos", "wants", "keys", "controls",
+                 "history"],
+    meta_fields=[],
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
-class State:
-    """A batch during decoding. The cache has `prompt_slots` slots for the padded prompt, then one per decode step."""
+class Slots:
+    """All slots: their cache, and [B] arrays."""
 
-    tokens: jax.Array  # [B] the last chosen, not yet in the cache
-    lengths: jax.Array  # [B] of the prompts
-    limits: jax.Array  # [B] maximum number of tokens of each row
-    step: jax.Array  # number of tokens chosen so far, minus one
-    done: jax.Array  # [B]
-    out: jax.Array  # [B, N] tokens chosen
-    keys: jax.Array  # [B]
-    cache: llama.Cache
-    prompt_slots: int
+    cache: cache.Cache
+    tokens: jax.Array  # the last chosen, not yet in the cache
+    lengths: jax.Array  # positions in the cache
+    generated: jax.Array  # tokens chosen so far
+    limits: jax.Array  # the most tokens
+    done: jax.Array  # or without a question
+    ignore_eos: jax.Array
+    wants: jax.Array  # whether log probabilities are wanted
+    keys: jax.Array
+    controls: Controls
+    history: History
+
+
+class Rows(NamedTuple):
+    """A chunk of a prompt for each of A slots; arrays [A] of what the slots' answers need."""
+
+    slots: jax.Array  # counted within the shard
+    starts: jax.Array  # positions before the chunk
+    counts: jax.Array  # of the chunk; 0 for a row without a prompt
+    limits: jax.Array
+    final: jax.Array  # whether it is the prompt's last chunk
+    ignore_eos: jax.Array
+    wants: jax.Array
+    keys: jax.Array
+    controls: Controls
+    history: History
+
+
+class Chosen(NamedTuple):
+    """Tokens, `NONE` where a slot had ended: [A], or [B, steps]."""
+
+    tokens: jax.Array
+    logprobs: Logprobs
+
+
+# ---------------------------------------------------------------- images and embeddings
 
 
 @functools.partial(jax.jit, static_argnames="partition")
-def encode(params, tiles_BTHW3, *, partition: Partition) -> jax.Array:
-    """Feature table [B, R, D]."""
-    return llava.encode_tiles(params, partition.config, tiles_BTHW3, partition)
+def encode(params, tiles_THW3, *, partition: Partition) -> jax.Array:
+    """Features [T, P, D]."""
+    table_TPD = llava.encode_tiles(params, partition.config, tiles_THW3[:, None], partition)
+    return table_TPD[:, : partition.config.vision.features_per_tile]
+
+
+@functools.partial(jax.jit, static_argnames=("tiles", "partition"))
+def image_table(params, features_TPD, first, *, tiles: int, partition: Partition) -> jax.Array:
+    """The feature table [R, D] of the image of `tiles` tiles from `first` on, replicated."""
+    D = features_TPD.shape[-1]
+    table_RD = jax.lax.dynamic_slice_in_dim(features_TPD, first, tiles).reshape(-1, D)
+    if partition.config.has_newline:
+        table_RD = jnp.concatenate([table_RD, params["newline"].astype(table_RD.dtype)[None]])
+    return partition.constrain(table_RD, None, None)
 
 
 @functools.partial(jax.jit, static_argnames="partition")
-def splice(params, features_BRD, ids_BS, feature_rows_BS, *, partition: Partition) -> jax.Array:
-    """Input embeddings [B, S, D]."""
-    return llava.splice_embeddings(params, partition.config, features_BRD, ids_BS, feature_rows_BS, partition)
+def embed(params, ids_AS, *, partition: Partition) -> jax.Array:
+    """Token embeddings [A, S, D]."""
+    return partition.constrain(llama.embed(params["decoder"], ids_AS, partition), BATCH, None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("partition", "eos_ids", "new_tokens", "int8_cache"))
+@functools.partial(jax.jit, static_argnames="partition")
+def place(x_ASD, table_RD, rows_AS, *, partition: Partition) -> jax.Array:
+    """Replace embeddings by rows of an image's feature table, where `rows_AS` is not negative."""
+    features_ASD = table_RD.at[jnp.maximum(rows_AS, 0)].get(mode="promise_in_bounds")
+    x_ASD = jnp.where((rows_AS < 0)[..., None], x_ASD, features_ASD.astype(x_ASD.dtype))
+    return partition.constrain(x_ASD, BATCH, None, None)
+
+
+# ---------------------------------------------------------------- slots
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "positions", "dtype", "int8", "partition"))
+def new_slots(*, slots: int, positions: int, dtype, int8: bool, partition: Partition) -> Slots:
+    """Empty slots; `partition.row_shards` divides their number."""
+    text = partition.config.text
+    keys = jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32))
+    numbers, flags = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool)
+    controls = Controls(*(jnp.full(slots, x) for x in Controls.of([Sampling()])))
+    words_BV = jnp.zeros((slots, text.vocab_size), jnp.int32)
+    history = History(words_BV.astype(bool), words_BV, words_BV.astype(jnp.float32))
+    return _constrained(
+        Slots(
+            cache.new_cache(text, slots, positions, dtype, int8=int8, partition=partition),
+            tokens=numbers, lengths=numbers, generated=numbers, limits=numbers, done=~flags, ignore_eos=flags,
+            wants=flags, keys=keys, controls=controls, history=history,
+        ),
+        partition,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("positions", "partition"))
+def grow(slots: Slots, *, positions: int, partition: Partition) -> Slots:
+    """The same slots, with more positions each."""
+    return dataclasses.replace(slots, cache=cache.grown(slots.cache, positions, partition))
+
+
+@functools.partial(jax.jit, static_argnames=("span", "eos_ids", "partition"), donate_argnames="slots")
 def prefill(
-    params, x_BSD, lengths, limits, keys, sampling_params, *, partition, eos_ids, new_tokens, int8_cache=False
-) -> State:
-    """Fill a new cache with the prompts, and choose the first token of each answer."""
-    config, (B, S, _) = partition.config.text, x_BSD.shape
-    decoder, slots = params["decoder"], S + new_tokens
-    x_BD, cache = llama.prefill(decoder, config, x_BSD, lengths, slots, int8=int8_cache, partition=partition)
-    logits_BV = llama.logits(decoder, config, x_BD, partition)
-    tokens = _choose(logits_BV, keys, jnp.int32(0), sampling_params, eos_ids, partition)
-    out = jnp.zeros((B, new_tokens), jnp.int32).at[:, 0].set(tokens)
-    done = (lengths == 0) | _is_end(tokens, eos_ids) | (limits <= 1)
-    return State(tokens, lengths, limits, jnp.int32(0), done, out, keys, cache, S)
+    params, slots: Slots, x_ASD, rows: Rows, *, span: int, eos_ids: tuple[int, ...], partition: Partition
+) -> tuple[Slots, Chosen]:
+    """Fill slots with a chunk of their prompts; after the last one, choose the first token of the answer."""
+    text, decoder = partition.config.text, params["decoder"]
+    x_AD, filled = llama.prefill(
+        decoder, text, x_ASD, rows.starts, rows.counts, slots.cache, rows.slots, span=span, partition=partition
+    )
+    logits_AV = llama.logits(decoder, text, x_AD, partition)
+    zeros = jnp.zeros_like(rows.starts)
+    tokens = choose(logits_AV, _fold(rows.keys, zeros), rows.controls, rows.history, zeros, eos_ids, partition)
+    logprobs = _logprobs(logits_AV, tokens, rows.wants & rows.final, partition)
+    ended = (_is_end(tokens, eos_ids) & ~rows.ignore_eos) | (rows.limits <= 1)
+    history = _counted(rows.history, tokens, jnp.ones_like(ended))
+    new = dict(
+        tokens=tokens, lengths=rows.starts + rows.counts, generated=jnp.ones_like(tokens), limits=rows.limits,
+        done=ended | ~rows.final, ignore_eos=rows.ignore_eos, wants=rows.wants, keys=rows.keys,
+        controls=rows.controls, history=history,
+    )  # fmt: skip
+    per_shard = len(slots.tokens) // len(rows.slots)
+    hit_B = ((jnp.arange(per_shard) == rows.slots[:, None]) & (rows.counts > 0)[:, None]).reshape(-1)
+
+    def put(x, new):
+        new = jnp.repeat(new, per_shard, axis=0, total_repeat_length=len(x))
+        return jnp.where(hit_B.reshape(-1, *(1,) * (x.ndim - 1)), new, x)
+
+    updated = {name: jax.tree.map(put, getattr(slots, name), value) for name, value in new.items()}
+    chosen = Chosen(jnp.where(rows.final & (rows.counts > 0), tokens, NONE), logprobs)
+    return _constrained(Slots(filled, **updated), partition), chosen
 
 
-def _decode(params, state: State, stopped, steps, sampling_params, *, partition, eos_ids) -> State:
-    """Up to `steps` decode steps, for the rows that are neither done nor `stopped` [B]."""
-    config = partition.config.text
-    last_step = jnp.minimum(state.step + steps, state.out.shape[1] - 1)
-    slots_M = jnp.arange(state.cache[0].keys_BKNM.shape[3])
-    S = state.prompt_slots
+@functools.partial(jax.jit, static_argnames=("span", "partition"), donate_argnames="slots")
+def copy(slots: Slots, sources_A, targets_A, counts_A, *, span: int, partition: Partition) -> Slots:
+    """Copy the first `counts_A` positions of slots to others."""
+    copied = cache.copy_slots(slots.cache, sources_A, targets_A, counts_A, span, partition)
+    return dataclasses.replace(slots, cache=copied)
 
-    def body(state: State) -> State:
-        slot = S + state.step
-        positions = state.lengths + state.step
-        slot_positions = jnp.where(slots_M < S, slots_M, state.lengths[:, None] + slots_M - S)
-        visible_BM = (slots_M < state.lengths[:, None]) | ((slots_M >= S) & (slots_M < slot))
-        if config.sliding_window:
-            visible_BM &= positions[:, None] - slot_positions < config.sliding_window
-        x_BD = llama.embed(params["decoder"], state.tokens, partition)
-        x_BD, cache = llama.decode_step(
-            params["decoder"], config, x_BD, positions, visible_BM, slot, state.cache, partition
+
+def _decode(
+    params, slots: Slots, stopped, steps, *, span: int, eos_ids: tuple[int, ...], partition: Partition
+) -> tuple[Slots, Chosen]:
+    """Up to `steps` decode steps, at most `STEPS`, of the slots that are neither done nor `stopped` [B]."""
+    text, decoder = partition.config.text, params["decoder"]
+    slots = dataclasses.replace(slots, done=slots.done | stopped)
+    B, dtype = len(slots.tokens), decoder["embed"]["embedding"].dtype
+    read = tuple(cache.first_positions(layer, span) for layer in slots.cache)
+    recent = cache.new_cache(text, B, STEPS, dtype, partition=partition)
+    chosen = Chosen(jnp.full((B, STEPS), NONE), _no_logprobs(B, STEPS))
+
+    def body(carry):
+        step, now, recent, chosen = carry
+        x_BD = llama.embed(decoder, now.tokens, partition)
+        x_BD, recent = llama.decode_step(decoder, text, x_BD, slots.lengths, read, recent, step, partition)
+        logits_BV = llama.logits(decoder, text, x_BD, partition)
+        keys = _fold(now.keys, now.generated)
+        tokens = choose(logits_BV, keys, now.controls, now.history, now.generated, eos_ids, partition)
+        running = ~now.done
+        logprobs = _logprobs(logits_BV, tokens, now.wants & running, partition)
+        chosen = jax.tree.map(
+            lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new[:, None], step, 1),
+            chosen,
+            Chosen(jnp.where(running, tokens, NONE), logprobs),
         )
-        step = state.step + 1
-        logits_BV = llama.logits(params["decoder"], config, x_BD, partition)
-        tokens = _choose(logits_BV, state.keys, step, sampling_params, eos_ids, partition)
-        tokens = jnp.where(state.done, state.tokens, tokens)
-        out = jnp.where(
-            state.done[:, None], state.out, jax.lax.dynamic_update_slice(state.out, tokens[:, None], (0, step))
+        generated = now.generated + running
+        ended = (_is_end(tokens, eos_ids) & ~now.ignore_eos) | (generated >= now.limits)
+        now = dataclasses.replace(
+            now,
+            tokens=jnp.where(running, tokens, now.tokens),
+            lengths=now.lengths + running,
+            generated=generated,
+            done=now.done | ended,
+            history=_counted(now.history, tokens, running),
         )
-        done = state.done | _is_end(tokens, eos_ids) | (step + 1 >= state.limits)
-        return dataclasses.replace(state, tokens=tokens, step=step, done=done, out=out, cache=cache)
+        return step + 1, now, recent, chosen
 
-    state = dataclasses.replace(state, done=state.done | stopped)
-    return jax.lax.while_loop(lambda s: (s.step < last_step) & ~jnp.all(s.done), body, state)
+    last_step = jnp.minimum(steps, STEPS)
+    carry = jnp.int32(0), dataclasses.replace(slots, cache=()), recent, chosen
+    _, now, recent, chosen = jax.lax.while_loop(lambda c: (c[0] < last_step) & ~jnp.all(c[1].done), body, carry)
+    int8 = slots.cache[0].is_int8
+    new = tuple(cache.quantized(layer) if int8 else layer for layer in recent)
+    each = partition.constrain(jnp.tile(jnp.arange(B // partition.row_shards), partition.row_shards), BATCH)
+    written = cache.write_slots(slots.cache, new, each, slots.lengths, now.lengths - slots.lengths, partition)
+    return _constrained(dataclasses.replace(now, cache=written), partition), chosen
 
 
 @functools.cache
@@ -106,28 +229,56 @@ def decode_on(platform: str):
         jax.jit(lambda: 0, compiler_options=options)()
     except Exception:  # this JAX release lacks the option
         options = {}
-    return jax.jit(_decode, static_argnames=("partition", "eos_ids"), donate_argnames="state", compiler_options=options)
+    static = ("span", "eos_ids", "partition")
+    return jax.jit(_decode, static_argnames=static, donate_argnames="slots", compiler_options=options)
 
 
-def _choose(logits_BV, keys, step, sampling_params, eos_ids, partition) -> jax.Array:
-    """The next token of each row, all with the same options and without a history."""
-    rows = jnp.zeros(logits_BV.shape[:1], jnp.int32)
-    controls = Controls(*(jnp.broadcast_to(sampling_params[name], rows.shape) for name in Controls._fields))
-    history = History(*(jnp.zeros(logits_BV.shape, dtype) for dtype in (bool, jnp.int32, jnp.float32)))
-    return choose(logits_BV, _fold(keys, step), controls, history, rows + step, eos_ids, partition)
+def _counted(history: History, tokens_B: jax.Array, running_B: jax.Array) -> History:
+    return history._replace(counts_BV=count_tokens(history.counts_BV, tokens_B, running_B))
 
 
 def _is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(tokens, bool)
 
 
-def _fold(keys: jax.Array, step) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+def _fold(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in)(keys, numbers)
+
+
+def _no_logprobs(*rows: int) -> Logprobs:
+    top = (*rows, MAX_LOGPROBS)
+    return Logprobs(jnp.zeros(rows), jnp.zeros(top, jnp.int32), jnp.zeros(top))
+
+
+def _logprobs(logits_BV, tokens_B, wanted_B, partition: Partition) -> Logprobs:
+    """Log probabilities, or zeros if no row wants them."""
+    return jax.lax.cond(
+        jnp.any(wanted_B),
+        lambda: log_probabilities(logits_BV, tokens_B, partition),
+        lambda: _no_logprobs(len(tokens_B)),
+    )
+
+
+def _constrained(slots: Slots, partition: Partition) -> Slots:
+    """All but the cache, which is constrained where it is made, sharded by slots and vocabulary."""
+
+    def constrain(x):
+        return partition.constrain(x, *(BATCH, TENSOR)[: x.ndim])
+
+    parts = {
+        field.name: jax.tree.map(constrain, getattr(slots, field.name))
+        for field in dataclasses.fields(slots)
+        if field.name != "cache"
+    }
+    return dataclasses.replace(slots, **parts)
+
+
+# ---------------------------------------------------------------- without a cache
 
 
 @functools.partial(jax.jit, static_argnames="partition")
 def logits(params, x_BSD, lengths, *, partition: Partition) -> jax.Array:
-    """Logits [B, S, V] of whole conversations, without a cache."""
+    """Logits [B, S, V] of whole conversations."""
     config, (B, S, _) = partition.config.text, x_BSD.shape
     positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
     segments_BS = (positions_BS < lengths[:, None]).astype(jnp.int32)

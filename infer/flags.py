@@ -4,7 +4,7 @@ import argparse
 
 from llava_jax.config import IMAGE_RULES
 from llava_jax.console import enable_compilation_cache, integer, note
-from llava_jax.data.buckets import Buckets
+from llava_jax.data.buckets import MAX_SLOTS
 from llava_jax.data.templates import explain_template
 
 
@@ -39,7 +39,7 @@ def add_cache_flag(parser) -> None:
 
 
 def add_batch_size_flag(parser, default: int) -> None:
-    limit = Buckets().rows[-1]
+    limit = MAX_SLOTS
     parser.add_argument(
         "--batch-size", type=integer(1, limit), default=default, metavar="N",
         help=f"questions at a time, at most {limit} (default {default})",

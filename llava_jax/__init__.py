@@ -6,7 +6,8 @@ Letters in the names of arrays, one per axis (`features_BRD` is rows x feature r
     R rows of the feature table (T * P, and one newline row where the model has one)
     D decoder width        C vision width           V vocabulary           F feed-forward width
     H query heads          K key/value heads        G query heads per key/value head
-    N width of one head    L layers                 M cache slots          Q queried positions
+    N width of one head    L layers                 M cache positions      Q queried positions
+    A rows of a prefill, each for its own slot
 """
 
 __version__ = "0.2.0.dev0"

@@ -14,9 +14,9 @@ PROMPT_LENGTHS = tuple(sorted((*LENGTHS, 2560, 5120)))
 # Tiles of a training row, and of a prompt: an anyres image has up to five.
 TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 PROMPT_TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
-NEW_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-NOUNS = {"lengths": "positions of a prompt", "tiles": "tiles", "new_tokens": "new tokens", "rows": "rows"}  # in errors
+CHUNKS = (64, 128, 256, 512)  # positions of a prompt that are prefilled at once
+MAX_SLOTS = 256
+NOUNS = {"lengths": "positions of a prompt", "tiles": "tiles"}  # in errors
 
 
 def round_up(ladder: tuple[int, ...], n: int) -> int:
@@ -24,14 +24,22 @@ def round_up(ladder: tuple[int, ...], n: int) -> int:
     return ladder[min(bisect.bisect_left(ladder, n), len(ladder) - 1)]
 
 
+def spans(context: int, smallest: int, factor: int) -> tuple[int, ...]:
+    """`smallest`, then always `factor` times as many, up to `context`."""
+    sizes = []
+    while smallest < context:
+        sizes.append(smallest)
+        smallest *= factor
+    return (*sizes, context)
+
+
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The sizes that the engine rounds each dimension of a batch up to."""
+    """The sizes that the engine rounds its shapes up to."""
 
     lengths: tuple[int, ...] = PROMPT_LENGTHS
     tiles: tuple[int, ...] = PROMPT_TILES
-    new_tokens: tuple[int, ...] = NEW_TOKENS
-    rows: tuple[int, ...] = ROWS
+    chunks: tuple[int, ...] = CHUNKS
 
     def up(self, ladder: str, n: int) -> int:
         """Round `n` up to the next size.
@@ -43,3 +51,15 @@ class Buckets:
         if n > sizes[-1]:
             raise InputError(f"{n:,} {NOUNS[ladder]} exceed the largest bucket, {sizes[-1]:,}")
         return round_up(sizes, n)
+
+    def chunk_sizes(self, context: int) -> tuple[int, ...]:
+        """The sizes of the chunks of a prompt, of which a slot of `context` positions has room for each."""
+        return tuple(dict.fromkeys(min(n, context) for n in self.chunks))
+
+    def prefill_spans(self, context: int) -> tuple[int, ...]:
+        """The numbers of a slot's positions that a prefill may read: 0 at the beginning of a prompt."""
+        return (0, *spans(context, 512, 4))
+
+    def decode_spans(self, context: int) -> tuple[int, ...]:
+        """The numbers of a slot's positions that decode steps may read."""
+        return spans(context, 256, 2)

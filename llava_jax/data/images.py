@@ -273,11 +273,17 @@ def tile_layout(size: tuple[int, int], config: LlavaConfig) -> TileLayout:
     return TileLayout(size, (width // tile, height // tile))
 
 
+def image_tile_counts(config: LlavaConfig) -> tuple[int, ...]:
+    """The numbers of tiles that an image may have, the smallest first."""
+    tile = config.vision.image_size
+    if config.aspect_ratio != "anyres":
+        return (1,)
+    return tuple(sorted({1 + (w // tile) * (h // tile) for w, h in config.grid_pinpoints}))
+
+
 def max_tiles(config: LlavaConfig) -> int:
     """The largest number of tiles that an image of any size may have."""
-    tile = config.vision.image_size
-    grids = config.grid_pinpoints if config.aspect_ratio == "anyres" else ()
-    return max((1 + (w // tile) * (h // tile) for w, h in grids), default=1)
+    return image_tile_counts(config)[-1]
 
 
 def best_resolution(size: tuple[int, int], config: LlavaConfig) -> tuple[int, int]:

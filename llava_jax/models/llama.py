@@ -8,8 +8,8 @@ each of `forward`, `prefill` and `decode_step` passes its own `attend` to `Block
 computes attention, and with a cache records the layer's keys and values.
 """
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.config import TextConfig
-from llava_jax.models.attention import LayerCache, attention, cached_attention, rope_tables, rotate
+from llava_jax.models.attention import attention, cached_attention, rope_tables, rotate
+from llava_jax.models.cache import Cache, LayerCache, read_slots, to_cache, write_slots, write_step
 from llava_jax.models.layers import ACTIVATIONS, SAVED_ATTENTION, Dense, RMSNorm, init_layers, init_module, run_layers
 from llava_jax.sharding.mesh import BATCH, TENSOR
 from llava_jax.sharding.partition import UNSHARDED, Partition
@@ -135,95 +136,115 @@ def forward(
 # ---------------------------------------------------------------- with a cache
 
 
-Cache = tuple[LayerCache, ...]  # an argument and a result, one for each layer
-SLOT_AXES = (3, 2, 2, 2)  # of the arrays of a layer's cache
-
-
 def prefill(
     params,
     config: TextConfig,
-    x_BSD: jax.Array,
-    lengths_B: jax.Array,
-    slots: int,
+    x_ASD: jax.Array,
+    starts_A: jax.Array,
+    counts_A: jax.Array,
+    cache: Cache,
+    slots_A: jax.Array,
     *,
-    int8: bool = False,
+    span: int,
     partition: Partition = UNSHARDED,
 ) -> tuple[jax.Array, Cache]:
-    """Run prompts, padded on the right, through all layers, and fill a new cache with their keys and values.
+    """Run a chunk of prompts through all layers, and write its keys and values to their slots of the cache.
 
     The last layer computes only keys and values for all positions, and the rest for the last position of each row.
 
     Args:
-      slots: M, the size of the cache.
-      int8: quantize keys and values to int8, which takes half the memory of bfloat16.
+      x_ASD: padded on the right.
+      starts_A: the position of the chunk's beginning: those before it are in the slot already.
+      counts_A: positions that are not padding.
+      slots_A: as in `cache.write_slots`.
+      span: positions of the slots that are read, at least the largest of `starts_A`; 0 if all are 0.
 
     Returns:
-      The last layer's output [B, D], before the final norm, at each row's last position, and the cache.
+      The last layer's output [A, D], before the final norm, at each row's last position, and the cache.
     """
-    rope = rope_tables(jnp.arange(x_BSD.shape[1])[None], config)
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    cache = []
+    S = x_ASD.shape[1]
+    rope = rope_tables(starts_A[:, None] + jnp.arange(S), config)
+    last_A = jnp.maximum(counts_A - 1, 0)
+    # What is read of a slot is aligned on the right, so distances between positions are those between indices.
+    places = jnp.arange(span + S)
+    known_AT = places >= span - starts_A[:, None]
+    new: list[LayerCache] = []
 
-    def attend(q, k, v):
-        q, k, v = _shard_heads(partition, rotate(q, rope, config.query_scale), rotate(k, rope), v)
-        cache.append(_new_cache(k, v, slots, int8, partition))
+    def whole(i: int, k, v):
+        """Keys and values of the slot and the chunk: [A, span + S, K, N]."""
+        k, v = _shard_heads(partition, rotate(k, rope), v)
+        new.append(to_cache(k, v, int8=cache[i].is_int8))
+        if not span:
+            return k, v
+        slot_k, slot_v = read_slots(cache[i], slots_A, starts_A, span, k.dtype, partition)
+        return jnp.concatenate([slot_k, k], axis=1), jnp.concatenate([slot_v, v], axis=1)
+
+    def attend(q, k, v, i):
+        (q,) = _shard_heads(partition, rotate(q, rope, config.query_scale))
+        k, v = whole(i, k, v)
         # Being causal, no prompt attends to the padding after it.
-        return attention(q, k, v, causal=True, window=config.sliding_window, partition=partition)
+        segments = known_AT.astype(jnp.int32) if span else None
+        window = config.sliding_window
+        return attention(q, k, v, segments_BS=segments, causal=True, window=window, partition=partition)
 
-    def attend_last(q, k, v):
-        """What a decode step does: the last query attends to the prompt's keys, and to its own."""
-        cos, sin = (table[0, last_B][:, None] for table in rope)
-        q = rotate(q, (cos, sin), config.query_scale)
-        q, k, v = _shard_heads(partition, q, rotate(k, rope), v)
-        cache.append(_new_cache(k, v, slots, int8, partition))
-        positions = jnp.arange(k.shape[1])
-        visible_BS = positions < last_B[:, None]
+    def attend_last(q, k, v, i):
+        """What a decode step does."""
+        cos, sin = (_pick(table, last_A) for table in rope)
+        (q,) = _shard_heads(partition, rotate(q, (cos, sin), config.query_scale))
+        distances_AT = span + last_A[:, None] - places
+        visible_AT = known_AT & (distances_AT >= 0)
         if config.sliding_window:
-            visible_BS &= last_B[:, None] - positions < config.sliding_window
-        own_k, own_v = (_pick(t, last_B)[:, 0] for t in (k, v))
-        return cached_attention(q[:, 0], own_k, own_v, _cached(k, v, int8=False), visible_BS, partition)
+            visible_AT &= distances_AT < config.sliding_window
+        return cached_attention(q[:, 0], [(to_cache(*whole(i, k, v)), visible_AT)], partition)
 
     for i in range(config.layers):
         layer = partition.gather(params["layers"][str(i)], "decoder/layers")
         if i < config.layers - 1:
-            x_BSD = partition.constrain(Block(config).apply({"params": layer}, x_BSD, attend), BATCH, None, None)
+            x_ASD = Block(config).apply({"params": layer}, x_ASD, functools.partial(attend, i=i))
+            x_ASD = partition.constrain(x_ASD, BATCH, None, None)
         else:
-            x_BSD = Block(config).apply({"params": layer}, x_BSD, attend_last, last_B)
-    return x_BSD[:, 0], tuple(cache)
+            x_ASD = Block(config).apply({"params": layer}, x_ASD, functools.partial(attend_last, i=i), last_A)
+    # Read the cache before writing to it, or the compiler keeps a copy to read from.
+    x_ASD, cache = jax.lax.optimization_barrier((x_ASD, cache))
+    return x_ASD[:, 0], write_slots(cache, tuple(new), slots_A, starts_A, counts_A, partition)
 
 
 def decode_step(
     params,
     config: TextConfig,
     x_BD: jax.Array,
-    positions_B: jax.Array,
-    visible_BM: jax.Array,
-    slot: jax.Array,
+    lengths_B: jax.Array,
     cache: Cache,
+    recent: Cache,
+    step: jax.Array,
     partition: Partition = UNSHARDED,
 ) -> tuple[jax.Array, Cache]:
-    """Run one more token of each row through all layers, and write its keys and values to `slot` of the cache.
+    """Run one more token of each row through all layers, and write its keys and values to `recent`.
+
+    So a step writes the same position of all rows, and the cache, of which every row has another length, is only read.
 
     Args:
-      positions_B: the tokens' positions.
-      visible_BM: the cache slots that each row attends to; it always attends to its own token.
+      lengths_B: positions in the cache.
+      recent: a cache of the tokens since then, of which `step` are there.
 
     Returns:
-      The last layer's output [B, D], before the final norm, and the cache.
+      The last layer's output [B, D], before the final norm, and `recent`.
     """
+    positions_B = lengths_B + step
     rope = rope_tables(positions_B[:, None], config)
-    x_BSD = x_BD[:, None]
-    updated = []
-    for i, cached in enumerate(cache):
+    cached_M, recent_M = (jnp.arange(caches[0].keys_BKNM.shape[3]) for caches in (cache, recent))
+    in_cache_BM = cached_M < lengths_B[:, None]
+    in_recent_BM = jnp.broadcast_to(recent_M <= step, (len(lengths_B), len(recent_M)))
+    if window := config.sliding_window:
+        in_cache_BM &= positions_B[:, None] - cached_M < window
+        in_recent_BM &= step - recent_M < window
+    x_BSD, updated = x_BD[:, None], []
+    for i, (cached, new) in enumerate(zip(cache, recent, strict=True)):
 
-        def attend(q, k, v, cached=cached):
-            q, k = rotate(q, rope, config.query_scale), rotate(k, rope)
-            out = cached_attention(q[:, 0], k[:, 0], v[:, 0], cached, visible_BM, partition)
-            # Read the cache before writing to it, or the compiler keeps a copy to read from.
-            out, cached = jax.lax.optimization_barrier((out, cached))
-            new = _cached(k, v, int8=cached.key_scales_BKM is not None)
-            updated.append(_map_arrays(lambda x, new, axis: _write(x, new, slot, axis), cached, new))
-            return out
+        def attend(q, k, v, cached=cached, new=new):
+            q, k, v = _shard_heads(partition, rotate(q, rope, config.query_scale), rotate(k, rope), v)
+            updated.append(write_step(new, k[:, 0], v[:, 0], step))
+            return cached_attention(q[:, 0], [(cached, in_cache_BM), (updated[-1], in_recent_BM)], partition)
 
         layer = partition.gather(params["layers"][str(i)], "decoder/layers")
         x_BSD = Block(config).apply({"params": layer}, x_BSD, attend)
@@ -232,44 +253,6 @@ def decode_step(
 
 def _shard_heads(partition: Partition, *heads: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(partition.constrain(t, BATCH, None, TENSOR, None) for t in heads)
-
-
-def _cached(k_BSKN: jax.Array, v_BSKN: jax.Array, int8: bool) -> LayerCache:
-    """Keys and values in the layout and dtype of the cache, one slot for each position."""
-    k_BKNS, v_BKSN = k_BSKN.transpose(0, 2, 3, 1), v_BSKN.swapaxes(1, 2)
-    if not int8:
-        return LayerCache(k_BKNS, v_BKSN)
-    (k_BKNS, k_scale_BKS), (v_BKSN, v_scale_BKS) = _quantized(k_BKNS, axis=2), _quantized(v_BKSN, axis=3)
-    return LayerCache(k_BKNS, v_BKSN, k_scale_BKS, v_scale_BKS)
-
-
-def _quantized(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Each vector along `axis` as int8, its largest absolute value as 127, and the scales to multiply by."""
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
-    whole = jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
-    return whole, jnp.squeeze(scale, axis)
-
-
-def _new_cache(k_BSKN: jax.Array, v_BSKN: jax.Array, slots: int, int8: bool, partition: Partition) -> LayerCache:
-    """A cache of `slots` slots, the first of them filled with a prompt's keys and values."""
-    empty = slots - k_BSKN.shape[1]
-
-    def padded(x, axis):
-        x = jnp.pad(x, [(0, empty if i == axis else 0) for i in range(x.ndim)])
-        return partition.constrain(x, BATCH, TENSOR, *(None,) * (x.ndim - 2))
-
-    return _map_arrays(padded, _cached(k_BSKN, v_BSKN, int8))
-
-
-def _write(x: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis)
-
-
-def _map_arrays(f, *caches: LayerCache) -> LayerCache:
-    """`f(*arrays, axis)` for each array of a layer's cache and the axis of its slots."""
-    mapped: list[Any] = [None if x[0] is None else f(*x) for x in zip(*caches, SLOT_AXES, strict=True)]
-    return LayerCache(*mapped)
 
 
 # ---------------------------------------------------------------- random parameters

@@ -167,11 +167,15 @@ class Partition:
                 return x
             mesh, axes = jax.sharding.get_abstract_mesh(), tuple(TENSOR if axis == TENSOR else None for axis in axes)
 
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self.activation_spec(x.shape, *axes)))
+
+    def activation_spec(self, shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
+        """The spec of an activation: one axis for each dimension, left out where it does not divide it."""
+
         def divides(axis, n):
             return n % math.prod(map(self.size, axis if isinstance(axis, tuple) else (axis,))) == 0
 
-        spec = P(*(axis if axis and divides(axis, n) else None for axis, n in zip(axes, x.shape, strict=True)))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return P(*(axis if axis and divides(axis, n) else None for axis, n in zip(axes, shape, strict=True)))
 
     def map_heads(self, f: Callable, *heads_BSHN: jax.Array, rows_BS: tuple[jax.Array, ...] = ()) -> jax.Array:
         """`f(*heads_BSHN, *rows_BS)` [B, S, H, N], run by each device on its shard of rows and heads.

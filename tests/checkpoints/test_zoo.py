@@ -10,16 +10,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from convert.to_hf import to_hf
 from helpers import GOLDEN, golden_json
-from infer.engine import Engine, Request
+from infer.engine import Engine
 from llava_jax.checkpoints import tensor_names
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.checkpoints.config_json import read_config
 from llava_jax.checkpoints.safetensors_files import Pending, write
 from llava_jax.console import InputError
+from llava_jax.data.prompts import add_image_tokens, encode_prompt
 from llava_jax.data.splice import IMAGE
 from llava_jax.data.templates import choose_template, get_template, render
 from llava_jax.models.llava import param_shapes
@@ -75,8 +75,13 @@ def test_the_prompt_has_the_ids_of_the_reference(name, tmp_path, capsys):
     template = get_template(choose_template(found.config))
     assert render(template, [marked + zoo.QUESTION, None])[0] == prompt
     engine = Engine({}, found.config, found.tokenizer, None)
-    [item] = [engine._prepare(Request((zoo.QUESTION,), (Image.new("RGB", (40, 30)),)))]
-    assert item.row.ids.tolist() == EXPECTED[name]
+    assert prompt_ids(engine).tolist() == EXPECTED[name]
+
+
+def prompt_ids(engine: Engine) -> np.ndarray:
+    """The token ids of the question about an image."""
+    turns = add_image_tokens((zoo.QUESTION,), 1, engine.config)
+    return encode_prompt(engine.template, [*turns, None], engine.tokenizer)
 
 
 # What the conversions by transformers' own scripts carry: v1.5's has no system message, v1.6's are the reference's.
@@ -104,7 +109,7 @@ def test_the_prompt_of_a_conversion_has_the_ids_that_transformers_gives(name, tm
     template = get_template(choose_template(found.config))
     assert (template.style == "jinja") == (name in OWN_TEMPLATES)
     engine = Engine({}, found.config, found.tokenizer, None)
-    ids = engine._prepare(Request((zoo.QUESTION,), (Image.new("RGB", (40, 30)),))).row.ids
+    ids = prompt_ids(engine)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": zoo.QUESTION}]}]
     text = theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True)

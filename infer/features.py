@@ -1,0 +1,133 @@
+"""Image features on the devices, kept by the hash of the image: an image that was seen is not encoded again. And the
+images that are to be encoded, read ahead in threads."""
+
+import collections
+import concurrent.futures
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+
+from infer import compiled
+from infer.prompt import PromptImage
+from llava_jax.data.buckets import Buckets
+from llava_jax.data.images import image_tile_counts
+from llava_jax.models import llava
+from llava_jax.sharding.partition import Partition
+
+MAX_BYTES = 2**29  # of features kept, on each device
+MAX_TILES = 8  # encoded at once, unless one image has more
+READERS = 4  # threads that read images
+
+
+class ImageFeatures:
+    """Encodes images, and keeps the features of the last ones.
+
+    Attributes:
+      queries, hits: images asked for, and how many of them were there.
+    """
+
+    def __init__(self, params: llava.Params, partition: Partition, buckets: Buckets, max_bytes: int = MAX_BYTES):
+        self.params, self.partition, self.buckets, self.max_bytes = params, partition, buckets, max_bytes
+        self.queries = self.hits = 0
+        self._tables: collections.OrderedDict[bytes, jax.Array] = collections.OrderedDict()  # oldest first
+        self._bytes = 0
+
+    def __contains__(self, image: PromptImage) -> bool:
+        return image.key in self._tables
+
+    def find(self, image: PromptImage) -> jax.Array | None:
+        """The feature table [R, D] of an image that was encoded."""
+        self.queries += 1
+        if (table := self._tables.get(image.key)) is None:
+            return None
+        self.hits += 1
+        self._tables.move_to_end(image.key)
+        return table
+
+    def encode(self, images: Sequence[PromptImage], tiles: Sequence[np.ndarray]) -> list[jax.Array]:
+        """Encode images at once, and keep their feature tables [R, D].
+
+        Args:
+          tiles: uint8 [T, H, W, 3] of each image.
+        """
+        count = sum(len(part) for part in tiles)
+        padding = np.zeros((self._bucket(count) - count, *tiles[0].shape[1:]), np.uint8)
+        features_TPD = compiled.encode(self.params, np.concatenate([*tiles, padding]), partition=self.partition)
+        tables, first = [], 0
+        for image, part in zip(images, tiles, strict=True):
+            table_RD = compiled.image_table(
+                self.params, features_TPD, np.int32(first), tiles=len(part), partition=self.partition
+            )
+            tables.append(table_RD)
+            first += len(part)
+            self._keep(image.key, table_RD)
+        return tables
+
+    def _bucket(self, tiles: int) -> int:
+        """The number of tiles that is encoded for so many: every device has as many."""
+        devices = self.partition.device_count
+        return self.buckets.up("tiles", -(-tiles // devices)) * devices
+
+    def warm_up(self) -> list[jax.Array]:
+        """Compile for every number of tiles. Returns a feature table of each size that an image may have."""
+        counts, config = image_tile_counts(self.partition.config), self.partition.config
+        side, tables = config.vision.image_size, {}
+        for bucket in sorted({self._bucket(n) for n in range(1, max(MAX_TILES, *counts) + 1)}):
+            tiles = np.zeros((bucket, side, side, 3), np.uint8)
+            features_TPD = compiled.encode(self.params, tiles, partition=self.partition)
+            for n in counts:
+                if n <= bucket:
+                    tables[n] = compiled.image_table(
+                        self.params, features_TPD, np.int32(0), tiles=n, partition=self.partition
+                    )
+        return list(tables.values())
+
+    def _keep(self, key: bytes, table: jax.Array) -> None:
+        if key in self._tables or table.nbytes > self.max_bytes:
+            return
+        self._tables[key] = table
+        self._bytes += table.nbytes
+        while self._bytes > self.max_bytes:
+            _, oldest = self._tables.popitem(last=False)
+            self._bytes -= oldest.nbytes
+
+
+class ImageReader:
+    """Reads the tiles of images in threads, before they are needed."""
+
+    def __init__(self):
+        self._reads: dict[bytes, concurrent.futures.Future] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(READERS, "image")
+
+    def want(self, images: Iterable[PromptImage]) -> None:
+        """Read these images, and forget all others."""
+        wanted = {image.key: image for image in images}
+        for key in [key for key in self._reads if key not in wanted]:
+            self._reads.pop(key).cancel()
+        for key, image in wanted.items():
+            if key not in self._reads:
+                self._reads[key] = self._pool.submit(image.read)
+
+    def is_ready(self, image: PromptImage) -> bool:
+        """Whether `take` would not wait."""
+        return image.key in self._reads and self._reads[image.key].done()
+
+    def is_good(self, image: PromptImage) -> bool:
+        """Whether `take` would return tiles at once."""
+        return self.is_ready(image) and not self._reads[image.key].exception()
+
+    def take(self, image: PromptImage) -> np.ndarray:
+        """The tiles of an image that is wanted.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        return self._reads.pop(image.key).result()
+
+    def wait(self) -> None:
+        """Wait until an image is read, if any is wanted."""
+        concurrent.futures.wait(self._reads.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
