@@ -254,7 +254,7 @@ def test_after_the_warm_up_nothing_compiles():
     generations = []
     for i in range(100):
         images = [random_image(random) for _ in range(int(random.integers(0, 3)))]
-        question = "hello " * int(random.integers(1, 60))
+        question = "hello " * int(random.integers(1, 30))
         controls = [{}, dict(temperature=1.0, seed=i), dict(repetition_penalty=1.1, top_logprobs=2)][i % 3]
         prompt = engine.prepare(Request((question,), tuple(images)))
         seen.add(prompt.length // 64)
