@@ -1,9 +1,11 @@
-"""Flags that commands share: those that select a model, and the engine that they load."""
+"""Flags that commands share: those that select a model, and the engine that they load; sampling options."""
 
 import argparse
+import dataclasses
 
+from infer.sampling import BIAS, MAX_STOPS, TOKEN_ID, Sampling
 from llava_jax.config import IMAGE_RULES
-from llava_jax.console import enable_compilation_cache, integer, note
+from llava_jax.console import enable_compilation_cache, integer, note, ranges, shorten
 from llava_jax.data.buckets import MAX_SLOTS
 from llava_jax.data.templates import explain_template
 
@@ -44,6 +46,61 @@ def add_batch_size_flag(parser, default: int) -> None:
         "--batch-size", type=integer(1, limit), default=default, metavar="N",
         help=f"questions at a time, at most {limit} (default {default})",
     )  # fmt: skip
+
+
+def add_sampling_flags(parser) -> None:
+    """Add a flag for each field of `Sampling` but `stop_token_ids`. `parser` is a parser or a group of one."""
+    limits = ranges(Sampling)
+
+    def add(name: str, metavar: str, about: str) -> None:
+        field = name.removeprefix("--").replace("-", "_")
+        parser.add_argument(name, type=limits[field], default=getattr(Sampling, field), metavar=metavar, help=about)
+
+    add("--max-new-tokens", "N", "(default 512)")
+    add("--min-new-tokens", "N", "answer with at least this many (default 0)")
+    add("--temperature", "X", "0, the default, is greedy")
+    add("--top-p", "P", "above 0 (default 1, off)")
+    add("--top-k", "K", "(default 0, off)")
+    add("--min-p", "P", "least probability of a token, relative to the most likely one's (default 0, off)")
+    add("--seed", "N", "(default 0)")
+    add("--repetition-penalty", "X", "divide logits of tokens of the prompt and the answer (default 1, off)")
+    add("--presence-penalty", "X", "subtract from the logits of the answer's tokens (default 0, off)")
+    add("--frequency-penalty", "X", "the same, times how often they occur in it (default 0, off)")
+    parser.add_argument(
+        "--logit-bias", type=logit_bias, action="append", default=[], metavar="ID=BIAS",
+        help=f"add a number from {BIAS.minimum} to {BIAS.maximum} to the logit of a token; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help=f"end the answer before this text; repeatable, at most {MAX_STOPS} times",
+    )  # fmt: skip
+    parser.add_argument("--ignore-eos", action="store_true", help="do not end the answer at an end token")
+    parser.add_argument(
+        "--logprobs", type=limits["top_logprobs"], metavar="N",
+        help="with --json, the log probabilities of each token and of the N most likely ones",
+    )  # fmt: skip
+
+
+def logit_bias(text: str) -> tuple[int, float]:
+    """Parse `ID=BIAS`.
+
+    Raises:
+      argparse.ArgumentTypeError: it is not a token id and a number in range.
+    """
+    token, equals, bias = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r}: must be ID=BIAS, a token id and a number")
+    return int(TOKEN_ID(token)), BIAS(bias)
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The sampling options that the flags select.
+
+    Raises:
+      InputError: they contradict each other.
+    """
+    named = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling) if hasattr(args, f.name)}
+    return Sampling(**named, top_logprobs=args.logprobs)
 
 
 def load_engine(args: argparse.Namespace):

@@ -12,9 +12,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from infer.flags import add_batch_size_flag, add_model_flags, load_engine
-from infer.sampling import Sampling
-from llava_jax.console import InputError, Parser, note, print_json, ranges, run_main, terminal_safe
+from infer.flags import add_batch_size_flag, add_model_flags, add_sampling_flags, load_engine, sampling_of
+from llava_jax.console import InputError, Parser, note, print_json, run_main, terminal_safe
 from llava_jax.data.templates import get_template
 
 BUNDLED = Path(__file__).parent / "shapes"  # README.md is its model card
@@ -50,14 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add_batch_size_flag(many, default=8)
     how = p.add_argument_group("answers")
     how.add_argument("--system", metavar="TEXT", help="a system message instead of the template's")
-    limits = ranges(Sampling)
-    how.add_argument("--max-new-tokens", type=limits["max_new_tokens"], default=512, metavar="N", help="(default 512)")
-    how.add_argument(
-        "--temperature", type=limits["temperature"], default=0.0, metavar="X", help="0, the default, is greedy"
-    )
-    how.add_argument("--top-p", type=limits["top_p"], default=1.0, metavar="P", help="above 0 (default 1, off)")
-    how.add_argument("--top-k", type=limits["top_k"], default=0, metavar="K", help="(default 0, off)")
-    how.add_argument("--seed", type=limits["seed"], default=0, metavar="N", help="(default 0)")
+    add_sampling_flags(how)
     how.add_argument("--json", action="store_true", help="print one JSON object per answer")
     return p
 
@@ -93,10 +85,12 @@ def main() -> int:
         raise InputError("--questions needs --answers, the file to write")
     if args.questions and args.image:
         raise InputError("--image needs --prompt; a --questions file names its own images")
+    if args.logprobs is not None and (args.questions or not args.json):
+        raise InputError("--logprobs needs --prompt and --json")
 
     if args.template:
         get_template(args.template)  # fail on an unknown name before slow imports
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
+    sampling = sampling_of(args)
     if args.questions:
         return answer_file(args, sampling)
     args.image = check_images(args.image)

@@ -50,7 +50,7 @@ MODEL = ["--checkpoint", CHECKPOINT]
 PLAN = ["--model", "llava-v1.5-7b", "--topology", "v5e:2x2"]
 # A command, its parser, flags that make it run as far as it looks at the others, flags for which any text will do.
 COMMANDS = {
-    "generate": (generate.main, generate.parser, [*MODEL, "--prompt", "Hi"], ["--prompt", "--system"]),
+    "generate": (generate.main, generate.parser, [*MODEL, "--prompt", "Hi"], ["--prompt", "--system", "--stop"]),
     "evaluate": (evaluate.main, evaluate.parser, [*MODEL, "--data", "DATA", "--image-folder", "."], []),
     "infer.plan": (infer_plan.main, infer_plan.parser, PLAN, []),
     "train": (
@@ -203,7 +203,8 @@ def range_of(name: str, action: argparse.Action) -> Range | None:
         found = ranges(TrainConfig).get(action.dest)
         assert bool(found) == bool({int, float} & set(kinds)), f"{action.dest} has no range"
         return found
-    assert action.type in (None, parse_size) or isinstance(action.type, Range), f"{name} {action.dest} has no range"
+    has_range = action.type in (None, parse_size, flags.logit_bias) or isinstance(action.type, Range)
+    assert has_range, f"{name} {action.dest} has no range"
     return action.type if isinstance(action.type, Range) else None
 
 
@@ -282,6 +283,10 @@ PARTS = {
         lambda weight: read_parts(f"{FILE}={weight}"), ["0.5", "1", "1e-3", "1000"],
         ["0", "-1", "1000.1", "1e400", "1e-300", "nan", "inf", "1_0", "\u0665", " 1", "1e"],
     ),
+    "logit_bias": (
+        lambda text: generate.parser().parse_args([f"--logit-bias={text}"]), ["0=-100", "7=1e2", "2147483647=.5"],
+        ["", "5", "=1", "5=", "-1=1", "2147483648=1", "5=101", "5=-1e300", "5=nan", "1.0=1", "5=1=1"],
+    ),
     "port": (
         lambda port: connect(f"host:{port}", 0, 0, 40), [], ["0", "65536", "1000000000", "-1", "\u0665", "", "1e3"],
     ),
@@ -299,14 +304,14 @@ def test_a_number_in_a_text_has_a_range(name):
         assert len(str(error.value)) < 250 and "\n" not in str(error.value)
 
 
-NONE_OF_THEM = [math.nan, math.inf, -math.inf, -1, 2**64, 10**5000, -(10**5000), 1e300, "1", [1], True, b"1", 1j]
+NONE_OF_THEM = [math.nan, math.inf, -math.inf, 2**64, 10**5000, -(10**5000), 1e300, "1", [1], True, b"1", 1j]
 
 
 @pytest.mark.parametrize("config", [Sampling, TrainConfig])
 def test_the_library_has_the_same_ranges(config):
     for name, allowed in ranges(config).items():
         default = next(field.default for field in dataclasses.fields(config) if field.name == name)
-        bad = [*NONE_OF_THEM, *[1.5] * (allowed.kind is int), *[1e-300] * (allowed.kind is float)]
+        bad = [*NONE_OF_THEM, allowed.minimum - 1, *[1.5] * (allowed.kind is int), *[1e-300] * (allowed.kind is float)]
         for value in [*bad, *[None] * (default is not None)]:
             with pytest.raises(InputError, match=f"^{flag_of(name)} .*must be ") as error:
                 config(**{name: value})
