@@ -17,11 +17,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.data.decoding import ByteStream, PieceStream, Stream, WholeStream
-from llava_jax.data.sentencepiece_tokenizer import SPACE, Offsets, Token, added_token, prefix_after_images
+from llava_jax.data.sentencepiece_tokenizer import (
+    BREAK,
+    SPACE,
+    Offsets,
+    Token,
+    added_token,
+    prefix_after_images,
+)
 from llava_jax.json_files import parse_json
 from llava_jax.sandbox import LimitError, Worker
 
@@ -81,14 +88,32 @@ class JsonTokenizer:
     def __len__(self) -> int:
         return self._engine.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> tuple[list[int], Offsets]:
+    def encode(self, text: str, breaks: bool = False) -> tuple[list[int], Offsets]:
         with _input_errors(f"{self._file}: encoding a text of {len(text):,} characters fails"):
-            encoding = self._run.encode(text, add_special_tokens=False)
+            run = self._breaking if breaks and BREAK in text else self._run
+            encoding = run.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int], special: bool) -> str:
         with _input_errors(f"{self._file}: decoding {len(ids):,} ids fails"):
             return self._run.decode(ids, skip_special_tokens=not special)
+
+    @functools.cached_property
+    def _breaking(self) -> "tokenizers.Tokenizer | _Limited":
+        """The engine with a boundary between tokens at each `BREAK`, which has no token itself.
+
+        Pre-tokenizers come after added tokens, of which none can then extend over a boundary.
+        """
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        spelled = "".join(char for byte in BREAK.encode() for char, value in _alphabet().items() if value == byte)
+        breaks = [pre_tokenizers.Split(text, "removed") for text in (BREAK, spelled)]
+        engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [engine.pre_tokenizer, *breaks] if engine.pre_tokenizer else breaks
+        )
+        return limit_untrusted(engine)
+
+    def control_tokens(self) -> list[str]:
+        return [token.content for token in self._engine.get_added_tokens_decoder().values()]
 
     def stream(self) -> Stream:
         decode, added = functools.partial(self.decode, special=False), self._engine.get_added_tokens_decoder()
@@ -142,6 +167,7 @@ class JsonTokenizer:
         if tokens:
             self._engine.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
             self._run = limit_untrusted(self._engine)
+            self.__dict__.pop("_breaking", None)
 
     def for_transformers(self) -> tokenizers.Tokenizer:
         engine = tokenizers.Tokenizer.from_str(self._engine.to_str())

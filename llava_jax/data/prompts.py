@@ -7,7 +7,9 @@ Labels come from character offsets. The reference instead sums the lengths of se
 with many tokenizers ("tokenization mismatch") and then drops the whole sample. Where it works, the labels are the same.
 """
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,32 +21,68 @@ from llava_jax.data.templates import (
     IMAGE_PATCH,
     IMAGE_START,
     IMAGE_TOKEN,
+    Markup,
     Span,
     Template,
+    Turn,
     image_markup,
     render,
 )
 from llava_jax.data.tokenizer import Tokenizer
 
+MARK = re.compile(f"({re.escape(IMAGE_TOKEN)})")
 
-def add_image_tokens(turns: Sequence[str | None], images: int, config: LlavaConfig) -> list[str | None]:
-    """Ensure that a conversation has an `<image>` token per image: if it has none, all are put in front.
+
+def add_image_tokens(
+    turns: Sequence[Turn], images: int, config: LlavaConfig, *, trust_special_tokens: bool = True
+) -> list[Turn]:
+    """Ensure that a conversation has an image token per image: if it has none, all are put in front.
+
+    Args:
+      turns: texts, or sequences of texts and `IMAGE_PART`s; those that a turn begins with get a newline each.
+      trust_special_tokens: whether `<image>` in a text is an image token too.
+
+    Returns:
+      The turns with the configuration's image tokens: texts, or, if they are not trusted, sequences.
 
     Raises:
-      InputError: it has `<image>` tokens, but not one per image.
+      InputError: it has image tokens, but not one per image.
     """
-    count = sum(turn.count(IMAGE_TOKEN) for turn in turns if turn)
+    split = [turn if turn is None else _parts(turn, trust_special_tokens) for turn in turns]
+    count = sum(isinstance(part, Markup) for parts in split for part in parts or ())
     if count not in (0, images):
-        raise InputError(
-            f"the prompt has {count} {IMAGE_TOKEN} tokens for {images} images; give one for each image, or none"
-        )
+        marks = f"{IMAGE_TOKEN} tokens" if trust_special_tokens else "places for images"
+        raise InputError(f"the prompt has {count} {marks} for {images} images; give one for each image, or none")
     if count == 0:
-        turns = [f"{IMAGE_TOKEN}\n" * images + (turns[0] or ""), *turns[1:]]
-    return [turn and turn.replace(IMAGE_TOKEN, image_markup(config)) for turn in turns]
+        split[0] = [*[Markup(f"{IMAGE_TOKEN}\n")] * images, *(split[0] or ())]
+    found: list[Turn] = []
+    for parts in split:
+        if parts is not None:
+            parts = [
+                Markup(part.replace(IMAGE_TOKEN, image_markup(config))) if isinstance(part, Markup) else part
+                for part in parts
+            ]
+        found.append("".join(parts) if parts is not None and trust_special_tokens else parts)
+    return found
 
 
-def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _parts(turn: str | Sequence[str], trusted: bool) -> list[str]:
+    """The texts and images of a turn; of a trusted one, also the images in its texts."""
+    parts = [turn] if isinstance(turn, str) else list(turn)
+    for i, part in enumerate(parts):
+        if not isinstance(part, Markup):
+            break
+        parts[i] = Markup(f"{part}\n")
+    if not trusted:
+        return parts
+    return [Markup(part) if part == IMAGE_TOKEN else part for part in MARK.split("".join(parts))]
+
+
+def encode(text: str, tokenizer: Tokenizer, *, guarded: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Tokenize text around its `<image>` tokens: each piece separately, one BOS in front.
+
+    Args:
+      guarded: whether parts of it come from `Tokenizer.guard`.
 
     Returns:
       ids int32 [n], with `IMAGE` for `<image>`; offsets int32 [n, 2], the (start, end) of each token in `text`.
@@ -66,7 +104,7 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
             ids.append(IMAGE)
             offsets.append((at, at + len(IMAGE_TOKEN)))
             at += len(IMAGE_TOKEN)
-        piece_ids, piece_offsets = tokenizer.encode(piece)
+        piece_ids, piece_offsets = tokenizer.encode(piece, guarded=guarded)
         ids += piece_ids
         offsets += [(at + a, at + b) for a, b in piece_offsets]
         at += len(piece)
@@ -74,13 +112,49 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_prompt(
-    template: Template, turns: Sequence[str | None], tokenizer: Tokenizer, *, system: str | None = None
+    template: Template,
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    *,
+    system: str | None = None,
+    trust_special_tokens: bool = True,
 ) -> np.ndarray:
-    """Token ids [n] of a conversation for the model to continue."""
-    text, _ = render(template, turns, system=system)
+    """Token ids [n] of a conversation for the model to continue.
+
+    Args:
+      turns: texts, or sequences of texts and of image tokens from `add_image_tokens`.
+      trust_special_tokens: whether the texts and the system message may have special tokens. Otherwise these are
+        spelled as any other text, and of the template's own marks of roles that are plain text, a space makes others:
+        `[ INST]`, `USER :`.
+    """
+    join = "".join if trust_special_tokens else _guard(template, tokenizer)
+    texts = [turn if turn is None else join([turn] if isinstance(turn, str) else turn) for turn in turns]
+    text, _ = render(template, texts, system=join([system]) if system else system)
     if template.style == "jinja" and tokenizer.bos_id is not None:  # the template writes BOS, and `encode` adds it
         text = text.removeprefix(tokenizer.token(tokenizer.bos_id) or "")
-    return encode(text, tokenizer)[0]
+    return encode(text, tokenizer, guarded=not trust_special_tokens)[0]
+
+
+def _guard(template: Template, tokenizer: Tokenizer) -> Callable[[Sequence[str]], str]:
+    """A function that joins the parts of a turn, with no special token or mark of a role in its texts."""
+    # Matches where a space goes: `USER| :`, `[| INST]`.
+    places = [
+        rf"(?<=\b{re.escape(mark[:-1])})(?=:)"
+        if mark[-1] == ":"
+        else f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})"
+        for mark in template.role_marks
+        if len(mark) > 1 and tokenizer.guard(mark) == mark
+    ]
+    marks = re.compile("|".join(places) or r"(?!)")
+
+    def guard(parts: Sequence[str]) -> str:
+        joined = (
+            (markup, "".join(group))
+            for markup, group in itertools.groupby(parts, lambda part: isinstance(part, Markup))
+        )
+        return "".join(text if markup else tokenizer.guard(marks.sub(" ", text)) for markup, text in joined)
+
+    return guard
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, config: LlavaConfig) -> None:

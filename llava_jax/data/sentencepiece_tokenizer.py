@@ -19,6 +19,7 @@ from llava_jax.console import InputError, first_line, shorten
 from llava_jax.data.decoding import PieceStream, Stream, WholeStream, unfinished
 
 SPACE = "▁"
+BREAK = "\ufdd0"  # a noncharacter of Unicode, in guarded text a boundary between tokens (`Tokenizer.guard`)
 LLAMA_SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")  # defaults that a checkpoint's files may omit
 
 MAX_GAP = 10_000  # unused ids that an export may fill with placeholder tokens
@@ -129,7 +130,7 @@ class SentencePieceTokenizer:
             return self.added[i].content
         return self._model.id_to_piece(i) if 0 <= i < self._size else None
 
-    def encode(self, text: str) -> tuple[list[int], Offsets]:
+    def encode(self, text: str, breaks: bool = False) -> tuple[list[int], Offsets]:
         shift = 0
         if not self.legacy and text:
             text, shift = SPACE + text.replace(SPACE, " "), 1
@@ -142,7 +143,7 @@ class SentencePieceTokenizer:
                 ids.append(piece.id)
                 offsets.append((piece.start, piece.start + len(piece.text)))
             else:
-                found, spans = self._encode_text(piece.text)
+                found, spans = self._encode_text(piece.text, breaks)
                 ids += found
                 offsets += [(piece.start + a, piece.start + b) for a, b in spans]
         return ids, [(max(a - shift, 0), max(b - shift, 0)) for a, b in offsets]
@@ -174,7 +175,20 @@ class SentencePieceTokenizer:
                 pieces[i + 1], pieces[i] = _Piece(piece.text + right.text, piece.start), _Piece("", piece.start)
         return [piece for piece in pieces if piece.text]
 
-    def _encode_text(self, text: str) -> tuple[list[int], Offsets]:
+    def _encode_text(self, text: str, breaks: bool) -> tuple[list[int], Offsets]:
+        """Encode text without added tokens; with `breaks` part by part, of which the first has the dummy prefix."""
+        first, *others = text.split(BREAK) if breaks else [text]
+        ids, offsets = self._encode_part(first)
+        at = len(first)
+        for part in others:
+            at += len(BREAK)
+            found = self._unprefixed.encode(part, return_type="offset_mapping")
+            ids += found["ids"]
+            offsets += [(at + a, at + b) for a, b in found["offsets"]]
+            at += len(part)
+        return ids, offsets
+
+    def _encode_part(self, text: str) -> tuple[list[int], Offsets]:
         skip = ""
         if not self.legacy and text.startswith((SPACE, " ")):
             skip = self._unk  # SentencePiece strips a leading space
@@ -221,6 +235,16 @@ class SentencePieceTokenizer:
         if (byte := self._byte(i)) is not None:
             return bytes([byte])
         return self._model.id_to_piece(i).replace(SPACE, " ").encode() if 0 <= i < self._size else b""
+
+    @functools.cached_property
+    def _unprefixed(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=_without_dummy_prefix(self._proto))
+
+    def control_tokens(self) -> list[str]:
+        """Added tokens, and the pieces in brackets that SentencePiece itself matches before all others."""
+        pieces = _parse(self._proto).pieces
+        defined = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED]
+        return [*self._ids, *filter(re.compile(r"<.+>|\[.+\]").fullmatch, defined)]
 
     @functools.cached_property
     def _denormalizes(self) -> bool:

@@ -17,6 +17,19 @@ from llava_jax.console import InputError, first_line, shorten
 IMAGE_TOKEN = "<image>"
 MAX_CHAT_TEMPLATE = 2**20  # characters
 IMAGE_START, IMAGE_END, IMAGE_PATCH = "<im_start>", "<im_end>", "<im_patch>"
+ROLE_MARKS = (
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "###"),
+    *("USER:", "ASSISTANT:", "Human:", "Assistant:"),
+)
+SPECIAL_MARK = re.compile(r"<\|[^<>|\s]+\|>")  # as in `<|im_start|>`
+
+
+class Markup(str):
+    """A part of a turn that is no text: `IMAGE_PART`, for an image at this place."""
+
+
+IMAGE_PART = Markup(IMAGE_TOKEN)
+Turn = str | Sequence[str] | None  # a text, or texts and `IMAGE_PART`s; None for what the model is to generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +54,17 @@ class Template:
     stop: str | None = None
     shots: tuple[str, ...] = ()
     image_tag: bool = False  # in training, `<Image>` and `</Image>` around `<image>`
+
+    @property
+    def role_marks(self) -> list[str]:
+        """The strings around turns, which may be plain text to a tokenizer."""
+        if self.style == "jinja":
+            return [mark for mark in ROLE_MARKS if mark in self.system] + SPECIAL_MARK.findall(self.system)
+        marks = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"] if self.style == "llama_2" else []
+        if self.style in ("single", "two"):
+            marks += [f"{role}:" for role in self.roles]
+        ends = [end.strip() for end in (self.sep, self.sep2, self.stop or "")]
+        return marks + [end for end in ends if end] + SPECIAL_MARK.findall("".join(self.roles))
 
     def with_system(self, system: str) -> str:
         """The template's system text with its message replaced."""

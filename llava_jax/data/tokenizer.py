@@ -14,6 +14,7 @@ tokenizer does so for each piece of text between added tokens (`</s>USER` become
 beginning of the text only (`USER`). Weights need the setting that they were trained with.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -28,7 +29,15 @@ from tokenizers import AddedToken, processors
 from llava_jax.console import InputError, note, shorten
 from llava_jax.data.decoding import Stream
 from llava_jax.data.json_tokenizer import JsonTokenizer, limit_untrusted
-from llava_jax.data.sentencepiece_tokenizer import Offsets, SentencePieceTokenizer, Token, added_token, content_of
+from llava_jax.data.sentencepiece_tokenizer import (
+    BREAK,
+    SPACE,
+    Offsets,
+    SentencePieceTokenizer,
+    Token,
+    added_token,
+    content_of,
+)
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files import read_bytes
 from llava_jax.json_files import parse_json, read_json
@@ -110,9 +119,13 @@ class Tokenizer:
         """The highest id plus one."""
         return len(self._engine)
 
-    def encode(self, text: str) -> tuple[list[int], Offsets]:
-        """Encode a text, including added tokens but without BOS or EOS: ids, and the (start, end) of each."""
-        return self._engine.encode(text)
+    def encode(self, text: str, *, guarded: bool = False) -> tuple[list[int], Offsets]:
+        """Encode a text, including added tokens but without BOS or EOS: ids, and the (start, end) of each.
+
+        Args:
+          guarded: whether parts of it come from `guard`.
+        """
+        return self._engine.encode(text, guarded)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Decode ids; special tokens are skipped unless `special`."""
@@ -139,6 +152,28 @@ class Tokenizer:
     def add_special(self, tokens: list[str]) -> None:
         """Append the special tokens that the vocabulary lacks."""
         self._engine.add_special([token for token in tokens if self.token_id(token) is None])
+        self.__dict__.pop("_controls", None)
+
+    def guard(self, text: str) -> str:
+        """Make text of the special tokens, added tokens and `<image>` marks in a text: `encode` spells them.
+
+        A `BREAK` goes behind the first character of each, over which no token extends.
+
+        Raises:
+          InputError: the text has a `BREAK` itself, which is a noncharacter that no text needs.
+        """
+        if BREAK in text:
+            raise InputError(f"the text has the noncharacter U+{ord(BREAK):04X}, which is reserved; remove it")
+        return self._controls.sub(BREAK, text)
+
+    @functools.cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """Matches between the first two characters of each token that `guard` makes text."""
+        tokens = {token for token in self._engine.control_tokens() if len(token) > 1 and token.strip(f"{SPACE} \n\t")}
+        rests: dict[str, list[str]] = {}
+        for token in sorted(tokens | {IMAGE_TOKEN}):
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+        return re.compile("|".join(f"(?<={re.escape(first)})(?={'|'.join(rest)})" for first, rest in rests.items()))
 
     def transformers_files(self, new_tokens: Sequence[str] = (), *, pad: str | None = None) -> dict[str, Any]:
         """The files of this tokenizer for transformers, by name; `tokenizer.json` is complete by itself.

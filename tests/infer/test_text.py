@@ -91,3 +91,90 @@ def test_random_ids(kind, legacy, tmp_path):
             check(tokenizer, ids, stops)
         except AssertionError as error:
             raise AssertionError((ids, [tokenizer.token(i) for i in ids], stops)) from error
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fallback"])
+def test_text_is_shown_as_soon_as_it_is_settled(kind, tmp_path):
+    tokenizer = tokenizer_of(kind, True, tmp_path / "t")
+    for text in STRINGS:
+        if "<" in text:  # special tokens are left out, and the bytes around them may be one character
+            continue
+        ids, answer = tokenizer.encode(text)[0], AnswerText(tokenizer)
+        for n, i in enumerate(ids):
+            answer.add(i)
+            assert len(answer.text) >= len(tokenizer.decode_settled(ids[: n + 1]).strip())
+
+
+def pieces(text, stops, kind="llama"):
+    """The ids of a text one by one, and what is shown of it: one piece for each token, one for the end."""
+    tokenizer = load_tokenizer(TOKENIZERS / kind)
+    answer = AnswerText(tokenizer, stops)
+    ids = [i for char in text for i in tokenizer.encode("\n" + char)[0][2:]]
+    return [*map(answer.add, ids), answer.finish()], answer
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown", "stopped"),
+    [
+        ("a#b##c", ["###"], ["a", "", "#b", "", "", "##c", ""], None),
+        ("a##", ["###"], ["a", "", "", "##"], None),
+        ("a####b", ["###"], ["a", "", "", "", "", "", ""], "###"),
+        ("  a  b  ", [], ["", "", "a", "", "", "  b", "", "", ""], None),
+        ("a \n#b", ["\n#"], ["a", "", "", "", "", ""], "\n#"),
+        ("abcd", ["bcd", "c", "cd"], ["a", "", "b", "", ""], "c"),
+        ("abab", ["abb", "ba"], ["", "", "a", "", ""], "ba"),
+        ("猫", ["x"], ["", "", "猫", ""], None),
+        ("ab", ["", None, "b"], ["a", "", ""], "b"),
+        ("猫b", ["猫"], ["", "", "", "", ""], "猫"),
+    ],
+)
+def test_what_is_shown_after_each_character(text, stops, shown, stopped):
+    found, answer = pieces(text, stops)
+    assert found == shown
+    assert answer.stopped == stopped
+    assert answer.text == "".join(shown)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-3", "fallback"])
+def test_the_cost_of_a_token_does_not_grow(kind, tmp_path, monkeypatch):
+    """Whatever the tokens before it, a token takes few decodes of few ids."""
+    tokenizer = tokenizer_of(kind, True, tmp_path / "t")
+    decoded = []
+    engine, decode = tokenizer._engine, tokenizer._engine.decode
+    monkeypatch.setattr(engine, "decode", lambda ids, special: decoded.append(len(ids)) or decode(ids, special))
+    ids = tokenizer.encode("the cat 猫 </s> " * 200)[0]
+    answer = AnswerText(tokenizer, ["###", "the dog"])
+    for i in ids:
+        answer.add(i)
+    assert len(answer.text) > 1500
+    assert sum(decoded) <= 10 * len(ids)
+
+
+# ---------------------------------------------------------------- the bytes of tokens
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["llama", "yi", "mistral", "user-defined", "added", "llama-3", "byte-level", "fallback"]
+)
+def test_the_bytes_of_tokens_are_those_of_the_text(kind, legacy, tmp_path):
+    tokenizer = tokenizer_of(kind, legacy, tmp_path / "t")
+    for text in [UNICODE, *STRINGS]:
+        found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)[0])).decode()
+        if kind == "mistral":  # its marks strip the spaces beside them, and each text after one has the dummy prefix
+            found, text = found.replace(" ", ""), text.replace(" ", "")
+        if kind != "llama-3" and kind != "byte-level":
+            found, text = found.replace(" ", ""), text.replace("▁", " ").replace(" ", "")
+        assert found == text
+
+
+def test_the_bytes_of_single_tokens(tmp_path):
+    llama, byte_level = load_tokenizer(TOKENIZERS / "llama"), load_tokenizer(TOKENIZERS / "llama-3")
+    fallback = tokenizer_of("fallback", True, tmp_path / "t")
+    for tokenizer, token, found in (
+        (llama, "▁cat", b" cat"), (llama, "<0xE7>", b"\xe7"), (llama, "</s>", b"</s>"), (llama, "<unk>", b"<unk>"),
+        (byte_level, "Ġcat", b" cat"), (byte_level, "ç", b"\xe7"), (byte_level, "<|eot_id|>", b"<|eot_id|>"),
+        (fallback, "▁cat", b" cat"), (fallback, "<0xE7>", b"\xe7"), (fallback, "</s>", b"</s>"),
+    ):  # fmt: skip
+        assert tokenizer.token_bytes(tokenizer.token_id(token)) == found
+    assert llama.token_bytes(10**6) == fallback.token_bytes(10**6) == byte_level.token_bytes(10**6) == b""
