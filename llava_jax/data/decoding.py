@@ -38,8 +38,8 @@ class ByteStream:
 class PieceStream:
     """For tokenizers whose tokens have the same text everywhere but at the beginning.
 
-    Once there is text, that of further ids is what they add to the text of one id, `_word`. Before, and after an added
-    token if that is a new beginning, they are decoded with all ids from there on.
+    Once there is text, that of further ids is what they add to the text of one or two, the `word`. Before, and after an
+    added token if that is a new beginning, they are decoded with all ids from there on.
 
     Args:
       decode: the text of ids.
@@ -61,7 +61,7 @@ class PieceStream:
     ):
         self._decode, self._byte, self._skips = decode, byte, skips
         self._beginnings, self._whole_runs = beginnings, whole_runs
-        self._word: int | None = None
+        self._word = list[int]()
         self._head, self._length = list[int](), 0  # the ids before, and the length of their text
         self._begun = False
         self._run, self._bytes = list[int](), bytearray()  # bytes whose text is not certain
@@ -76,8 +76,8 @@ class PieceStream:
             return self._pop(certain)
         text = self._pop(len(self._run)) + self._settle([token_id])
         if token_id in self._beginnings:
-            if self._word is not None:
-                self._head = [self._word, token_id]
+            if self._word or not self._length:
+                self._head = [*self._word, token_id]
             self._length, self._begun = len(self._decode(self._head)), False
         return text
 
@@ -105,10 +105,17 @@ class PieceStream:
         text = self._decode(self._head + ids)[self._length :]
         if not self._begun:
             self._head, self._length = self._head + ids, self._length + len(text)
-            last = ids[-1]
-            if self._byte(last) is None and last not in self._beginnings and (alone := self._decode([last])):
-                self._word, self._head, self._length, self._begun = last, [last], len(alone), True
+            for word in (ids, self._head[-2:]):
+                if not self._begun and self._is_word(word):
+                    self._word, self._head, self._length, self._begun = word, word, len(self._decode(word)), True
         return text
+
+    def _is_word(self, ids: list[int]) -> bool:
+        """Whether ids have a text, behind which that of others does not depend on theirs."""
+        data = bytes(byte for i in ids if (byte := self._byte(i)) is not None)
+        if any(i in self._beginnings for i in ids) or (data and self._whole_runs) or unfinished(data):
+            return False
+        return bool(self._decode(ids))
 
 
 class WholeStream:

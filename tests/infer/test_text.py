@@ -142,12 +142,16 @@ def test_the_cost_of_a_token_does_not_grow(kind, tmp_path, monkeypatch):
     decoded = []
     engine, decode = tokenizer._engine, tokenizer._engine.decode
     monkeypatch.setattr(engine, "decode", lambda ids, special: decoded.append(len(ids)) or decode(ids, special))
-    ids = tokenizer.encode("the cat 猫 </s> " * 200)[0]
-    answer = AnswerText(tokenizer, ["###", "the dog"])
-    for i in ids:
-        answer.add(i)
-    assert len(answer.text) > 1500
-    assert sum(decoded) <= 10 * len(ids)
+    odd = [i for token in ("▁", "Ġ", "</s>", "<|eot_id|>") if (i := tokenizer.token_id(token)) is not None]
+    byte = [i for token in ("<0xE7>", "<0x8C>", "<0xAB>") if (i := tokenizer.token_id(token)) is not None]
+    for ids in (tokenizer.encode("the cat 猫 </s> " * 200)[0], byte * 300, *([i] * 900 for i in odd)):
+        answer = AnswerText(tokenizer, ["###", "the dog"])
+        decoded.clear()
+        for i in ids:
+            answer.add(i)
+        answer.finish()
+        assert answer.text == tokenizer.decode(ids).strip()
+        assert sum(decoded) <= 12 * len(ids)
 
 
 # ---------------------------------------------------------------- the bytes of tokens
