@@ -14,7 +14,7 @@ from llava_jax.console import InputError
 from llava_jax.data.images import TileLayout, image_size, read_tiles, tile_layout
 from llava_jax.data.prompts import add_image_tokens, encode_prompt
 from llava_jax.data.splice import IMAGE, NEWLINE, TEXT, image_indices, merge_rows
-from llava_jax.data.templates import Template
+from llava_jax.data.templates import Template, Turn
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import NamedBytes, fetch
 
@@ -24,9 +24,10 @@ _SALT = os.urandom(16)  # nobody outside can make two images with one key
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt. `turns` is question, answer, ..., question; `images` are paths, URLs, bytes or Pillow images."""
+    """A prompt. `turns` is question, answer, ..., question, each a text or a sequence of texts and `IMAGE_PART`s;
+    `images` are paths, URLs, bytes or Pillow images."""
 
-    turns: tuple[str | None, ...]
+    turns: tuple[Turn, ...]
     images: tuple = ()
     system: str | None = None
     name: str = ""  # for errors
@@ -108,8 +109,8 @@ def prepare(
     """
     try:
         images = tuple(_prompt_image(source, request.name, config) for source in request.images)
-        trust = {} if request.trust_special_tokens else dict(trust_special_tokens=False)
-        turns = add_image_tokens(request.turns, len(images), config)
+        trust = dict(trust_special_tokens=request.trust_special_tokens)
+        turns = add_image_tokens(request.turns, len(images), config, **trust)
         ids = encode_prompt(template, [*turns, None] if reply else turns, tokenizer, system=request.system, **trust)
         if (highest := int(ids.max(initial=0))) >= config.text.vocab_size:
             raise InputError(
