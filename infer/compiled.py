@@ -146,7 +146,8 @@ def prefill(
     )
     logits_AV = llama.logits(decoder, text, x_AD, partition)
     zeros = jnp.zeros_like(rows.starts)
-    tokens = choose(logits_AV, _fold(rows.keys, zeros), rows.controls, rows.history, zeros, eos_ids, partition)
+    controls = rows.controls.of_running(rows.final)
+    tokens = choose(logits_AV, _fold(rows.keys, zeros), controls, rows.history, zeros, eos_ids, partition)
     logprobs = _logprobs(logits_AV, tokens, rows.wants & rows.final, partition)
     ended = (_is_end(tokens, eos_ids) & ~rows.ignore_eos) | (rows.limits <= 1)
     history = _counted(rows.history, tokens, jnp.ones_like(ended))
@@ -190,9 +191,9 @@ def _decode(
         x_BD = llama.embed(decoder, now.tokens, partition)
         x_BD, recent = llama.decode_step(decoder, text, x_BD, slots.lengths, read, recent, step, partition)
         logits_BV = llama.logits(decoder, text, x_BD, partition)
-        keys = _fold(now.keys, now.generated)
-        tokens = choose(logits_BV, keys, now.controls, now.history, now.generated, eos_ids, partition)
-        running = ~now.done
+        running, keys = ~now.done, _fold(now.keys, now.generated)
+        controls = now.controls.of_running(running)
+        tokens = choose(logits_BV, keys, controls, now.history, now.generated, eos_ids, partition)
         logprobs = _logprobs(logits_BV, tokens, now.wants & running, partition)
         chosen = jax.tree.map(
             lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new[:, None], step, 1),

@@ -21,15 +21,10 @@ READERS = 4  # threads that read images
 
 
 class ImageFeatures:
-    """Encodes images, and keeps the features of the last ones.
-
-    Attributes:
-      queries, hits: images asked for, and how many of them were there.
-    """
+    """Encodes images, and keeps the features of the last ones."""
 
     def __init__(self, params: llava.Params, partition: Partition, buckets: Buckets, max_bytes: int = MAX_BYTES):
         self.params, self.partition, self.buckets, self.max_bytes = params, partition, buckets, max_bytes
-        self.queries = self.hits = 0
         self._tables: collections.OrderedDict[bytes, jax.Array] = collections.OrderedDict()  # oldest first
         self._bytes = 0
 
@@ -38,12 +33,9 @@ class ImageFeatures:
 
     def find(self, image: PromptImage) -> jax.Array | None:
         """The feature table [R, D] of an image that was encoded."""
-        self.queries += 1
-        if (table := self._tables.get(image.key)) is None:
-            return None
-        self.hits += 1
-        self._tables.move_to_end(image.key)
-        return table
+        if image.key in self._tables:
+            self._tables.move_to_end(image.key)
+        return self._tables.get(image.key)
 
     def encode(self, images: Sequence[PromptImage], tiles: Sequence[np.ndarray]) -> list[jax.Array]:
         """Encode images at once, and keep their feature tables [R, D].

@@ -1,10 +1,10 @@
 """The scheduler: many answers at once, in the slots of one KV cache (continuous batching with static shapes).
 
 Requests join and leave between dispatches. One iteration of the loop (`step`) gives free slots to waiting prompts,
-dispatches chunks of their prefill, dispatches decode steps for all slots, and then reads the tokens of the dispatches
-before: the device never waits for the host. Between two dispatches of decode steps at most `MAX_CHUNKS` chunks of
-`Buckets.chunks[-1]` positions are prefilled, fewer the more slots are decoding: that bounds how long a long prompt
-holds up the others.
+dispatches chunks of their prefill in turn, dispatches decode steps for all slots, and then reads the tokens of the
+dispatches before: the device never waits for the host. What holds up answers between two dispatches of decode steps is
+bounded: a chunk has at most `Buckets.chunks[-1]` positions, and there are at most `MAX_CHUNKS` of them, of which all
+but the first must fit in `dispatch_seconds`, each with the images that it begins.
 
 One thread runs the loop; any thread may submit and cancel.
 """
@@ -64,6 +64,8 @@ class Statistics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    image_queries: int = 0  # images that had to be placed
+    image_hits: int = 0  # those of them that were encoded already
     dispatches: int = 0
     decode_steps: int = 0
 
@@ -109,7 +111,7 @@ class Scheduler:
         self._dispatched: dict[int, int] = {}  # tokens that were dispatched for each decoding slot
         self._stopped = np.zeros(len(self.table.slots), bool)  # slots that the device has yet to stop
         self._reader = ImageReader()
-        self._step_seconds = 0.0
+        self._step_seconds = self._chunk_seconds = math.inf  # as measured last
         self._last_read = 0.0
 
     # ------------------------------------------------------------ from any thread
@@ -164,8 +166,7 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         before = len(self._unread)
-        chunks = 1 + round((MAX_CHUNKS - 1) * (1 - len(self._decoding) / len(self.table.slots)))
-        for _ in range(chunks):
+        for _ in range(self._chunks()):
             if not self._prefill():
                 break
         self._decode()
@@ -243,7 +244,10 @@ class Scheduler:
             generation.started_at, generation.cached_tokens = time.perf_counter(), place.reused
             self.statistics.prompt_tokens += len(keys)
             self.statistics.cached_tokens += place.reused
-            self._filling.append(_Filling(generation, place.slot, place.reused))
+            self._filling.append(filling := _Filling(generation, place.slot, place.reused))
+            missing = self._missing(filling)
+            self.statistics.image_queries += len(missing)
+            self.statistics.image_hits += sum(image in self.features for image in missing)
         self._waiting.extendleft(reversed(later))
         self._reader.want(image for image in self._images_to_read() if image not in self.features)
 
@@ -285,13 +289,24 @@ class Scheduler:
             generation, slot = filling.generation, filling.slot
             filling.start = self._chunk(filling).end
             slot.keys = generation.prompt.keys[: filling.start]
-            if filling.start == generation.prompt.length:
+            self._filling.remove(filling)
+            if filling.start < generation.prompt.length:
+                self._filling.append(filling)  # others come before its next chunk
+            else:
                 finished.append((shard, generation))
-                self._filling.remove(filling)
                 self._decoding[slot.index], self._dispatched[slot.index] = generation, 1
                 self._stopped[slot.index] = False
         self._unread.append(_Dispatched(chosen, finished, 1, is_decode=False))
         return True
+
+    def _chunks(self) -> int:
+        """How many chunks to prefill before the next decode steps. Without a limit on their time, more the fewer slots
+        are decoding."""
+        if not self._decoding:
+            return MAX_CHUNKS
+        if self.dispatch_seconds is None:
+            return 1 + round((MAX_CHUNKS - 1) * (1 - len(self._decoding) / len(self.table.slots)))
+        return _at_least_one(self.dispatch_seconds, self._chunk_seconds, MAX_CHUNKS)
 
     def _chunk(self, filling: _Filling) -> Chunk:
         """The next chunk of a prompt."""
@@ -361,9 +376,9 @@ class Scheduler:
         self._unread.append(_Dispatched(chosen, owners, steps, is_decode=True))
 
     def _steps(self) -> int:
-        if self.dispatch_seconds is None or not self._step_seconds:
-            return compiled.STEPS if self.dispatch_seconds is None else 1
-        return max(1, min(compiled.STEPS, math.floor(self.dispatch_seconds / self._step_seconds)))
+        if self.dispatch_seconds is None:
+            return compiled.STEPS
+        return _at_least_one(self.dispatch_seconds, self._step_seconds, compiled.STEPS)
 
     # ------------------------------------------------------------ results
 
@@ -374,6 +389,8 @@ class Scheduler:
         now = time.perf_counter()
         if dispatched.is_decode:
             self._step_seconds = (now - self._last_read) / dispatched.steps
+        else:
+            self._chunk_seconds = now - self._last_read
         self._last_read = now
         owners = [(row, generation) for row, generation in dispatched.owners if not generation.done]
         logprobs = None
@@ -416,3 +433,8 @@ class Scheduler:
     def _put(self, rows: np.ndarray) -> jax.Array:
         assert self.partition.mesh is not None
         return put_rows(np.asarray(rows), self.partition.mesh)
+
+
+def _at_least_one(seconds: float, each: float, most: int) -> int:
+    """How many that take `each` seconds fit in `seconds`, from 1 to `most`."""
+    return max(1, min(most, math.floor(seconds / each))) if each > 0 else most

@@ -286,4 +286,4 @@ def test_text_needs_no_vision_tower():
     engine = golden_engine("v1.5-llama")
     answer = engine.ask("hello", max_new_tokens=2)
     assert answer.image_tokens == 0
-    assert engine.features.queries == 0
+    assert engine._scheduler.statistics.image_queries == 0

@@ -89,7 +89,7 @@ def test_top_p_of_one_keeps_every_token():
     logits_V = jnp.zeros(100).at[3].set(40)
     for top_p, kept in ((1, 100), (0.999999, 1)):
         controls = jax.tree.map(lambda x: x[0], Controls.of([Sampling(temperature=1, top_p=top_p)]))
-        sorted_V, order_V = sort_and_filter(logits_V, controls)
+        sorted_V, order_V, _ = sort_and_filter(logits_V, controls)
         assert (jnp.isfinite(sorted_V).sum(), order_V[0]) == (kept, 3)
 
 

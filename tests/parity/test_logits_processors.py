@@ -95,7 +95,7 @@ def test_scores_are_those_of_transformers(batch, scores):
     """The same tokens are excluded, and the others have the same scores; every row with its own controls."""
     logits_BV, controls, history, generated = ours(list(map(sampling_of, SAMPLINGS)), *batch)
     logits_BV = penalize(logits_BV, controls, history, generated < controls.min_new_tokens, EOS)
-    sorted_BV, order_BV = jax.jit(jax.vmap(sort_and_filter))(logits_BV, controls)
+    sorted_BV, order_BV, _ = jax.jit(jax.vmap(sort_and_filter))(logits_BV, controls)
     got = np.empty_like(sorted_BV)
     np.put_along_axis(got, np.asarray(order_BV), np.asarray(sorted_BV), axis=-1)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(scores))
