@@ -113,22 +113,22 @@ class JsonTokenizer:
         return limit_untrusted(engine)
 
     def control_tokens(self) -> list[str]:
-        return [token.content for token in self._engine.get_added_tokens_decoder().values()]
+        return [token.content for token in self._added.values()]
 
     def stream(self) -> Stream:
-        decode, added = functools.partial(self.decode, special=False), self._engine.get_added_tokens_decoder()
-        special = {i for i, token in added.items() if token.special}
+        decode = functools.partial(self.decode, special=False)
+        special = {i for i, token in self._added.items() if token.special}
         skips = lambda i: i in special or self.token(i) is None  # noqa: E731
         kinds = [part["type"] for part in self._decoders]
         if kinds == ["ByteLevel"]:
             return ByteStream(lambda i: _bytes_of(self.token(i) or ""), skips)
-        if all(map(_is_local, self._decoders)):
+        if kinds and all(map(_is_local, self._decoders)):
             return PieceStream(decode, self._byte, skips, whole_runs=True)
         return WholeStream(decode)
 
     def token_bytes(self, i: int) -> bytes:
         token = self.token(i) or ""
-        if i in self._engine.get_added_tokens_decoder():
+        if i in self._added:
             return token.encode()
         kinds = {part["type"]: part for part in self._decoders}
         if "ByteLevel" in kinds:
@@ -141,6 +141,10 @@ class JsonTokenizer:
         fallback = any(part["type"] == "ByteFallback" for part in self._decoders)
         token = BYTE.fullmatch(self.token(i) or "") if fallback else None
         return int(token[1], 16) if token else None
+
+    @functools.cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self._engine.get_added_tokens_decoder()
 
     @functools.cached_property
     def _decoders(self) -> list[dict[str, Any]]:
@@ -167,7 +171,8 @@ class JsonTokenizer:
         if tokens:
             self._engine.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
             self._run = limit_untrusted(self._engine)
-            self.__dict__.pop("_breaking", None)
+            for name in ("_added", "_breaking"):
+                self.__dict__.pop(name, None)
 
     def for_transformers(self) -> tokenizers.Tokenizer:
         engine = tokenizers.Tokenizer.from_str(self._engine.to_str())

@@ -51,19 +51,16 @@ def add_image_tokens(
     split = [turn if turn is None else _parts(turn, trust_special_tokens) for turn in turns]
     count = sum(isinstance(part, Markup) for parts in split for part in parts or ())
     if count not in (0, images):
-        marks = f"{IMAGE_TOKEN} tokens" if trust_special_tokens else "places for images"
+        marks = f"{IMAGE_TOKEN} tokens" if trust_special_tokens else "places of images"
         raise InputError(f"the prompt has {count} {marks} for {images} images; give one for each image, or none")
     if count == 0:
         split[0] = [*[Markup(f"{IMAGE_TOKEN}\n")] * images, *(split[0] or ())]
-    found: list[Turn] = []
-    for parts in split:
-        if parts is not None:
-            parts = [
-                Markup(part.replace(IMAGE_TOKEN, image_markup(config))) if isinstance(part, Markup) else part
-                for part in parts
-            ]
-        found.append("".join(parts) if parts is not None and trust_special_tokens else parts)
-    return found
+    markup = image_markup(config)
+    found = [
+        parts and [Markup(p.replace(IMAGE_TOKEN, markup)) if isinstance(p, Markup) else p for p in parts]
+        for parts in split
+    ]
+    return ["".join(parts) if parts is not None and trust_special_tokens else parts for parts in found]
 
 
 def _parts(turn: str | Sequence[str], trusted: bool) -> list[str]:

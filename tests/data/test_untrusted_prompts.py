@@ -147,7 +147,7 @@ def test_places_of_images():
     assert add_image_tokens(["a", None], 0, config, **untrusted) == [["a"], None]
     with pytest.raises(InputError, match="1 <image> tokens for 0 images"):
         add_image_tokens(["<image>"], 0, config)
-    with pytest.raises(InputError, match="2 places for images for 1 images"):
+    with pytest.raises(InputError, match="2 places of images for 1 images"):
         add_image_tokens([[IMAGE_PART, "<image>"], "b", [IMAGE_PART]], 1, config, **untrusted)
     tokenizer = load_tokenizer(TOKENIZERS / "llama")
     prepare_tokenizer(tokenizer, config)

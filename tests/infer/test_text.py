@@ -15,14 +15,14 @@ STRINGS = golden_json("tokenizers/strings.json")
 UNICODE = "猫の図 🙂👩‍👩‍👧 नमस्ते ខ្មែរ \U0010ffff"
 
 
-def tokenizer_of(kind, legacy, path):
+def tokenizer_of(kind, legacy, path, **changes):
     """A golden tokenizer; `fallback` is one whose bytes are no special tokens, as in published checkpoints."""
     if kind != "fallback":
         return load_tokenizer(copy_tokenizer(kind, path, legacy=legacy))
     copy_tokenizer("metaspace", path)
     fields = json.loads((path / "tokenizer.json").read_text())
     fields["added_tokens"] = fields["added_tokens"][:3]
-    (path / "tokenizer.json").write_text(json.dumps(fields))
+    (path / "tokenizer.json").write_text(json.dumps(fields | changes))
     return load_tokenizer(path)
 
 
@@ -77,8 +77,33 @@ def random_ids(tokenizer, pick):
 def test_random_ids(kind, legacy, tmp_path):
     tokenizer = tokenizer_of(kind, legacy, tmp_path / "t")
     assert not isinstance(tokenizer.stream(), WholeStream)
-    pick = random.Random(kind)
-    for _ in range(120):
+    check_random_ids(tokenizer, random.Random(kind), 120)
+
+
+def sequence(*decoders):
+    return {"type": "Sequence", "decoders": decoders}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "whole"),
+    [
+        (None, True),
+        ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}, False),
+        ({"type": "BPEDecoder", "suffix": "t"}, True),
+        ({"type": "CTC", "pad_token": "<unk>", "word_delimiter_token": "a", "cleanup": True}, True),
+        (sequence({"type": "ByteFallback"}, {"type": "Strip", "content": "t", "start": 0, "stop": 1}), True),
+        (sequence({"type": "ByteFallback"}, {"type": "Strip", "content": "▁", "start": 1, "stop": 0}), False),
+        (sequence({"type": "Fuse"}, {"type": "Strip", "content": "▁", "start": 3, "stop": 0}), False),
+    ],
+)  # fmt: skip
+def test_other_decoders(decoder, whole, tmp_path):
+    tokenizer = tokenizer_of("fallback", True, tmp_path / "t", decoder=decoder)
+    assert isinstance(tokenizer.stream(), WholeStream) == whole
+    check_random_ids(tokenizer, random.Random(0), 60)
+
+
+def check_random_ids(tokenizer, pick, n):
+    for _ in range(n):
         ids = random_ids(tokenizer, pick)
         text = tokenizer.decode(ids)
         stops = ()
