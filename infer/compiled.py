@@ -79,8 +79,7 @@ class Chosen(NamedTuple):
 @functools.partial(jax.jit, static_argnames="partition")
 def encode(params, tiles_THW3, *, partition: Partition) -> jax.Array:
     """Features [T, P, D]."""
-    table_TPD = llava.encode_tiles(params, partition.config, tiles_THW3[:, None], partition)
-    return table_TPD[:, : partition.config.vision.features_per_tile]
+    return llava.encode_tiles(params, partition.config, tiles_THW3, partition)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "partition"))

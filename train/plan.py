@@ -109,19 +109,27 @@ def plan_step(
         executed_flops_per_chip=compiled.work.flops if compiled.work else None,
         model_flops_per_chip=step_flops(model, config.tune, rows, length, tiles) / mesh.size,
         collective_bytes_per_chip=compiled.work.collectives if compiled.work else None,
-        least_collective_bytes_per_chip=min_collective_bytes(frozen, state, model, config, mesh, rows, length),
+        least_collective_bytes_per_chip=min_collective_bytes(frozen, state, model, config, mesh, rows, length, tiles),
         compile_seconds=round(compiled.seconds, 1),
     ), compiled
 
 
 def min_collective_bytes(
-    frozen: dict, state: TrainState, model: LlavaConfig, config: TrainConfig, mesh: Mesh, rows: int, length: int
+    frozen: dict,
+    state: TrainState,
+    model: LlavaConfig,
+    config: TrainConfig,
+    mesh: Mesh,
+    rows: int,
+    length: int,
+    tiles: int,
 ) -> float:
     """The minimum that each chip sends in a step, given how arrays are sharded.
 
     Along `fsdp`, an all-gather of the parameters, a second one for layers that the backward pass recomputes, and a
     reduce-scatter of the gradients; along `data`, an all-reduce of the gradients; along `tensor`, an all-reduce of two
-    results per layer, forward and backward.
+    results per layer of the decoder, forward and backward, an all-gather of the features, and an all-reduce of the
+    gradients of what encodes tiles.
     """
     size = np.dtype(config.dtype).itemsize
     wider = np.dtype(config.reduce_dtype or config.dtype).itemsize / size  # a gradient relative to its parameter
@@ -137,8 +145,12 @@ def min_collective_bytes(
             total += 2 * mine * wider * (fsdp - 1) / fsdp
         if path in trained:
             total += 2 * mine * wider * (data - 1) / data
-    results = 4 * model.text.layers * rows // row_multiple(mesh) * length * model.text.width * size
-    return total + 2 * results * (tensor - 1) / tensor
+            if path.startswith(("vision/", "projector/")):
+                total += 2 * mine * wider * (tensor - 1) / tensor
+    rows //= row_multiple(mesh)
+    features = rows * tiles * model.vision.features_per_tile * model.text.width * size
+    results = 4 * model.text.layers * rows * length * model.text.width * size
+    return total + (features + 2 * results) * (tensor - 1) / tensor
 
 
 def advice(config: TrainConfig, args, plan: Plan, mesh: Mesh) -> str:

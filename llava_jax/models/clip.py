@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llava_jax.config import VisionConfig
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, init_layers, init_module, run_layers
-from llava_jax.sharding.mesh import BATCH, TENSOR
+from llava_jax.sharding.mesh import TILES
 from llava_jax.sharding.partition import UNSHARDED, Partition
 
 
@@ -68,8 +68,8 @@ class Attention(nn.Module):
         c = self.config
         B, P, C = x_BPC.shape
         q, k, v = (Dense(c.width, bias=True, name=name)(x_BPC).reshape(B, P, c.heads, -1) for name in ("q", "k", "v"))
-        q, k, v = (partition.constrain(t, BATCH, None, TENSOR, None) for t in (q * q.shape[-1] ** -0.5, k, v))
-        return Dense(c.width, bias=True, name="o")(attention(q, k, v, partition=partition).reshape(B, P, C))
+        x_BPHN = attention(q * q.shape[-1] ** -0.5, k, v, partition=partition)
+        return Dense(c.width, bias=True, name="o")(x_BPHN.reshape(B, P, C))
 
 
 class FeedForward(nn.Module):
@@ -96,7 +96,7 @@ def vision_features(
 
     def block(x_BPC, layer):
         layer = partition.gather(layer, "vision/layers")
-        return partition.constrain(Block(c).apply({"params": layer}, x_BPC, partition), BATCH, None, None)
+        return partition.constrain(Block(c).apply({"params": layer}, x_BPC, partition), TILES, None, None)
 
     states, done = {}, 0
     for i in sorted(set(c.hidden_states)):

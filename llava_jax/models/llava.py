@@ -16,7 +16,7 @@ from llava_jax.data.splice import TEXT, Batch
 from llava_jax.models import clip, llama
 from llava_jax.models.layers import init_module
 from llava_jax.models.projector import Projector, project
-from llava_jax.sharding.mesh import BATCH
+from llava_jax.sharding.mesh import BATCH, TILES
 from llava_jax.sharding.partition import UNSHARDED, Partition
 
 Params = dict
@@ -26,25 +26,40 @@ jax.tree_util.register_dataclass(Batch, [field.name for field in dataclasses.fie
 
 
 def encode_tiles(
-    params: Params, config: LlavaConfig, tiles_BTHW3: jax.Array, partition: Partition = UNSHARDED, remat: str = "none"
+    params: Params, config: LlavaConfig, tiles_THW3: jax.Array, partition: Partition = UNSHARDED, remat: str = "none"
 ) -> jax.Array:
-    """The feature table of each row: [B, R, D], tile after tile, then the newline if the model has one.
+    """The features of tiles, projected to the decoder's width: [T, P, D].
+
+    Each device encodes its shard of the tiles, and sends nothing but weights along `fsdp`. Where the mesh does not
+    divide the tiles, empty ones are added for the time being.
 
     Args:
-      tiles_BTHW3: uint8 pixels.
+      tiles_THW3: uint8 pixels, of any rows.
       remat: what stacked layers save for the backward pass.
 
     Source: llava/model/llava_arch.py `encode_images`.
     """
-    B, T = tiles_BTHW3.shape[:2]
-    dtype = params["decoder"]["embed"]["embedding"].dtype
-    pixels = clip.normalise(tiles_BTHW3.reshape(B * T, *tiles_BTHW3.shape[2:]), config.vision, dtype)
-    pixels = partition.constrain(pixels, BATCH, None, None, None)
+    T = tiles_THW3.shape[0]
+    tiles_THW3 = jnp.pad(tiles_THW3, ((0, -T % partition.tile_shards), (0, 0), (0, 0), (0, 0)))
+    tiles_THW3 = partition.constrain(tiles_THW3, TILES, None, None, None)
+    pixels = clip.normalise(tiles_THW3, config.vision, params["decoder"]["embed"]["embedding"].dtype)
     features = clip.vision_features(params["vision"], config.vision, pixels, partition, remat)
-    features = project(params.get("projector", {}), config, features, partition)
-    table_BRD = partition.constrain(features.reshape(B, -1, features.shape[-1]), BATCH, None, None)
+    features_TPD = project(params.get("projector", {}), config, features, partition)
+    return partition.constrain(features_TPD, TILES, None, None)[:T]
+
+
+def feature_table(
+    params: Params, config: LlavaConfig, features_BTPD: jax.Array, partition: Partition = UNSHARDED
+) -> jax.Array:
+    """The feature table of each row: [B, R, D], tile after tile, then the newline if the model has one.
+
+    Args:
+      features_BTPD: or [B, T * P, D].
+    """
+    B, *_, D = features_BTPD.shape
+    table_BRD = partition.constrain(features_BTPD.reshape(B, -1, D), BATCH, None, None)
     if config.has_newline:
-        newline = jnp.broadcast_to(params["newline"].astype(table_BRD.dtype), (B, 1, table_BRD.shape[-1]))
+        newline = jnp.broadcast_to(params["newline"].astype(table_BRD.dtype), (B, 1, D))
         table_BRD = jnp.concatenate([table_BRD, newline], axis=1)
     return table_BRD
 
@@ -73,8 +88,14 @@ def embed_batch(
     params: Params, config: LlavaConfig, batch: Batch, partition: Partition = UNSHARDED, remat: str = "none"
 ) -> jax.Array:
     """Input embeddings [B, S, D] of a whole batch."""
-    features = encode_tiles(params, config, batch.tiles, partition, remat) if batch.tiles.shape[1] else None
-    return splice_embeddings(params, config, features, batch.ids, batch.feature_rows, partition)
+    B, T, *pixels = batch.tiles.shape
+    features_BRD = None
+    if T:
+        features_TPD = encode_tiles(params, config, batch.tiles.reshape(B * T, *pixels), partition, remat)
+        features_TPD = partition.constrain(features_TPD, BATCH, None, None)  # gathered along `tensor`
+        features_BTPD = features_TPD.reshape(B, T, *features_TPD.shape[1:])
+        features_BRD = feature_table(params, config, features_BTPD, partition)
+    return splice_embeddings(params, config, features_BRD, batch.ids, batch.feature_rows, partition)
 
 
 def forward(params: Params, config: LlavaConfig, batch: Batch, partition: Partition = UNSHARDED) -> jax.Array:

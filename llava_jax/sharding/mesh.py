@@ -2,7 +2,10 @@
 
 data    rows of the batch; every replica holds all parameters
 fsdp    rows of the batch too; parameters are sharded along it and gathered, layer by layer, where they are used
-tensor  heads and feed-forward width of each layer, and the vocabulary of the head
+tensor  heads and feed-forward width of each layer of the decoder, and the vocabulary of the head
+
+Tiles are sharded along all three, and the weights of the vision tower and the projector along `fsdp` alone: a tower is
+small, and sharded by heads it would send two all-reduces per layer.
 """
 
 import functools
@@ -19,6 +22,7 @@ from llava_jax.console import InputError, shorten
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)  # a dimension of rows is sharded along both
+TILES = AXES  # a dimension of tiles is sharded along all
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """How a model is sharded over a mesh: parameters by a table of paths, activations where the model constrains them.
 
+What encodes tiles is not sharded along `tensor`: its tiles are.
 An axis that does not divide a dimension is left out of its spec (heads count whole), so that every mesh runs every
 model; `tensor` beyond the number of key/value heads replicates those.
 """
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax.config import LlavaConfig
 from llava_jax.sharding import fsdp
-from llava_jax.sharding.mesh import AXES, BATCH, FSDP, TENSOR, row_multiple
+from llava_jax.sharding.mesh import AXES, BATCH, FSDP, TENSOR, TILES, row_multiple
 
 GATHERED = "gathered"  # the checkpoint name of gathered weights, which no remat policy saves
 
@@ -44,9 +45,8 @@ RULES: tuple[tuple[str, P], ...] = (
     *((f"{name}/lora_b", P(FSDP, TENSOR)) for name in ("q", "k", "v", "gate", "up")),
     *((f"{name}/lora_a", P(TENSOR, FSDP)) for name in ("o", "down")),
     *((f"{name}/lora_b", P(None, FSDP)) for name in ("o", "down")),
-    ("linear_0/kernel", P(FSDP, TENSOR)),
-    ("linear_0/bias", P(TENSOR)),
-    ("linear_1/kernel", P(TENSOR, FSDP)),
+    ("linear_0/kernel", P(FSDP, None)),
+    ("linear_1/kernel", P(None, FSDP)),
     ("embed/patch", P(None, None, None, FSDP)),
     ("embed/position", P(None, FSDP)),
 )
@@ -76,6 +76,11 @@ class Partition:
         return row_multiple(self.mesh) if self.mesh else 1
 
     @property
+    def tile_shards(self) -> int:
+        """The number of shards of a dimension of tiles; inside `map_rows` of the device's own tiles."""
+        return self.size(TENSOR) if fsdp.in_map_rows() else self.device_count
+
+    @property
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend()
 
@@ -95,8 +100,8 @@ class Partition:
         spec = next((spec for tail, spec in RULES if path.endswith("/" + tail)), None)
         if spec is None or self.mesh is None:
             return P()
-        if path.startswith("projector/") and self.config.projector == "linear":
-            spec = P(FSDP, None) if len(shape) == 2 else P(None)  # a single layer: its output is replicated
+        if path.startswith("vision/"):
+            spec = fsdp.without(spec, TENSOR)  # its tiles are sharded along it instead
         axes = [axis if axis and self._divides(path, n, axis) else None for axis, n in zip(spec, shape, strict=True)]
         rows_are_free = len(axes) == 2 and (axes[0] is None or self.size(axes[0]) == 1)
         if rows_are_free and spec[1] == FSDP and self._divides(path, shape[0], FSDP):
@@ -104,10 +109,9 @@ class Partition:
         return P(*axes)
 
     def _divides(self, path: str, n: int, axis: str) -> bool:
-        part, *_, layer, _ = path.split("/")
+        *_, layer, _ = path.split("/")
         if axis == TENSOR and layer in ("q", "k", "v", "o"):
-            text, vision = self.config.text, self.config.vision
-            n = vision.heads if part == "vision" else text.kv_heads if layer in ("k", "v") else text.heads
+            n = self.config.text.kv_heads if layer in ("k", "v") else self.config.text.heads
         return n % self.size(axis) == 0
 
     def stacked_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -155,7 +159,7 @@ class Partition:
     # ---------------------------------------------------------------- activations
 
     def constrain(self, x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-        """Shard an activation as named, one entry for each dimension: `BATCH`, `TENSOR` or None.
+        """Shard an activation as named, one entry for each dimension: `BATCH`, `TILES`, `TENSOR` or None.
 
         Axes that do not divide their dimension are left out.
         """
@@ -165,7 +169,10 @@ class Partition:
         if fsdp.in_map_rows():
             if self.size(TENSOR) == 1:
                 return x
-            mesh, axes = jax.sharding.get_abstract_mesh(), tuple(TENSOR if axis == TENSOR else None for axis in axes)
+            mesh, axes = (
+                jax.sharding.get_abstract_mesh(),
+                tuple(TENSOR if axis in (TENSOR, TILES) else None for axis in axes),
+            )
 
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self.activation_spec(x.shape, *axes)))
 

@@ -13,6 +13,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
@@ -22,7 +23,10 @@ from helpers import ROOT
 from infer import plan as infer_plan
 from llava_jax import config as c
 from llava_jax.aot import hlo, tpu, tpu_plan
-from llava_jax.sharding.mesh import make_mesh
+from llava_jax.data.splice import Batch
+from llava_jax.models import llava
+from llava_jax.sharding.mesh import FSDP, make_mesh
+from llava_jax.sharding.partition import Partition, batch_sharding
 from train import __main__ as train_main
 from train import plan as train_plan
 from train.config import PRESETS
@@ -89,6 +93,34 @@ def test_nothing_moves_that_grows_with_the_sequence():
 @compiles
 @needs_libtpu
 @pytest.mark.parametrize(
+    ("axes", "f"),
+    [("tensor=4", llava.encode_tiles), ("tensor=4", llava.embed_batch), ("fsdp=2,tensor=2", llava.encode_tiles)],
+)
+def test_the_tower_sends_nothing_along_tensor(axes, f):
+    """Features are gathered once, where the decoder needs them; along `fsdp` weights are."""
+    mesh, rows, tiles, side = tpu_plan.mesh_of(axes, None, "v5e:2x2"), 8, 5, VISION.image_size
+    partition, params = Partition(MODEL, mesh), llava.param_shapes(MODEL, jnp.bfloat16)
+
+    def of_rows(dtype, *dims):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=batch_sharding(mesh))
+
+    params = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, partition.shardings(params)
+    )
+    if f is llava.encode_tiles:
+        given = of_rows(np.uint8, rows * tiles, side, side, 3)
+        weights = jax.tree.leaves((params["vision"], params["projector"]))
+        needed = sum(tpu_plan.per_chip(x) for x in weights if FSDP in x.sharding.spec) if mesh.shape[FSDP] == 2 else 0
+    else:
+        given = Batch(of_rows(np.uint8, rows, tiles, side, side, 3), *[of_rows(np.int32, rows, 512)] * 5)
+        needed = rows * tiles * VISION.features_per_tile * TEXT.width * 2 * 3 / 4
+    lowered = jax.jit(f, static_argnums=(1, 3)).lower(params, MODEL, given, partition)
+    assert tpu_plan.compile_for_tpu(lowered).work.collectives == ({"all-gather": needed} if needed else {})
+
+
+@compiles
+@needs_libtpu
+@pytest.mark.parametrize(
     ("name", "layers", "topology", "chips", "tiles"),
     [("v1.6-mistral-7b", 32, "v5e:2x2", 4, 5), ("v1.5-13b", 4, "v5e:2x4", 8, 0), ("v1.6-34b", 4, "v5e:2x4", 8, 0)],
 )
@@ -99,6 +131,9 @@ def test_decoding_holds_one_cache(name, layers, topology, chips, tiles):
     made = infer_plan.plan_generation(model, mesh, topology, rows, context, new_tokens=512, tiles=tiles)
     assert list(made) == (["encode"] if tiles else []) + ["prefill", "decode"]
     assert all(needs.fits for needs, _ in made.values())
+    if tiles:  # the tower sends nothing but its features
+        features = rows * tiles * model.vision.features_per_tile * text.width * 2
+        assert sent(made["encode"][0]) <= features * (chips - 1) / chips
     cache = tpu_plan.per_chip(made["prefill"][1].out.cache)
     assert cache == 2 * layers * rows * context * text.kv_heads // chips * text.head_width * 2  # heads are not repeated
     decode, one = made["decode"]

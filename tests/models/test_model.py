@@ -200,8 +200,7 @@ def test_several_feature_layers_and_the_class_token():
     params = llava.init_params(config, jax.random.key(0))
     assert len(params["vision"]["layers"]) == 3
     assert params["projector"]["linear_0"]["kernel"].shape == (32, 32)
-    tiles = np.zeros((2, 1, 28, 28, 3), np.uint8)
-    assert llava.encode_tiles(params, config, tiles).shape == (2, 17, 32)
+    assert llava.encode_tiles(params, config, np.zeros((2, 28, 28, 3), np.uint8)).shape == (2, 17, 32)
 
 
 def test_features_may_be_the_embeddings_before_the_first_layer():
@@ -209,7 +208,7 @@ def test_features_may_be_the_embeddings_before_the_first_layer():
     config = base.replace(vision=dataclasses.replace(base.vision, feature_layers=(0,)))
     params = llava.init_params(config, jax.random.key(0))
     assert params["vision"]["layers"] == {}
-    assert llava.encode_tiles(params, config, np.zeros((2, 1, 28, 28, 3), np.uint8)).shape == (2, 17, 32)
+    assert llava.encode_tiles(params, config, np.zeros((2, 28, 28, 3), np.uint8)).shape == (2, 16, 32)
 
 
 @pytest.mark.parametrize("projector", ["identity", "linear", "mlp2x_gelu", "mlp3x_gelu"])
@@ -218,7 +217,19 @@ def test_projectors(projector):
     config = config.replace(vision=dataclasses.replace(config.vision, width=32))
     params = llava.init_params(config, jax.random.key(0))
     assert len(params.get("projector", {})) == c.projector_depth(projector)
-    assert llava.encode_tiles(params, config, np.zeros((1, 1, 28, 28, 3), np.uint8)).shape == (1, 17, 32)
+    assert llava.encode_tiles(params, config, np.zeros((1, 28, 28, 3), np.uint8)).shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial_unpad"])
+def test_a_feature_table_has_the_tiles_of_a_row_in_order_and_then_any_newline(merge):
+    config = c.tiny(merge=merge)
+    params = llava.init_params(config, jax.random.key(0))
+    features_BTPD = np.random.default_rng(0).standard_normal((2, 3, 16, 32), np.float32)
+    table_BRD = np.asarray(llava.feature_table(params, config, features_BTPD))
+    np.testing.assert_array_equal(table_BRD[:, :48], features_BTPD.reshape(2, 48, 32))
+    newlines = [params["newline"]] if config.has_newline else []
+    for row in table_BRD:
+        np.testing.assert_array_equal(row[48:], np.reshape(newlines, (-1, 32)))
 
 
 def test_tied_head_and_biases():

@@ -184,11 +184,20 @@ def test_specs():
     assert spec("decoder/head/kernel") == P("fsdp", "tensor")
     assert spec("decoder/embed/embedding") == P("fsdp", None)
     assert spec("decoder/norm/scale") == P()
-    assert spec("vision/layers/0/mlp/up/bias") == P("tensor")
-    assert spec("projector/linear_0/kernel") == P("fsdp", "tensor")
-    # Nearly all of the model is sharded by every axis.
-    whole = sum(np.prod(shape) for path, shape in shapes.items() if set(spec(path)) < {"fsdp", "tensor"})
-    assert whole / sum(np.prod(shape) for shape in shapes.values()) < 0.03
+    assert spec("decoder/layers/0/mlp/gate/kernel") == P("fsdp", "tensor")
+    # What encodes tiles is not sharded by `tensor`.
+    assert spec("vision/layers/0/attention/q/kernel") == P("fsdp", None)
+    assert spec("vision/layers/0/attention/o/kernel") == P("fsdp", None)
+    assert spec("vision/layers/0/mlp/up/bias") == P(None)
+    assert spec("projector/linear_0/kernel") == spec("projector/linear_1/kernel") == P("fsdp", None)
+
+    def share_not_sharded(part: str, *axes: str) -> float:
+        sizes = {path: np.prod(shape) for path, shape in shapes.items() if path.startswith(part)}
+        return sum(n for path, n in sizes.items() if not set(axes) <= set(spec(path))) / sum(sizes.values())
+
+    assert share_not_sharded("decoder/", "fsdp", "tensor") < 0.03
+    assert share_not_sharded("vision/", "fsdp") < 0.003
+    assert share_not_sharded("projector/", "fsdp") < 0.003
 
 
 def test_rows_are_sharded_rather_than_columns_where_either_will_do():
