@@ -1,14 +1,21 @@
 """What tests of training share: conversations, every way in which one may be broken, batches, and runs."""
 
+import functools
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from helpers import GOLDEN, turns
+from helpers import GOLDEN, one_device, turns
+from llava_jax import config as c
+from llava_jax.data import images
+from llava_jax.data.splice import IGNORE, IMAGE, Row
+from llava_jax.models import llava
 from llava_jax.sharding.mesh import make_mesh
+from llava_jax.sharding.partition import put_rows
 from train.config import TrainConfig
+from train.step import setup
 
 # ---------------------------------------------------------------- data
 
@@ -151,6 +158,40 @@ PLAIN = TrainConfig(
     learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0, dtype="float32", lora_rank=4,
     lora_alpha=8.0,
 )  # fmt: skip
+
+
+def random_params(model):
+    """Weights large enough that every part matters."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), llava.param_shapes(model))
+
+
+def start(config: TrainConfig, batch, model=None, mesh=None, params=None, total_steps: int = 8):
+    """`setup`, compiled for a batch: frozen, state, step, eval, the batch on the mesh."""
+    model, mesh = model or c.tiny(), mesh or one_device()
+    frozen, state, step, evaluate = setup(params or random_params(model), model, config, mesh, total_steps)
+    batch = jax.tree.map(lambda x: put_rows(x, mesh), batch)
+    step = step.lower(frozen, state, batch).compile()
+    return frozen, state, step, evaluate, batch
+
+
+def conversation(rng: np.random.Generator, model, sizes=()) -> Row:
+    """Random ids and images; what comes after the images is partly labelled."""
+    places = tuple(images.tile_layout(size, model) for size in sizes)
+    side = model.vision.image_size
+    tiles = tuple(rng.integers(0, 256, (place.tiles, side, side, 3), dtype=np.uint8) for place in places)
+    text = rng.integers(3, model.text.vocab_size, rng.integers(20, 50)).astype(np.int32)
+    ids = np.concatenate([text[:2], np.full(len(sizes), IMAGE, np.int32), text[2:]])
+    labels = np.where((np.arange(len(ids)) > len(sizes) + 8) & (rng.random(len(ids)) < 0.6), ids, IGNORE)
+    labels[0] = ids[0]  # nothing comes before it to predict it
+    return Row(ids, places, tiles, labels.astype(np.int32))
+
+
+@functools.cache
+def conversations(model) -> list[Row]:
+    rng = np.random.default_rng(0)
+    sizes = [(), ((20, 20),), (), ((40, 28), (28, 28))] * 4
+    return [conversation(rng, model, several) for several in sizes]
 
 
 # ---------------------------------------------------------------- runs

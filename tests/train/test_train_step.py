@@ -13,8 +13,7 @@ from flax.traverse_util import flatten_dict
 from helpers import GOLDEN, golden_json, load_golden, make_row, one_device
 from llava_jax import config as c
 from llava_jax.console import InputError
-from llava_jax.data import images
-from llava_jax.data.splice import IGNORE, IMAGE, Batch, Row, pack, splice
+from llava_jax.data.splice import IGNORE, Batch, pack, splice
 from llava_jax.models import llama, llava
 from llava_jax.models.layers import REMAT
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
@@ -23,43 +22,9 @@ from train import loss as loss_module
 from train.config import PRESETS, TrainConfig
 from train.parameters import export_params
 from train.step import setup
-from training import PLAIN
+from training import PLAIN, conversations, random_params, start
 
 CURVES = golden_json("training.json")
-
-
-def random_params(model):
-    """Weights large enough that every part matters."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), llava.param_shapes(model))
-
-
-def start(config: TrainConfig, batch, model=None, mesh=None, params=None, total_steps: int = 8):
-    """`setup`, compiled for a batch: frozen, state, step, eval, the batch on the mesh."""
-    model, mesh = model or c.tiny(), mesh or one_device()
-    frozen, state, step, evaluate = setup(params or random_params(model), model, config, mesh, total_steps)
-    batch = jax.tree.map(lambda x: put_rows(x, mesh), batch)
-    step = step.lower(frozen, state, batch).compile()
-    return frozen, state, step, evaluate, batch
-
-
-def conversation(rng: np.random.Generator, model, sizes=()) -> Row:
-    """Random ids and images; what comes after the images is partly labelled."""
-    places = tuple(images.tile_layout(size, model) for size in sizes)
-    side = model.vision.image_size
-    tiles = tuple(rng.integers(0, 256, (place.tiles, side, side, 3), dtype=np.uint8) for place in places)
-    text = rng.integers(3, model.text.vocab_size, rng.integers(20, 50)).astype(np.int32)
-    ids = np.concatenate([text[:2], np.full(len(sizes), IMAGE, np.int32), text[2:]])
-    labels = np.where((np.arange(len(ids)) > len(sizes) + 8) & (rng.random(len(ids)) < 0.6), ids, IGNORE)
-    labels[0] = ids[0]  # nothing comes before it to predict it
-    return Row(ids, places, tiles, labels.astype(np.int32))
-
-
-@functools.cache
-def conversations(model) -> list[Row]:
-    rng = np.random.default_rng(0)
-    sizes = [(), ((20, 20),), (), ((40, 28), (28, 28))] * 4
-    return [conversation(rng, model, several) for several in sizes]
 
 
 # ---------------------------------------------------------------- the reference
