@@ -85,11 +85,8 @@ def encode(params, tiles_THW3, *, partition: Partition) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("tiles", "partition"))
 def image_table(params, features_TPD, first, *, tiles: int, partition: Partition) -> jax.Array:
     """The feature table [R, D] of the image of `tiles` tiles from `first` on, replicated."""
-    D = features_TPD.shape[-1]
-    table_RD = jax.lax.dynamic_slice_in_dim(features_TPD, first, tiles).reshape(-1, D)
-    if partition.config.has_newline:
-        table_RD = jnp.concatenate([table_RD, params["newline"].astype(table_RD.dtype)[None]])
-    return partition.constrain(table_RD, None, None)
+    features_1TPD = jax.lax.dynamic_slice_in_dim(features_TPD, first, tiles)[None]
+    return partition.constrain(llava.feature_table(params, partition.config, features_1TPD, partition)[0], None, None)
 
 
 @functools.partial(jax.jit, static_argnames="partition")

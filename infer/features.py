@@ -13,7 +13,7 @@ from infer.prompt import PromptImage
 from llava_jax.data.buckets import Buckets
 from llava_jax.data.images import image_tile_counts
 from llava_jax.models import llava
-from llava_jax.sharding.partition import Partition
+from llava_jax.sharding.partition import Partition, put_tiles
 
 MAX_BYTES = 2**29  # of features kept, on each device
 MAX_TILES = 8  # encoded at once, unless one image has more
@@ -45,7 +45,7 @@ class ImageFeatures:
         """
         count = sum(len(part) for part in tiles)
         padding = np.zeros((self._bucket(count) - count, *tiles[0].shape[1:]), np.uint8)
-        features_TPD = compiled.encode(self.params, np.concatenate([*tiles, padding]), partition=self.partition)
+        features_TPD = self._features(np.concatenate([*tiles, padding]))
         tables, first = [], 0
         for image, part in zip(images, tiles, strict=True):
             table_RD = compiled.image_table(
@@ -55,6 +55,10 @@ class ImageFeatures:
             first += len(part)
             self._keep(image.key, table_RD)
         return tables
+
+    def _features(self, tiles_THW3: np.ndarray) -> jax.Array:
+        assert self.partition.mesh is not None
+        return compiled.encode(self.params, put_tiles(tiles_THW3, self.partition.mesh), partition=self.partition)
 
     def _bucket(self, tiles: int) -> int:
         """The number of tiles that is encoded for so many: every device has as many."""
@@ -67,7 +71,7 @@ class ImageFeatures:
         side, tables = config.vision.image_size, {}
         for bucket in sorted({self._bucket(n) for n in range(1, max(MAX_TILES, *counts) + 1)}):
             tiles = np.zeros((bucket, side, side, 3), np.uint8)
-            features_TPD = compiled.encode(self.params, tiles, partition=self.partition)
+            features_TPD = self._features(tiles)
             for n in counts:
                 if n <= bucket:
                     tables[n] = compiled.image_table(

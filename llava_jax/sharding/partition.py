@@ -222,3 +222,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """A host array [B, ...], the same on all processes, sharded by rows over the mesh."""
     return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
+
+
+def put_tiles(tiles_THW3: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Tiles on the host, the same on all processes, sharded over all of the mesh, which divides their number."""
+    sharding = NamedSharding(mesh, P(TILES))
+    return jax.make_array_from_callback(tiles_THW3.shape, sharding, lambda index: tiles_THW3[index])
