@@ -5,10 +5,12 @@ or a screen reader use it.
     python benchmarks/page.py                                  # against a scripted server
     python benchmarks/page.py --url http://127.0.0.1:8000/     # against a real one: what needs no errors on demand
     python benchmarks/page.py --screenshots DIR                # saves what it looks like, light and dark
+    python benchmarks/page.py --url ... --picture docs/page.png
 
 Prints each check, then figures as JSON; exits with status 1 if a check fails.
 """
 
+import io
 import json
 import os
 import shutil
@@ -25,6 +27,7 @@ import page_contents  # noqa: E402
 import page_inspection  # noqa: E402
 from page_checks import EXAMPLE, Visitor  # noqa: E402
 from page_server import PAGE, PageServer  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from llava_jax.console import InputError, Parser, note, run_main  # noqa: E402
 
@@ -32,6 +35,11 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 INSTALL = "pip install playwright && playwright install chromium, or apt-get install chromium"
 ANYWHERE = (*page_checks.ANYWHERE, *page_contents.ANYWHERE)
 SCRIPTED = (*page_checks.SCRIPTED, *page_contents.SCRIPTED, *page_inspection.SCRIPTED)
+PICTURED = (
+    "Describe the image.",
+    "Which colours do the circles have?",
+    "Are there more circles than triangles? Explain.",
+)
 SIZES = {"desktop": (1280, 860), "phone": (360, 760)}
 
 
@@ -122,8 +130,7 @@ def take_screenshots(browser, url: str | None, folder: Path) -> None:
                 shot("3-attached")
                 v.ask("markdown")
                 shot("4-markdown")
-                v.ask("slow: and the rest?", wait=False)
-                v.writing(300)
+                v.ask_long("slow: and the rest?", 300)
                 shot("5-streaming")
                 v.page.keyboard.press("Escape")
                 v.wait()
@@ -135,11 +142,29 @@ def take_screenshots(browser, url: str | None, folder: Path) -> None:
                 v.context.close()
 
 
+def take_picture(browser, url: str | None, file: Path) -> None:
+    """A conversation about the example image, in few colours: for the README."""
+    with PageServer() as server, tempfile.TemporaryDirectory() as folder:
+        v = Visitor(
+            browser, url or server.url, None if url else server, Path(folder),
+            color_scheme="light", viewport={"width": 900, "height": 890}, device_scale_factor=2,
+        )  # fmt: skip
+        v.attach(EXAMPLE)
+        for question in PICTURED:
+            v.ask(question)
+        v.js("() => scrollTo(0, 0)")
+        v.page.wait_for_timeout(300)
+        image = Image.open(io.BytesIO(v.page.screenshot())).convert("RGB")
+        image.quantize(255, kmeans=2, dither=Image.Dither.NONE).save(file, optimize=True)
+        v.context.close()
+
+
 def main() -> int:
     p = Parser("python benchmarks/page.py", description="Try the server's page in a headless Chromium.")
     p.add_argument("--url", help="the page of a running server (default: a scripted server)")
     p.add_argument("--only", default="", metavar="WORDS", help="the checks with these words in their name")
     p.add_argument("--screenshots", type=Path, metavar="DIR")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="one picture of a conversation, and no checks")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     args = p.parse_args()
     try:
@@ -149,6 +174,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = open_browser(playwright)
         note(f"Chromium {browser.version}")
+        if args.picture:
+            take_picture(browser, args.url, args.picture)
+            return 0
         passed = run_checks(browser, args.url, Path(folder), args.only)
         wanted = len(ANYWHERE) + (0 if args.url else len(SCRIPTED))
         figures = {"passed": len(passed), "seconds": passed}

@@ -132,8 +132,7 @@ def check_server_gone(v: Visitor) -> None:
     """A server that ends in the middle of an answer, and is gone afterwards."""
     with page_server.PageServer() as server:
         gone = Visitor(v.context.browser, server.url, server, v.folder)
-        gone.ask("slow", wait=False)
-        gone.writing(4)
+        gone.ask_long("slow", 4)
         gone.page.route("**/v1/chat/completions", lambda route: route.abort("connectionrefused"))
         gone.page.keyboard.press("Escape")
         gone.wait()
@@ -215,7 +214,7 @@ def check_any_text(v: Visitor) -> None:
 
 
 EVENTS = (
-    'data: {"a": "語 🦙"}\r\n\r\n: keep-alive\n\nevent: x\ndata:{\ndata: "b": 1}\n\ndata: [DONE]\n\ndata: {"c": 2}\n\n'
+    ': keep-alive\n\ndata: {"a": "語 🦙"}\r\n\r\nevent: x\ndata:{\ndata: "b": 1}\n\ndata: [DONE]\n\ndata: {"c": 2}\n\n'
 )
 READ = """async ([bytes, size]) => {
     const stream = new ReadableStream({start(controller) {

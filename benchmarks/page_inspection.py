@@ -179,8 +179,7 @@ def check_motion(v: Visitor) -> None:
     """Nothing moves for those who ask for that."""
     for motion, animated in (("no-preference", True), ("reduce", False)):
         v.page.emulate_media(reduced_motion=motion)
-        v.ask("slow: describe the image.", wait=False)
-        v.writing(8)
+        v.ask_long("slow: describe the image.", 8)
         assert v.js("() => document.getAnimations().length > 0") == animated, motion
         v.page.keyboard.press("Escape")
         v.wait()
@@ -190,11 +189,10 @@ def check_scrolling(v: Visitor) -> None:
     """The page follows an answer, unless its reader has scrolled up."""
     v.page.set_viewport_size({"width": 700, "height": 360})
     end = "() => document.documentElement.scrollHeight - innerHeight - scrollY"
-    v.ask("slow: describe the image at great length.", wait=False)
-    v.writing(800)
+    v.ask_long("slow: describe the image at great length.", 800)
     assert v.js(end) < 60, v.js(end)
     v.js("() => scrollTo(0, 0)")
-    v.writing(1000)
+    v.until("() => $('conversation').textContent.length > 1000")
     assert v.js("() => scrollY") == 0
     v.page.keyboard.press("Escape")
     v.wait()

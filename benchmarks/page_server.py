@@ -43,6 +43,11 @@ ANSWERS = {
     "hostile": HOSTILE,
     "markdown": MARKDOWN,
     "long": LONG,
+    "describe the image.": "At the top left a large blue circle, at the middle center a small green triangle, at the "
+    "middle right a large white square, at the bottom left a small yellow triangle and at the bottom center a small "
+    "white circle.",
+    "which colours do the circles have?": "blue and white",
+    "are there more circles than triangles? explain.": "circles: 2, triangles: 2, so no",
     "what is in this image?": "The image shows five shapes on a gray-green background: a large blue circle, a smaller "
     "white circle, a green triangle, a yellow triangle and a white square.",
     "which shapes are white?": "Two of them:\n\n- a **circle**, at the bottom\n- a **square**, at the right",
@@ -134,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             script.cancelled += 1
 
     def stream(self, question: str, answer: str, script: PageServer) -> None:
-        """One chunk a token; the question may ask for a slow stream, an error in it, or its sudden end."""
+        """One chunk a token; the question may ask for a slow or late stream, an error in it, or its sudden end."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Connection", "close")
@@ -142,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.send_event(delta={"role": "assistant", "content": ""})
         tokens = re.findall(r"\s*\S{1,6}|\s+", "word " * 500 if question.startswith("slow") else answer)
+        if question.startswith("late"):
+            time.sleep(1)
         if question.startswith(("nothing", "broken at once")):
             tokens = []
         for i, token in enumerate(tokens):
