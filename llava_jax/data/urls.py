@@ -9,6 +9,7 @@ be needed on top of them too.
 """
 
 import base64
+import dataclasses
 import http.client
 import math
 import os
@@ -40,9 +41,26 @@ class NamedBytes(bytes):
     name: str
 
 
-def fetch(source):
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What others may have this machine download.
+
+    Attributes:
+      handlers: of urllib, which decide where connections are made.
+      max_bytes, seconds: of a download.
+    """
+
+    handlers: tuple[urllib.request.BaseHandler, ...]
+    max_bytes: int
+    seconds: float
+
+
+def fetch(source, guard: Guard | None = None):
     """Fetch an image: an `http(s):` or `data:` URL becomes `NamedBytes`, a `file:` URL becomes a path. Anything else is
     returned unchanged.
+
+    Args:
+      guard: for URLs that others chose.
 
     Raises:
       InputError: the URL cannot be fetched, or is not of an image.
@@ -55,7 +73,7 @@ def fetch(source):
         return _path_of(source)
     if scheme not in ("http", "https", "data") or (scheme != "data" and not rest.startswith("//")):
         return source
-    data = NamedBytes(_decode(source) if scheme == "data" else _download(source))
+    data = NamedBytes(_decode(source) if scheme == "data" else _download(source, guard))
     data.name = shorten(source)
     return data
 
@@ -73,11 +91,11 @@ def display_name(name: str) -> str:
 # ---------------------------------------------------------------- downloads
 
 
-def _download(url: str) -> bytes:
+def _download(url: str, guard: Guard | None = None) -> bytes:
     """Download a URL within `DEADLINE` seconds, or `STALL_SECONDS` if the server sends next to nothing."""
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + (guard.seconds if guard else DEADLINE)
     for wait in (*WAITS, math.inf):
-        attempt = _Attempt(url)
+        attempt = _Attempt(url, guard)
         attempt.start()
         attempt.wait(deadline)
         if not attempt.error:
@@ -85,7 +103,7 @@ def _download(url: str) -> bytes:
         wait = max(wait, attempt.retry_after)
         if not attempt.is_transient or wait > MAX_WAIT or time.monotonic() + wait > deadline:
             break
-        if wait > WAITS[-1]:
+        if wait > WAITS[-1] and not guard:
             note(f"{attempt.error}; trying again in {wait:.0f} seconds")
         time.sleep(wait)
     assert attempt.error
@@ -96,9 +114,11 @@ class _Attempt(threading.Thread):
     """A download in a thread that can be abandoned, since name resolution, TLS and headers have no deadline of their
     own."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, guard: Guard | None):
         super().__init__(daemon=True)
         self.url, self.data, self.abandoned = url, bytearray(), False
+        self.handlers = guard.handlers if guard else ()
+        self.max_bytes = guard.max_bytes if guard else MAX_DOWNLOAD
         self.error: InputError | None = None
         self.is_transient, self.retry_after = False, 0.0  # whether the error may pass, and when at the earliest
 
@@ -122,12 +142,12 @@ class _Attempt(threading.Thread):
         name = shorten(self.url)
         try:
             with self._open() as answer:
-                if (answer.length or 0) > MAX_DOWNLOAD:
-                    raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
+                if (answer.length or 0) > self.max_bytes:
+                    raise InputError(f"{name}: larger than {self.max_bytes >> 20} MiB")
                 while not self.abandoned and (block := answer.read1(2**16)):
                     self.data += block
-                    if len(self.data) > MAX_DOWNLOAD:
-                        raise InputError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
+                    if len(self.data) > self.max_bytes:
+                        raise InputError(f"{name}: larger than {self.max_bytes >> 20} MiB")
                 if answer.length:
                     self.is_transient = True
                     raise InputError(f"{name}: cannot be fetched (the response is {answer.length:,} bytes short)")
@@ -147,7 +167,7 @@ class _Attempt(threading.Thread):
 
     def _open(self) -> http.client.HTTPResponse:
         """Follow redirects to the final response, without reading the bodies of redirects."""
-        url, opener = self.url, urllib.request.build_opener(_NoRedirects)
+        url, opener = self.url, urllib.request.build_opener(_NoRedirects, *self.handlers)
         for _ in range(MAX_REDIRECTS + 1):
             request = urllib.request.Request(url, headers={"User-Agent": "llava-jax"})
             try:

@@ -1,0 +1,198 @@
+"""What all requests share: the engine, its worker, threads that prepare prompts, and how much may be in progress."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from infer.serve.errors import CLOSE, RETRY_AFTER, ApiError
+from infer.serve.media import NotFetched, fetch_image, media_guard
+from infer.serve.metrics import Metrics
+from infer.serve.settings import Settings
+from infer.serve.worker import Answering, Worker
+from llava_jax.console import InputError
+from llava_jax.data.urls import NamedBytes
+
+DOWNLOADS = 16  # at a time
+
+
+class Service:
+    """A model that answers requests.
+
+    Attributes:
+      draining: whether new requests are refused, since the server is about to end.
+      end: set to end the server.
+      dead: set if the scheduler fails.
+      answering: the requests that wait or are being answered.
+    """
+
+    def __init__(self, engine: Any, scheduler: Any, settings: Settings):
+        self.engine, self.scheduler, self.settings = engine, scheduler, settings
+        self.context = min(scheduler.context, engine.context)
+        self.metrics = Metrics(settings.models[0], scheduler, self.context)
+        self.worker = Worker(scheduler, self.metrics, self._on_death)
+        self.draining, self.end, self.dead = False, asyncio.Event(), asyncio.Event()
+        self.answering: set[Answering] = set()
+        self._guard = None
+        if settings.media_domains:
+            self._guard = media_guard(settings.media_domains, settings.max_media_mb << 20, settings.media_seconds)
+        self._preparing = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1), "prepare")
+        self._fetching = concurrent.futures.ThreadPoolExecutor(DOWNLOADS, "fetch")
+        self._places, self._bytes = 0, 0  # taken, of answers and of bodies
+
+    def start(self) -> None:
+        """Start the scheduler's thread. Called on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.worker.start()
+
+    def _on_death(self) -> None:
+        self._loop.call_soon_threadsafe(self._fail)
+
+    def _fail(self) -> None:
+        self.dead.set()
+        for answering in self.answering:
+            answering.cancel(ApiError(503, "the engine has stopped"))
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.worker.error is None and not self.draining
+
+    def stop(self, seconds: float) -> bool:
+        """Stop all threads; whether the scheduler's ended in time."""
+        for pool in (self._preparing, self._fetching):
+            pool.shutdown(wait=False, cancel_futures=True)
+        return self.worker.stop(seconds)
+
+    # ------------------------------------------------------------ limits
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator["Place"]:
+        """A place for a request in the slots or in the queue.
+
+        Raises:
+          ApiError: there is none.
+        """
+        place = Place(self)
+        try:
+            place.grow(1)
+            yield place
+        finally:
+            self._places -= place.n
+
+    @contextlib.asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of a request, received within the limits on its size and time.
+
+        Raises:
+          ApiError: it exceeds them, or is not JSON by its headers.
+          starlette.requests.ClientDisconnect: the client left.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
+            raise ApiError(415, "send the body as Content-Type: application/json, without Content-Encoding")
+        data, limit, taken = bytearray(), self.settings.max_body, 0
+        too_large = ApiError(413, f"the request is larger than {self.settings.max_body_mb} MiB", headers=CLOSE)
+        if int(request.headers.get("content-length", 0)) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(self.settings.receive_seconds):
+                async for part in request.stream():
+                    taken += len(part)
+                    self._bytes += len(part)
+                    if taken > limit:
+                        raise too_large
+                    if self._bytes > self.settings.max_bodies:
+                        raise ApiError(429, "too many large requests at a time", headers=RETRY_AFTER | CLOSE)
+                    data += part
+            yield bytes(data)
+        except TimeoutError:
+            seconds = f"{self.settings.receive_seconds:g} seconds"
+            raise ApiError(408, f"the request did not arrive within {seconds}", headers=CLOSE) from None
+        finally:
+            self._bytes -= taken
+
+    # ------------------------------------------------------------ work
+
+    async def prepare(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in one of the few threads that prepare prompts."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *args)
+
+    async def fetch(self, images: Sequence[tuple[str, str]]) -> list[NamedBytes]:
+        """Fetch images, given as URLs and names.
+
+        Raises:
+          ApiError: an image cannot be had.
+        """
+        loop = asyncio.get_running_loop()
+        tasks = [loop.run_in_executor(self._fetching, fetch_image, url, name, self._guard) for url, name in images]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except NotFetched as error:
+            raise ApiError(422, str(error), "messages") from None
+        except InputError as error:
+            raise ApiError(400, str(error), "messages") from None
+
+    @contextlib.asynccontextmanager
+    async def answers(
+        self, prompts: Sequence[Any], sampling: Any, arrived: float, receive: Receive
+    ) -> AsyncIterator[Answering]:
+        """Submit the prompts of a request; they are cancelled when the client leaves, or at the end of the block.
+
+        Args:
+          receive: of a request whose body has been read.
+
+        Raises:
+          ApiError: the engine has stopped.
+        """
+        if self.worker.error:
+            raise ApiError(503, "the engine has stopped")
+        answering = Answering(self.worker, prompts, sampling, arrived)
+        self.answering.add(answering)
+        watching = asyncio.create_task(_until_left(receive))
+        watching.add_done_callback(lambda _: answering.cancel())
+        try:
+            yield answering
+        finally:
+            watching.cancel()
+            self.answering.discard(answering)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests, and wait for the others; cancel those that take longer."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._places:
+                    await asyncio.sleep(0.02)
+        for answering in self.answering:
+            answering.cancel(ApiError(503, "the server is shutting down"))
+
+
+@dataclasses.dataclass
+class Place:
+    """How many answers a request counts for."""
+
+    service: Service
+    n: int = 0
+
+    def grow(self, n: int) -> None:
+        """Count for `n` answers.
+
+        Raises:
+          ApiError: there is no place for so many.
+        """
+        service = self.service
+        if service._places + n - self.n > service.scheduler.slots + service.settings.queue:
+            raise ApiError(429, "the queue is full; try again later", headers=RETRY_AFTER)
+        service._places += n - self.n
+        self.n = n
+
+
+async def _until_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
