@@ -65,7 +65,7 @@ class Engine:
         for image in request.images:
             image_size(image)
         if "crash" in request.turns[-1]:
-            raise ZeroDivisionError("a secret of the prompt")
+            raise ZeroDivisionError(f"in {request.turns}")
         words = sum(len(turn.split()) for turn in request.turns)
         length = words + IMAGE_POSITIONS * len(request.images)
         if length >= self.context:
