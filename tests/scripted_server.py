@@ -21,6 +21,7 @@ from infer.serve.service import Service
 from infer.serve.settings import Settings
 from llava_jax.console import InputError
 from llava_jax.data.images import image_size
+from llava_jax.data.templates import IMAGE_PART
 
 WORDS = ("red", " blue", " circle", " square", " small", " große", " 日本", " 🙂", ".", "\n")
 VOCABULARY = 100
@@ -36,6 +37,10 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         return "".join(WORDS[id % len(WORDS)] for id in ids)
+
+
+def text_of(turn) -> str:
+    return "".join(turn)
 
 
 @dataclasses.dataclass
@@ -64,9 +69,9 @@ class Engine:
     def prepare(self, request: Request) -> Prompt:
         for image in request.images:
             image_size(image)
-        if "crash" in request.turns[-1]:
+        if "crash" in text_of(request.turns[-1]):
             raise ZeroDivisionError(f"in {request.turns}")
-        words = sum(len(turn.split()) for turn in request.turns)
+        words = sum(len(text_of(turn).replace(IMAGE_PART, "").split()) for turn in request.turns)
         length = words + IMAGE_POSITIONS * len(request.images)
         if length >= self.context:
             raise InputError(f"the prompt takes {length} positions; at most {self.context - 1} fit")
@@ -81,7 +86,7 @@ class Generation:
         self.text, self.stopped_by, self.stop_reason, self.error, self.done = "", "", None, None, False
         self.cached_tokens, self.queued_at = 0, time.perf_counter()
         self.started_at = self.first_token_at = self.finished_at = None
-        self.is_cancelled = False
+        self.is_cancelled, self.script = False, script(prompt, sampling)
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -95,7 +100,7 @@ def script(prompt: Prompt, sampling: Sampling) -> list[int]:
     asked = prompt.request
     seed = (sampling.seed, asked.number) if sampling.temperature else ()
     digest = hashlib.sha512(repr((asked.turns, asked.system, *seed)).encode()).digest()
-    return [3 + byte % 90 for byte in digest[:12]] * (84 if "long" in asked.turns[-1] else 1)
+    return [3 + byte % 90 for byte in digest[:12]] * (84 if "long" in text_of(asked.turns[-1]) else 1)
 
 
 class Scheduler:
@@ -151,12 +156,11 @@ class Scheduler:
 
     def _generate(self, generation: Generation) -> None:
         prompt, sampling, tokens = generation.prompt, generation.sampling, generation.tokens
-        if "fail" in prompt.request.turns[-1] and len(tokens) == 3:
+        if "fail" in text_of(prompt.request.turns[-1]) and len(tokens) == 3:
             generation.error = ValueError("a failure of this generation")
             return self._end(generation, "")
-        ids = script(prompt, sampling)
-        is_end = len(tokens) == len(ids)
-        id = END if is_end else ids[len(tokens)]
+        is_end = len(tokens) == len(generation.script)
+        id = END if is_end else generation.script[len(tokens)]
         token = Token(id, "" if is_end else WORDS[id % len(WORDS)])
         if sampling.top_logprobs is not None:
             token.logprob, token.top = -0.5, [(id, -0.5), (id + 1, float("-inf"))][: sampling.top_logprobs]

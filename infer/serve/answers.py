@@ -93,7 +93,8 @@ class Reply:
     def _chunks(self, choice: Choice, sent: "_Sent") -> Iterator[dict[str, Any]]:
         """The chunks of a choice that have not been sent."""
         tokens, is_done = choice.seen
-        generation, is_complete = choice.generation, is_done and not choice.error
+        generation = choice.generation
+        is_complete = is_done and not choice.error and generation.stopped_by in FINISH_REASONS
         if tokens and not sent.tokens and self.is_chat:
             yield {
                 "index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from infer.serve.errors import ApiError, not_implemented
 from infer.serve.fields import ImagePart, Message
-from llava_jax.data.templates import IMAGE_TOKEN
+from llava_jax.data.templates import IMAGE_PART, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,11 +13,11 @@ class Conversation:
     """A conversation as the engine takes it.
 
     Attributes:
-      turns: question, answer, ..., question.
+      turns: question, answer, ..., question; each a text, or texts and `IMAGE_PART`s.
       images: the URL of each image, and its name in errors, in the order of the turns.
     """
 
-    turns: tuple[str, ...]
+    turns: tuple[Turn, ...]
     images: tuple[tuple[str, str], ...]
     system: str | None
 
@@ -26,7 +26,7 @@ def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
     """Convert messages.
 
     System and developer messages, wherever they are, become one system message, with a blank line between them: the
-    templates have a single one. Consecutive messages of a role become one turn. The parts of a message are on lines of
+    templates have a single one. Consecutive messages of a role become one turn. The parts of a turn are on lines of
     their own, an image where its part is.
 
     Raises:
@@ -39,39 +39,45 @@ def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
         where = f"messages[{number}]"
         if message.role in ("tool", "function"):
             raise not_implemented(f"{where}.role", f"the role {message.role}")
-        text, found = _read_content(message, where)
+        parts = _read_parts(message, where, images)
+        if len(images) > max_images:
+            raise ApiError(400, f"more than {max_images} images in a request", "messages")
         if message.role in ("system", "developer"):
-            system.append(text)
+            system.append("\n".join(parts))
             continue
         is_answer = message.role == "assistant"
         if is_answer and not turns:
             raise ApiError(400, "the conversation begins with an answer; begin with a user message", f"{where}.role")
         if is_answer == bool(len(turns) % 2):
             turns.append([])
-        turns[-1].append(text)
-        images += found
-        if len(images) > max_images:
-            raise ApiError(400, f"more than {max_images} images in a request", "messages")
+        turns[-1] += parts
     if len(turns) % 2 == 0:
         reason = "ends with an answer, which this server does not continue" if turns else "has no user message"
         raise ApiError(400, f"the conversation {reason}; end with a user message", "messages")
-    joined = tuple("\n".join(turn) for turn in turns)
-    return Conversation(joined, tuple(images), "\n\n".join(system) if system else None)
+    return Conversation(tuple(map(_join, turns)), tuple(images), "\n\n".join(system) if system else None)
 
 
-def _read_content(message: Message, where: str) -> tuple[str, list[tuple[str, str]]]:
-    """The text of a message with its images, and their URLs and names."""
+def _read_parts(message: Message, where: str, images: list[tuple[str, str]]) -> list[str]:
+    """The parts of a message: texts, and `IMAGE_PART` for the images, whose URLs and names are added to `images`."""
     if message.content is None and message.role != "assistant":
         raise ApiError(400, f"{where}.content is missing", f"{where}.content")
     if not isinstance(message.content, list):
-        return message.content or "", []
-    texts, images = [], []
+        return [message.content or ""]
+    parts: list[str] = []
     for number, part in enumerate(message.content):
         if isinstance(part, ImagePart):
             if message.role != "user":
                 raise ApiError(400, f"{where}: only user messages may have images", f"{where}.content[{number}]")
             images.append((part.url, f"{where}.content[{number}]"))
-            texts.append(IMAGE_TOKEN)
-        else:
-            texts.append(part.text)
-    return "\n".join(texts), images
+        parts.append(IMAGE_PART if isinstance(part, ImagePart) else part.text)
+    return parts
+
+
+def _join(parts: list[str]) -> Turn:
+    """A turn with a newline after each part but the last; images in front get theirs from the engine."""
+    turn: list[str] = []
+    for part in parts:
+        if any(before is not IMAGE_PART for before in turn):
+            turn.append("\n")
+        turn.append(part)
+    return tuple(turn) if any(part is IMAGE_PART for part in turn) else "".join(turn)

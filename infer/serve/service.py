@@ -97,7 +97,7 @@ class Service:
         if kind != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "send the body as Content-Type: application/json, without Content-Encoding")
         data, limit, taken = bytearray(), self.settings.max_body, 0
-        too_large = ApiError(413, f"the request is larger than {self.settings.max_body_mb} MiB", headers=CLOSE)
+        too_large = ApiError(413, f"the request is larger than {self.settings.max_body_mb} MiB")
         if int(request.headers.get("content-length", 0)) > limit:
             raise too_large
         try:
@@ -108,7 +108,7 @@ class Service:
                     if taken > limit:
                         raise too_large
                     if self._bytes > self.settings.max_bodies:
-                        raise ApiError(429, "too many large requests at a time", headers=RETRY_AFTER | CLOSE)
+                        raise ApiError(429, "too many large requests at a time", headers=RETRY_AFTER)
                     data += part
             yield bytes(data)
         except TimeoutError:

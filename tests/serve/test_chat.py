@@ -7,6 +7,7 @@ import openai
 import pytest
 from PIL import Image
 
+from llava_jax.data.templates import IMAGE_PART
 from scripted_server import IMAGE_POSITIONS, WORDS, answer_of
 
 QUESTION = "What is in this image?"
@@ -147,10 +148,26 @@ def test_images(server, client):
     parts = [image_part(), {"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": data_url((9, 5))}]
     reply = ask(client, {"role": "user", "content": parts})
     request = server.engine.prepared[-1]
-    assert len(request.images) == 2 and reply.usage.prompt_tokens == 2 * IMAGE_POSITIONS + 5 + 2
+    assert request.turns == ((IMAGE_PART, QUESTION, "\n", IMAGE_PART),)
+    assert [part is IMAGE_PART for part in request.turns[0]] == [True, False, False, True]
+    assert len(request.images) == 2 and reply.usage.prompt_tokens == 2 * IMAGE_POSITIONS + 5
     assert reply.usage.prompt_tokens_details.image_tokens == 2 * IMAGE_POSITIONS
     with Image.open(io.BytesIO(request.images[1])) as image:
         assert image.size == (9, 5)
+
+
+def test_where_images_are(server, client):
+    text = lambda value: {"type": "text", "text": value}  # noqa: E731
+    for parts, turn in [
+        ([image_part()], (IMAGE_PART,)),
+        ([text("a"), image_part()], ("a", "\n", IMAGE_PART)),
+        ([image_part(), text("a"), text("b")], (IMAGE_PART, "a", "\n", "b")),
+        ([image_part(), text("<image>")], (IMAGE_PART, "<image>")),
+        ([text("<image>"), text("a")], "<image>\na"),
+    ]:
+        ask(client, {"role": "user", "content": parts})
+        [found] = server.engine.prepared[-1].turns
+        assert found == turn and sum(part is IMAGE_PART for part in found) == parts.count(image_part())
 
 
 def test_completions(client):
