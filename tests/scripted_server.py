@@ -13,15 +13,17 @@ import time
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 
-from infer.engine import Request
+from infer.prompt import Request
 from infer.sampling import Sampling
 from infer.serve.server import serve
 from infer.serve.service import Service
 from infer.serve.settings import Settings
 from llava_jax.console import InputError
 from llava_jax.data.images import image_size
-from llava_jax.data.templates import IMAGE_PART
+from llava_jax.data.splice import TEXT
+from llava_jax.data.templates import IMAGE_PART, Template
 
 WORDS = ("red", " blue", " circle", " square", " small", " große", " 日本", " 🙂", ".", "\n")
 VOCABULARY = 100
@@ -31,6 +33,8 @@ IMAGE_POSITIONS = 16
 
 class Tokenizer:
     """Token i is `WORDS[i % 10]`."""
+
+    bos_id = None
 
     def token_bytes(self, id: int) -> bytes:
         return WORDS[id % len(WORDS)].encode()
@@ -46,8 +50,16 @@ def text_of(turn) -> str:
 @dataclasses.dataclass
 class Prompt:
     request: Request
-    length: int
-    image_tokens: int
+    ids: np.ndarray  # a word is a token
+    places: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def image_tokens(self) -> int:
+        return int((self.places != TEXT).sum())
 
 
 @dataclasses.dataclass
@@ -66,17 +78,19 @@ class Engine:
         self.config = SimpleNamespace(text=SimpleNamespace(vocab_size=VOCABULARY))
         self.prepared: list[Request] = []
 
-    def prepare(self, request: Request) -> Prompt:
+    def prepare(self, request: Request, *, template: Template | None = None) -> Prompt:
         for image in request.images:
             image_size(image)
         if "crash" in text_of(request.turns[-1]):
             raise ZeroDivisionError(f"in {request.turns}")
-        words = sum(len(text_of(turn).replace(IMAGE_PART, "").split()) for turn in request.turns)
-        length = words + IMAGE_POSITIONS * len(request.images)
-        if length >= self.context:
-            raise InputError(f"the prompt takes {length} positions; at most {self.context - 1} fit")
+        text = " ".join(text_of(turn).replace(IMAGE_PART, "") for turn in request.turns)
+        ids = np.array([0] * IMAGE_POSITIONS * len(request.images) + [len(word) for word in text.split()], np.int32)
+        places = np.arange(len(ids)) // IMAGE_POSITIONS
+        places[len(request.images) * IMAGE_POSITIONS :] = TEXT
+        if len(ids) >= self.context:
+            raise InputError(f"the prompt takes {len(ids)} positions; at most {self.context - 1} fit")
         self.prepared.append(request)
-        return Prompt(request, length, IMAGE_POSITIONS * len(request.images))
+        return Prompt(request, ids, places)
 
 
 class Generation:
@@ -112,10 +126,11 @@ class Scheduler:
     """
 
     def __init__(self, slots: int, context: int, pace: float):
-        self.slots, self.context, self.pace, self.dies = slots, context, pace, False
+        self.requested_slots, self.context, self.pace, self.dies = slots, context, pace, False
         self.queue: collections.deque[Generation] = collections.deque()
         self.active: list[Generation] = []
-        self.statistics = SimpleNamespace(prompt_tokens=0, cached_tokens=0, image_queries=0, image_hits=0)
+        self.statistics = SimpleNamespace(prompt_tokens=0, cached_tokens=0)
+        self.features = SimpleNamespace(queries=0, hits=0)
         self.ended: collections.Counter[str] = collections.Counter()
 
     @property
@@ -128,7 +143,7 @@ class Scheduler:
 
     @property
     def cache_usage(self) -> float:
-        return len(self.active) / self.slots
+        return len(self.active) / self.requested_slots
 
     def submit(self, prompt: Prompt, sampling: Sampling, on_update) -> Generation:
         self.queue.append(generation := Generation(prompt, sampling, on_update))
@@ -140,13 +155,14 @@ class Scheduler:
         for generation in [g for g in self.queue if g.is_cancelled]:
             self.queue.remove(generation)
             self._end(generation, "cancelled")
-        while self.queue and len(self.active) < self.slots:
+        while self.queue and len(self.active) < self.requested_slots:
             self.active.append(generation := self.queue.popleft())
             generation.started_at = time.perf_counter()
             self.statistics.prompt_tokens += generation.prompt.length
         if not self.active:
             return False
-        time.sleep(self.pace)
+        if self.pace:
+            time.sleep(self.pace)
         for generation in list(self.active):
             if generation.is_cancelled:
                 self._end(generation, "cancelled")
@@ -158,7 +174,7 @@ class Scheduler:
         prompt, sampling, tokens = generation.prompt, generation.sampling, generation.tokens
         if "fail" in text_of(prompt.request.turns[-1]) and len(tokens) == 3:
             generation.error = ValueError("a failure of this generation")
-            return self._end(generation, "")
+            return self._end(generation, "error")
         is_end = len(tokens) == len(generation.script)
         id = END if is_end else generation.script[len(tokens)]
         token = Token(id, "" if is_end else WORDS[id % len(WORDS)])
@@ -185,7 +201,7 @@ class Scheduler:
 
 def answer_of(turns: tuple[str, ...], *, system=None, number=0, **sampling) -> str:
     """The text that the script answers."""
-    prompt = Prompt(Request(turns, (), system, number=number), 0, 0)
+    prompt = Prompt(Request(turns, (), system, number=number), np.zeros(0), np.zeros(0))
     return Tokenizer().decode(script(prompt, Sampling(**sampling)))
 
 

@@ -13,15 +13,17 @@ import dataclasses
 import ipaddress
 import os
 import socket
+import time
 from pathlib import Path
 
 from infer.flags import add_model_flags, load_engine
 from infer.generate import BUNDLED, TRAINED_ON
 from infer.serve.settings import Settings, digest_key
-from llava_jax.console import InputError, Parser, first_line, flag_of, integer, note, ranges, run_main, shorten
+from llava_jax.console import InputError, Parser, elapsed, first_line, flag_of, integer, note, plural, ranges, run_main, shorten
 from llava_jax.data.templates import get_template
 
 KEY = "LLAVA_API_KEY"
+DISPATCH_SECONDS = 0.05  # how often tokens are sent
 STOP_SECONDS = 10.0  # for the engine's thread, at the end
 
 
@@ -149,19 +151,30 @@ def warn_if_open(listener: socket.socket, keys: tuple[bytes, ...]) -> None:
 
 def run_server(args: argparse.Namespace, settings: Settings, listener: socket.socket) -> int:
     """Load the model, and serve it until a signal."""
-    from infer.scheduler import Scheduler
     from infer.serve.server import serve
     from infer.serve.service import Service
 
     if args.checkpoint is None:
         use_bundled(args)
     engine = load_engine(args)
-    scheduler = Scheduler(engine, slots=args.slots, context=args.context)
+    scheduler = engine.scheduler(args.slots, min(args.context, engine.context), dispatch_seconds=DISPATCH_SECONDS)
+    if args.warm_up:
+        compile_ahead(scheduler)
     service = Service(engine, scheduler, settings)
     ended_by_signal = asyncio.run(serve(service, listener))
     if not service.stop(STOP_SECONDS):
         os._exit(0 if ended_by_signal else 1)  # the thread is in a computation that cannot be interrupted
     return 0 if ended_by_signal else 1
+
+
+def compile_ahead(scheduler) -> None:
+    """Compile for all sizes of prompts and images."""
+    from infer.warm_up import warm_up
+
+    start = time.perf_counter()
+    with elapsed("compiling"):
+        count = warm_up(scheduler)
+    note(f"compiled {plural(count, 'function')} in {time.perf_counter() - start:.0f} s")
 
 
 def use_bundled(args: argparse.Namespace) -> None:

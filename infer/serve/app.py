@@ -4,10 +4,12 @@ import base64
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,13 +19,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from infer.prompt import Prompt
 from infer.serve.completions import Completions, check_model
+from infer.serve.content import Conversation, read_messages
 from infer.serve.errors import ApiError, as_api_error, json_response
 from infer.serve.fields import Message, TokenId, read_body
 from infer.serve.gate import Gate
 from infer.serve.metrics import CONTENT_TYPE
-from infer.serve.service import Service
+from infer.serve.service import RAW, Service
 from llava_jax import __version__
+from llava_jax.data.splice import IMAGE, TEXT
+from llava_jax.data.templates import IMAGE_TOKEN
 
 PAGE = Path(__file__).parent / "page.html"
 
@@ -109,27 +115,39 @@ class Endpoints:
         return Response(self._page, headers=headers, media_type="text/html")
 
     async def tokenize(self, request: Request) -> Response:
-        async with self.service.body(request) as data:
-            return json_response(await self.service.prepare(self._tokenize, data))
+        service, models = self.service, self.service.settings.models
+        with service.place() as place:
+            body = await service.prepare(read_body, await service.read(request, place), TokenizeBody)
+            check_model(body.model, models)
+            if (body.prompt is None) == (body.messages is None):
+                raise ApiError(400, "give either prompt or messages", "prompt")
+            if body.prompt is not None:
+                prompt = await service.prompt(Conversation((body.prompt,), (), None), RAW)
+            else:
+                prompt = await service.prompt(read_messages(body.messages, service.settings.max_images))
+            return json_response(await service.prepare(self._tokens, prompt, body))
 
-    def _tokenize(self, data: bytes) -> dict[str, Any]:
-        body = read_body(data, TokenizeBody)
-        check_model(body.model, self.service.settings.models)
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "give either prompt or messages", "prompt")
-        raise NotImplementedError
+    def _tokens(self, prompt: Prompt, body: TokenizeBody) -> dict[str, Any]:
+        """The tokens of a prompt; `IMAGE` at the positions of images."""
+        tokenizer, tokens = self.service.engine.tokenizer, np.where(prompt.places == TEXT, prompt.ids, IMAGE).tolist()
+        if body.add_special_tokens is False and tokens[:1] == [tokenizer.bos_id]:
+            del tokens[0]
+        strings = None
+        if body.return_token_strs:
+            strings = [IMAGE_TOKEN if i == IMAGE else tokenizer.token_bytes(i).decode(errors="replace") for i in tokens]
+        return {
+            "count": len(tokens), "max_model_len": self.service.context, "tokens": tokens, "token_strs": strings,
+        }  # fmt: skip
 
     async def detokenize(self, request: Request) -> Response:
-        async with self.service.body(request) as data:
-            return json_response(await self.service.prepare(self._detokenize, data))
-
-    def _detokenize(self, data: bytes) -> dict[str, Any]:
-        body = read_body(data, DetokenizeBody)
-        check_model(body.model, self.service.settings.models)
-        vocab_size = self.service.engine.config.text.vocab_size
-        if high := [token for token in body.tokens if token >= vocab_size]:
-            raise ApiError(400, f"tokens: {high[0]} is not a token id below {vocab_size:,}", "tokens")
-        return {"prompt": self.service.engine.tokenizer.decode(body.tokens)}
+        service = self.service
+        with service.place() as place:
+            body = await service.prepare(read_body, await service.read(request, place), DetokenizeBody)
+            check_model(body.model, service.settings.models)
+            vocab_size = service.engine.config.text.vocab_size
+            if high := [token for token in body.tokens if token >= vocab_size]:
+                raise ApiError(400, f"tokens: {high[0]} is not a token id below {vocab_size:,}", "tokens")
+            return json_response({"prompt": await service.prepare(service.engine.tokenizer.decode, body.tokens)})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

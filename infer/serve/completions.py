@@ -11,14 +11,14 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from infer.engine import Request as Prompted
+from infer.prompt import Prompt
 from infer.serve.answers import Reply, event
 from infer.serve.content import Conversation, read_messages
 from infer.serve.errors import ApiError, as_api_error, json_response
 from infer.serve.fields import ChatBody, Options, TextBody, read_body, read_options
-from infer.serve.service import Service
+from infer.serve.service import RAW, Service
 from infer.serve.worker import Answering
-from llava_jax.console import InputError, note
+from llava_jax.console import note
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -45,15 +45,13 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, arrived, service = Request(scope, receive), time.perf_counter(), self.service
         with service.place() as place:
-            async with service.body(request) as data:
-                asked = await service.prepare(self._read, data)
-                place.grow(asked.options.n)
-                images = await service.fetch(asked.conversation.images)
-                prompts = await service.prepare(self._prompts, asked, images)
-                del data, images
+            asked = await service.prepare(self._read, await service.read(request, place))
+            place.grow(asked.options.n)
+            prompt = await service.prompt(asked.conversation, template=None if self.is_chat else RAW)
+            prompts = [numbered(prompt, number) for number in range(asked.options.n)]
             kind = "chatcmpl" if self.is_chat else "cmpl"
             reply = Reply(
-                f"{kind}-{secrets.token_hex(12)}", asked.model, self.is_chat, asked.options, prompts[0],
+                f"{kind}-{secrets.token_hex(12)}", asked.model, self.is_chat, asked.options, prompt,
                 service.engine.tokenizer,
             )  # fmt: skip
             async with service.answers(prompts, asked.options.sampling, arrived, receive) as answering:
@@ -92,24 +90,10 @@ class Completions:
             conversation = Conversation((body.prompt,), (), None)
         return Asked(conversation, options, body.model or settings.models[0])
 
-    def _prompts(self, asked: Asked, images: Sequence[Any]) -> list[Any]:
-        """The prompt for each answer. Runs in a thread.
 
-        Raises:
-          ApiError: an image is broken, or the prompt is too long.
-        """
-        try:
-            return [
-                self.service.engine.prepare(
-                    Prompted(
-                        asked.conversation.turns, tuple(images), asked.conversation.system, number=number,
-                        trust_special_tokens=self.service.settings.trust_special_tokens,
-                    )
-                )
-                for number in range(asked.options.n)
-            ]  # fmt: skip
-        except InputError as error:
-            raise ApiError(400, str(error), "messages") from None
+def numbered(prompt: Prompt, number: int) -> Prompt:
+    """The prompt of answer `number`, which has random numbers of its own."""
+    return dataclasses.replace(prompt, request=dataclasses.replace(prompt.request, number=number))
 
 
 def check_model(name: str | None, models: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ LATENCY = (
     1920.0, 7680.0,
 )  # fmt: skip
 CHOICES = (1, 2, 5, 10, 20)
-REASONS = {"end": "stop", "stop": "stop", "length": "length", "cancelled": "abort"}
+REASONS = {"end": "stop", "stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
 LABELS = ("model_name", "engine")
 
 
@@ -96,7 +96,7 @@ class Metrics:
             self._finish(progress, generation, now)
 
     def _finish(self, progress: Progress, generation: Any, now: float) -> None:
-        reason = "error" if generation.error else REASONS[generation.stopped_by]
+        reason = REASONS[generation.stopped_by]
         self._success.labels(self._model, "0", reason).inc()
         self._whole.observe(now - progress.arrived)
         self._request_prompt.observe(generation.prompt.length)
@@ -131,8 +131,8 @@ class Metrics:
             "num_preemptions": ("Requests that lost their slot: this server takes none.", 0),
             "prefix_cache_queries": ("Prompt tokens looked up in the KV cache.", counts.prompt_tokens),
             "prefix_cache_hits": ("Prompt tokens whose KV were reused.", counts.cached_tokens),
-            "mm_cache_queries": ("Images whose features were looked up.", counts.image_queries),
-            "mm_cache_hits": ("Images whose features were reused.", counts.image_hits),
+            "mm_cache_queries": ("Images whose features were looked up.", scheduler.features.queries),
+            "mm_cache_hits": ("Images whose features were reused.", scheduler.features.hits),
         }
         for name, (about, value) in counters.items():
             counter = CounterMetricFamily(f"vllm:{name}", about, labels=LABELS)

@@ -11,14 +11,18 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Receive
 
+from infer.prompt import Prompt
+from infer.prompt import Request as PromptRequest
+from infer.serve.content import Conversation
 from infer.serve.errors import CLOSE, RETRY_AFTER, ApiError
 from infer.serve.media import NotFetched, fetch_image, media_guard
 from infer.serve.metrics import Metrics
 from infer.serve.settings import Settings
 from infer.serve.worker import Answering, Worker
 from llava_jax.console import InputError
-from llava_jax.data.urls import NamedBytes
+from llava_jax.data.templates import Template
 
+RAW = Template("plain")  # of prompts that are text alone
 DOWNLOADS = 16  # at a time
 
 
@@ -83,11 +87,11 @@ class Service:
             place.grow(1)
             yield place
         finally:
-            self._places -= place.n
+            self._places -= place.answers
+            self._bytes -= place.bytes
 
-    @contextlib.asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body of a request, received within the limits on its size and time.
+    async def read(self, request: Request, place: "Place") -> bytes:
+        """Receive the body of a request, within the limits on its size and time.
 
         Raises:
           ApiError: it exceeds them, or is not JSON by its headers.
@@ -96,26 +100,21 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "send the body as Content-Type: application/json, without Content-Encoding")
-        data, limit, taken = bytearray(), self.settings.max_body, 0
+        limit, data = self.settings.max_body, bytearray()
         too_large = ApiError(413, f"the request is larger than {self.settings.max_body_mb} MiB")
         if int(request.headers.get("content-length", 0)) > limit:
             raise too_large
         try:
             async with asyncio.timeout(self.settings.receive_seconds):
                 async for part in request.stream():
-                    taken += len(part)
-                    self._bytes += len(part)
-                    if taken > limit:
-                        raise too_large
-                    if self._bytes > self.settings.max_bodies:
-                        raise ApiError(429, "too many large requests at a time", headers=RETRY_AFTER)
+                    place.hold(len(part))
                     data += part
-            yield bytes(data)
+                    if len(data) > limit:
+                        raise too_large
         except TimeoutError:
             seconds = f"{self.settings.receive_seconds:g} seconds"
             raise ApiError(408, f"the request did not arrive within {seconds}", headers=CLOSE) from None
-        finally:
-            self._bytes -= taken
+        return bytes(data)
 
     # ------------------------------------------------------------ work
 
@@ -123,20 +122,28 @@ class Service:
         """Call a function in one of the few threads that prepare prompts."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *args)
 
-    async def fetch(self, images: Sequence[tuple[str, str]]) -> list[NamedBytes]:
-        """Fetch images, given as URLs and names.
+    async def prompt(self, conversation: Conversation, template: Template | None = None) -> Prompt:
+        """Fetch the images of a conversation, and prepare it.
+
+        Args:
+          template: instead of the model's own.
 
         Raises:
-          ApiError: an image cannot be had.
+          ApiError: an image cannot be had, or the prompt is too long.
         """
-        loop = asyncio.get_running_loop()
+        loop, images = asyncio.get_running_loop(), conversation.images
         tasks = [loop.run_in_executor(self._fetching, fetch_image, url, name, self._guard) for url, name in images]
         try:
-            return list(await asyncio.gather(*tasks))
+            fetched = await asyncio.gather(*tasks)
+            request = PromptRequest(
+                conversation.turns, tuple(fetched), conversation.system,
+                trust_special_tokens=self.settings.trust_special_tokens,
+            )  # fmt: skip
+            return await self.prepare(lambda: self.engine.prepare(request, template=template))
         except NotFetched as error:
             raise ApiError(422, str(error), "messages") from None
         except InputError as error:
-            raise ApiError(400, str(error), "messages") from None
+            raise ApiError(400, str(error), "prompt" if template else "messages") from None
 
     @contextlib.asynccontextmanager
     async def answers(
@@ -148,11 +155,14 @@ class Service:
           receive: of a request whose body has been read.
 
         Raises:
-          ApiError: the engine has stopped.
+          ApiError: the engine has stopped, or a prompt leaves no room for an answer.
         """
         if self.worker.error:
             raise ApiError(503, "the engine has stopped")
-        answering = Answering(self.worker, prompts, sampling, arrived)
+        try:
+            answering = Answering(self.worker, prompts, sampling, arrived)
+        except InputError as error:
+            raise ApiError(400, str(error)) from None
         self.answering.add(answering)
         watching = asyncio.create_task(_until_left(receive))
         watching.add_done_callback(lambda _: answering.cancel())
@@ -175,22 +185,36 @@ class Service:
 
 @dataclasses.dataclass
 class Place:
-    """How many answers a request counts for."""
+    """What a request takes of the server: how many answers, and how many bytes, since what was sent is in memory until
+    it is answered."""
 
     service: Service
-    n: int = 0
+    answers: int = 0
+    bytes: int = 0
 
-    def grow(self, n: int) -> None:
-        """Count for `n` answers.
+    def grow(self, answers: int) -> None:
+        """Count for so many answers.
 
         Raises:
-          ApiError: there is no place for so many.
+          ApiError: there is no place for them.
         """
         service = self.service
-        if service._places + n - self.n > service.scheduler.slots + service.settings.queue:
+        places = service.scheduler.requested_slots + service.settings.queue
+        if service._places + answers - self.answers > places:
             raise ApiError(429, "the queue is full; try again later", headers=RETRY_AFTER)
-        service._places += n - self.n
-        self.n = n
+        service._places += answers - self.answers
+        self.answers = answers
+
+    def hold(self, count: int) -> None:
+        """Count for `count` more bytes.
+
+        Raises:
+          ApiError: all requests together have too many.
+        """
+        self.service._bytes += count
+        self.bytes += count
+        if self.service._bytes > self.service.settings.max_bodies:
+            raise ApiError(429, "too many large requests at a time; try again later", headers=RETRY_AFTER)
 
 
 async def _until_left(receive: Receive) -> None:

@@ -103,6 +103,7 @@ class Answering:
     def __init__(self, worker: Worker, prompts: Sequence[Any], sampling: Sampling, arrived: float):
         """Submit a prompt for each answer."""
         self._loop, self._changed, self._worker = asyncio.get_running_loop(), asyncio.Event(), worker
+        self._is_waking = False  # a call of `_wake` is on its way
         self._progress = [Progress(arrived, len(prompts)) for _ in prompts]
         self.choices = [Choice(i, self._update) for i in range(len(prompts))]
         for choice, prompt in zip(self.choices, prompts, strict=True):
@@ -111,8 +112,14 @@ class Answering:
     def _update(self, choice: Choice) -> None:
         """Called on the scheduler's thread."""
         self._worker.metrics.update(self._progress[choice.index], choice.generation)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
-            self._loop.call_soon_threadsafe(self._changed.set)
+        if not self._is_waking:
+            self._is_waking = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._is_waking = False
+        self._changed.set()
 
     @property
     def done(self) -> bool:
