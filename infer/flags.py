@@ -125,7 +125,7 @@ def load_engine(args: argparse.Namespace):
     )
     template, mesh = explain_template(engine.config, args.template), format_mesh(engine.mesh.shape)
     note(f"template {template}; {engine.mesh.devices.flat[0].device_kind}, mesh {mesh}")
-    if args.max_new_tokens > engine.context:
+    if "max_new_tokens" in args and args.max_new_tokens > engine.context:
         note(
             f"warning: --max-new-tokens {args.max_new_tokens}: the model's context has {engine.context} positions, "
             "including the prompt; answers end there"

@@ -23,6 +23,7 @@ from llava_jax.console import InputError, Parser, elapsed, first_line, flag_of, 
 from llava_jax.data.templates import get_template
 
 KEY = "LLAVA_API_KEY"
+CONTEXT = 4096
 DISPATCH_SECONDS = 0.05  # how often tokens are sent
 STOP_SECONDS = 10.0  # for the engine's thread, at the end
 
@@ -37,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
         "--slots", type=integer(1, 1024), default=16, metavar="N", help="requests that run at a time (default 16)"
     )
     server.add_argument(
-        "--context", type=integer(2, 2**20), default=4096, metavar="N",
-        help="positions of a request, prompt and answer, at most the model's own (default 4096)",
+        "--context", type=integer(2, 2**20), metavar="N",
+        help=f"positions of a request, prompt and answer; default: {CONTEXT}, or the model's own if that is less",
     )  # fmt: skip
     server.add_argument("--warm-up", action="store_true", help="compile everything before the first request")
     server.add_argument(
@@ -157,7 +158,8 @@ def run_server(args: argparse.Namespace, settings: Settings, listener: socket.so
     if args.checkpoint is None:
         use_bundled(args)
     engine = load_engine(args)
-    scheduler = engine.scheduler(args.slots, min(args.context, engine.context), dispatch_seconds=DISPATCH_SECONDS)
+    context = args.context or min(CONTEXT, engine.context)
+    scheduler = engine.scheduler(args.slots, context, dispatch_seconds=DISPATCH_SECONDS)
     if args.warm_up:
         compile_ahead(scheduler)
     service = Service(engine, scheduler, settings)

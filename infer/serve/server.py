@@ -55,8 +55,9 @@ async def serve(service: Service, listener: socket.socket) -> bool:
         if service.end.is_set():
             note("stopped")
             os._exit(128 + number)
-        waiting = plural(len(service.answering), "request")
-        note(f"shutting down: {waiting} may take {settings.drain_seconds:g} s; repeat the signal to stop at once")
+        if running := len(service.answering):
+            waiting = f"{plural(running, 'request')} may take {settings.drain_seconds:g} s"
+            note(f"shutting down: {waiting}; repeat the signal to stop at once")
         service.end.set()
 
     with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
