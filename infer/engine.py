@@ -29,7 +29,7 @@ from llava_jax.console import InputError, integer
 from llava_jax.data.buckets import MAX_SLOTS, Buckets, round_up, spans
 from llava_jax.data.prompts import end_ids, prepare_tokenizer
 from llava_jax.data.splice import IMAGE, TEXT
-from llava_jax.data.templates import choose_template, get_template
+from llava_jax.data.templates import Template, choose_template, get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.models import llava
 from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh
@@ -126,13 +126,16 @@ class Engine:
         """The decoder's maximum number of positions."""
         return self.config.text.max_positions
 
-    def prepare(self, request: Request) -> Prompt:
+    def prepare(self, request: Request, *, template: Template | None = None) -> Prompt:
         """Tokenize a request and lay out its images, on the host; from any thread.
+
+        Args:
+          template: instead of the engine's own.
 
         Raises:
           InputError: as `prompt.prepare`.
         """
-        return prepare(request, self.config, self.tokenizer, self.template)
+        return prepare(request, self.config, self.tokenizer, template or self.template)
 
     def scheduler(self, slots: int, context: int | None = None, *, dispatch_seconds: float | None = None) -> Scheduler:
         """A scheduler of its own slots.

@@ -19,7 +19,19 @@ from pathlib import Path
 from infer.flags import add_model_flags, load_engine
 from infer.generate import BUNDLED, TRAINED_ON
 from infer.serve.settings import Settings, digest_key
-from llava_jax.console import InputError, Parser, elapsed, first_line, flag_of, integer, note, plural, ranges, run_main, shorten
+from llava_jax.console import (
+    InputError,
+    Parser,
+    elapsed,
+    first_line,
+    flag_of,
+    integer,
+    note,
+    plural,
+    ranges,
+    run_main,
+    shorten,
+)
 from llava_jax.data.templates import get_template
 
 KEY = "LLAVA_API_KEY"

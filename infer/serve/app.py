@@ -4,7 +4,6 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 

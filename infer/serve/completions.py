@@ -6,7 +6,6 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
