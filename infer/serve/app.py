@@ -5,11 +5,9 @@ import hashlib
 import re
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -22,32 +20,16 @@ from infer.prompt import Prompt
 from infer.serve.completions import Completions, check_model
 from infer.serve.content import Conversation, read_messages
 from infer.serve.errors import ApiError, as_api_error, json_response
-from infer.serve.fields import Message, TokenId, read_body
+from infer.serve.fields import DetokenizeBody, TokenizeBody, read_body
 from infer.serve.gate import Gate
 from infer.serve.metrics import CONTENT_TYPE
+from infer.serve.openapi import describe
 from infer.serve.service import RAW, Service
 from llava_jax import __version__
 from llava_jax.data.splice import IMAGE, TEXT
 from llava_jax.data.templates import IMAGE_TOKEN
 
 PAGE = Path(__file__).parent / "page.html"
-
-
-class TokenizeBody(msgspec.Struct):
-    """Fields of `/tokenize`: text, or messages as of `/v1/chat/completions`."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
-
-
-class DetokenizeBody(msgspec.Struct):
-    """Fields of `/detokenize`."""
-
-    tokens: Annotated[list[TokenId], Meta(max_length=2**20)]
-    model: str | None = None
 
 
 def make_app(service: Service) -> Starlette:
@@ -65,6 +47,7 @@ def make_app(service: Service) -> Starlette:
         Route("/ping", endpoints.health, methods=[*get, *post]),
         Route("/metrics", endpoints.metrics, methods=get),
         Route("/version", endpoints.version, methods=get),
+        Route("/openapi.json", endpoints.openapi, methods=get),
         Route("/", endpoints.page, methods=get),
     ]
     middleware = [Middleware(Gate, service=service)]
@@ -106,6 +89,9 @@ class Endpoints:
 
     async def version(self, request: Request) -> Response:
         return json_response({"version": __version__})
+
+    async def openapi(self, request: Request) -> Response:
+        return json_response(describe())
 
     async def page(self, request: Request) -> Response:
         headers = {

@@ -1,7 +1,7 @@
 """The fields of requests: their types and ranges, which values are refused, and what they mean for sampling.
 
-`ChatBody` and `TextBody` are the table of fields, which the description of the API is made from too. Fields that are in
-neither table are ignored, since clients send many (Open WebUI its own ones): OpenAI's and vLLM's rules, as vLLM's
+The `Body` types are the table of fields, which the description of the API is made from too. Fields that are not in
+it are ignored, since clients send many (Open WebUI its own ones): OpenAI's and vLLM's rules, as vLLM's
 chat endpoint has them.
 """
 
@@ -20,7 +20,6 @@ from llava_jax.json_files import decode_json
 
 MAX_CHOICES = 16
 MAX_VALUES = 2**20  # of JSON in a request: each takes up to 100 bytes of memory for 2 bytes of text
-MAX_PART_TEXT = 2**22  # characters
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -93,6 +92,23 @@ class TextBody(SamplingBody, kw_only=True):
 
     prompt: str
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class TokenizeBody(msgspec.Struct):
+    """Fields of `/tokenize`: text, or messages as of `/v1/chat/completions`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct):
+    """Fields of `/detokenize`."""
+
+    tokens: Annotated[list[TokenId], Meta(max_length=2**20)]
+    model: str | None = None
 
 
 # Fields that would change the answer and are not implemented, with the values beside null that change nothing.
