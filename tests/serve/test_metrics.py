@@ -4,9 +4,9 @@ import re
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_server import Server
 
 from infer.serve import app
+from scripted_server import Server
 
 HISTOGRAMS = (
     "time_to_first_token_seconds inter_token_latency_seconds request_time_per_output_token_seconds "
