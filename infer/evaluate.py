@@ -87,14 +87,22 @@ def read_questions(path: Path, folder: Path) -> list[Question]:
     for number, row in enumerate(rows):
         name = f"{shorten(path)} row {number}"
         try:
-            found += _questions_of(row, name, images)
+            found += questions_of(row, name, images.find)
         except InputError as error:
             found.append(Question(name, NO_KIND, problem=f"{name}: {error}"))
     return found
 
 
-def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
-    """The questions of a row that have an answer. As in training, an answer before the first question is dropped."""
+def questions_of(row: Any, name: str, find: Callable[[str], Any]) -> list[Question]:
+    """The questions of a row that have an answer. As in training, an answer before the first question is dropped.
+
+    Args:
+      name: the name of the row in errors.
+      find: returns the image of a name.
+
+    Raises:
+      InputError: the row is not a conversation, or `find` raised.
+    """
     conversation = read_conversation(row)
     turns = conversation.turns
     if turns and turns[0]["from"] == "gpt":
@@ -113,7 +121,7 @@ def _questions_of(row: Any, name: str, folder: ImageFolder) -> list[Question]:
         or not all(isinstance(kind, str) for kind in kinds)
     ):
         raise InputError(f"kinds must list {plural(n, 'kind')}, one per question")
-    images = tuple(map(folder.find, conversation.images))
+    images = tuple(map(find, conversation.images))
     if len(images) == 1:
         texts = tuple(map(_image_first, texts))
     image_tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
