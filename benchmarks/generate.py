@@ -5,7 +5,7 @@ TPU, which transformers does not support, only ours runs).
     python benchmarks/generate.py --preset v1.6-mistral-7b --dtype bfloat16 --batch 1,16     # on a GPU
 
 Two child processes hold one model each and alternate, so that both run under the same conditions; each figure is the
-median of the rounds. Prefill is everything from uint8 pixels and token ids to the first token. In the same rounds, our
+median of the rounds. Prefill is everything from images and token ids to the first token. In the same rounds, our
 process measures the device's matmul throughput and memory bandwidth: prefill's FLOPs, and the bytes that decoding
 reads (weights and cache), are reported as fractions of these. Prints a table; `--json FILE` writes the results.
 """
@@ -85,12 +85,12 @@ def serve_ours(pipe, args) -> None:
     import jax
     import numpy as np
 
-    from infer.engine import Engine, Request, _Prepared
+    from infer.engine import Engine
+    from infer.prompt import Request, place_images, prompt_image
     from infer.sampling import Sampling
     from llava_jax.aot.flops import decoder_flops, encode_flops
     from llava_jax.checkpoints.checkpoint import _load_source, open_any
-    from llava_jax.data import images, splice
-    from llava_jax.data.buckets import Buckets
+    from llava_jax.data import splice
     from llava_jax.sharding.mesh import inference_mesh
 
     if args.dtype == "float32":
@@ -100,31 +100,41 @@ def serve_ours(pipe, args) -> None:
     mesh = inference_mesh(config, jax.devices()[:1])  # one device, as for transformers
     engine = Engine(_load_source(source, mesh, args.dtype), config, _NoTokenizer(), mesh)
     engine.eos_ids = ()
-    sampling = Sampling(max_new_tokens=args.new_tokens)
     read = sum(x.nbytes for x in jax.tree.leaves({**engine.params["decoder"], "embed": {}}))
+    schedulers = {}
 
     def prepare(image, ids):
-        layout = images.tile_layout(image.size, config)
         ids = np.concatenate([ids[:5], [splice.IMAGE], ids[5:]])
-        row = splice.Row(ids, (layout,))
-        item = _Prepared(Request(("",)), row, splice.spliced_length(row, config))
-        return item, (images.tile_image(image, layout, config),)
+        prompt = place_images(Request(("",)), (prompt_image(image, config),), ids)
+        assert prompt.length == FEATURES + TEXT_TOKENS
+        return prompt
 
     def run(rows):
-        assert Buckets().up("rows", rows) == rows, f"batches of {rows} would be padded"
-        items, pixels = zip(*(prepare(*question) for question in questions(config, rows)), strict=True)
-        *_, answers = engine._run(list(items), list(pixels), sampling, steps=args.new_tokens)
+        n, steps = FEATURES + TEXT_TOKENS, args.new_tokens - 1
+        scheduler = schedulers.get(rows) or engine.scheduler(rows, n + args.new_tokens)
+        schedulers[rows] = scheduler
+        prompts = [prepare(*question) for question in questions(config, rows)]
+        scheduler.forget()
+
+        def answer(new_tokens):
+            start = time.perf_counter()
+            generations = [scheduler.submit(prompt, Sampling(max_new_tokens=new_tokens)) for prompt in prompts]
+            scheduler.run(generations)
+            return time.perf_counter() - start, generations
+
+        prefill, _ = answer(1)
+        # Again, with all but the last position of each prompt in the cache.
+        seconds, generations = answer(args.new_tokens)
+        first, _ = answer(1)
+        decode = (seconds - first) / steps
         cached = 2 * config.text.layers * config.text.kv_heads * config.text.head_width * np.dtype(args.dtype).itemsize
-        n, steps = items[0].length, args.new_tokens - 1
-        assert n == FEATURES + TEXT_TOKENS
-        decode = rows / answers[0].decode_tokens_per_second  # seconds per step
         flops = encode_flops(config, rows * TILES) + decoder_flops(config, rows, n, n / 2)
         peaks = {"matmul": devices.matmul_peak(args.dtype), "bandwidth": devices.read_bandwidth(args.dtype)}
         return {
-            "prefill": answers[0].prefill_seconds,
+            "prefill": prefill,
             "decode": decode,
-            "ids": [answer.token_ids for answer in answers],
-            "prefill share": flops / answers[0].prefill_seconds / peaks["matmul"],
+            "ids": [[token.id for token in generation.tokens] for generation in generations],
+            "prefill share": flops / prefill / peaks["matmul"],
             "decode share": (read + rows * (n + steps / 2) * cached) / decode / peaks["bandwidth"],
             **peaks,
         }
@@ -154,8 +164,13 @@ class _NoTokenizer:
     def add_special(self, tokens):
         pass
 
-    def decode(self, ids):
+    def stream(self):
+        return self
+
+    def add(self, token):
         return ""
+
+    rest = finish = lambda self: ""
 
 
 def serve_theirs(pipe, args) -> None:

@@ -79,6 +79,11 @@ class ImageFeatures:
                     )
         return list(tables.values())
 
+    def clear(self) -> None:
+        """Forget all features."""
+        self._tables.clear()
+        self._bytes = 0
+
     def _keep(self, key: bytes, table: jax.Array) -> None:
         if key in self._tables or table.nbytes > self.max_bytes:
             return

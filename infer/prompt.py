@@ -108,7 +108,7 @@ def prepare(
       InputError: an image cannot be read, the numbers of marks and images differ, or the prompt is too long.
     """
     try:
-        images = tuple(_prompt_image(source, request.name, config) for source in request.images)
+        images = tuple(prompt_image(source, config, request.name) for source in request.images)
         trust = dict(trust_special_tokens=request.trust_special_tokens)
         turns = add_image_tokens(request.turns, len(images), config, **trust)
         ids = encode_prompt(template, [*turns, None] if reply else turns, tokenizer, system=request.system, **trust)
@@ -117,7 +117,7 @@ def prepare(
                 f"the tokenizer returns the id {highest}, but the model has {config.text.vocab_size} "
                 "embeddings: the tokenizer is not the model's"
             )
-        prompt = _spliced(request, images, ids)
+        prompt = place_images(request, images, ids)
         check_length(prompt, config.text.max_positions, "the model's context", reply=reply)
         return prompt
     except InputError as error:
@@ -142,7 +142,15 @@ def _named(error: InputError, name: str) -> InputError:
     return InputError(f"{name}: {error}") if name else error
 
 
-def _prompt_image(source: Any, name: str, config: LlavaConfig) -> PromptImage:
+def prompt_image(source: Any, config: LlavaConfig, name: str = "") -> PromptImage:
+    """Fetch and hash an image, and lay out its tiles.
+
+    Args:
+      name: of the request, for errors.
+
+    Raises:
+      InputError: it cannot be fetched, or is not an image.
+    """
     source = fetch(source)
     return PromptImage(source, name, tile_layout(image_size(source), config), _hash(source), config)
 
@@ -163,8 +171,12 @@ def _hash(source: Any) -> bytes:
     return digest.digest()
 
 
-def _spliced(request: Request, images: tuple[PromptImage, ...], ids: np.ndarray) -> Prompt:
-    """Put the positions of each image where its token is."""
+def place_images(request: Request, images: tuple[PromptImage, ...], ids: np.ndarray) -> Prompt:
+    """A prompt of token ids, with the positions of each image where its `IMAGE` is.
+
+    Raises:
+      InputError: the numbers of image tokens and images differ.
+    """
     tokens = image_indices(ids, len(images), request.name)
     counts = np.ones(len(ids), np.int64)
     counts[tokens] = [len(image.rows) for image in images]

@@ -190,6 +190,13 @@ class Scheduler:
             self.slots = compiled.grow(self.slots, positions=context, partition=self.partition)
             self.context = context
 
+    def forget(self) -> None:
+        """Forget what slots without an answer hold, and the features of images."""
+        for slot in self.table.slots:
+            if slot.owner is None:
+                slot.keys = slot.keys[:0]
+        self.features.clear()
+
     def close(self) -> None:
         """Fail what is running, and release the devices' memory."""
         self.fail(InputError("the engine was closed"))

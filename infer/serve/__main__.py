@@ -32,6 +32,7 @@ from llava_jax.console import (
     run_main,
     shorten,
 )
+from llava_jax.data.buckets import MAX_SLOTS
 from llava_jax.data.templates import get_template
 
 KEY = "LLAVA_API_KEY"
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
     server.add_argument("--port", type=integer(0, 65535), default=8000, metavar="N", help="0 for any (default 8000)")
     server.add_argument(
-        "--slots", type=integer(1, 1024), default=16, metavar="N", help="requests that run at a time (default 16)"
+        "--slots", type=integer(1, MAX_SLOTS), default=16, metavar="N", help="requests that run at a time (default 16)"
     )
     server.add_argument(
         "--context", type=integer(2, 2**20), metavar="N",

@@ -35,8 +35,7 @@ def image_file(i: int):
 def ask_alone(engine: Engine, request: Request, **sampling) -> Answer:
     """Answer a question with nothing in the cache."""
     if engine._scheduler:
-        for slot in engine._scheduler.table.slots:
-            slot.keys = slot.keys[:0]
+        engine._scheduler.forget()
     return engine.ask(request.turns, request.images, **sampling)
 
 
@@ -207,12 +206,13 @@ def test_equal_prompts_at_once_are_computed_once():
 def test_features_are_kept_up_to_a_bound():
     engine = new_engine("v1.5-llama")
     for i in (0, 1, 2, 0):
-        ask_alone(engine, Request((QUESTION,), (image_file(i),)), max_new_tokens=1)
+        engine.ask(f"{i}: {QUESTION}", image_file(i), max_new_tokens=1)
+        engine.ask("something else " * 20, max_new_tokens=1)  # takes the slot
     statistics = engine._scheduler.statistics
     assert (statistics.image_queries, statistics.image_hits) == (4, 1)
     one = next(iter(engine.features._tables.values())).nbytes
     engine.features.max_bytes = 2 * one
-    ask_alone(engine, Request((QUESTION,), (image_file(4),)), max_new_tokens=1)
+    engine.ask(QUESTION, image_file(4), max_new_tokens=1)
     assert len(engine.features._tables) == 2
     assert engine.features._bytes == 2 * one
 

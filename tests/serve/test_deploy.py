@@ -9,10 +9,10 @@ import tomllib
 
 import pytest
 import yaml
-from infer.serve import __main__ as command
-from infer.serve.server import GRACE_SECONDS
 
 from helpers import ROOT
+from infer.serve import __main__ as command
+from infer.serve.server import GRACE_SECONDS
 
 DEPLOY = ROOT / "deploy"
 SHUTDOWN = GRACE_SECONDS + command.STOP_SECONDS  # seconds after --drain-seconds, at most

@@ -8,14 +8,14 @@ import httpx
 import msgspec
 import pytest
 import yaml
-from infer.serve.__main__ import parser as serve
-from infer.serve.fields import REFUSED, ChatBody
 
 from helpers import ROOT
 from infer.chat import COMMANDS
 from infer.chat import parser as chat
 from infer.evaluate import parser as evaluate
 from infer.plan import parser as plan
+from infer.serve.__main__ import parser as serve
+from infer.serve.fields import REFUSED, ChatBody
 
 PAGE = (ROOT / "docs/serve.md").read_text()
 COMMAND_LINES = PAGE.replace("\\\n", " ")
