@@ -31,7 +31,7 @@ def encode_tiles(
     """The features of tiles, projected to the decoder's width: [T, P, D].
 
     Each device encodes its shard of the tiles, and sends nothing but weights along `fsdp`. Where the mesh does not
-    divide the tiles, empty ones are added for the time being.
+    divide the number of tiles, empty ones are encoded with them, and dropped.
 
     Args:
       tiles_THW3: uint8 pixels, of any rows.

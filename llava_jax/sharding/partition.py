@@ -169,10 +169,8 @@ class Partition:
         if fsdp.in_map_rows():
             if self.size(TENSOR) == 1:
                 return x
-            mesh, axes = (
-                jax.sharding.get_abstract_mesh(),
-                tuple(TENSOR if axis in (TENSOR, TILES) else None for axis in axes),
-            )
+            mesh = jax.sharding.get_abstract_mesh()
+            axes = tuple(TENSOR if axis in (TENSOR, TILES) else None for axis in axes)
 
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self.activation_spec(x.shape, *axes)))
 

@@ -13,11 +13,11 @@ from training import PLAIN, conversations, start
 
 
 def batch_of(packed: bool):
-    """Four rows; `tensor` does not divide the tiles of a device's rows."""
+    """Rows of which `tensor` divides neither the tiles of all nor those of a device."""
     rows, model = conversations(c.tiny()), c.tiny()
     if packed:
         return pack([rows[:3], rows[3:4], rows[4:6], rows[6:8]], model, batch=4, tiles=7)
-    return splice(rows[:4], model, tiles=7)
+    return splice(rows[1:4], model, tiles=7)
 
 
 def two_steps(tune: str, packed: bool, mesh) -> tuple[list[float], dict[str, np.ndarray]]:
