@@ -95,3 +95,24 @@ def test_what_cudnn_is_asked_for(monkeypatch, segments, causal, window):
     got = attention_module._cudnn_attention(q, k, v, ids, causal, window)[:, used]
     assert error(got, attention(q, k, v, segments_BS=ids, causal=causal, window=window)[:, used]) < 1e-5
     assert asked == ["cudnn"]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("how", ["plain", "kernel", "cudnn"])
+def test_queries_of_the_last_positions_only(monkeypatch, how, window):
+    """What a chunk of a prompt attends with, after a gap: the end of attention over everything."""
+    q, k, v, _ = inputs("float32", 200, heads=4, kv_heads=2)
+    segments = jnp.asarray([[0] * 30 + [1] * 170], jnp.int32)  # as if the cache had 30 positions too many
+    want = attention(q, k, v, segments_BS=segments, causal=True, window=window)[:, -60:]
+    if how == "kernel":
+        got = splash_attention(q[:, -60:], k, v, segments, window=window, interpret=True)
+    elif how == "cudnn":
+        theirs = jax.nn.dot_product_attention
+        monkeypatch.setattr(
+            jax.nn, "dot_product_attention", lambda *x, implementation, **how: theirs(*x, implementation="xla", **how)
+        )
+        got = attention_module._cudnn_attention(q[:, -60:], k, v, segments, True, window)
+    else:
+        got = attention(q[:, -60:], k, v, segments_BS=segments, causal=True, window=window)
+    assert got.shape == want.shape
+    assert error(got, want) < 1e-5
