@@ -57,9 +57,9 @@ def open_browser(playwright):
     return playwright.chromium.launch(executable_path=path, args=sandbox)
 
 
-def run_checks(browser, url: str | None, folder: Path, only: str) -> dict[str, float]:
-    """Seconds of each check that passed. Prints those that did not, with their traceback."""
-    passed = {}
+def run_checks(browser, url: str | None, folder: Path, only: str) -> tuple[dict[str, float], list[str]]:
+    """Seconds of each check that passed, and the names of those that did not. Prints both, with tracebacks."""
+    passed, failed = {}, []
     for check in (*ANYWHERE, *(() if url else SCRIPTED)):
         name = check.__name__.removeprefix("check_").replace("_", " ")
         if only not in name:
@@ -71,12 +71,13 @@ def run_checks(browser, url: str | None, folder: Path, only: str) -> dict[str, f
                 check(visitor)
                 assert not visitor.problems, visitor.problems
             except Exception:
+                failed.append(name)
                 print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
             else:
                 passed[name] = round(time.perf_counter() - start, 1)
                 print(f"{name}: ok, {passed[name]} s", flush=True)
             visitor.context.close()
-    return passed
+    return passed, failed
 
 
 def measure(browser, folder: Path) -> dict[str, float]:
@@ -177,18 +178,19 @@ def main() -> int:
         if args.picture:
             take_picture(browser, args.url, args.picture)
             return 0
-        passed = run_checks(browser, args.url, Path(folder), args.only)
-        wanted = len(ANYWHERE) + (0 if args.url else len(SCRIPTED))
-        figures = {"passed": len(passed), "seconds": passed}
+        passed, failed = run_checks(browser, args.url, Path(folder), args.only)
+        if not passed and not failed:
+            raise InputError(f"--only {args.only!r}: no check has these words in its name")
+        figures = {"passed": len(passed), "failed": failed, "seconds": passed}
         if not args.only:
-            figures |= {"failed": wanted - len(passed), **measure(browser, Path(folder))}
+            figures |= measure(browser, Path(folder))
         if args.screenshots:
             take_screenshots(browser, args.url, args.screenshots)
         browser.close()
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
-    return bool(figures.get("failed"))
+    return bool(failed)
 
 
 if __name__ == "__main__":

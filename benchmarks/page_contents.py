@@ -86,8 +86,14 @@ def check_errors(v: Visitor) -> None:
         assert v.page.input_value("#question") == f"status {status}" and len(v.answers()) == 1
         assert v.page.locator("#attached li").count() == 1
         v.page.locator("#attached button").click()
+    v.ask("garbage")
+    assert "not an answer" in v.text("#notice") and len(v.answers()) == 1
+    v.server.model = "another"
     v.ask("Are you there?")
-    assert len(sent(v)["messages"]) == 3 and not v.text("#notice")
+    assert "does not exist" in v.text("#notice")
+    v.page.press("#question", "Enter")
+    v.until("() => model === 'another' && turns.length === 2 && !running")
+    assert len(sent(v)["messages"]) == 3 and not v.text("#notice") and v.text("#model") == "another"
 
 
 def check_broken_streams(v: Visitor) -> None:

@@ -73,12 +73,12 @@ class PageServer:
     Attributes:
       requests: the bodies of the questions, in the order in which they came, and their headers under "headers".
       cancelled: how many answers their clients left before the end.
-      key: the API key that is asked for, if any.
+      key: the API key that is asked for, if any. model: the only one that may be asked for.
       delay: seconds between tokens.
     """
 
     def __init__(self, delay=0.01):
-        self.requests, self.cancelled, self.key, self.delay = [], 0, "", delay
+        self.requests, self.cancelled, self.key, self.delay, self.model = [], 0, "", delay, MODEL
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads, self._server.script = True, self
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             page = PAGE.read_bytes()
             self.send(200, page, "text/html; charset=utf-8", {"Content-Security-Policy": content_security_policy(page)})
         elif self.path == "/v1/models" and self.allowed():
-            self.send_json(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+            self.send_json(200, {"object": "list", "data": [{"id": self.server.script.model, "object": "model"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -126,6 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         script = self.server.script
         script.requests.append(body | {"headers": dict(self.headers)})
+        if body["model"] != script.model:
+            self.send_json(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+            return
         question = text_of(body["messages"][-1]).lower()
         if found := re.match(r"status (\d+)", question):
             headers = {"Retry-After": "7"} if found[1] in ("429", "503") else {}
@@ -147,6 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.send_event(delta={"role": "assistant", "content": ""})
         tokens = re.findall(r"\s*\S{1,6}|\s+", "word " * 500 if question.startswith("slow") else answer)
+        if question.startswith("garbage"):
+            self.wfile.write(b"data: <html>\n\n")
         if question.startswith("late"):
             time.sleep(1)
         if question.startswith(("nothing", "broken at once")):
