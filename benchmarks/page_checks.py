@@ -264,7 +264,7 @@ def check_settings(v: Visitor) -> None:
     assert "temperature" not in sent(v) and "top_p" not in sent(v)
     v.page.click("#open-settings")
     v.page.get_by_role("button", name="Restore defaults").click()
-    assert [v.page.input_value(f"#{name}") for name in values] == ["", "0.2", "", "", "", "k-1"]
+    assert [v.page.input_value(f"#{name}") for name in values] == ["", "0", "", "", "", "k-1"]
 
 
 SCRIPTED = (check_settings, check_copy)
