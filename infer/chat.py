@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 from infer.conversation import Conversation, Exchange, Image, load, place_images, read_image, save
 from infer.flags import add_model_flags, add_sampling_flags, load_engine, sampling_of
 from infer.generate import BUNDLED, QUESTION, TRAINED_ON
-from infer.line_input import LineInput, bold, history_file
+from infer.line_input import LineInput, bold, history_file, interrupts
 from infer.sampling import Sampling
 from llava_jax.console import (
     MAX_INT32,
@@ -371,30 +369,6 @@ class _Generated:
             f"answer: {plural(len(answer.token_ids), 'token')}, ended by {how}; {first}all after {self.seconds:.2f} s, "
             f"decoding {answer.decode_tokens_per_second:.1f} tokens/s"
         )
-
-
-@contextlib.contextmanager
-def interrupts(enabled: bool) -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C instead of raising `KeyboardInterrupt`, which could stop the engine in the middle of a step; the
-    second ends the program. Yields a function: whether there was one."""
-    if not enabled:
-        yield lambda: False
-        return
-    count = 0
-
-    def handle(number, frame):
-        nonlocal count
-        count += 1
-        if count > 1:
-            sys.exit(130)
-        print(file=sys.stderr)
-        note("stopping; Ctrl-C again leaves")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def run() -> None:

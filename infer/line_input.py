@@ -4,8 +4,9 @@ import contextlib
 import glob
 import os
 import re
+import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from llava_jax.console import InputError, note
@@ -119,6 +120,33 @@ class LineInput:
         except OSError as error:
             note(f"warning: no history: {error}")
             self.history = None
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+@contextlib.contextmanager
+def interrupts(enabled: bool) -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C instead of raising `KeyboardInterrupt`, which could stop the engine in the middle of a step; the
+    second ends the program. Yields a function: whether there was one."""
+    if not enabled:
+        yield lambda: False
+        return
+    count = 0
+
+    def handle(number, frame):
+        nonlocal count
+        count += 1
+        if count > 1:
+            sys.exit(130)
+        print(file=sys.stderr)
+        note("stopping; Ctrl-C again leaves")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------- completion

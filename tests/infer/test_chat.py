@@ -128,7 +128,7 @@ def test_images_are_read_once(talk, tmp_path, monkeypatch):
     file = tmp_path / "a b.png"
     file.write_bytes(A.read_bytes())
     downloads = []
-    monkeypatch.setattr(urls, "_download", lambda url: downloads.append(url) or B.read_bytes())
+    monkeypatch.setattr(urls, "_download", lambda url, guard: downloads.append(url) or B.read_bytes())
     image = chat.read_image(str(file))
     file.unlink()
     assert image.file == A.read_bytes() and image.name == str(file)

@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,13 @@ class Terminal:
         before, self.read_to = self.screen[self.read_to : at], at + len(text)
         return before
 
+    def interrupt(self) -> None:
+        """Ctrl-C at a prompt, once the process waits for a key: Python may miss it just before."""
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+        time.sleep(0.2)
+        self.type("\x03")
+
     def status(self) -> int:
         return self.process.wait(timeout=60)
 
@@ -115,15 +123,17 @@ def test_a_session(open_terminal, tmp_path):
     there.expect("word3 ")
     there.type("\x03")
     there.expect("> ")
-    there.type("half a line\x03")
+    there.type("half a line")
+    there.expect("half a line")
+    there.interrupt()
     there.expect("press Ctrl-C again to leave")
     there.expect("> ")
     there.type("More\n")  # the line is gone, and the count begins again
     there.expect(": More 1>")
     there.expect("> ")
-    there.type("\x03")
+    there.interrupt()
     there.expect("press Ctrl-C again to leave")
-    there.type("\x03")
+    there.interrupt()
     assert there.status() == 0
 
     history = tmp_path / "state/llava-jax/chat_history"

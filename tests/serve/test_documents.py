@@ -69,7 +69,7 @@ def test_fields_are_implemented_or_refused():
 
 
 def test_endpoints_and_metrics_exist(server):
-    for method, path in re.findall(r"`(GET|POST) (/[\w/]+)", PAGE):
+    for method, path in re.findall(r"`(GET|POST) (/[\w./]+)", PAGE):
         url, body = server.url + path.replace("NAME", "scripted"), None if method == "GET" else {}
         assert httpx.request(method, url, json=body).status_code == (200 if method == "GET" else 400), path
     metrics = httpx.get(f"{server.url}/metrics").text
