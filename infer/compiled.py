@@ -178,12 +178,20 @@ def _decode(
     text, decoder = partition.config.text, params["decoder"]
     slots = dataclasses.replace(slots, done=slots.done | stopped)
     B, dtype = len(slots.tokens), decoder["embed"]["embedding"].dtype
-    read = tuple(cache.first_positions(layer, span) for layer in slots.cache)
+
+    def first(held: cache.Cache) -> cache.Cache:
+        return tuple(cache.first_positions(layer, span) for layer in held)
+
+    before_loop = first(slots.cache)
     recent = cache.new_cache(text, B, STEPS, dtype, partition=partition)
     chosen = Chosen(jnp.full((B, STEPS), NONE), _no_logprobs(B, STEPS))
 
     def body(carry):
         step, now, recent, chosen = carry
+        read = before_loop
+        if partition.platform == "tpu":  # where a slice in the loop is part of the matmul, and one before it a copy
+            held, _ = jax.lax.optimization_barrier((slots.cache, step))
+            read = first(held)
         x_BD = llama.embed(decoder, now.tokens, partition)
         x_BD, recent = llama.decode_step(decoder, text, x_BD, slots.lengths, read, recent, step, partition)
         logits_BV = llama.logits(decoder, text, x_BD, partition)

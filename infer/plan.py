@@ -1,11 +1,13 @@
-"""Plan generation on a TPU slice: memory, FLOPs and bytes sent per chip, from compiled programs.
+"""Plan generation on a TPU slice: slots that fit, memory, FLOPs and bytes moved and sent per chip, from compiled
+programs.
 
 No TPU and no weights are needed.
 
-    python -m infer.plan --model llava-v1.6-mistral-7b --topology v5e:2x2 --mesh tensor=4 --batch 8 --context 4096
+    python -m infer.plan --model llava-v1.6-mistral-7b --topology v5e:2x2 --mesh tensor=4 --slots 16 --context 4096
 
-compiles the functions that the engine runs: image encoder, prefill, and the decode loop, whose figures are those of one
-step. The exit status is 1 if any of them does not fit the chips.
+compiles the engine's functions for their largest shapes: the encoder for the tiles of one image, prefill of a whole
+chunk at the end of a slot, and decode steps of full slots. Without `--slots` it finds how many fit. The exit status is
+1 if anything does not fit the chips.
 """
 
 import dataclasses
@@ -18,170 +20,292 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from infer import compiled
+from infer.features import MAX_BYTES
 from infer.flags import add_cache_flag
-from infer.next_token import row_keys
-from infer.sampling import Sampling
 from llava_jax.aot import tpu, tpu_plan
 from llava_jax.aot.flops import decoder_flops, encode_flops
+from llava_jax.aot.hlo import Work
 from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.config import LlavaConfig
-from llava_jax.console import InputError, Parser, integer, run_main
+from llava_jax.console import Parser, integer, plural, run_main
+from llava_jax.data.buckets import MAX_SLOTS, Buckets
 from llava_jax.data.images import max_tiles
 from llava_jax.models import llava
-from llava_jax.sharding.mesh import FSDP, TENSOR, inference_mesh, row_multiple
+from llava_jax.sharding.mesh import BATCH, FSDP, TENSOR, inference_mesh
 from llava_jax.sharding.partition import Partition, batch_sharding
 
-NAMES = {"encode": "images", "prefill": "prefill", "decode": "a decode step"}
+NAMES = {"encode": "an image", "prefill": "prefill of a chunk", "decode": "a decode step"}
+FIRST = 4  # slots of each shard of rows, for which a search compiles first
 
 
 def parser() -> Parser:
     p = Parser(
-        prog="python -m infer.plan", description="Memory, FLOPs and bytes sent of generation per chip of a TPU slice."
+        prog="python -m infer.plan",
+        description="Slots that fit, memory, FLOPs and bytes moved of generation per chip of a TPU slice.",
     )
     tpu_plan.add_flags(p)
-    p.add_argument("--batch", type=integer(1, 2**20), default=1, metavar="N", help="batch size (default 1)")
     p.add_argument(
-        "--context", type=integer(2, 2**20), default=4096, metavar="N", help="positions of the cache (default 4096)"
+        "--slots", type=integer(1, 2**20), metavar="N", help="answers at a time; default: as many as fit, at most 256"
     )
     p.add_argument(
-        "--new-tokens", type=integer(1, 2**20 - 1), default=512, metavar="N",
-        help="positions of --context kept for the answer (default 512)",
-    )  # fmt: skip
+        "--context", type=integer(2, 2**20), default=4096, metavar="N", help="positions of a slot (default 4096)"
+    )
     add_cache_flag(p)
-    p.add_argument(
-        "--tiles-per-row", type=integer(0, 512), metavar="N",
-        help="image tiles per row (default: the maximum of one image)",
-    )  # fmt: skip
     return p
 
 
-def plan_generation(
-    model: LlavaConfig,
-    mesh: Mesh,
-    topology: str,
-    batch: int,
-    context: int,
-    new_tokens: int,
-    tiles: int,
-    int8_cache: bool = False,
-) -> dict[str, tuple[Plan, Compiled]]:
-    """Compile the engine's functions, in bfloat16; the keys are those of `NAMES`.
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function to compile, for a number of slots.
 
-    If prefill does not fit, decoding is not compiled.
+    weights    bytes of the parameters that it reads, of those on a chip
+    programs   sizes of its arguments for which the engine compiles it; all of them stay on the chip
+    flops      of all chips
+    sent       the minimum that each chip sends
+    moved      the minimum that each chip reads from and writes to HBM, if known
+    steps      of its loop, if its figures are those of one step
     """
-    rows = -(-batch // row_multiple(mesh)) * row_multiple(mesh)
-    side, length = model.vision.image_size, context - new_tokens
-    partition = Partition(model, mesh)
-    static = dict(partition=partition)
-    params = llava.param_shapes(model, jnp.bfloat16)
-    shardings = partition.shardings(params)
-    params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
 
-    def of_rows(dtype, *dims):
-        return jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=batch_sharding(mesh))
+    lower: Callable[[], jax.stages.Lowered]
+    weights: int
+    programs: int
+    flops: float
+    sent: float
+    moved: float | None = None
+    steps: int | None = None
 
-    keys, sampling_params = jax.eval_shape(lambda: (row_keys(0, np.arange(rows)), Sampling().params()))
-    numbers, flags = of_rows(np.int32), of_rows(bool)
-    hbm, held = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm, tpu_plan.per_chip(params)
-    plans = {}
+    def compile(self) -> Compiled:
+        program = tpu_plan.compile_for_tpu(self.lower(), self.steps)
+        if program.work is None or self.steps is None:
+            return program
+        return dataclasses.replace(program, work=Work().plus(program.work, 1 / self.steps))
 
-    def add(name: str, lower: Callable, batch: Any, used: int, flops: float, min_sent: float):
-        program = tpu_plan.too_large(batch, used, hbm) or tpu_plan.compile_for_tpu(lower(), unknown_trips=1)
-        # The other functions' weights stay on the chip.
-        program = dataclasses.replace(program, peak=program.peak + held - used)
-        plan = Plan(
-            fits=program.memory is not None and program.peak <= hbm,
+
+class Planner:
+    """Compiles the engine's functions, in bfloat16, for any number of slots."""
+
+    def __init__(self, model: LlavaConfig, mesh: Mesh, topology: str, context: int, *, int8_cache: bool = False):
+        self.model, self.context, self.int8_cache = model, context, int8_cache
+        self.partition = Partition(model, mesh)
+        shapes = llava.param_shapes(model, jnp.bfloat16)
+        self.params = jax.tree.map(self._sharded, shapes, self.partition.shardings(shapes))
+        self.hbm = tpu.CHIPS[tpu.parse_topology(topology)[0]].hbm
+        self.shards, self.rows = self.partition.row_shards, batch_sharding(mesh)
+        self.tiles, self.buckets = max_tiles(model), Buckets()
+        # What stays on a chip whatever runs: the parameters, and the features of the last images.
+        self.parameter_bytes = tpu_plan.per_chip(self.params)
+        self.held = self.parameter_bytes + MAX_BYTES
+        self.bytes_per_slot = self._slot_bytes(2 * self.shards) - self._slot_bytes(self.shards)
+        self._encode: Compiled | None = None
+
+    @staticmethod
+    def _sharded(x, sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def slots(self, number: int) -> compiled.Slots:
+        """The shapes and shardings of `number` slots."""
+        partition = self.partition
+        new = functools.partial(
+            compiled.new_slots, slots=number, positions=self.context, dtype=jnp.bfloat16, int8=self.int8_cache,
+            partition=partition,
+        )  # fmt: skip
+
+        def sharded(x):
+            spec = partition.activation_spec(x.shape, *(BATCH, TENSOR, None, None)[: x.ndim])
+            return self._sharded(x, NamedSharding(self.rows.mesh, spec))
+
+        return jax.tree.map(sharded, jax.eval_shape(new))
+
+    def _slot_bytes(self, number: int) -> int:
+        return tpu_plan.per_chip(self.slots(number))
+
+    def plans(self, number: int) -> dict[str, tuple[Plan, Compiled]]:
+        """The plan of each function for `number` slots, rounded up to whole shards; the keys are those of `NAMES`.
+
+        Only that of prefill, not compiled, if the slots alone are too large.
+        """
+        number = -(-number // self.shards) * self.shards
+        functions, slot_bytes = self._functions(number), self._slot_bytes(number)
+        if slot_bytes > self.hbm:  # the compiler fails on what is far too large
+            programs = {"prefill": Compiled(0.0, slot_bytes + functions["prefill"].weights)}
+        else:
+            programs = {name: self._compiled(name, function) for name, function in functions.items()}
+        code = {name: functions[name].programs * one.memory.program for name, one in programs.items() if one.memory}
+        plans = {}
+        for name, program in programs.items():
+            function, memory = functions[name], program.memory
+            others = self.held - function.weights + sum(code.values()) - (memory.program if memory else 0)
+            program = dataclasses.replace(program, peak=program.peak + others + (slot_bytes if name == "encode" else 0))
+            plans[name] = self._plan(function, program), program
+        return plans
+
+    def _compiled(self, name: str, function: Function) -> Compiled:
+        if name != "encode":
+            return function.compile()
+        self._encode = self._encode or function.compile()  # for any number of slots
+        return self._encode
+
+    def _plan(self, function: Function, program: Compiled) -> Plan:
+        work = program.work
+        return Plan(
+            fits=program.memory is not None and program.peak <= self.hbm,
             peak_bytes_per_chip=program.peak,
-            hbm_bytes_per_chip=hbm,
-            parameter_bytes_per_chip=held,
+            hbm_bytes_per_chip=self.hbm,
+            parameter_bytes_per_chip=self.parameter_bytes,
             optimizer_bytes_per_chip=0,
-            executed_flops_per_chip=program.work.flops if program.work else None,
-            model_flops_per_chip=flops / mesh.size,
-            collective_bytes_per_chip=program.work.collectives if program.work else None,
-            least_collective_bytes_per_chip=min_sent,
+            executed_flops_per_chip=work.flops if work else None,
+            model_flops_per_chip=function.flops / self.partition.device_count,
+            collective_bytes_per_chip=work.collectives if work else None,
+            least_collective_bytes_per_chip=function.sent,
             compile_seconds=round(program.seconds, 1),
+            moved_bytes_per_chip=work.hbm_bytes if work else None,
+            least_moved_bytes_per_chip=function.moved,
         )
-        plans[name] = plan, program
-        return program.out
 
-    decoder = tpu_plan.per_chip(params["decoder"])
-    rows_per_shard = rows // row_multiple(mesh)
-    if tiles:
-        images = of_rows(np.uint8, tiles, side, side, 3)
-        lower = functools.partial(compiled.encode.lower, params, images, **static)
-        add("encode", lower, images, held - decoder, encode_flops(model, rows * tiles), 0.0)
-    x_BSD = of_rows(jnp.bfloat16, length, model.text.width)
-    options = static | dict(eos_ids=model.text.eos_ids)
-    cache = dict(new_tokens=new_tokens, int8_cache=int8_cache)
-    lower = functools.partial(
-        compiled.prefill.lower, params, x_BSD, numbers, numbers, keys, sampling_params, **cache, **options
-    )
-    flops = decoder_flops(model, rows, length, length / 2)
-    min_sent = min_bytes_sent(params, model, mesh, rows_per_shard, rows_per_shard * length)
-    state = add("prefill", lower, x_BSD, decoder, flops, min_sent)
-    if state is not None:
-        steps = jax.ShapeDtypeStruct((), np.int32)
-        lower = functools.partial(
-            compiled.decode_on("tpu").lower, params, state, flags, steps, sampling_params, **options
+    def _functions(self, number: int) -> dict[str, Function]:
+        model, params, context, devices = self.model, self.params, self.context, self.partition.device_count
+        slots, static = self.slots(number), dict(span=context, eos_ids=model.text.eos_ids, partition=self.partition)
+        chunks, decoder = self.buckets.chunk_sizes(context), tpu_plan.per_chip(params["decoder"])
+        functions = {}
+        if self.tiles:
+            side, tiles = model.vision.image_size, self.buckets.up("tiles", -(-self.tiles // devices)) * devices
+            images = jax.ShapeDtypeStruct((tiles, side, side, 3), np.uint8)
+            functions["encode"] = Function(
+                functools.partial(compiled.encode.lower, params, images, partition=self.partition),
+                self.parameter_bytes - decoder, 1, encode_flops(model, tiles), 0.0,
+            )  # fmt: skip
+        chunk = self._sharded(
+            jax.ShapeDtypeStruct((self.shards, chunks[-1], model.text.width), jnp.bfloat16), self.rows
         )
-        add(
-            "decode",
-            lower,
-            state.cache,
+        functions["prefill"] = Function(
+            functools.partial(compiled.prefill.lower, params, slots, chunk, self._prompt_rows(slots), **static),
             decoder,
-            decoder_flops(model, rows, 1, context),
-            min_bytes_sent(params, model, mesh, rows_per_shard, rows_per_shard),
+            len(chunks) * len(self.buckets.prefill_spans(context)),
+            decoder_flops(model, self.shards, chunks[-1], context - chunks[-1] / 2),
+            self._sent(1, chunks[-1]),
         )
-    return plans
+        stopped, steps = self._rows(number, np.bool_), jax.ShapeDtypeStruct((), np.int32)
+        functions["decode"] = Function(
+            functools.partial(compiled.decode_on("tpu").lower, params, slots, stopped, steps, **static),
+            decoder,
+            len(self.buckets.decode_spans(context)),
+            decoder_flops(model, number, 1, context),
+            self._sent(number // self.shards, number // self.shards),
+            self._weights_read() + tpu_plan.per_chip(slots.cache),
+            compiled.STEPS,
+        )
+        return functions
+
+    def _rows(self, number: int, dtype, *dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((number, *dims), dtype, sharding=self.rows)
+
+    def _prompt_rows(self, slots: compiled.Slots) -> compiled.Rows:
+        """Of a chunk for one slot of each shard."""
+        numbers, flags = self._rows(self.shards, np.int32), self._rows(self.shards, np.bool_)
+        like = lambda x: self._rows(self.shards, x.dtype, *x.shape[1:])  # noqa: E731
+        keys, controls, history = jax.tree.map(like, (slots.keys, slots.controls, slots.history))
+        shapes: Any = (*(numbers,) * 4, *(flags,) * 3, keys, controls, history)
+        return compiled.Rows(*shapes)
+
+    def _sent(self, rows: int, positions: int) -> float:
+        """The minimum that each chip sends for `positions` of its `rows`: an all-reduce along `tensor` of two results
+        per layer, in bfloat16, and an all-gather along `fsdp` of the decoder's weights."""
+        text, tensor, fsdp = self.model.text, self.partition.size(TENSOR), self.partition.size(FSDP)
+        through = (text.layers - 1) * positions + rows  # the last layer computes only each row's last position
+        results = 2 * through * text.width * 2
+        weights = sum(
+            tpu_plan.per_chip(x) * (fsdp - 1)
+            for x in jax.tree.leaves(self.params["decoder"])
+            if FSDP in x.sharding.spec
+        )
+        return 2 * results * (tensor - 1) / tensor + weights
+
+    def _weights_read(self) -> int:
+        """Bytes of the weights that a decode step reads on each chip: of the embeddings it reads only some rows."""
+        decoder, fsdp = self.params["decoder"], self.partition.size(FSDP)
+        read = [x for part, x in decoder.items() if part != "embed" or self.model.text.tied_head]
+        return sum(
+            tpu_plan.per_chip(x) * (fsdp if FSDP in x.sharding.spec else 1) for x in jax.tree.leaves(read)
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ how many slots fit
+
+    def slots_that_fit(self, number: int, peak: int) -> int:
+        """How many slots fit at most, by arithmetic from the peak with `number` slots."""
+        more = (self.hbm - peak) // self.bytes_per_slot * self.shards
+        return max(0, min(number + more, MAX_SLOTS // self.shards * self.shards))
+
+    def search(self) -> tuple[int, dict[str, tuple[Plan, Compiled]]]:
+        """The largest number of slots that fits, and its plans; 0 and the plans of a few if none does.
+
+        The program for a few slots tells how many should fit. That number is compiled, and fewer if it does not.
+        """
+        few = min(FIRST * self.shards, max(self.shards, self.slots_that_fit(0, self.held)))
+        plans_of_few = self.plans(few)
+        best = few if fits(plans_of_few) else 0
+        number = self.slots_that_fit(few, peak(plans_of_few))
+        while number > best:
+            plans = self.plans(number)
+            if fits(plans):
+                return number, plans
+            number = min(number - self.shards, self.slots_that_fit(number, peak(plans)))
+        return best, plans_of_few
 
 
-def min_bytes_sent(params: dict, model: LlavaConfig, mesh: Mesh, rows: int, positions: int) -> float:
-    """The minimum that each chip sends for `positions` of its `rows`: an all-reduce along `tensor` of two results per
-    layer, in bfloat16, and an all-gather along `fsdp` of the decoder's weights."""
-    tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
-    through = (model.text.layers - 1) * positions + rows  # the last layer computes only each row's last position
-    results = 2 * through * model.text.width * 2
-    weights = sum(
-        tpu_plan.per_chip(x) * (fsdp - 1) for x in jax.tree.leaves(params["decoder"]) if FSDP in x.sharding.spec
+def peak(plans: dict[str, tuple[Plan, Compiled]]) -> int:
+    """Of the function that needs the most memory."""
+    return max(plan.peak_bytes_per_chip for plan, _ in plans.values())
+
+
+def fits(plans: dict[str, tuple[Plan, Compiled]]) -> bool:
+    return all(plan.fits for plan, _ in plans.values())
+
+
+def whole(plans: dict[str, tuple[Plan, Compiled]]) -> Plan:
+    """The plan of the last function, with memory and time of all."""
+    return dataclasses.replace(
+        list(plans.values())[-1][0],
+        fits=fits(plans),
+        peak_bytes_per_chip=peak(plans),
+        compile_seconds=round(sum(plan.compile_seconds for plan, _ in plans.values()), 1),
     )
-    return 2 * results * (tensor - 1) / tensor + weights
 
 
 def main() -> int:
     args = parser().parse_args(sys.argv[1:])
-    if args.context <= args.new_tokens:
-        raise InputError(f"--context {args.context}: must be above --new-tokens {args.new_tokens}")
     model = tpu_plan.model_of(args.model)
     mesh = tpu_plan.mesh_of(args.mesh, lambda devices: inference_mesh(model, devices), args.topology)
-    tiles = max_tiles(model) if args.tiles_per_row is None else args.tiles_per_row
     title = (
-        f"{args.model}, {args.topology}, mesh {tpu_plan.describe(mesh)}, {args.batch} x {args.context:,} positions, "
-        f"{args.new_tokens} of them new{', int8 cache' if args.int8_cache else ''}, {tiles} tiles"
+        f"{args.model}, {args.topology}, mesh {tpu_plan.describe(mesh)}, "
+        f"slots of {args.context:,} positions{', int8 cache' if args.int8_cache else ''}"
     )
     tpu_plan.note_compiling(title)
-    sizes = args.batch, args.context, args.new_tokens, tiles
-    plans = plan_generation(model, mesh, args.topology, *sizes, args.int8_cache)
-    last = list(plans.values())[-1][0]
-    largest = max((plan for plan, _ in plans.values()), key=lambda plan: plan.peak_bytes_per_chip)
+    planner = Planner(model, mesh, args.topology, args.context, int8_cache=args.int8_cache)
+    if args.slots is None:
+        slots, plans = planner.search()
+        fit = slots
+    else:
+        slots = -(-args.slots // planner.shards) * planner.shards
+        plans = planner.plans(slots)
+        fit = planner.slots_that_fit(slots, peak(plans))
     if args.json:
-        whole = dataclasses.replace(
-            last,
-            fits=largest.fits and last.fits,
-            peak_bytes_per_chip=largest.peak_bytes_per_chip,
-            compile_seconds=round(sum(plan.compile_seconds for plan, _ in plans.values()), 1),
-        )
-        parts = {name: dataclasses.asdict(plan) for name, (plan, _) in plans.items()}
-        print(json.dumps(dataclasses.asdict(whole) | {"functions": parts}))
+        numbers = dict(
+            slots=slots, context=args.context, bytes_per_slot=planner.bytes_per_slot, slots_that_fit=fit
+        )  # fmt: skip
+        functions = {name: dataclasses.asdict(plan) for name, (plan, _) in plans.items()}
+        print(json.dumps(dataclasses.asdict(whole(plans)) | numbers | {"functions": functions}))
     else:
         print(title)
         for name, (plan, program) in plans.items():
             tpu_plan.show(plan, program, args.topology, NAMES[name])
-    smaller = "a smaller --batch or --context" + ("" if args.int8_cache else ", --int8-cache")
-    advice = f"try {smaller}, or more chips along tensor"
-    tpu_plan.check_fits(next((plan for plan, _ in plans.values() if not plan.fits), last), args.topology, advice)
+        size = f"{planner.bytes_per_slot / 1e6:,.1f} MB of a chip each"
+        print(f"{plural(slots, 'slot')} of {size}; {fit} fit{'' if args.slots is None else ', by arithmetic'}")
+    smaller = "fewer --slots or a smaller --context" if args.slots else "a smaller --context"
+    advice = f"try {smaller}{'' if args.int8_cache else ', --int8-cache'}, or more chips along tensor"
+    tpu_plan.check_fits(whole(plans), args.topology, advice)
     return 0
 
 

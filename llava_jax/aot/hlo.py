@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 BYTES = dict(
     pred=1, s8=1, u8=1, s4=0.5, u4=0.5, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4, s64=8, u64=8, f64=8, c64=8
@@ -90,9 +91,9 @@ class Work:
     flops: float = 0.0
     hbm_bytes: float = 0.0
     collectives: dict[str, float] = dataclasses.field(default_factory=dict)
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def plus(self, other: "Work", times: int = 1) -> "Work":
+    def plus(self, other: "Work", times: float = 1) -> "Work":
         def added(a, b):
             return {k: a.get(k, 0) + times * b.get(k, 0) for k in a | b}
 
@@ -341,39 +342,59 @@ class Program:
             return min(inputs[0][0].bytes, min(moved, default=0))
         if one.op.endswith("-start") or (one.op == "custom-call" and "tpu_custom" not in one.attributes):
             return 0
-        parts = {}
+        read = sum(
+            self._bytes_read_by(one, i, shapes[0].bytes, is_outer=True)
+            for i, shapes in enumerate(inputs)
+            if shapes and shapes[0].in_hbm
+        )
+        updates = dict(self._updates(name, one))
+        return read + sum(updates.get(s.dims, s.bytes) for s in one.out if s.in_hbm)
+
+    def _updates(self, name: str, one: Instruction) -> Iterator[tuple[tuple[int, ...], int]]:
+        """For each dynamic-update-slice in an operation, the dimensions of the result and the bytes of the update."""
+        if one.op == "dynamic-update-slice":
+            yield one.out[0].dims, self.computations[name][one.args[1]].out[0].bytes
+        elif one.op == "fusion":
+            for inner in self.computations[one.calls].values():
+                yield from self._updates(one.calls, inner)
+
+    def _bytes_read_by(self, one: Instruction, i: int, whole: int, is_outer: bool = False) -> int:
+        """Bytes that an operation reads of its argument `i`, of `whole`; 0 for an inner one that passes it on."""
+        if i == 0 and one.op in ("dynamic-slice", "slice", "gather"):
+            return one.out[0].bytes
+        if i == 0 and one.op == "dynamic-update-slice":
+            return 0
         if one.op == "fusion":
-            within = self.computations[one.calls]
-            parts = {int(p.inside): p.name for p in within.values() if p.op == "parameter"}
-        total = 0
-        for i, shapes in enumerate(inputs):
-            if shapes and shapes[0].in_hbm:
-                whole = shapes[0].bytes
-                total += self._bytes_read(one.calls, parts[i], whole) if i in parts else whole
-        updates = {}
-        for inner in self.computations[one.calls].values() if parts else ():
-            if inner.op == "dynamic-update-slice":
-                updates[inner.out[0].dims] = self.computations[one.calls][inner.args[1]].out[0].bytes
-        return total + sum(updates.get(s.dims, s.bytes) for s in one.out if s.in_hbm)
+            parameter = self._parameter(one, i)
+            is_copy = is_outer and self._is_root(one.calls, parameter)
+            return whole if is_copy else self._bytes_read(one.calls, parameter, whole)
+        return whole
 
     def _bytes_read(self, name: str, value: str, whole: int) -> int:
+        """Bytes of a value that the operations of a fused computation read."""
         total = 0
         for one in self.computations[name].values():
-            if value not in one.args or total >= whole:
-                continue
-            first = one.args[0] == value
-            if one.op in ("dynamic-slice", "slice", "gather") and first:
-                total += one.out[0].bytes
-            elif one.op == "bitcast":
-                total += self._bytes_read(name, one.name, whole)
-            elif one.op == "fusion":
-                within = {int(p.inside): p.name for p in self.computations[one.calls].values() if p.op == "parameter"}
-                total += sum(
-                    self._bytes_read(one.calls, within[i], whole) for i, a in enumerate(one.args) if a == value
-                )
-            elif not (one.op == "dynamic-update-slice" and first):
-                total += whole
+            for i, arg in enumerate(one.args):
+                if arg != value or total >= whole:
+                    continue
+                passes = one.op == "fusion" and self._is_root(one.calls, self._parameter(one, i))
+                if one.op == "bitcast" or passes:
+                    total += self._bytes_read(name, one.name, whole)
+                if one.op != "bitcast":
+                    total += self._bytes_read_by(one, i, whole)
         return min(total, whole)
+
+    def _parameter(self, fusion: Instruction, i: int) -> str:
+        """The name of an argument within a fusion."""
+        within = self.computations[fusion.calls].values()
+        return next(one.name for one in within if one.op == "parameter" and int(one.inside) == i)
+
+    def _is_root(self, name: str, value: str) -> bool:
+        """Whether a computation returns a value, perhaps under another shape."""
+        root = self._root(name)
+        while root.op == "bitcast":
+            root = self.computations[name][root.args[0]]
+        return root.name == value
 
 
 _MATMULS = ("dot", "convolution")

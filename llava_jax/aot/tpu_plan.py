@@ -34,6 +34,8 @@ class Plan:
     model_flops_per_chip    without recomputation
     collective_bytes_per_chip  sent to other chips, by kind
     least_collective_bytes_per_chip  the minimum that this sharding of parameters and activations has to send
+    moved_bytes_per_chip    read from and written to HBM
+    least_moved_bytes_per_chip  the minimum, where it is known
     """
 
     fits: bool
@@ -46,6 +48,8 @@ class Plan:
     collective_bytes_per_chip: dict[str, float] | None
     least_collective_bytes_per_chip: float
     compile_seconds: float
+    moved_bytes_per_chip: float | None = None
+    least_moved_bytes_per_chip: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +184,7 @@ def show(plan: Plan, compiled: Compiled, topology: str, title: str, more: dict[s
         kinds = ", ".join(f"{kind} {gb(n)}" for kind, n in compiled.work.collectives.items() if n >= 1e6)
         least = plan.least_collective_bytes_per_chip
         over = f"{total / least:.2f} times the minimum" if least else ""
+        moved, least_moved = compiled.work.hbm_bytes, plan.least_moved_bytes_per_chip
         bounds = tpu.roofline(compiled.work, topology) | (more or {})
         slowest = max(bounds, key=bounds.__getitem__)
         useful = plan.model_flops_per_chip / chip.peak / bounds[slowest]
@@ -189,6 +194,7 @@ def show(plan: Plan, compiled: Compiled, topology: str, title: str, more: dict[s
                 f"{compiled.work.flops:.4g}, {compiled.work.flops / plan.model_flops_per_chip:.3f} times the model's",
             ),
             ("sent to other chips", gb(total) + (f" ({', '.join(filter(None, (kinds, over)))})" if total else "")),
+            ("HBM", f"{gb(moved)}, {moved / least_moved:.3f} times the minimum") if least_moved else None,
             ("roofline", ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in bounds.items())),
             ("bound by", f"{slowest}: MFU is at most {useful:.0%}"),
         ]

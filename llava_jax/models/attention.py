@@ -248,7 +248,7 @@ def cached_attention(
         attends to one at least.
     """
     B, H, N = q_BHN.shape
-    K = parts[0][0].keys_BKNM.shape[1]
+    K = parts[0][0].keys.shape[1]
     G = H // K
     q_BKGN = q_BHN.reshape(B, K, G, N)
     if G == 1 and partition.platform == "tpu":
@@ -257,7 +257,8 @@ def cached_attention(
     wide = dict(preferred_element_type=jnp.float32)
 
     def scores(cached: LayerCache, visible_BM: jax.Array) -> jax.Array:
-        scores_BKGM = jnp.einsum("BKGN,BKNM->BKGM", q_BKGN, cached.keys_BKNM.astype(q_BHN.dtype), **wide)
+        keys = "BKMN" if cached.by_position else "BKNM"
+        scores_BKGM = jnp.einsum(f"BKGN,{keys}->BKGM", q_BKGN, cached.keys.astype(q_BHN.dtype), **wide)
         if cached.key_scales_BKM is not None:
             scores_BKGM *= cached.key_scales_BKM[:, :, None]
         return jnp.where(visible_BM[:, None, None], scores_BKGM, jnp.finfo(scores_BKGM.dtype).min)

@@ -4,8 +4,10 @@ Along `data` and `fsdp` each device holds its own slots, so that reading and wri
 to slots are one for each such shard, and their slots are numbered within it.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +17,35 @@ from llava_jax.sharding.mesh import BATCH, TENSOR
 from llava_jax.sharding.partition import UNSHARDED, Partition
 
 
-class LayerCache(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values_BKMN", "key_scales_BKM", "value_scales_BKM"],
+    meta_fields=["by_position"],
+)
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
     """Keys and values of a layer: in the model's dtype, or int8 with the scale of each position's vectors.
 
-    The layout of keys is the one that the matmul with a query reads: 1.6 times as fast on a CPU.
+    `by_position`: keys are [B, K, M, N] as values are, otherwise [B, K, N, M], which the matmul with a query reads 1.6
+    times as fast on a CPU. On TPUs, XLA writes to the latter only by copying all keys to the former and back.
     """
 
-    keys_BKNM: jax.Array
+    keys: jax.Array
     values_BKMN: jax.Array
     key_scales_BKM: jax.Array | None = None
     value_scales_BKM: jax.Array | None = None
+    by_position: bool = False
 
     @property
     def is_int8(self) -> bool:
         return self.key_scales_BKM is not None
 
+    @property
+    def positions(self) -> int:
+        return self.values_BKMN.shape[2]
+
 
 Cache = tuple[LayerCache, ...]  # one for each layer
-POSITION_AXES = (3, 2, 2, 2)  # of the arrays of a layer's cache
 
 
 def new_cache(
@@ -40,23 +53,27 @@ def new_cache(
 ) -> Cache:
     """An empty cache of `slots` slots (a multiple of `partition.row_shards`)."""
     x_BMKN = jnp.zeros((slots, positions, config.kv_heads, config.head_width), dtype)
+    by_position = partition.platform == "tpu"
 
     def layer() -> LayerCache:
-        return _map_arrays(lambda x, _: _constrain(x, partition), to_cache(x_BMKN, x_BMKN, int8=int8))
+        empty = to_cache(x_BMKN, x_BMKN, int8=int8, by_position=by_position)
+        return _map_arrays(lambda x, _: _constrain(x, partition), empty)
 
     return tuple(layer() for _ in range(config.layers))
 
 
-def to_cache(k_BSKN: jax.Array, v_BSKN: jax.Array, *, int8: bool = False) -> LayerCache:
+def to_cache(k_BSKN: jax.Array, v_BSKN: jax.Array, *, int8: bool = False, by_position: bool = False) -> LayerCache:
     """Keys and values in the layout and dtype of the cache."""
-    layer = LayerCache(k_BSKN.transpose(0, 2, 3, 1), v_BSKN.swapaxes(1, 2))
+    keys = k_BSKN.swapaxes(1, 2) if by_position else k_BSKN.transpose(0, 2, 3, 1)
+    layer = LayerCache(keys, v_BSKN.swapaxes(1, 2), by_position=by_position)
     return quantized(layer) if int8 else layer
 
 
 def quantized(layer: LayerCache) -> LayerCache:
     """A layer's keys and values as int8."""
-    (keys, key_scales), (values, value_scales) = _quantized(layer.keys_BKNM, 2), _quantized(layer.values_BKMN, 3)
-    return LayerCache(keys, values, key_scales, value_scales)
+    keys, key_scales = _quantized(layer.keys, 3 if layer.by_position else 2)
+    values, value_scales = _quantized(layer.values_BKMN, 3)
+    return LayerCache(keys, values, key_scales, value_scales, layer.by_position)
 
 
 def _quantized(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -84,7 +101,7 @@ def grown(cache: Cache, positions: int, partition: Partition = UNSHARDED) -> Cac
 
 def write_step(cached: LayerCache, k_BKN: jax.Array, v_BKN: jax.Array, position: jax.Array) -> LayerCache:
     """Write one position, the same of all slots."""
-    new = to_cache(k_BKN[:, None], v_BKN[:, None], int8=cached.is_int8)
+    new = to_cache(k_BKN[:, None], v_BKN[:, None], int8=cached.is_int8, by_position=cached.by_position)
     return _map_arrays(lambda x, new, axis: jax.lax.dynamic_update_slice_in_dim(x, new, position, axis), cached, new)
 
 
@@ -108,10 +125,14 @@ def read_slots(
         rows = range(len(slots_A))
         return _map_arrays(lambda x, axis: jnp.concatenate([of_row(x, axis, r) for r in rows]), cached)
 
-    keys, values, key_scales, value_scales = _on_shards(partition, read, cached, slots_A, lengths_A)
-    if key_scales is not None:
-        keys, values = keys * key_scales[:, :, None], values * value_scales[..., None]
-    return keys.transpose(0, 3, 1, 2).astype(dtype), values.swapaxes(1, 2).astype(dtype)
+    part = _on_shards(partition, read, cached, slots_A, lengths_A)
+    keys_BKMN, values_BKMN = part.keys if part.by_position else part.keys.swapaxes(2, 3), part.values_BKMN
+    if part.is_int8:
+        keys_BKMN, values_BKMN = (
+            keys_BKMN * part.key_scales_BKM[..., None],
+            values_BKMN * part.value_scales_BKM[..., None],
+        )
+    return keys_BKMN.swapaxes(1, 2).astype(dtype), values_BKMN.swapaxes(1, 2).astype(dtype)
 
 
 def write_slots(
@@ -189,5 +210,8 @@ def _constrain(x: jax.Array, partition: Partition) -> jax.Array:
 
 def _map_arrays(f: Callable, *caches: LayerCache) -> LayerCache:
     """`f(*arrays, axis)` for each array of a layer's cache and the axis of its positions."""
-    mapped: list[Any] = [None if x[0] is None else f(*x) for x in zip(*caches, POSITION_AXES, strict=True)]
-    return LayerCache(*mapped)
+    by_position = caches[0].by_position
+    axes = dict(keys=2 if by_position else 3, values_BKMN=2, key_scales_BKM=2, value_scales_BKM=2)
+    arrays = {name: [getattr(cached, name) for cached in caches] for name in axes}
+    mapped: dict[str, Any] = {name: None if x[0] is None else f(*x, axes[name]) for name, x in arrays.items()}
+    return LayerCache(**mapped, by_position=by_position)

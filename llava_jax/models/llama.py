@@ -57,7 +57,10 @@ class Attention(nn.Module):
         c = self.config
 
         def heads(name, x, n):
-            return Dense(n * c.head_width, bias=c.qkv_bias, name=name)(x).reshape(*x.shape[:2], n, c.head_width)
+            out = Dense(n * c.head_width, bias=c.qkv_bias, name=name)(x)
+            if out.shape[1] == 1:  # or XLA for TPUs keeps a copy of the kernel, split into heads, for decode steps
+                out = jax.lax.optimization_barrier(out)
+            return out.reshape(*x.shape[:2], n, c.head_width)
 
         out = attend(heads("q", x_BQD, c.heads), heads("k", x_BSD, c.kv_heads), heads("v", x_BSD, c.kv_heads))
         return Dense(c.width, bias=c.o_bias, name="o")(out.reshape(*x_BQD.shape[:2], c.heads * c.head_width))
@@ -173,7 +176,7 @@ def prefill(
     def whole(i: int, k, v):
         """Keys and values of the slot and the chunk: [A, span + S, K, N]."""
         k, v = _shard_heads(partition, rotate(k, rope), v)
-        new.append(to_cache(k, v, int8=cache[i].is_int8))
+        new.append(to_cache(k, v, int8=cache[i].is_int8, by_position=cache[i].by_position))
         if not span:
             return k, v
         slot_k, slot_v = read_slots(cache[i], slots_A, starts_A, span, k.dtype, partition)
@@ -195,7 +198,8 @@ def prefill(
         visible_AT = known_AT & (distances_AT >= 0)
         if config.sliding_window:
             visible_AT &= distances_AT < config.sliding_window
-        return cached_attention(q[:, 0], [(to_cache(*whole(i, k, v)), visible_AT)], partition)
+        whole_cache = to_cache(*whole(i, k, v), by_position=cache[i].by_position)
+        return cached_attention(q[:, 0], [(whole_cache, visible_AT)], partition)
 
     for i in range(config.layers):
         layer = partition.gather(params["layers"][str(i)], "decoder/layers")
@@ -232,7 +236,7 @@ def decode_step(
     """
     positions_B = lengths_B + step
     rope = rope_tables(positions_B[:, None], config)
-    cached_M, recent_M = (jnp.arange(caches[0].keys_BKNM.shape[3]) for caches in (cache, recent))
+    cached_M, recent_M = (jnp.arange(caches[0].positions) for caches in (cache, recent))
     in_cache_BM = cached_M < lengths_B[:, None]
     in_recent_BM = jnp.broadcast_to(recent_M <= step, (len(lengths_B), len(recent_M)))
     if window := config.sliding_window:
