@@ -130,10 +130,10 @@ def test_two_dashes_are_no_value(run_cli, flag):
 
 def test_an_error_repeats_little_of_anything_else_on_the_line(run_cli):
     quoted = "it's \\ " * 60
-    for given in ([quoted], [f"--batch={WORDS}"], [f"--{WORD}=1"], ["--batch", quoted], [f"--json={WORDS}"]):
+    for given in ([quoted], [f"--slots={WORDS}"], [f"--{WORD}=1"], ["--slots", quoted], [f"--json={WORDS}"]):
         status, _, err = run_cli(infer_plan.main, *PLAN, *given)
         assert (status, err.count("\n")) == (1, 1)
-        check_short(err, given[-1].removeprefix("--batch=").removeprefix("--json="))
+        check_short(err, given[-1].removeprefix("--slots=").removeprefix("--json="))
         check_short(err, repr(given[-1]))
 
 
@@ -407,7 +407,7 @@ def test_a_batch_too_large_for_a_chip_is_not_compiled(monkeypatch):
     mesh, model = make_mesh({"fsdp": -1}), c.tiny()
     needs, _ = train_plan.plan_step(model, TrainConfig(), mesh, "v5e:2x4", 2**16, 2**17, 512)
     assert not needs.fits and needs.peak_bytes_per_chip > 2**16 * 2**17 * 20
-    made = infer_plan.plan_generation(model, mesh, "v5e:2x4", 2**20, 2**20, 1, 0)
+    made = infer_plan.Planner(model, mesh, "v5e:2x4", 2**20).plans(2**20)
     assert not made["prefill"][0].fits and list(made) == ["prefill"]
 
 

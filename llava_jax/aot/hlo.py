@@ -14,68 +14,10 @@ import math
 import re
 from collections.abc import Iterator
 
-BYTES = dict(
-    pred=1, s8=1, u8=1, s4=0.5, u4=0.5, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4, s64=8, u64=8, f64=8, c64=8
-)
+from llava_jax.aot.hlo_text import Instruction, parse_shapes
+
+FLOATS = ("bf16", "f16", "f32")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    dtype: str
-    dims: tuple[int, ...]
-    in_hbm: bool  # otherwise in on-chip memory
-
-    @property
-    def bytes(self) -> int:
-        return int(math.prod(self.dims) * BYTES.get(self.dtype, 1))
-
-
-def _shapes(text: str) -> list[Shape]:
-    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", re.sub(r"/\*.*?\*/", "", text))
-    return [
-        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), not re.search(r"S\([1-9]", layout))
-        for dtype, dims, layout in found
-        if dtype in BYTES or dtype.startswith("f8")
-    ]
-
-
-def _closing(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if not depth:
-            return i + 1
-    return len(text)
-
-
-class Instruction:
-    """`%name = shape op(arguments), attributes`"""
-
-    HEAD = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
-
-    def __init__(self, text: str):
-        match = self.HEAD.match(text)
-        assert match, text
-        self.is_root, self.name = bool(match[1]), match[2]
-        start = match.end()
-        behind = _closing(text, start) if text[start] == "(" else text.index(" ", start)
-        self.out = _shapes(text[start:behind])
-        bracket = text.index("(", behind)
-        end = _closing(text, bracket)
-        self.op = text[behind:bracket].strip()
-        self.inside, self.attributes = text[bracket + 1 : end - 1], text[end:]
-        self.args = re.findall(r"%([\w.\-#]+)", self.inside)
-
-    def attribute(self, key: str) -> str:
-        """The first word of an attribute; "" if it is missing."""
-        match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
-        return match[1] if match else ""
-
-    @property
-    def calls(self) -> str:
-        return self.attribute("calls") or self.attribute("to_apply") or self.attribute("called_computations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,12 +218,15 @@ class Program:
             raise ValueError(f"{one.name}: the FLOPs of this kernel are unknown")
         phase = found[1]
         products = {"fwd": 2, "dkv": 4, "dq": 3}[phase]
-        queries = one.attributes.split("operand_layout_constraints={")[1]
-        *many, S, N = max((s.dims for s in _shapes(queries.split("}}")[0]) if len(s.dims) > 2), key=math.prod)
-        block = re.search(rf'block_q{"" if phase == "fwd" else "_" + phase}\\*": (\d+)', one.attributes)
-        assert block, one.attributes
-        blocks = S // int(block[1])
-        return products * 2 * math.prod(many) * S * S * N * (blocks + 1) / (2 * blocks)
+        operands = parse_shapes(one.attributes.split("operand_layout_constraints={")[1].split("}}")[0])
+        (*many, Q, N), (*_, S, _) = [s.dims for s in operands if s.dtype in FLOATS and len(s.dims) > 2][:2]
+        blocks = {}
+        for side in ("q", "kv"):
+            found = re.search(rf'block_{side}{"" if phase == "fwd" else "_" + phase}\\*": (\d+)', one.attributes)
+            assert found, one.attributes
+            blocks[side] = int(found[1])
+        seen = [math.ceil((S - Q + end) / blocks["kv"]) for end in range(blocks["q"], Q + 1, blocks["q"])]
+        return products * 2 * math.prod(many) * N * blocks["q"] * blocks["kv"] * sum(seen)
 
     # ------------------------------------------------------------ between chips
 
@@ -340,6 +285,8 @@ class Program:
         if one.op in ("copy-start", "slice-start"):
             moved = [s.bytes for s in one.out if s.bytes > 64]
             return min(inputs[0][0].bytes, min(moved, default=0))
+        if one.op == "async-start" and (root := self._root(one.calls)).op in (*_PARTS, "dynamic-update-slice"):
+            return dict(self._updates(one.calls, root)).get(root.out[0].dims, root.out[0].bytes)
         if one.op.endswith("-start") or (one.op == "custom-call" and "tpu_custom" not in one.attributes):
             return 0
         read = sum(
@@ -360,7 +307,7 @@ class Program:
 
     def _bytes_read_by(self, one: Instruction, i: int, whole: int, is_outer: bool = False) -> int:
         """Bytes that an operation reads of its argument `i`, of `whole`; 0 for an inner one that passes it on."""
-        if i == 0 and one.op in ("dynamic-slice", "slice", "gather"):
+        if i == 0 and one.op in _PARTS:
             return one.out[0].bytes
         if i == 0 and one.op == "dynamic-update-slice":
             return 0
@@ -398,6 +345,7 @@ class Program:
 
 
 _MATMULS = ("dot", "convolution")
+_PARTS = ("dynamic-slice", "slice", "gather")  # operations that read a part of their first operand
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("iota", "while", "call", "conditional"),

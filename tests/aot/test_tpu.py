@@ -102,6 +102,88 @@ def test_of_two_branches_the_more_expensive_one_counts():
     assert hlo.Program(text).work.flops == 6 * 2 * 8 * 16 * 32
 
 
+def hbm_bytes(instructions: str, computations: str = "") -> float:
+    """Of a program that consists of these instructions; `%x` is 64 x 128 numbers of two bytes, `%i` an index."""
+    lines = "\n".join(f"  {line.strip()}" for line in instructions.strip().splitlines())
+    head = "  %x = bf16[64,128]{1,0} parameter(0)\n  %i = s32[]{:S(6)} parameter(1)\n"
+    return hlo.Program(
+        f"HloModule m\n\n{computations}\nENTRY %main (x: bf16[64,128]) -> bf16[] {{\n{head}{lines}\n}}\n"
+    ).work.hbm_bytes
+
+
+ALL, ROW = 64 * 128 * 2, 128 * 2  # bytes
+
+
+@pytest.mark.parametrize(
+    ("instruction", "moved"),
+    [
+        ("ROOT %y = bf16[64,128]{1,0} copy(%x)", 2 * ALL),
+        ("ROOT %y = bf16[64,128]{1,0:S(1)} copy(%x)", ALL),
+        ("ROOT %y = bf16[1,128]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,128}", 2 * ROW),
+        ("ROOT %y = bf16[1,128]{1,0:S(1)} slice(%x), slice={[3:4], [0:128]}", ROW),
+        (
+            "%row = bf16[1,128]{1,0:S(1)} constant({...})\n"
+            "ROOT %y = bf16[64,128]{1,0} dynamic-update-slice(%x, %row, %i, %i)",
+            ROW,
+        ),
+    ],
+)  # fmt: skip
+def test_of_a_slice_or_an_update_only_the_part_is_moved(instruction, moved):
+    assert hbm_bytes(instruction) == moved
+
+
+SAME = """\
+%same (s: bf16[64,128]) -> bf16[128,64] {
+  %s = bf16[64,128]{1,0} parameter(0)
+  ROOT %turned = bf16[128,64]{0,1} bitcast(%s)
+}
+"""
+
+
+def test_an_argument_that_an_inner_fusion_passes_on_is_read_where_it_is_used():
+    outer = """\
+%outer (o: bf16[64,128]) -> bf16[{0}] {{
+  %o = bf16[64,128]{{1,0}} parameter(0)
+  %turned.1 = bf16[128,64]{{0,1}} fusion(%o), kind=kLoop, calls=%same
+  ROOT %used = bf16[{0}]{{1,0}} {1}
+}}
+"""
+    fusion = "ROOT %y = bf16[128,64]{1,0:S(1)} fusion(%x), kind=kOutput, calls=%outer"
+    assert hbm_bytes(fusion, SAME + outer.format("128,64", "negate(%turned.1)")) == ALL
+    sliced = outer.format("1,64", "slice(%turned.1), slice={[3:4], [0:64]}")
+    assert hbm_bytes(fusion.replace("128,64", "1,64"), SAME + sliced) == ROW / 2
+
+
+def test_a_fusion_that_only_changes_the_layout_copies():
+    assert hbm_bytes("ROOT %y = bf16[128,64]{0,1} fusion(%x), kind=kLoop, calls=%same", SAME) == 2 * ALL
+
+
+def test_a_part_that_is_fetched_ahead():
+    started = """\
+%fetched (f: bf16[64,128]) -> bf16[16,128] {
+  %f = bf16[64,128]{1,0} parameter(0)
+  ROOT %part = bf16[16,128]{1,0:S(1)} slice(%f), slice={[0:16], [0:128]}
+}
+"""
+    start = """
+%begun = ((bf16[64,128]{1,0}), bf16[16,128]{1,0:S(1)}, s32[]{:S(2)}) async-start(%x), calls=%fetched
+ROOT %y = bf16[16,128]{1,0:S(1)} async-done(%begun)
+"""
+    assert hbm_bytes(start, started) == ALL / 4
+
+
+def test_attention_of_a_chunk_to_the_positions_before_it():
+    """Queries of the last 512 positions of 1,536, in blocks of 256, and keys in blocks of 512."""
+    shapes = "s8[1,2,3]{2,1,0}, bf16[8,512,128]{2,1,0}, bf16[2,1536,128]{2,1,0}, bf16[2,1536,128]{2,1,0}"
+    kernel = (
+        "  ROOT %splash_mha_fwd_no_residuals.1 = bf16[8,512,128]{2,1,0} custom-call(%x), "
+        'custom_call_target="tpu_custom_call", operand_layout_constraints={' + shapes + "}, "
+        'metadata={"block_q": 256, "block_kv": 512}'
+    )
+    program = "HloModule m\n\nENTRY %main (x: s8[1]) -> bf16[] {\n  %x = s8[1]{0} parameter(0)\n" + kernel + "\n}\n"
+    assert hlo.Program(program).work.flops == 2 * 2 * 8 * 128 * (2 * 256) * (3 * 512)
+
+
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "v7x": "TPU7x"}  # in JAX
 
 
