@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from infer.next_token import Controls, History, Logprobs, choose, count_tokens, log_probabilities
 from infer.sampling import MAX_LOGPROBS, Sampling
@@ -265,7 +267,13 @@ def _logprobs(logits_BV, tokens_B, wanted_B, partition: Partition) -> Logprobs:
 
 
 def _constrained(slots: Slots, partition: Partition) -> Slots:
-    """All but the cache, which is constrained where it is made, sharded by slots and vocabulary."""
+    """All but the cache, which is constrained where it is made, sharded by slots and vocabulary.
+
+    On one device everything is constrained to it: new slots, which are made from nothing, would have no mesh otherwise,
+    and the first program that takes them would be compiled again for slots that another program returns.
+    """
+    if partition.device_count == 1:
+        return jax.lax.with_sharding_constraint(slots, NamedSharding(partition.mesh, P()))
 
     def constrain(x):
         return partition.constrain(x, *(BATCH, TENSOR)[: x.ndim])
