@@ -273,6 +273,7 @@ def _constrained(slots: Slots, partition: Partition) -> Slots:
     and the first program that takes them would be compiled again for slots that another program returns.
     """
     if partition.device_count == 1:
+        assert partition.mesh is not None
         return jax.lax.with_sharding_constraint(slots, NamedSharding(partition.mesh, P()))
 
     def constrain(x):
