@@ -13,8 +13,8 @@ from infer.serve.service import Service
 from llava_jax.console import note, shorten
 
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
-NEED_KEY = re.compile(r"/(v1(/.*)?|tokenize|detokenize)")
 ALWAYS_OPEN = ("/health", "/ping", "/metrics", "/version")  # answered while the server shuts down
+WITHOUT_KEY = (*ALWAYS_OPEN, "/", "/openapi.json")
 LEFT = 499  # nginx's status in logs for a client that left
 
 
@@ -69,10 +69,10 @@ class Gate:
         Raises:
           ApiError: it has no key, or the server is shutting down.
         """
-        path, settings = request.url.path, self.service.settings
+        path, settings = request.scope["path"], self.service.settings  # not `request.url`, which has the Host header
         if self.service.draining and path not in ALWAYS_OPEN:
             raise ApiError(503, "the server is shutting down", headers=RETRY_AFTER | CLOSE)
-        if settings.keys and NEED_KEY.fullmatch(path):
+        if settings.keys and path not in WITHOUT_KEY:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not settings.accepts_key(key.strip()):
                 message = "an API key is needed: Authorization: Bearer KEY" if not key else "the API key is invalid"
@@ -80,5 +80,5 @@ class Gate:
 
     def _log(self, request: Request, record: Record) -> None:
         tokens = f" {record.tokens[0]}+{record.tokens[1]} tokens" if record.tokens else ""
-        path, seconds = shorten(request.url.path), time.perf_counter() - record.start
+        path, seconds = shorten(request.scope["path"]), time.perf_counter() - record.start
         note(f"{request.method} {path} {record.status}{tokens} {seconds:.3f} s {record.id}")

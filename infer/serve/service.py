@@ -43,6 +43,7 @@ class Service:
         self.worker = Worker(scheduler, self.metrics, self._on_death)
         self.draining, self.end, self.dead = False, asyncio.Event(), asyncio.Event()
         self.answering: set[Answering] = set()
+        self._closed: ApiError | None = None
         self._guard = None
         if settings.media_domains:
             self._guard = media_guard(settings.media_domains, settings.max_media_mb << 20, settings.media_seconds)
@@ -56,12 +57,14 @@ class Service:
         self.worker.start()
 
     def _on_death(self) -> None:
-        self._loop.call_soon_threadsafe(self._fail)
+        self._loop.call_soon_threadsafe(self._close, ApiError(503, "the engine has stopped"))
+        self._loop.call_soon_threadsafe(self.dead.set)
 
-    def _fail(self) -> None:
-        self.dead.set()
+    def _close(self, reason: ApiError) -> None:
+        """End all requests, those too that are still being prepared."""
+        self._closed = reason
         for answering in self.answering:
-            answering.cancel(ApiError(503, "the engine has stopped"))
+            answering.cancel(reason)
 
     @property
     def is_healthy(self) -> bool:
@@ -139,7 +142,10 @@ class Service:
                 conversation.turns, tuple(fetched), conversation.system,
                 trust_special_tokens=self.settings.trust_special_tokens,
             )  # fmt: skip
-            return await self.prepare(lambda: self.engine.prepare(request, template=template))
+            prompt = await self.prepare(lambda: self.engine.prepare(request, template=template))
+            if not prompt.length:
+                raise InputError("the prompt is empty")
+            return prompt
         except NotFetched as error:
             raise ApiError(422, str(error), "messages") from None
         except InputError as error:
@@ -155,10 +161,10 @@ class Service:
           receive: of a request whose body has been read.
 
         Raises:
-          ApiError: the engine has stopped, or a prompt leaves no room for an answer.
+          ApiError: the service is closed, or a prompt leaves no room for an answer.
         """
-        if self.worker.error:
-            raise ApiError(503, "the engine has stopped")
+        if self._closed:
+            raise self._closed
         try:
             answering = Answering(self.worker, prompts, sampling, arrived)
         except InputError as error:
@@ -179,8 +185,7 @@ class Service:
             async with asyncio.timeout(seconds):
                 while self._places:
                     await asyncio.sleep(0.02)
-        for answering in self.answering:
-            answering.cancel(ApiError(503, "the server is shutting down"))
+        self._close(ApiError(503, "the server is shutting down"))
 
 
 @dataclasses.dataclass

@@ -95,6 +95,10 @@ def test_fields_that_are_not_implemented(server, name):
         assert post(server, {"messages": HELLO, name: harmless}).status_code == 200
 
 
+def test_an_empty_prompt(server):
+    assert refusal(post(server, {"prompt": ""}, "/v1/completions")) == (400, "prompt", "the prompt is empty")
+
+
 def test_roles_that_are_not_implemented(server):
     messages = [*HELLO, {"role": "tool", "content": "1", "tool_call_id": "x"}]
     assert refusal(post(server, {"messages": messages}))[:2] == (501, "messages[1].role")
@@ -179,9 +183,14 @@ def test_keys(capfd):
                     client.models.list()
         for path in ("/health", "/metrics", "/version", "/ping", "/"):
             assert HTTP.get(server.url + path).status_code == 200
-        for path in ("/v1/models", "/v1/nothing", "/v1", "/tokenize", "/v1/chat/completions"):
+        for path in (
+            "/v1/models", "/v1/nothing", "/v1", "/tokenize", "/v1/chat/completions", "/v1/models%0A", "/health%0A",
+            "//v1/models", "/nothing",
+        ):  # fmt: skip
             response = HTTP.get(server.url + path, headers={"authorization": "Basic secret-1"})
             assert refusal(response)[0] == 401 and response.headers["www-authenticate"] == "Bearer"
+        for host in ("x/health?", "x/#", "x?", "[", "a@b/version#"):  # the path is not what a URL with this host has
+            assert HTTP.get(f"{server.url}/v1/models", headers={"host": host}).status_code == 401
     assert "secret" not in capfd.readouterr().err and "secret" not in repr(server.settings)
 
 

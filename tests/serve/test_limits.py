@@ -272,6 +272,17 @@ def test_what_takes_longer_than_draining_is_cancelled():
         assert server.ended is True
 
 
+def test_half_a_request_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr("infer.serve.server.GRACE_SECONDS", 0.2)
+    server = Server(drain_seconds=0.1)
+    with server, connection(server, request(body())[:-5]) as client:
+        until(lambda: server.service._bytes)
+        server.end()
+        assert b"200" not in read_all(client)
+        server.thread.join(10)
+        assert server.ended is True
+
+
 def test_an_engine_that_fails(capfd):
     server = Server(slots=1, context=2000, pace=0.002)
     with server:
