@@ -17,6 +17,7 @@ import numpy as np
 
 from infer.prompt import Request
 from infer.sampling import Sampling
+from infer.scheduler import Statistics
 from infer.serve.server import serve
 from infer.serve.service import Service
 from infer.serve.settings import Settings
@@ -129,8 +130,7 @@ class Scheduler:
         self.requested_slots, self.context, self.pace, self.dies = slots, context, pace, False
         self.queue: collections.deque[Generation] = collections.deque()
         self.active: list[Generation] = []
-        self.statistics = SimpleNamespace(prompt_tokens=0, cached_tokens=0)
-        self.features = SimpleNamespace(queries=0, hits=0)
+        self.statistics = Statistics()
         self.ended: collections.Counter[str] = collections.Counter()
 
     @property

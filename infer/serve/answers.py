@@ -65,18 +65,20 @@ class Reply:
     # ------------------------------------------------------------ stream
 
     async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
-        """The events of a stream.
+        """The events of a stream, those at a time together that arrived together.
 
         Raises:
           ApiError: a generation ended with an error.
         """
         sent = [_Sent() for _ in answering.choices]
         while True:
-            is_done = answering.done
+            is_done, new = answering.done, bytearray()
             for choice, so_far in zip(answering.choices, sent, strict=True):
                 for chunk in self._chunks(choice, so_far):
                     usage = self.usage(answering.choices) if self.options.continuous_usage else None
-                    yield event(self._object(self._chunk_name, [chunk], usage))
+                    new += event(self._object(self._chunk_name, [chunk], usage))
+            if new:
+                yield bytes(new)
             if is_done:
                 break
             while not await answering.changed(KEEP_ALIVE_SECONDS):

@@ -131,8 +131,8 @@ class Metrics:
             "num_preemptions": ("Requests that lost their slot: this server takes none.", 0),
             "prefix_cache_queries": ("Prompt tokens looked up in the KV cache.", counts.prompt_tokens),
             "prefix_cache_hits": ("Prompt tokens whose KV were reused.", counts.cached_tokens),
-            "mm_cache_queries": ("Images whose features were looked up.", scheduler.features.queries),
-            "mm_cache_hits": ("Images whose features were reused.", scheduler.features.hits),
+            "mm_cache_queries": ("Images whose features were looked up.", counts.image_queries),
+            "mm_cache_hits": ("Images whose features were reused.", counts.image_hits),
         }
         for name, (about, value) in counters.items():
             counter = CounterMetricFamily(f"vllm:{name}", about, labels=LABELS)
