@@ -92,8 +92,8 @@ def add_limits(group) -> None:
 
 
 def main() -> int:
-    check_installed()
     args = parser().parse_args()
+    check_installed()
     settings = read_settings(args)
     if args.template:
         get_template(args.template)

@@ -209,6 +209,14 @@ def test_invalid_flags(run_cli, flags, says):
     assert status == 1 and says in err and err.count("\n") == 1
 
 
+def test_a_missing_library(run_cli, monkeypatch):
+    from infer.serve.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    status, _, err = run_cli(main)
+    assert (status, err) == (1, "error: serving needs prometheus_client: pip install 'llava-jax[serve]'\n")
+
+
 def test_a_port_in_use(run_cli, server):
     from infer.serve.__main__ import main
 
