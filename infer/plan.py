@@ -30,7 +30,7 @@ from llava_jax.aot.flops import decoder_flops, encode_flops
 from llava_jax.aot.hlo import Work
 from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.config import LlavaConfig
-from llava_jax.console import Parser, integer, plural, run_main
+from llava_jax.console import Parser, integer, note, plural, run_main
 from llava_jax.data.buckets import MAX_SLOTS, Buckets
 from llava_jax.data.images import max_tiles
 from llava_jax.models import llava
@@ -38,7 +38,7 @@ from llava_jax.sharding.mesh import BATCH, FSDP, TENSOR, inference_mesh
 from llava_jax.sharding.partition import Partition, batch_sharding
 
 NAMES = {"encode": "an image", "prefill": "prefill of a chunk", "decode": "a decode step"}
-FIRST = 4  # slots of each shard of rows, for which a search compiles first
+FIRST = 16  # slots of each shard of rows, for which a search compiles first
 
 
 def parser() -> Parser:
@@ -239,20 +239,22 @@ class Planner:
         return max(0, min(number + more, MAX_SLOTS // self.shards * self.shards))
 
     def search(self) -> tuple[int, dict[str, tuple[Plan, Compiled]]]:
-        """The largest number of slots that fits, and its plans; 0 and the plans of a few if none does.
+        """The largest number of slots that fits, and its plans; 0 and the plans of the fewest tried if none does.
 
-        The program for a few slots tells how many should fit. That number is compiled, and fewer if it does not.
+        The program for a few slots tells how many should fit. That number is compiled, and corrected in the same way.
         """
-        few = min(FIRST * self.shards, max(self.shards, self.slots_that_fit(0, self.held)))
-        plans_of_few = self.plans(few)
-        best = few if fits(plans_of_few) else 0
-        number = self.slots_that_fit(few, peak(plans_of_few))
-        while number > best:
-            plans = self.plans(number)
+        number = min(FIRST * self.shards, max(self.shards, self.slots_that_fit(0, self.held)))
+        best, too_many, plans_of = 0, MAX_SLOTS + self.shards, {}
+        while best < number < too_many:
+            plans = plans_of[number] = self.plans(number)
+            parts = ", ".join(f"{name} {plan.peak_bytes_per_chip / 1e9:.2f} GB" for name, (plan, _) in plans.items())
+            note(f"{plural(number, 'slot')}: {parts} per chip")
             if fits(plans):
-                return number, plans
-            number = min(number - self.shards, self.slots_that_fit(number, peak(plans)))
-        return best, plans_of_few
+                best = number
+            else:
+                too_many = number
+            number = max(best, min(self.slots_that_fit(number, peak(plans)), too_many - self.shards))
+        return best, plans_of[best or too_many]
 
 
 def peak(plans: dict[str, tuple[Plan, Compiled]]) -> int:

@@ -86,6 +86,18 @@ def test_nothing_moves_that_grows_with_the_sequence():
     assert sent(needs) - needs.least_collective_bytes_per_chip < 1024 * TEXT.width * 2 / 3
 
 
+@pytest.fixture
+def optimized():
+    """Compile as the commands do; `conftest.py` has XLA optimize little."""
+    names = "jax_disable_most_optimizations", "jax_optimization_level"
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (False, "UNKNOWN"), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 SLOTS, CONTEXT = 64, 4096  # enough that a layer's cache does not stay in a core's own memory
 
 
@@ -127,6 +139,7 @@ def test_the_tower_sends_nothing_along_tensor(axes, f):
 @compiles
 @needs_libtpu
 @pytest.mark.parametrize(("kv_heads", "int8"), [(4, False), (8, True)])  # grouped heads, and not
+@pytest.mark.usefixtures("optimized")
 def test_generation_holds_one_cache_and_reads_it_once(kv_heads, int8):
     planner = planner_of(kv_heads, int8=int8)
     made = planner.plans(SLOTS)
@@ -139,7 +152,8 @@ def test_generation_holds_one_cache_and_reads_it_once(kv_heads, int8):
         assert needs.fits and one.memory.reused >= cache
         assert one.memory.temporaries < cache / 10  # neither a second cache nor weights in another layout
         held = planner.parameter_bytes + planner._slot_bytes(SLOTS) + infer_plan.MAX_BYTES
-        assert held < needs.peak_bytes_per_chip < held + cache / 2  # the rest are mainly programs
+        programs = 25 * max(one.memory.program for _, one in made.values())
+        assert held < needs.peak_bytes_per_chip < held + cache / 10 + programs
     decode = made["decode"][0]
     assert 0.95 < decode.moved_bytes_per_chip / decode.least_moved_bytes_per_chip <= 1.10
     # Two sums a layer and a token's embedding; to draw it all logits, for the likeliest one a number and its place.
@@ -150,6 +164,7 @@ def test_generation_holds_one_cache_and_reads_it_once(kv_heads, int8):
 
 @compiles
 @needs_libtpu
+@pytest.mark.usefixtures("optimized")
 def test_reading_a_part_of_the_slots_copies_nothing():
     planner = planner_of(4, int8=False)
     lower = planner._functions(SLOTS)["decode"].lower
@@ -178,11 +193,12 @@ def planner_of_costs(monkeypatch, constant: int, each: int, arrays: int, hbm: in
 @pytest.mark.parametrize(
     ("each", "hbm", "fit", "tried"),
     [
-        (10, 500, 40, [8, 40]),  # as calculated
-        (11, 500, 36, [8, 38, 36]),  # a slot costs more than its arrays
-        (10, 160, 6, [8, 6]),  # fewer than the first try
+        (10, 800, 70, [32, 70]),  # as calculated
+        (11, 800, 62, [32, 66, 62]),  # a slot costs more than its arrays
+        (9, 800, 76, [32, 72, 76]),  # or less
+        (10, 160, 6, [16, 6]),  # fewer than the first try
         (10, 115, 0, [2]),  # none
-        (10, 10**6, 256, [8, 256]),  # no more than an engine takes
+        (10, 10**6, 256, [32, 256]),  # no more than an engine takes
     ],
 )
 def test_the_search_for_slots(monkeypatch, each, hbm, fit, tried):
