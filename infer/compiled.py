@@ -6,6 +6,7 @@
     place       (S, n)     the features of one image, where the chunk has them: one gather
     prefill     (S, span)  input embeddings -> keys and values in a slot; after the last chunk, the first token
     copy        (span)     keys and values of one slot -> another
+    score       (S, span)  log probabilities of what may follow a prompt
     decode      (span)     a `while_loop` over decode steps of all slots, which ends when all have ended
 
 `span` is the number of positions that are read of each slot. A prefill has A rows, one for each shard of the slots.
@@ -285,6 +286,15 @@ def _constrained(slots: Slots, partition: Partition) -> Slots:
         if field.name != "cache"
     }
     return dataclasses.replace(slots, **parts)
+
+
+@functools.partial(jax.jit, static_argnames=("span", "partition"))
+def score(params, slots: Slots, x_ASD, starts, slots_A, targets_AS, *, span: int, partition: Partition) -> jax.Array:
+    """Log probabilities [A, S] of tokens, each after those before it: prompts in slots, and the inputs `x_ASD`."""
+    text, decoder = partition.config.text, params["decoder"]
+    x_ASD = llama.continue_prompts(decoder, text, x_ASD, starts, slots.cache, slots_A, span=span, partition=partition)
+    logprobs_ASV = jax.nn.log_softmax(llama.logits(decoder, text, x_ASD, partition))
+    return jnp.take_along_axis(logprobs_ASV, targets_AS[..., None], axis=-1)[..., 0]
 
 
 # ---------------------------------------------------------------- without a cache

@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,9 +18,10 @@ from infer import compiled
 from infer.features import ImageFeatures
 from infer.generation import Generation, Token
 from infer.inputs import Chunk, inputs
-from infer.prompt import Prompt, PromptImage, Request, prepare
+from infer.prompt import Prompt, Request, prepare
 from infer.sampling import Sampling
 from infer.scheduler import Scheduler
+from infer.score import Score, score_answer, with_answer
 from llava_jax.aot.programs import compilations
 from llava_jax.checkpoints.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
@@ -248,6 +248,30 @@ class Engine:
                 _cancel(scheduler, running.values())
                 pool.shutdown(cancel_futures=True)
 
+    def score(self, prompt, candidates: Sequence[str], images: Sequence = (), *, system=None) -> list[Score]:
+        """Log probabilities of candidate answers to a question, which is computed once.
+
+        Arguments and errors are those of `ask`.
+        """
+        request = _request(prompt, images, system)
+        question = self.prepare(request)
+        answered = [
+            prepare(with_answer(request, text), self.config, self.tokenizer, self.template, reply=False)
+            for text in candidates
+        ]
+        settings = Sampling(max_new_tokens=1)
+        scheduler = self._slots([question, *answered], settings, slots=1)
+        generation = scheduler.submit(question, settings)
+        try:
+            scheduler.run([generation])
+        finally:
+            _cancel(scheduler, [generation])
+        if generation.error:
+            raise generation.error
+        return [
+            score_answer(scheduler, question, whole, text) for whole, text in zip(answered, candidates, strict=True)
+        ]
+
     def logits(
         self, turns: str | Sequence[str | None], images: Sequence = (), *, system: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -263,16 +287,12 @@ class Engine:
         request = Request(turns, tuple(images), system)
         prompt = prepare(request, self.config, self.tokenizer, self.template, reply=False)
         S = self.buckets.up("lengths", prompt.length)
-        tables = {i: self._table(image) for i, image in enumerate(prompt.images)}
+        tables = {i: self.features.table(image) for i, image in enumerate(prompt.images)}
         x_ASD = inputs(self.params, self.partition, {0: Chunk(prompt, 0, prompt.length, tables)}, S)
         lengths = np.zeros(len(x_ASD), np.int32)
         lengths[0] = prompt.length
         logits = compiled.logits(self.params, x_ASD, put_rows(lengths, self.mesh), partition=self.partition)
         return np.asarray(logits)[0, : prompt.length], np.where(prompt.places == TEXT, prompt.ids, IMAGE)
-
-    def _table(self, image: PromptImage) -> jax.Array:
-        table = self.features.find(image)
-        return self.features.encode([image], [image.read()])[0] if table is None else table
 
     # ------------------------------------------------------------ slots
 
@@ -288,7 +308,7 @@ class Engine:
         if known is None:
             known = self._scheduler = self.scheduler(slots, positions)
         known.grow(positions)
-        known.dispatch_seconds = dispatch_seconds
+        known.pace.dispatch_seconds = dispatch_seconds
         return known
 
     def _positions(self, prompts: Sequence[Prompt], sampling: Sampling) -> int:

@@ -37,6 +37,11 @@ class ImageFeatures:
             self._tables.move_to_end(image.key)
         return self._tables.get(image.key)
 
+    def table(self, image: PromptImage) -> jax.Array:
+        """The feature table of an image, which is read and encoded if it has to be."""
+        table = self.find(image)
+        return self.encode([image], [image.read()])[0] if table is None else table
+
     def encode(self, images: Sequence[PromptImage], tiles: Sequence[np.ndarray]) -> list[jax.Array]:
         """Encode images at once, and keep their feature tables [R, D].
 
@@ -114,10 +119,6 @@ class ImageReader:
         """Whether `take` would not wait."""
         return image.key in self._reads and self._reads[image.key].done()
 
-    def is_good(self, image: PromptImage) -> bool:
-        """Whether `take` would return tiles at once."""
-        return self.is_ready(image) and not self._reads[image.key].exception()
-
     def take(self, image: PromptImage) -> np.ndarray:
         """The tiles of an image that is wanted.
 
@@ -125,6 +126,16 @@ class ImageReader:
           InputError: it cannot be read.
         """
         return self._reads.pop(image.key).result()
+
+    def take_good(self, images: Iterable[PromptImage], most: int) -> dict[PromptImage, np.ndarray]:
+        """The tiles of those of the images that are read by now, at most so many."""
+        taken: dict[PromptImage, np.ndarray] = {}
+        for image in images:
+            is_good = self.is_ready(image) and not self._reads[image.key].exception()
+            if is_good and image.layout.tiles <= most:
+                taken[image] = self.take(image)
+                most -= image.layout.tiles
+        return taken
 
     def wait(self) -> None:
         """Wait until an image is read, if any is wanted."""

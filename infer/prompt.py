@@ -35,7 +35,7 @@ class Request:
     trust_special_tokens: bool = True  # whether special tokens in the text are control rather than text
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class PromptImage:
     """An image of a prompt. Equal keys mean equal features."""
 

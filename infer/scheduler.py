@@ -3,15 +3,14 @@
 Requests join and leave between dispatches. One iteration of the loop (`step`) gives free slots to waiting prompts,
 dispatches chunks of their prefill in turn, dispatches decode steps for all slots, and then reads the tokens of the
 dispatches before: the device never waits for the host. What holds up answers between two dispatches of decode steps is
-bounded: a chunk has at most `Buckets.chunks[-1]` positions, and there are at most `MAX_CHUNKS` of them, of which all
-but the first must fit in `dispatch_seconds`, each with the images that it begins.
+bounded: a chunk has at most `Buckets.chunks[-1]` positions, and `Pace` says how many there are, each with the images
+that it begins.
 
 One thread runs the loop; any thread may submit and cancel.
 """
 
 import collections
 import dataclasses
-import math
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from infer import compiled
 from infer.features import MAX_TILES, ImageFeatures, ImageReader
 from infer.generation import Generation, top_of
 from infer.inputs import Chunk, inputs, rows
+from infer.pace import Pace
 from infer.prompt import Prompt, PromptImage, check_length
 from infer.sampling import Sampling
 from infer.slots import MIN_COPY, Slot, SlotTable, common_prefix
@@ -33,8 +33,6 @@ from llava_jax.data.buckets import Buckets, round_up
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.models import llava
 from llava_jax.sharding.partition import Partition, put_rows
-
-MAX_CHUNKS = 4
 
 
 @dataclasses.dataclass
@@ -53,8 +51,7 @@ class _Dispatched:
 
     chosen: compiled.Chosen
     owners: list[tuple[int, Generation]]  # row, generation
-    steps: int
-    is_decode: bool
+    steps: int  # of decoding; 0 for a prefill
 
 
 @dataclasses.dataclass
@@ -98,7 +95,7 @@ class Scheduler:
     ):
         self.params, self.partition, self.tokenizer, self.features = params, partition, tokenizer, features
         self.eos_ids, self.stop, self.buckets = eos_ids, stop, buckets or Buckets()
-        self.dispatch_seconds, self.int8_cache, self.context = dispatch_seconds, int8_cache, context
+        self.pace, self.int8_cache, self.context = Pace(dispatch_seconds), int8_cache, context
         self.shards, self.requested_slots = partition.row_shards, slots
         self.table = SlotTable(-(-slots // self.shards) * self.shards, self.shards)
         self.statistics = Statistics()
@@ -111,8 +108,6 @@ class Scheduler:
         self._dispatched: dict[int, int] = {}  # tokens that were dispatched for each decoding slot
         self._stopped = np.zeros(len(self.table.slots), bool)  # slots that the device has yet to stop
         self._reader = ImageReader()
-        self._step_seconds = self._chunk_seconds = math.inf  # as measured last
-        self._last_read = 0.0
 
     # ------------------------------------------------------------ from any thread
 
@@ -166,7 +161,7 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         before = len(self._unread)
-        for _ in range(self._chunks()):
+        for _ in range(self.pace.chunks(len(self._decoding), len(self.table.slots))):
             if not self._prefill():
                 break
         self._decode()
@@ -303,17 +298,8 @@ class Scheduler:
                 finished.append((shard, generation))
                 self._decoding[slot.index], self._dispatched[slot.index] = generation, 1
                 self._stopped[slot.index] = False
-        self._unread.append(_Dispatched(chosen, finished, 1, is_decode=False))
+        self._unread.append(_Dispatched(chosen, finished, steps=0))
         return True
-
-    def _chunks(self) -> int:
-        """How many chunks to prefill before the next decode steps. Without a limit on their time, more the fewer slots
-        are decoding."""
-        if not self._decoding:
-            return MAX_CHUNKS
-        if self.dispatch_seconds is None:
-            return 1 + round((MAX_CHUNKS - 1) * (1 - len(self._decoding) / len(self.table.slots)))
-        return _at_least_one(self.dispatch_seconds, self._chunk_seconds, MAX_CHUNKS)
 
     def _chunk(self, filling: _Filling) -> Chunk:
         """The next chunk of a prompt."""
@@ -346,26 +332,17 @@ class Scheduler:
                 except Exception as error:
                     self._end(filling.generation, "error", error)
                     return False
-                table = self._encode(image, tiles)
+                others = self._reader.take_good(self._images_to_read(), MAX_TILES - len(tiles))
+                table, *_ = self.features.encode([image, *others], [tiles, *others.values()])
             filling.images[i] = table
         return True
-
-    def _encode(self, image: PromptImage, image_tiles: np.ndarray) -> jax.Array:
-        """Encode an image, and others that are read by now, as far as they fit."""
-        images, tiles, total = [image], [image_tiles], len(image_tiles)
-        for other in self._images_to_read():
-            if self._reader.is_good(other) and total + other.layout.tiles <= MAX_TILES:
-                images.append(other)
-                tiles.append(self._reader.take(other))
-                total += other.layout.tiles
-        return self.features.encode(images, tiles)[0]
 
     def _decode(self) -> None:
         """Dispatch decode steps for all slots that may not have ended."""
         left = {i: generation.limit - self._dispatched[i] for i, generation in self._decoding.items()}
         if not any(n > 0 for n in left.values()):
             return
-        steps = min(self._steps(), max(left.values()))
+        steps = min(self.pace.steps(), max(left.values()))
         longest = max(
             generation.prompt.length + self._dispatched[i] for i, generation in self._decoding.items() if left[i] > 0
         )
@@ -380,12 +357,7 @@ class Scheduler:
         owners = [(i, generation) for i, generation in self._decoding.items() if left[i] > 0]
         for i, _ in owners:
             self._dispatched[i] = min(self._dispatched[i] + steps, self._decoding[i].limit)
-        self._unread.append(_Dispatched(chosen, owners, steps, is_decode=True))
-
-    def _steps(self) -> int:
-        if self.dispatch_seconds is None:
-            return compiled.STEPS
-        return _at_least_one(self.dispatch_seconds, self._step_seconds, compiled.STEPS)
+        self._unread.append(_Dispatched(chosen, owners, steps))
 
     # ------------------------------------------------------------ results
 
@@ -393,19 +365,12 @@ class Scheduler:
         """Wait for the tokens of a dispatch, and give them to their generations."""
         tokens = np.asarray(dispatched.chosen.tokens)
         tokens = tokens.reshape(len(tokens), -1)
-        now = time.perf_counter()
-        if dispatched.is_decode:
-            self._step_seconds = (now - self._last_read) / dispatched.steps
-        else:
-            self._chunk_seconds = now - self._last_read
-        self._last_read = now
+        self.pace.has_read(dispatched.steps)
         owners = [(row, generation) for row, generation in dispatched.owners if not generation.done]
         logprobs = None
         if any(generation.sampling.top_logprobs is not None for _, generation in owners):
-            columns = [
-                x.reshape(*tokens.shape, *x.shape[dispatched.chosen.tokens.ndim :]) for x in dispatched.chosen.logprobs
-            ]
-            logprobs = jax.device_get(columns)
+            arrays = jax.device_get(dispatched.chosen.logprobs)
+            logprobs = [x.reshape(*tokens.shape, *x.shape[dispatched.chosen.tokens.ndim :]) for x in arrays]
         for row, generation in owners:
             self._give(generation, tokens[row], logprobs and [x[row] for x in logprobs])
 
@@ -440,8 +405,3 @@ class Scheduler:
     def _put(self, rows: np.ndarray) -> jax.Array:
         assert self.partition.mesh is not None
         return put_rows(np.asarray(rows), self.partition.mesh)
-
-
-def _at_least_one(seconds: float, each: float, most: int) -> int:
-    """How many that take `each` seconds fit in `seconds`, from 1 to `most`."""
-    return max(1, min(most, math.floor(seconds / each))) if each > 0 else most

@@ -14,12 +14,12 @@ from llava_jax.data import templates
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("page", "says"), [("README.md", "\ntriangle\nAnswer("), ("docs/generate.md", "brief\n")])
+@pytest.mark.parametrize(("page", "says"), [("README.md", "\ntriangle\nAnswer("), ("docs/generate.md", "brief\n4 -")])
 def test_the_python_runs(capsys, monkeypatch, page, says):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(templates, "TEMPLATES", dict(templates.TEMPLATES))
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    exec(code, {})
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
+        exec(code, {})
     assert says in capsys.readouterr().out
 
 

@@ -165,9 +165,41 @@ def prefill(
     Returns:
       The last layer's output [A, D], before the final norm, at each row's last position, and the cache.
     """
+    last_A = jnp.maximum(counts_A - 1, 0)
+    x_A1D, new = _run_chunk(params, config, x_ASD, starts_A, cache, slots_A, last_A, span, partition)
+    # Read the cache before writing to it, or the compiler keeps a copy to read from.
+    x_A1D, cache = jax.lax.optimization_barrier((x_A1D, cache))
+    return x_A1D[:, 0], write_slots(cache, new, slots_A, starts_A, counts_A, partition)
+
+
+def continue_prompts(
+    params,
+    config: TextConfig,
+    x_ASD: jax.Array,
+    starts_A: jax.Array,
+    cache: Cache,
+    slots_A: jax.Array,
+    *,
+    span: int,
+    partition: Partition = UNSHARDED,
+) -> jax.Array:
+    """Run what follows prompts in slots through all layers, and write nothing.
+
+    Arguments are those of `prefill`.
+
+    Returns:
+      The last layer's output [A, S, D], before the final norm.
+    """
+    return _run_chunk(params, config, x_ASD, starts_A, cache, slots_A, None, span, partition)[0]
+
+
+def _run_chunk(
+    params, config: TextConfig, x_ASD, starts_A, cache: Cache, slots_A, last_A, span: int, partition: Partition
+) -> tuple[jax.Array, Cache]:
+    """The last layer's output at each row's position `last_A`, [A, 1, D], or, if that is None, at all positions; and
+    the chunk's keys and values."""
     S = x_ASD.shape[1]
     rope = rope_tables(starts_A[:, None] + jnp.arange(S), config)
-    last_A = jnp.maximum(counts_A - 1, 0)
     # What is read of a slot is aligned on the right, so distances between positions are those between indices.
     places = jnp.arange(span + S)
     known_AT = places >= span - starts_A[:, None]
@@ -203,14 +235,12 @@ def prefill(
 
     for i in range(config.layers):
         layer = partition.gather(params["layers"][str(i)], "decoder/layers")
-        if i < config.layers - 1:
+        if i < config.layers - 1 or last_A is None:
             x_ASD = Block(config).apply({"params": layer}, x_ASD, functools.partial(attend, i=i))
             x_ASD = partition.constrain(x_ASD, BATCH, None, None)
         else:
             x_ASD = Block(config).apply({"params": layer}, x_ASD, functools.partial(attend_last, i=i), last_A)
-    # Read the cache before writing to it, or the compiler keeps a copy to read from.
-    x_ASD, cache = jax.lax.optimization_barrier((x_ASD, cache))
-    return x_ASD[:, 0], write_slots(cache, tuple(new), slots_A, starts_A, counts_A, partition)
+    return x_ASD, tuple(new)
 
 
 def decode_step(

@@ -250,3 +250,20 @@ def test_log_probabilities_are_the_models():
     assert [i for i, _ in first.top] == np.argsort(-expected)[:5].tolist()
     assert len(answer.logprobs) == len(answer.token_ids)
     assert "".join(token.text for token in answer.logprobs) == answer.text
+
+
+@pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
+def test_scores_of_candidates_are_those_of_a_full_pass(name):
+    engine = new_engine(name)
+    candidates = ["Yes", "No, there is not.", "a photo " * 20]
+    for candidate, score in zip(candidates, engine.score(QUESTION, candidates, [image_file(0)]), strict=True):
+        assert score.text == candidate
+        logits, ids = engine.logits((QUESTION, candidate), [image_file(0)])
+        n = len(score.token_ids)
+        start = next(i for i in range(len(ids), 0, -1) if ids[i : i + n].tolist() == score.token_ids)
+        expected = jax.nn.log_softmax(logits)[np.arange(start - 1, start + n - 1), score.token_ids]
+        np.testing.assert_allclose(score.logprobs, expected, atol=2e-4)
+        assert score.logprob == pytest.approx(float(expected.sum()), abs=1e-2)
+        assert engine.tokenizer.decode(score.token_ids).strip() == candidate.strip()
+    with pytest.raises(InputError, match="candidate answer is empty"):
+        engine.score(QUESTION, [" "])
