@@ -245,12 +245,17 @@ def test_logits_for_a_conversation():
 
 
 def test_after_the_warm_up_nothing_compiles():
-    """200 images of random sizes, with questions of random lengths, several at a time."""
+    """Short questions one after the other, in empty slots; then 100 images of random sizes, with questions of random
+    lengths, several at a time."""
     found, params = load_golden("v1.6-mistral")
     engine = Engine(params, found.config, found.tokenizer, one_device(), buckets=Buckets(chunks=(32, 64)))
     scheduler = engine.scheduler(4, 384)
     assert warm_up(scheduler) > 10
     random, before, seen = np.random.default_rng(0), compilations(), set()
+    for word in ("What", "Is", "How", "Why"):
+        generation = scheduler.submit(engine.prepare(Request((f"{word}?",))), Sampling(max_new_tokens=4))
+        scheduler.run([generation])
+        assert generation.cached_tokens < generation.prompt.length <= 32
     generations = []
     for i in range(100):
         images = [random_image(random) for _ in range(int(random.integers(0, 3)))]
