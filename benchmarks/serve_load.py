@@ -172,6 +172,15 @@ class Connection:
         except asyncio.IncompleteReadError:
             raise ConnectionError("the connection was closed in the middle of a response") from None
 
+    async def response(self) -> tuple[int, dict[str, str], bytes]:
+        """The status, the headers and the whole body of the response.
+
+        Raises:
+          ConnectionError: it is incomplete.
+        """
+        status, headers = await self.head()
+        return status, headers, b"".join([part async for part in self.parts(headers)])
+
     async def events(self, headers: dict[str, str]) -> AsyncIterator[str]:
         """The events of a stream: the text after "data: "."""
         rest = b""
@@ -200,17 +209,16 @@ def request_bytes(path: str, body: bytes | None = None, **headers: str) -> bytes
     return f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\n{lines}\r\n".encode() + (body or b"")
 
 
-async def fetch(port: int, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-    """The status and the body of a response."""
+async def fetch(port: int, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
+    """The status, the headers and the body of a response."""
     async with await Connection.open(port, limit=2**20) as connection:
         await connection.send(path, body)
-        status, headers = await connection.head()
-        return status, b"".join([part async for part in connection.parts(headers)])
+        return await connection.response()
 
 
 async def metric(port: int, name: str) -> float:
     """A number of `/metrics`, by its name after "vllm:"."""
-    _, text = await fetch(port, "/metrics")
+    _, _, text = await fetch(port, "/metrics")
     found = re.search(rf"^vllm:{name}(?:{{[^}}]*}})? (\S+)$", text.decode(), re.MULTILINE)
     assert found, f"no metric vllm:{name}"
     return float(found[1])
