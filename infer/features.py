@@ -138,8 +138,9 @@ class ImageReader:
         return taken
 
     def wait(self) -> None:
-        """Wait until an image is read, if any is wanted."""
-        concurrent.futures.wait(self._reads.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+        """Wait until another image is read, if one is being read."""
+        reading = [read for read in self._reads.values() if not read.done()]
+        concurrent.futures.wait(reading, return_when=concurrent.futures.FIRST_COMPLETED)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
