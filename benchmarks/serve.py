@@ -16,7 +16,7 @@ that nobody has asked before, and medians over the rounds:
                   one's time to the first token, and the answer of an engine that has seen nothing
 
 `transformers serve` has no continuous batching for models with images: it answers one question after the other. With
-`--decoder`, text questions alone are also put to a server of the decoder's weights alone, which does batch.
+`--decoder`, text questions are also put to a server of the decoder's weights alone, which does batch; same goal.
 
 Exits with 1 if a goal is missed.
 """
@@ -41,87 +41,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
 import devices  # noqa: E402
 import serve_load as load  # noqa: E402
 from serve_load import Question, Reply, Send, Server  # noqa: E402
+from serve_models import Model, find_model, write_decoder  # noqa: E402
 
-BUNDLED = load.ROOT / "infer" / "shapes"
 MODELS = ("shapes", devices.SMALL)
 PARTS = ("load", "alone", "second")
-GOALS = {"batches": 1.5, "transformers": 2.0}  # the server's tokens per second, of theirs
+GOALS = {"batches": 1.5, "transformers": 2.0, "decoder": 2.0}  # the server's tokens per second, of theirs
 ALONE = 0.95  # speed per token with one client, of `Engine.generate`'s
 SECOND = 0.1  # time to the first token, of the first question's
 SECOND_TOKENS = 16
+BATCHING = ("--continuous-batching", "--cb-num-blocks", "1024", "--cb-max-batch-tokens", "512")  # bounds its memory
 OPEN = 0.7  # requests per second in the open loop, of the closed loop's
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model to serve: its directory, the side of its tiles, and positions of a slot."""
-
-    name: str
-    directory: Path
-    side: int
-    context: int
-
-
-# ---------------------------------------------------------------- models
-
-
-def find_model(name: str, scratch: Path, dtype: str) -> Model:
-    """The bundled model, or one of random weights, created in `scratch` if missing."""
-    if name == "shapes":
-        return Model(name, BUNDLED, 60, 2048)
-    directory = scratch / name
-    if not (directory / "config.json").exists():
-        from generate import make_weights
-
-        maker = multiprocessing.get_context("spawn").Process(target=make_weights, args=(name, directory, dtype))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise SystemExit("no weights were made")
-        write_processor(directory)
-    return Model(name, directory, devices.model_config(name).vision.image_size, 4096)
-
-
-def write_processor(directory: Path) -> None:
-    """Write the tokenizer, the chat template and the image processor of a random model: those of the bundled one, with
-    a word for each further token id."""
-    config = json.loads((directory / "config.json").read_text())
-    image, vision = config["image_token_index"], config["vision_config"]
-    files = {path.name: json.loads(path.read_text()) for path in BUNDLED.glob("*.json")}
-    moved = {640: image, 641: image + 1}  # the ids of the image and padding tokens
-    tokenizer, settings = files["tokenizer.json"], files["tokenizer_config.json"]
-    tokenizer["model"]["vocab"] |= {f"\u2581w{i}": i for i in range(640, image)}
-    for token in tokenizer["added_tokens"]:
-        token["id"] = moved.get(token["id"], token["id"])
-    settings["added_tokens_decoder"] = {
-        str(moved.get(int(i), i)): token for i, token in settings["added_tokens_decoder"].items()
-    }
-    processor, images = files["processor_config.json"], files["preprocessor_config.json"]
-    processor["patch_size"], side = vision["patch_size"], vision["image_size"]
-    images |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    images["image_grid_pinpoints"] = config["image_grid_pinpoints"]
-    config["conversation_template"] = files["config.json"]["conversation_template"]
-    for name, value in (
-        ("tokenizer.json", tokenizer), ("tokenizer_config.json", settings), ("processor_config.json", processor),
-        ("preprocessor_config.json", images), ("config.json", config),
-    ):  # fmt: skip
-        (directory / name).write_text(json.dumps(value, indent=2))
-    (directory / "chat_template.jinja").write_text((BUNDLED / "chat_template.jinja").read_text())
-
-
-def write_decoder(model: Model, directory: Path, dtype: str) -> None:
-    """Write the decoder of a model as a model of its own, with transformers."""
-    import torch
-    import transformers as tf
-
-    whole = tf.LlavaNextForConditionalGeneration.from_pretrained(model.directory, dtype=getattr(torch, dtype))
-    decoder = tf.AutoModelForCausalLM.from_config(whole.config.text_config, dtype=getattr(torch, dtype))
-    decoder.model.load_state_dict(whole.model.language_model.state_dict())
-    decoder.lm_head.load_state_dict(whole.lm_head.state_dict())
-    decoder.generation_config = whole.generation_config
-    decoder.save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (directory / name).write_text((model.directory / name).read_text())
 
 
 # ---------------------------------------------------------------- who answers
@@ -204,10 +133,14 @@ def run_load(model: Model, ours: Server, theirs: dict[str, Send], args) -> dict[
     """Rounds of the closed loop by each contender, and the open loop."""
     served = ask_ours(ours)
     contenders = {"server": served, "batches": served, **theirs}
+    if "decoder" in theirs:
+        contenders["server, text"] = served
     rounds: dict[str, list[dict]] = {name: [] for name in contenders}
     for number in range(args.rounds):
         for name, send in contenders.items():
             questions = load.mixed(args.requests, number, f"{name} {number}", model.side)
+            if name in ("decoder", "server, text"):
+                questions = [question for question in questions if question.kind != "image"]
             if name == "batches":
                 replies = load.batches(send, questions, args.slots)
             else:
@@ -215,8 +148,11 @@ def run_load(model: Model, ours: Server, theirs: dict[str, Send], args) -> dict[
             rounds[name].append(figures := load.figures(asyncio.run(replies)))
             say(f"{model.name}, round {number + 1} of {args.rounds}, {name}: {describe(figures)}")
     result: dict[str, Any] = {name: medians(each) for name, each in rounds.items()}
-    for name in contenders.keys() - {"server"}:
-        result[name]["ratio"] = ratio(rounds["server"], rounds[name], "tokens_per_second")
+    for name in ("batches", *theirs):
+        alike = rounds["server, text" if name == "decoder" else "server"]
+        speeds = [(a["tokens_per_second"], b["tokens_per_second"]) for a, b in zip(alike, rounds[name], strict=True)]
+        result[name]["ratio"] = statistics.median(ours / others for ours, others in speeds)
+    result["same_answers"] = {name: count_same(model, served, send) for name, send in theirs.items()}
     rate = args.rate or OPEN * result["server"]["requests_per_second"]
     questions = load.mixed(args.requests, args.rounds, "open", model.side)
     figures = load.figures(asyncio.run(load.open_loop(served, questions, rate)))
@@ -270,9 +206,12 @@ def medians(rounds: list[dict]) -> dict[str, float]:
     return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
 
 
-def ratio(ours: list[dict], theirs: list[dict], key: str) -> float:
-    """The median over the rounds of ours / theirs."""
-    return statistics.median(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
+def count_same(model: Model, ours: Send, theirs: Send) -> str:
+    """How many of a few short greedy answers are the same."""
+    asked = [dataclasses.replace(each, tokens=16) for each in load.mixed(12, 0, "same", model.side)]
+    asked = [each for each in asked if each.kind == "short"]
+    answers = [[reply.text for reply in asyncio.run(load.closed_loop(send, asked, 1))] for send in (ours, theirs)]
+    return f"{sum(a.strip() == b.strip() for a, b in zip(*answers, strict=True))} of {len(asked)}"
 
 
 def describe(figures: dict[str, float]) -> str:
@@ -317,13 +256,18 @@ def start_theirs(model: Model, scratch: Path, stack: contextlib.ExitStack, args)
     """The servers that ours is compared with."""
     if args.no_transformers:
         return {}
-    send = {}
-    directories = {"transformers": model.directory}
+    directories, send = {"transformers": model.directory}, {}
+    if args.decoder:
+        directories["decoder"] = scratch / f"{model.name}-decoder"
+        if not directories["decoder"].exists():
+            write_decoder(model, directories["decoder"], args.dtype)
     for contender, directory in directories.items():
+        flags = ("--dtype", args.dtype, *(BATCHING if contender == "decoder" else ()))
         log = scratch / f"{model.name}-{contender}.log"
-        server = stack.enter_context(load.their_server(log, str(directory), "--dtype", args.dtype))
+        server = stack.enter_context(load.their_server(log, str(directory), *flags))
         send[contender] = ask_theirs(server, directory)
-        asyncio.run(load.closed_loop(send[contender], load.mixed(2, 0, "warm-up", model.side), 1))
+        warm_up = [each for each in load.mixed(6, 0, "warm-up", model.side) if each.kind == "short"]
+        asyncio.run(load.closed_loop(send[contender], warm_up[:2], 1))
     return send
 
 
@@ -363,6 +307,7 @@ def main() -> int:
     p.add_argument("--rate", type=float, help=f"requests/s of the open loop; default: {OPEN:g} of the closed loop's")
     p.add_argument("--alone-tokens", type=int, default=64, help="of the answers to one client (default 64)")
     p.add_argument("--no-transformers", action="store_true", help="without `transformers serve`")
+    p.add_argument("--decoder", action="store_true", help="also `transformers serve` of the decoder, with batching")
     p.add_argument("--directory", type=Path, help="of weights and logs, kept; default: a temporary one")
     p.add_argument("--json", type=Path, metavar="FILE")
     args = p.parse_args()
