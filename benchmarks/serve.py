@@ -11,7 +11,8 @@ that nobody has asked before, and medians over the rounds:
     batches       the same server, but batches of questions that all wait for the longest answer (static batching);
                   goal: at most 1 / 1.5 of the server's tokens per second
     transformers  `transformers serve` with the same weights in the same dtype; goal: at most 1 / 2
-    alone         one client; goal: per token, at least 0.95 of the speed of `Engine.generate` with one question
+    alone         one client; goal: per token, at least 0.95 of the speed of `Engine.generate` with one slot; beside it
+                  `Engine.stream`, and `Engine.generate` with as many slots as the server
     second        a second question about an image of five tiles (of the 513M model): goal: at most 10 % of the first
                   one's time to the first token, and the answer of an engine that has seen nothing
 
@@ -49,6 +50,7 @@ GOALS = {"batches": 1.5, "transformers": 2.0, "decoder": 2.0}  # the server's to
 ALONE = 0.95  # speed per token with one client, of `Engine.generate`'s
 SECOND = 0.1  # time to the first token, of the first question's
 SECOND_TOKENS = 16
+WAYS = ("stream", "generate", "slots")  # to answer one question without a server
 BATCHING = ("--continuous-batching", "--cb-num-blocks", "1024", "--cb-max-batch-tokens", "512")  # bounds its memory
 OPEN = 0.7  # requests per second in the open loop, of the closed loop's
 
@@ -86,16 +88,17 @@ def ask_theirs(server: Server, directory: Path):
 class LocalEngine:
     """An engine in a process of its own, without a server."""
 
-    def __init__(self, model: Model, dtype: str):
+    def __init__(self, model: Model, dtype: str, slots: int):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        context.Process(target=_run_engine, args=(theirs, model.directory, dtype), daemon=True).start()
+        context.Process(target=_run_engine, args=(theirs, model.directory, dtype, slots), daemon=True).start()
 
     def ask(self, way: str, question: Question) -> tuple[str, float]:
         """The answer, and seconds per token after the first.
 
         Args:
-          way: "stream", "generate", or "fresh" for an engine that has seen nothing.
+          way: "stream"; "generate" with one slot, "slots" with as many as the server; or "fresh", with an engine that
+            has seen nothing.
         """
         self._pipe.send((way, question))
         return self._pipe.recv()
@@ -107,7 +110,7 @@ class LocalEngine:
         self._pipe.send(None)
 
 
-def _run_engine(pipe, directory: Path, dtype: str) -> None:
+def _run_engine(pipe, directory: Path, dtype: str, slots: int) -> None:
     from infer.engine import Engine, Request
     from infer.sampling import Sampling
     from llava_jax.console import enable_compilation_cache
@@ -122,7 +125,8 @@ def _run_engine(pipe, directory: Path, dtype: str) -> None:
             *_, answer = engine.stream(question.turns, images, **sampling)
         else:
             used = Engine(engine.params, engine.config, engine.tokenizer, engine.mesh) if way == "fresh" else engine
-            [(_, answer)] = used.generate([Request(question.turns, images)], Sampling(**sampling), rows=1)
+            rows = slots if way == "slots" else 1
+            [(_, answer)] = used.generate([Request(question.turns, images)], Sampling(**sampling), rows=rows)
         pipe.send((answer.text, 1 / answer.decode_tokens_per_second))
 
 
@@ -167,16 +171,14 @@ def run_alone(model: Model, ours: Server, engine: LocalEngine, args) -> dict[str
     for number in range(args.rounds + 1):
         question = Question("short", (load.sentence(30, pick),), args.alone_tokens)
         reply = asyncio.run(send(question))
-        (text, streamed), (_, generated) = (engine.ask(way, question) for way in ("stream", "generate"))
-        seconds = {"server": reply.per_token, "stream": streamed, "generate": generated}
+        answers = {way: engine.ask(way, question) for way in WAYS}
+        seconds = {"server": reply.per_token} | {way: value for way, (_, value) in answers.items()}
         if number:  # the engine compiled in the first one
-            rounds.append(seconds | {"same_answer": text == reply.text})
+            rounds.append(seconds | {"same": all(text == reply.text for text, _ in answers.values())})
             times = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
             say(f"{model.name}, one client: {times} per token")
-    ratios = {
-        f"{name}_ratio": statistics.median(r[name] / r["server"] for r in rounds) for name in ("stream", "generate")
-    }
-    return medians(rounds) | ratios | {"same_answers": all(r["same_answer"] for r in rounds)}
+    ratios = {f"{way}_ratio": statistics.median(each[way] / each["server"] for each in rounds) for way in WAYS}
+    return medians(rounds) | ratios | {"same_answers": all(each["same"] for each in rounds)}
 
 
 def run_second(model: Model, ours: Server, engine: LocalEngine, args) -> dict[str, Any]:
@@ -244,7 +246,7 @@ def run_model(name: str, scratch: Path, args) -> dict[str, Any]:
             theirs = start_theirs(model, scratch, stack, args)
             result["load"] = run_load(model, ours, theirs, args)
         if {"alone", "second"} & set(args.parts):
-            engine = stack.enter_context(LocalEngine(model, args.dtype))
+            engine = stack.enter_context(LocalEngine(model, args.dtype, args.slots))
             if "alone" in args.parts:
                 result["alone"] = run_alone(model, ours, engine, args)
             if "second" in args.parts and name != "shapes":
