@@ -38,7 +38,6 @@ from llava_jax.sharding.mesh import BATCH, FSDP, TENSOR, inference_mesh
 from llava_jax.sharding.partition import Partition, batch_sharding
 
 NAMES = {"encode": "an image", "prefill": "prefill of a chunk", "decode": "a decode step"}
-FIRST = 16  # slots of each shard of rows, for which a search compiles first
 
 
 def parser() -> Parser:
@@ -239,13 +238,15 @@ class Planner:
         return max(0, min(number + more, MAX_SLOTS // self.shards * self.shards))
 
     def search(self) -> tuple[int, dict[str, tuple[Plan, Compiled]]]:
-        """The largest number of slots that fits, and its plans; 0 and the plans of the fewest tried if none does.
+        """A number of slots that fits, at most a 32nd below the largest, and its plans; 0 and plans that do not fit if
+        none does.
 
-        The program for a few slots tells how many should fit. That number is compiled, and corrected in the same way.
+        It starts with what fits beside a 16th of the chip for temporaries and programs. What is compiled then tells how
+        many should fit. (A program for few slots does not: its code, for one, has another size.)
         """
-        number = min(FIRST * self.shards, max(self.shards, self.slots_that_fit(0, self.held)))
+        number = max(self.shards, self.slots_that_fit(0, self.held + self.hbm // 16))
         best, too_many, plans_of = 0, MAX_SLOTS + self.shards, {}
-        while best < number < too_many:
+        while best + best // 32 < number < too_many:
             plans = plans_of[number] = self.plans(number)
             parts = ", ".join(f"{name} {plan.peak_bytes_per_chip / 1e9:.2f} GB" for name, (plan, _) in plans.items())
             note(f"{plural(number, 'slot')}: {parts} per chip")

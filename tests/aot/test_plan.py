@@ -191,18 +191,20 @@ def planner_of_costs(monkeypatch, constant: int, each: int, arrays: int, hbm: in
 
 
 @pytest.mark.parametrize(
-    ("each", "hbm", "fit", "tried"),
+    ("constant", "each", "hbm", "fit", "tried"),
     [
-        (10, 800, 70, [32, 70]),  # as calculated
-        (11, 800, 62, [32, 66, 62]),  # a slot costs more than its arrays
-        (9, 800, 76, [32, 72, 76]),  # or less
-        (10, 160, 6, [16, 6]),  # fewer than the first try
-        (10, 115, 0, [2]),  # none
-        (10, 10**6, 256, [32, 256]),  # no more than an engine takes
+        (100, 10, 800, 70, [74, 70]),  # as calculated from what was compiled
+        (100, 11, 800, 62, [74, 62]),  # a slot costs more than its arrays
+        (10, 10, 800, 78, [74, 78]),  # there is more room
+        (10, 10, 2000, 198, [186, 198]),
+        (100, 10, 1700, 158, [158]),  # 160 would fit too: near enough
+        (100, 10, 160, 6, [14, 6]),
+        (100, 10, 115, 0, [2]),  # none
+        (100, 10, 10**6, 256, [256]),  # no more than an engine takes
     ],
 )
-def test_the_search_for_slots(monkeypatch, each, hbm, fit, tried):
-    planner, compiled = planner_of_costs(monkeypatch, constant=100, each=each, arrays=10, hbm=hbm)
+def test_the_search_for_slots(monkeypatch, constant, each, hbm, fit, tried):
+    planner, compiled = planner_of_costs(monkeypatch, constant, each, arrays=10, hbm=hbm)
     planner.held = 100 if fit == 0 else 0
     found, plans = planner.search()
     assert (found, compiled) == (fit, tried)
@@ -321,6 +323,19 @@ def test_the_page_shows_all_of_them(published, plans):
     assert list(plans) == published.commands()
     rows = published.table(json.loads(published.PLANS.read_text()))
     assert f"<!-- table -->\n{rows}\n<!-- end -->" in published.PAGE.read_text()
+
+
+def test_slots_that_fit(published):
+    """Of all slices that were compiled: decode steps read little but the weights and one cache, and send only what
+    tensor parallelism and drawing a token need."""
+    found = json.loads(published.SERVE_PLANS.read_text())
+    assert found and found.keys() <= set(published.serve_commands())
+    assert f"<!-- slots -->\n{published.serve_table(found)}\n<!-- end of slots -->" in published.PAGE.read_text()
+    for command, needs in found.items():
+        decode = needs["functions"]["decode"]
+        assert needs["fits"] and needs["slots"] == needs["slots_that_fit"] > 0, command
+        assert decode["moved_bytes_per_chip"] <= 1.10 * decode["least_moved_bytes_per_chip"], command
+        assert sum(decode["collective_bytes_per_chip"].values()) <= 1.25 * decode["least_collective_bytes_per_chip"]
 
 
 def test_none_of_them_is_refused(published):
