@@ -322,7 +322,7 @@ def plans(published):
 def test_the_page_shows_all_of_them(published, plans):
     assert list(plans) == published.commands()
     rows = published.table(json.loads(published.PLANS.read_text()))
-    assert f"<!-- table -->\n{rows}\n<!-- end -->" in published.PAGE.read_text()
+    assert f"<!-- table -->\n{rows}\n<!-- end of table -->" in published.PAGE.read_text()
 
 
 def test_slots_that_fit(published):
