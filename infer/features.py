@@ -137,10 +137,10 @@ class ImageReader:
                 most -= image.layout.tiles
         return taken
 
-    def wait(self) -> None:
-        """Wait until another image is read, if one is being read."""
-        reading = [read for read in self._reads.values() if not read.done()]
-        concurrent.futures.wait(reading, return_when=concurrent.futures.FIRST_COMPLETED)
+    def wait(self, images: Iterable[PromptImage]) -> None:
+        """Wait until one of the images is read, of those that are wanted."""
+        reads = [self._reads[image.key] for image in images if image.key in self._reads]
+        concurrent.futures.wait(reads, return_when=concurrent.futures.FIRST_COMPLETED)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

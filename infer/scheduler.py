@@ -169,8 +169,7 @@ class Scheduler:
         while len(self._unread) > dispatched:
             self._read(self._unread.popleft())
         if not dispatched:
-            if self._filling:
-                self._reader.wait()
+            self._reader.wait([images[0] for filling in self._filling if (images := self._missing(filling))])
             return bool(self._filling or self._waiting or self._decoding)
         return True
 

@@ -160,7 +160,9 @@ def test_where_images_are(server, client):
     text = lambda value: {"type": "text", "text": value}  # noqa: E731
     for parts, turn in [
         ([image_part()], (IMAGE_PART,)),
-        ([text("a"), image_part()], ("a", "\n", IMAGE_PART)),
+        ([text("a"), image_part()], (IMAGE_PART, "a")),
+        ([text("a"), text("b"), image_part(), image_part()], (IMAGE_PART, IMAGE_PART, "a", "\n", "b")),
+        ([text("a"), image_part(), text("b")], ("a", "\n", IMAGE_PART, "\n", "b")),
         ([image_part(), text("a"), text("b")], (IMAGE_PART, "a", "\n", "b")),
         ([image_part(), text("<image>")], (IMAGE_PART, "<image>")),
         ([text("<image>"), text("a")], "<image>\na"),
