@@ -36,6 +36,7 @@ DEVICES = ("/dev/full", "/dev/zero", "/dev/null", "file:///dev/zero", "http://12
 STARTS = (
     ("infer.generate", "--checkpoint original --prompt Hi --image images/rgb.png --max-new-tokens 2"),
     ("infer.generate", "--checkpoint v1.5 --questions questions.jsonl --answers answers.jsonl --max-new-tokens 2"),
+    ("infer.chat", "--checkpoint v1.5 --image images/rgb.png --max-new-tokens 2"),
     ("infer.evaluate", "--checkpoint v1.5 --data data.json --max-new-tokens 2"),
     ("train.preview", "--checkpoint v1.5 --data data.json --template v1"),
     ("train.plot", "metrics.jsonl --metrics loss --output new.png"),

@@ -167,6 +167,15 @@ def questions(pick: random.Random) -> Attempt:
     return Attempt(run)
 
 
+def conversation(pick: random.Random) -> Attempt:
+    from infer.conversation import load
+
+    fetch_inputs("images", "data.json", "data.jsonl")
+    name = pick.choice(["data.json", "data.jsonl"])
+    change(Path(name), pick)
+    return Attempt(lambda: load(name))
+
+
 def scienceqa(pick: random.Random) -> Attempt:
     from train.datasets.scienceqa import convert
 
@@ -259,5 +268,5 @@ def instruct(pick: random.Random) -> Attempt:
     return Attempt(run, ("replies.jsonl",))
 
 
-READERS = (config, tensors, tokenizer, template, adapter, image, data, prepared, questions, scienceqa,
+READERS = (config, tensors, tokenizer, template, adapter, image, data, prepared, questions, conversation, scienceqa,
            captions, mix, instruct)  # fmt: skip
