@@ -19,10 +19,11 @@ CHUNK, STEPS, POSITIONS = 12, 4, 64
 
 
 @pytest.mark.parametrize("name", ["v1.5-llama", "v1.6-mistral"])
-@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize(("window", "by_position"), [(None, True), (11, False)])
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
-def test_chunks_and_decode_steps_give_the_logits_of_a_full_pass(name, window, mesh):
-    """Every slot has its own length, and each of its positions gives what it gives in one pass."""
+def test_chunks_and_decode_steps_give_the_logits_of_a_full_pass(name, window, by_position, mesh):
+    """Every slot has its own length, and each of its positions gives what it gives in one pass, in the layout of TPUs
+    too."""
     found, params = load_golden(name)
     config = found.config.replace(text=dataclasses.replace(found.config.text, sliding_window=window))
     random = np.random.default_rng(0)
@@ -40,6 +41,13 @@ def test_chunks_and_decode_steps_give_the_logits_of_a_full_pass(name, window, me
     def put(x):
         return put_rows(np.asarray(x, np.int32), partition.mesh)
 
+    def new_cache(positions):
+        empty = kv.new_cache(text, len(ids), positions, jnp.float32, partition=partition)
+        assert not empty[0].by_position
+        if not by_position:
+            return empty
+        return tuple(dataclasses.replace(x, keys=x.keys.swapaxes(2, 3), by_position=True) for x in empty)
+
     prefill = jax.jit(
         lambda chunk, starts, counts, cache, slots, span: llama.prefill(
             decoder, text, llama.embed(decoder, chunk, partition), starts, counts, cache, slots,
@@ -47,7 +55,7 @@ def test_chunks_and_decode_steps_give_the_logits_of_a_full_pass(name, window, me
         ),
         static_argnums=5,
     )  # fmt: skip
-    cache = kv.new_cache(text, len(ids), POSITIONS, jnp.float32, partition=partition)
+    cache = new_cache(POSITIONS)
     for slot in range(per_shard):
         rows = [slot + per_shard * shard for shard in range(shards)]
         for start in range(0, max(PROMPTS), CHUNK):
@@ -70,7 +78,7 @@ def test_chunks_and_decode_steps_give_the_logits_of_a_full_pass(name, window, me
         )
     )
     for _ in range(2):
-        recent = kv.new_cache(text, len(ids), STEPS, jnp.float32, partition=partition)
+        recent = new_cache(STEPS)
         for i in range(STEPS):
             tokens = [ids[b][lengths[b] + i] for b in range(len(ids))]
             x, recent = step(put(tokens), put(lengths), cache, recent, jnp.int32(i))
@@ -120,10 +128,11 @@ def test_copying_a_slot():
         np.testing.assert_array_equal(after[1:], before[1:])
 
 
-def test_int8_keeps_keys_and_values_to_half_a_step():
+@pytest.mark.parametrize("by_position", [False, True])
+def test_int8_keeps_keys_and_values_to_half_a_step(by_position):
     random = np.random.default_rng(0)
     k, v = (jnp.asarray(random.normal(size=(2, 8, 2, 16)), jnp.float32) for _ in range(2))
-    cached = kv.to_cache(k, v, int8=True)
+    cached = kv.to_cache(k, v, int8=True, by_position=by_position)
     keys, values = kv.read_slots(cached, jnp.array([1]), jnp.array([8]), 8, jnp.float32)
     for read, exact in ((keys[0], k[1]), (values[0], v[1])):
         step = np.abs(exact).max(axis=-1, keepdims=True) / 127
