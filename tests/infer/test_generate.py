@@ -203,7 +203,7 @@ def test_longer_answers_than_the_context_are_truncated_there():
 
 def test_an_image_is_fetched_once(monkeypatch):
     data, asked = (GOLDEN / "images" / "0_64x48.png").read_bytes(), []
-    monkeypatch.setattr(urls, "_download", lambda url: asked.append(url) or data)
+    monkeypatch.setattr(urls, "_download", lambda url, guard=None: asked.append(url) or data)
     engine = golden_engine("v1.5-llama")
     answer = engine.ask("Hi", ["http://x/a.png"], max_new_tokens=4)
     assert asked == ["http://x/a.png"]
@@ -288,7 +288,8 @@ def test_an_engine_asked_with_many_shapes_keeps_a_bounded_number_of_programs(mon
 
 
 def test_text_needs_no_vision_tower():
-    engine = golden_engine("v1.5-llama")
+    found, params = load_golden("v1.5-llama")
+    engine = Engine(params, found.config, found.tokenizer, one_device())
     answer = engine.ask("hello", max_new_tokens=2)
     assert answer.image_tokens == 0
     assert engine._scheduler.statistics.image_queries == 0

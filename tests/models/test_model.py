@@ -15,7 +15,8 @@ from llava_jax.checkpoints import checkpoint
 from llava_jax.data.splice import IGNORE, splice
 from llava_jax.data.templates import choose_template
 from llava_jax.models import llama, llava
-from llava_jax.models.attention import LayerCache, attention, cached_attention
+from llava_jax.models.attention import attention, cached_attention
+from llava_jax.models.cache import new_cache, to_cache
 from llava_jax.sharding.mesh import make_mesh
 from llava_jax.sharding.partition import Partition
 
@@ -138,16 +139,27 @@ def test_attention_without_mask():
     np.testing.assert_allclose(attention(q, k, v), want, atol=2e-6)
 
 
-def test_cached_attention_equals_the_last_row_of_attention():
+@pytest.mark.parametrize("by_position", [False, True])
+def test_cached_attention_equals_the_last_row_of_attention(by_position):
+    """In two caches, behind which there is something else."""
     q, k, v = random_heads()
     whole = attention(q, k, v, causal=True)[:, -1]
-    garbage = jnp.full((2, 2, 8, 20), jnp.nan)
-    keys = jnp.concatenate([k[:, :-1].transpose(0, 2, 3, 1), jnp.nan_to_num(garbage, nan=1e4)], axis=3)
-    values = jnp.concatenate([v[:, :-1].swapaxes(1, 2), jnp.nan_to_num(garbage, nan=1e4).swapaxes(2, 3)], axis=2)
-    visible = jnp.broadcast_to(jnp.arange(319) < 299, (2, 319))
-    np.testing.assert_allclose(
-        cached_attention(q[:, -1], k[:, -1], v[:, -1], LayerCache(keys, values), visible), whole, atol=2e-6
-    )
+    beyond = jnp.full((2, 20, *k.shape[2:]), 1e4)
+    parts = []
+    for positions in (slice(0, 200), slice(200, None)):
+        n = k[:, positions].shape[1]
+        filled = [jnp.concatenate([x[:, positions], beyond], axis=1) for x in (k, v)]
+        parts.append(
+            (to_cache(*filled, by_position=by_position), jnp.broadcast_to(jnp.arange(n + 20) < n, (2, n + 20)))
+        )
+    np.testing.assert_allclose(cached_attention(q[:, -1], parts), whole, atol=2e-6)
+
+
+def prefill(params, config, x_BSD, lengths, positions, *, int8=False):
+    """Prompts in a new cache, each in its own slot."""
+    B = len(x_BSD)
+    cache = new_cache(config, B, positions, x_BSD.dtype, int8=int8)
+    return llama.prefill(params, config, x_BSD, jnp.zeros(B, int), lengths, cache, jnp.arange(B), span=0)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -160,33 +172,26 @@ def test_prefill_gives_what_a_whole_pass_gives(window):
     lengths = jnp.array([20, 11, 1])
     positions = jnp.broadcast_to(jnp.arange(20), (3, 20))
     whole = llama.forward(params, config.text, x_BSD, positions, (positions < lengths[:, None]).astype(int))
-    last, cache = llama.prefill(params, config.text, x_BSD, lengths, 32)
+    last, cache = prefill(params, config.text, x_BSD, lengths, 32)
     np.testing.assert_allclose(last, whole[jnp.arange(3), lengths - 1], atol=1e-5)
-    shapes = [(layer.keys_BKNM.shape, layer.values_BKMN.shape) for layer in cache]
+    shapes = [(layer.keys.shape, layer.values_BKMN.shape) for layer in cache]
     assert shapes == [((3, 2, 8, 32), (3, 2, 32, 8))] * 3
 
 
-def test_a_cache_in_int8():
-    """A byte for a number, each within half a step of 1/127 of its vector's largest; what is computed stays near."""
+def test_a_cache_in_int8_stays_near_another():
     config = c.tiny()
     params = llava.init_params(config, jax.random.key(0))["decoder"]
     x_BSD = jax.random.normal(jax.random.key(1), (3, 20, 32))
-    lengths, slots = jnp.array([20, 11, 1]), jnp.arange(32)
-    results = {}
+    lengths, results = jnp.array([20, 11, 1]), {}
     for int8 in (False, True):
-        x_BD, cache = llama.prefill(params, config.text, x_BSD, lengths, 32, int8=int8)
+        x_BD, cache = prefill(params, config.text, x_BSD, lengths, 32, int8=int8)
+        recent = new_cache(config.text, 3, 4, x_BSD.dtype)
         for step in range(4):
-            visible = (slots < lengths[:, None]) | ((slots >= 20) & (slots < 20 + step))
             more = jax.random.normal(jax.random.key(2 + step), (3, 32))
-            x_BD, cache = llama.decode_step(params, config.text, more, lengths + step, visible, 20 + step, cache)
+            x_BD, recent = llama.decode_step(params, config.text, more, lengths, cache, recent, jnp.int32(step))
         results[int8] = x_BD, cache
-    (exact, plain), (near, small) = results[False], results[True]
-    assert [[x.dtype.name for x in layer] for layer in small] == [["int8", "int8", "float32", "float32"]] * len(plain)
-    (keys, values, *_), (small_keys, small_values, key_scales, value_scales) = plain[0], small[0]
-    for x, whole, scale, axis in ((keys, small_keys, key_scales, 2), (values, small_values, value_scales, 3)):
-        assert whole.shape == x.shape
-        scale = jnp.expand_dims(scale, axis)
-        assert (jnp.abs(whole * scale - x) <= 0.501 * scale + 1e-6).all()
+    (exact, _), (near, small) = results[False], results[True]
+    assert [x.dtype.name for x in jax.tree.leaves(small[0])] == ["int8", "int8", "float32", "float32"]
     size = float(jnp.max(jnp.abs(exact)))
     np.testing.assert_allclose(near, exact, atol=0.02 * size)
     assert float(jnp.max(jnp.abs(near - exact))) > 1e-5 * size

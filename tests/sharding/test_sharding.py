@@ -17,6 +17,7 @@ from llava_jax import config as c
 from llava_jax.console import InputError
 from llava_jax.data.splice import Batch, splice
 from llava_jax.models import llama, llava
+from llava_jax.models.cache import new_cache
 from llava_jax.sharding.fsdp import map_rows
 from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh
 from llava_jax.sharding.partition import Partition, path_of, put_rows
@@ -84,9 +85,17 @@ def test_every_mesh_quantizes_the_same(mesh):
     x_BSD = np.random.default_rng(0).standard_normal((8, 12, found.config.text.width), np.float32)
 
     def cache(params, mesh=None):
-        prefill = jax.jit(llama.prefill, static_argnums=(1, 4), static_argnames=("int8", "partition"))
-        static = dict(int8=True, partition=Partition(found.config, mesh))
-        return prefill(params["decoder"], found.config.text, x_BSD, jnp.full(8, 12), 16, **static)[1]
+        partition, text = Partition(found.config, mesh), found.config.text
+        per_shard = 8 // partition.row_shards
+        slots = jnp.tile(jnp.arange(per_shard), partition.row_shards)
+
+        @jax.jit
+        def fill(params, x_BSD, slots):
+            empty = new_cache(text, 8, 16, x_BSD.dtype, int8=True, partition=partition)
+            zeros, full = jnp.zeros(8, int), jnp.full(8, 12)
+            return llama.prefill(params, text, x_BSD, zeros, full, empty, slots, span=0, partition=partition)[1]
+
+        return fill(params["decoder"], x_BSD, slots)
 
     alone, cut = cache(load_golden("v1.6-mistral")[1]), cache(place("v1.6-mistral", mesh)[1], mesh)
     assert sum(x.dtype == "int8" for x in jax.tree.leaves(alone)) == 2 * found.config.text.layers
