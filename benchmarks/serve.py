@@ -142,7 +142,7 @@ def run_load(model: Model, ours: Server, theirs: dict[str, Send], args) -> dict[
     rounds: dict[str, list[dict]] = {name: [] for name in contenders}
     for number in range(args.rounds):
         for name, send in contenders.items():
-            questions = load.mixed(args.requests, number, f"{name} {number}", model.side)
+            questions = load.mixed(args.requests, number, f"{name} {number}", model.side, args.images)
             if name in ("decoder", "server, text"):
                 questions = [question for question in questions if question.kind != "image"]
             if name == "batches":
@@ -158,7 +158,7 @@ def run_load(model: Model, ours: Server, theirs: dict[str, Send], args) -> dict[
         result[name]["ratio"] = statistics.median(ours / others for ours, others in speeds)
     result["same_answers"] = {name: count_same(model, served, send) for name, send in theirs.items()}
     rate = args.rate or OPEN * result["server"]["requests_per_second"]
-    questions = load.mixed(args.requests, args.rounds, "open", model.side)
+    questions = load.mixed(args.requests, args.rounds, "open", model.side, args.images)
     figures = load.figures(asyncio.run(load.open_loop(served, questions, rate)))
     say(f"{model.name}, open loop, {rate:.2f} requests/s: {describe(figures)}")
     return result | {"open": figures | {"rate": rate}}
@@ -304,6 +304,7 @@ def main() -> int:
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--requests", type=int, default=64, help="of a round (default 64)")
+    p.add_argument("--images", type=float, default=0.2, help="share of questions about an image (default 0.2)")
     p.add_argument("--clients", type=int, default=16, help="of the closed loop (default 16)")
     p.add_argument("--slots", type=int, default=16, help="of the server, and questions of a batch (default 16)")
     p.add_argument("--rate", type=float, help=f"requests/s of the open loop; default: {OPEN:g} of the closed loop's")

@@ -26,11 +26,13 @@ START_SECONDS = 1800.0  # for a server to compile
 CHAT = "/v1/chat/completions"
 
 # The lengths of questions and answers.
-KINDS = {"short": 0.6, "long": 0.2, "image": 0.2}  # an image comes with a short question
+LONG = 0.25  # of the questions without an image
 WORDS = {"short": (8, 64), "long": (128, 512), "image": (8, 64)}  # uniform
 ANSWER = {"median": 32, "sigma": 1.0, "least": 4, "most": 256}  # tokens, log-normal
-MIX = "60% short questions (8 to 64 words), 20% long ones (128 to 512), 20% short ones about an image of its own; " \
-      "answers log-normal, median 32 tokens, sigma 1, from 4 to 256"  # fmt: skip
+MIX = (
+    "a share of the questions is about an image of its own, in 8 to 64 words; a quarter of the others is long (128 to "
+    "512 words), the rest short (8 to 64 words); answers are log-normal, median 32 tokens, sigma 1, from 4 to 256"
+)
 VOCABULARY = "red blue green small large circle square triangle object left right the of and how many is there".split()
 
 
@@ -282,7 +284,7 @@ class Question:
     """A conversation that ends with a question, with an image in its first turn.
 
     Attributes:
-      kind: of `KINDS`.
+      kind: of `WORDS`.
       turns: question, answer, ..., question.
       tokens: of the answer.
     """
@@ -302,12 +304,17 @@ class Question:
         return messages
 
 
-def mixed(count: int, seed: int, words: str, image_side: int) -> list[Question]:
-    """Questions as `MIX`. The seed decides the lengths; `words` what is said and shown."""
+def mixed(count: int, seed: int, words: str, image_side: int, images: float = 0.2) -> list[Question]:
+    """Questions as `MIX`. The seed decides the lengths; `words` what is said and shown.
+
+    Args:
+      images: the share of questions about an image.
+    """
     lengths, pick = random.Random(seed), random.Random(words)
     questions = []
     for _ in range(count):
-        kind = lengths.choices(list(KINDS), list(KINDS.values()))[0]
+        at = lengths.random()
+        kind = "image" if at < images else "long" if at < images + LONG * (1 - images) else "short"
         text = sentence(lengths.randint(*WORDS[kind]), pick)
         tokens = round(ANSWER["median"] * np.exp(lengths.gauss(0, ANSWER["sigma"])))
         tokens = min(max(tokens, ANSWER["least"]), ANSWER["most"])
