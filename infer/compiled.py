@@ -175,15 +175,23 @@ def copy(slots: Slots, sources_A, targets_A, counts_A, *, span: int, partition: 
 
 
 def _decode(
-    params, slots: Slots, stopped, steps, *, span: int, eos_ids: tuple[int, ...], partition: Partition
+    params, slots: Slots, stopped, steps, some=None, *, span: int, eos_ids: tuple[int, ...], partition: Partition
 ) -> tuple[Slots, Chosen]:
-    """Up to `steps` decode steps, at most `STEPS`, of the slots that are neither done nor `stopped` [B]."""
+    """Up to `steps` decode steps, at most `STEPS`, of the slots that are neither done nor `stopped` [B].
+
+    Args:
+      some: numbers of different slots, of which no others are decoded, and which have the rows of the result; None for
+        all. They are copied for it, which pays where rows cost time, on CPUs.
+    """
     text, decoder = partition.config.text, params["decoder"]
     slots = dataclasses.replace(slots, done=slots.done | stopped)
-    B, dtype = len(slots.tokens), decoder["embed"]["embedding"].dtype
+    whole = dataclasses.replace(slots, cache=())
+    start = whole if some is None else jax.tree.map(lambda x: x[some], whole)
+    B, dtype = len(start.tokens), decoder["embed"]["embedding"].dtype
 
     def first(held: cache.Cache) -> cache.Cache:
-        return tuple(cache.first_positions(layer, span) for layer in held)
+        parts = tuple(cache.first_positions(layer, span) for layer in held)
+        return parts if some is None else jax.tree.map(lambda x: x[some], parts)
 
     before_loop = first(slots.cache)
     recent = cache.new_cache(text, B, STEPS, dtype, partition=partition)
@@ -196,7 +204,7 @@ def _decode(
             held, _ = jax.lax.optimization_barrier((slots.cache, step))
             read = first(held)
         x_BD = llama.embed(decoder, now.tokens, partition)
-        x_BD, recent = llama.decode_step(decoder, text, x_BD, slots.lengths, read, recent, step, partition)
+        x_BD, recent = llama.decode_step(decoder, text, x_BD, start.lengths, read, recent, step, partition)
         logits_BV = llama.logits(decoder, text, x_BD, partition)
         running, keys = ~now.done, _fold(now.keys, now.generated)
         controls = now.controls.of_running(running)
@@ -220,12 +228,15 @@ def _decode(
         return step + 1, now, recent, chosen
 
     last_step = jnp.minimum(steps, STEPS)
-    carry = jnp.int32(0), dataclasses.replace(slots, cache=()), recent, chosen
+    carry = jnp.int32(0), start, recent, chosen
     _, now, recent, chosen = jax.lax.while_loop(lambda c: (c[0] < last_step) & ~jnp.all(c[1].done), body, carry)
     int8 = slots.cache[0].is_int8
     new = tuple(cache.quantized(layer) if int8 else layer for layer in recent)
-    each = partition.constrain(jnp.tile(jnp.arange(B // partition.row_shards), partition.row_shards), BATCH)
-    written = cache.write_slots(slots.cache, new, each, slots.lengths, now.lengths - slots.lengths, partition)
+    each = jnp.tile(jnp.arange(B // partition.row_shards), partition.row_shards) if some is None else some
+    each = partition.constrain(each, BATCH)
+    written = cache.write_slots(slots.cache, new, each, start.lengths, now.lengths - start.lengths, partition)
+    if some is not None:
+        now = jax.tree.map(lambda x, new: x.at[some].set(new), whole, now)
     return _constrained(dataclasses.replace(now, cache=written), partition), chosen
 
 

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,9 @@ class Scheduler:
         self.eos_ids, self.stop, self.buckets = eos_ids, stop, buckets or Buckets()
         self.pace, self.int8_cache, self.context = Pace(dispatch_seconds), int8_cache, context
         self.shards, self.requested_slots = partition.row_shards, slots
+        self.decodes_some = (
+            partition.platform == "cpu" and self.shards == 1
+        )  # elsewhere weights take the time, not rows
         self.table = SlotTable(-(-slots // self.shards) * self.shards, self.shards)
         self.statistics = Statistics()
         self.slots = self._new_slots()
@@ -341,22 +344,34 @@ class Scheduler:
         left = {i: generation.limit - self._dispatched[i] for i, generation in self._decoding.items()}
         if not any(n > 0 for n in left.values()):
             return
+        running = {i: generation for i, generation in self._decoding.items() if left[i] > 0}
         steps = min(self.pace.steps(), max(left.values()))
-        longest = max(
-            generation.prompt.length + self._dispatched[i] for i, generation in self._decoding.items() if left[i] > 0
-        )
-        span = round_up(self.buckets.decode_spans(self.context), longest)
+        longest = max(generation.prompt.length + self._dispatched[i] for i, generation in running.items())
+        some = self._rows_of(running)
         self.slots, chosen = compiled.decode_on(self.partition.platform)(
-            self.params, self.slots, self._put(self._stopped), jnp.int32(steps), span=span, eos_ids=self.eos_ids,
+            self.params, self.slots, self._put(self._stopped), jnp.int32(steps),
+            None if some is None else self._put(some),
+            span=round_up(self.buckets.decode_spans(self.context), longest), eos_ids=self.eos_ids,
             partition=self.partition,
         )  # fmt: skip
         self._stopped[:] = False
         self.statistics.dispatches += 1
         self.statistics.decode_steps += steps
-        owners = [(i, generation) for i, generation in self._decoding.items() if left[i] > 0]
-        for i, _ in owners:
-            self._dispatched[i] = min(self._dispatched[i] + steps, self._decoding[i].limit)
+        row_of = {int(i): row for row, i in enumerate(some)} if some is not None else {i: i for i in running}
+        for i, generation in running.items():
+            self._dispatched[i] = min(self._dispatched[i] + steps, generation.limit)
+        owners = [(row_of[i], generation) for i, generation in running.items()]
         self._unread.append(_Dispatched(chosen, owners, steps))
+
+    def _rows_of(self, running: Collection[int]) -> np.ndarray | None:
+        """The slots to decode, where others would cost time: those that are running, and as many more as make a number
+        that is compiled for. None for all."""
+        slots = len(self.table.slots)
+        rows = round_up(self.buckets.decode_rows(slots), len(running))
+        if not self.decodes_some or rows == slots:
+            return None
+        others = [i for i in range(slots) if i not in running]
+        return np.array([*running, *others[: rows - len(running)]], np.int32)
 
     # ------------------------------------------------------------ results
 

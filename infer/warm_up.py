@@ -38,12 +38,15 @@ def warm_up(scheduler: Scheduler, on_program: Callable[[str], object] = lambda n
                 params, scheduler.slots, x_ASD, rows(partition, {}), span=span, eos_ids=scheduler.eos_ids, **static
             )
             on_program(f"prefill of {S} positions after {span}")
-    for span in buckets.decode_spans(context):
-        scheduler.slots, _ = compiled.decode_on(partition.platform)(
-            params, scheduler.slots, put_rows(np.zeros(len(scheduler.table.slots), bool), partition.mesh), jnp.int32(0),
-            span=span, eos_ids=scheduler.eos_ids, **static,
-        )  # fmt: skip
-        on_program(f"decode after {span} positions")
+    slots = len(scheduler.table.slots)
+    stopped, steps = put_rows(np.zeros(slots, bool), partition.mesh), jnp.int32(0)
+    for count in buckets.decode_rows(slots) if scheduler.decodes_some else (slots,):
+        some = None if count == slots else put_rows(np.arange(count, dtype=np.int32), partition.mesh)
+        for span in buckets.decode_spans(context):
+            scheduler.slots, _ = compiled.decode_on(partition.platform)(
+                params, scheduler.slots, stopped, steps, some, span=span, eos_ids=scheduler.eos_ids, **static
+            )
+            on_program(f"decode of {count} slots after {span} positions")
     for span in buckets.prefill_spans(context)[1:]:
         scheduler.slots = compiled.copy(scheduler.slots, none, none, none, span=span, **static)
         on_program(f"copy of {span} positions")

@@ -63,3 +63,7 @@ class Buckets:
     def decode_spans(self, context: int) -> tuple[int, ...]:
         """The numbers of a slot's positions that decode steps may read."""
         return spans(context, 256, 2)
+
+    def decode_rows(self, slots: int) -> tuple[int, ...]:
+        """The numbers of slots that are decoded at a time where rows cost time."""
+        return spans(slots, 1, 4)
