@@ -4,6 +4,7 @@ A slot keeps what it holds after its answer has ended, until another prompt take
 them does, the next turn of a conversation for example, is only computed from where they differ.
 """
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -46,7 +47,8 @@ class SlotTable:
         """The best slot for a prompt; None if all are in use.
 
         The slot that holds most of the prompt is continued, if the prompt has at least half of what it holds; otherwise
-        the prompt gets the slot unused for longest, and what another slot of its group holds is copied.
+        the prompt gets the slot unused for longest, and what another slot of its group holds is copied. Where nothing
+        is worth a copy, it is a slot of the group with the fewest answers, since groups prefill at the same time.
         """
         free = [slot for slot in self.slots if slot.owner is None]
         if not free:
@@ -58,12 +60,16 @@ class SlotTable:
             longest = max(common.values())
             if common[best.index] >= longest or longest < MIN_COPY:
                 return Place(best, common[best.index])
-        oldest = min(free, key=lambda slot: (len(slot.keys) > 0, slot.used))
-        group = [slot for slot in self.slots if self.shard(slot) == self.shard(oldest)]
-        source = max(group, key=lambda slot: common[slot.index])
-        if source is oldest or common[source.index] < MIN_COPY:
-            return Place(oldest, common[oldest.index])
-        return Place(oldest, common[source.index], source)
+        groups = {self.shard(slot) for slot in free}
+        source = max((slot for slot in self.slots if self.shard(slot) in groups), key=lambda slot: common[slot.index])
+        copies = common[source.index] >= MIN_COPY
+        if copies:
+            free = [slot for slot in free if self.shard(slot) == self.shard(source)]
+        answers = collections.Counter(self.shard(slot) for slot in self.slots if slot.owner is not None)
+        oldest = min(free, key=lambda slot: (len(slot.keys) > 0, answers[self.shard(slot)], slot.used))
+        if copies and source is not oldest:
+            return Place(oldest, common[source.index], source)
+        return Place(oldest, common[oldest.index])
 
     def take(self, place: Place, owner: Any, keys: np.ndarray) -> None:
         """Give a slot to a generation with a prompt of `keys`."""

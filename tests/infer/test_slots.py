@@ -78,12 +78,23 @@ def test_all_slots_in_use():
 
 def test_nothing_is_copied_between_shards():
     table = SlotTable(4, shards=2)
-    give(table, keys((0, 500)), release=False)  # slot 0
-    assert table.find(keys((0, 500), (1, 1))).slot.index == 1
-    give(table, keys((3000, 100)), release=False)  # slot 1: the first shard is full
+    long = keys((0, 500))
+    assert [give(table, keys((i, 100)), release=False).slot.index for i in (3000, 4000)] == [0, 2]
+    table.slots[0].keys = long
     place = table.find(keys((0, 500), (1, 1)))
-    assert table.shard(place.slot) == 1
-    assert (place.source, place.reused) == (None, 0)
+    assert (place.slot.index, place.source, place.reused) == (1, table.slots[0], 500)
+    table.slots[1].owner = "owner"  # the first shard is full
+    place = table.find(keys((0, 500), (1, 1)))
+    assert (place.slot.index, place.source, place.reused) == (3, None, 0)
+
+
+def test_prompts_are_spread_over_shards():
+    """Shards prefill at the same time; a long prefix is worth a slot where it is."""
+    table = SlotTable(8, shards=4)
+    places = [give(table, keys((1000 * i, 200)), release=False) for i in range(1, 5)]
+    assert [table.shard(place.slot) for place in places] == [0, 1, 2, 3]
+    shared = table.find(keys((3000, 200), (1, 1)))
+    assert (table.shard(shared.slot), shared.source, shared.reused) == (2, places[2].slot, 200)
 
 
 def test_random_prompts_never_reuse_what_is_not_there():
