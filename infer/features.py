@@ -18,6 +18,7 @@ from llava_jax.sharding.partition import Partition, put_tiles
 MAX_BYTES = 2**29  # of features kept, on each device
 MAX_TILES = 8  # encoded at once, unless one image has more
 READERS = 4  # threads that read images
+WAIT_SECONDS = 0.02  # until what was submitted or cancelled meanwhile is seen
 
 
 class ImageFeatures:
@@ -108,7 +109,9 @@ class ImageReader:
 
     def want(self, images: Iterable[PromptImage]) -> None:
         """Read these images, and forget all others."""
-        wanted = {image.key: image for image in images}
+        wanted: dict[bytes, PromptImage] = {}
+        for image in images:
+            wanted.setdefault(image.key, image)  # an error names the first to need it
         for key in [key for key in self._reads if key not in wanted]:
             self._reads.pop(key).cancel()
         for key, image in wanted.items():
@@ -138,9 +141,9 @@ class ImageReader:
         return taken
 
     def wait(self, images: Iterable[PromptImage]) -> None:
-        """Wait until one of the images is read, of those that are wanted."""
+        """Wait until one of the images is read, of those that are wanted, or for `WAIT_SECONDS`."""
         reads = [self._reads[image.key] for image in images if image.key in self._reads]
-        concurrent.futures.wait(reads, return_when=concurrent.futures.FIRST_COMPLETED)
+        concurrent.futures.wait(reads, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
