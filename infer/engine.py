@@ -26,7 +26,7 @@ from llava_jax.aot.programs import compilations
 from llava_jax.checkpoints.checkpoint import default_dtype, open_checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, integer
-from llava_jax.data.buckets import MAX_SLOTS, Buckets, round_up, spans
+from llava_jax.data.buckets import MAX_SLOTS, MIN_CONTEXT, Buckets, round_up, spans
 from llava_jax.data.prompts import end_ids, prepare_tokenizer
 from llava_jax.data.splice import IMAGE, TEXT
 from llava_jax.data.templates import Template, choose_template, get_template
@@ -146,11 +146,11 @@ class Engine:
           dispatch_seconds: how often tokens should arrive; None for what gives the most tokens per second.
 
         Raises:
-          InputError: the model does not have so many positions.
+          InputError: the model does not have so many positions, or it is less than `MIN_CONTEXT`.
         """
         integer(1, MAX_SLOTS).check("--slots", slots)
         if context is not None:
-            integer(2, self.context).check("--context", context)
+            integer(MIN_CONTEXT, self.context).check("--context", context)
         return Scheduler(
             self.params, self.partition, self.tokenizer, self.features,
             slots=slots, context=context or self.context, eos_ids=self.eos_ids, stop=self.template.stop,

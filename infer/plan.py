@@ -31,7 +31,7 @@ from llava_jax.aot.hlo import Work
 from llava_jax.aot.tpu_plan import Compiled, Plan
 from llava_jax.config import LlavaConfig
 from llava_jax.console import Parser, integer, note, plural, run_main
-from llava_jax.data.buckets import MAX_SLOTS, Buckets
+from llava_jax.data.buckets import MAX_SLOTS, MIN_CONTEXT, Buckets
 from llava_jax.data.images import max_tiles
 from llava_jax.models import llava
 from llava_jax.sharding.mesh import BATCH, FSDP, TENSOR, inference_mesh
@@ -50,7 +50,11 @@ def parser() -> Parser:
         "--slots", type=integer(1, 2**20), metavar="N", help="answers at a time; default: as many as fit, at most 256"
     )
     p.add_argument(
-        "--context", type=integer(2, 2**20), default=4096, metavar="N", help="positions of a slot (default 4096)"
+        "--context",
+        type=integer(MIN_CONTEXT, 2**20),
+        default=4096,
+        metavar="N",
+        help="positions of a slot (default 4096)",
     )
     add_cache_flag(p)
     return p

@@ -32,7 +32,7 @@ from llava_jax.console import (
     run_main,
     shorten,
 )
-from llava_jax.data.buckets import MAX_SLOTS
+from llava_jax.data.buckets import MAX_SLOTS, MIN_CONTEXT
 from llava_jax.data.templates import get_template
 
 KEY = "LLAVA_API_KEY"
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--slots", type=integer(1, MAX_SLOTS), default=16, metavar="N", help="requests that run at a time (default 16)"
     )
     server.add_argument(
-        "--context", type=integer(2, 2**20), metavar="N",
+        "--context", type=integer(MIN_CONTEXT, 2**20), metavar="N",
         help=f"positions of a request, prompt and answer; default: {CONTEXT}, or the model's own if that is less",
     )  # fmt: skip
     server.add_argument("--warm-up", action="store_true", help="compile everything before the first request")

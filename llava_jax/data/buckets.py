@@ -16,6 +16,7 @@ TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 PROMPT_TILES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 CHUNKS = (64, 128, 256, 512)  # positions of a prompt that are prefilled at once
 MAX_SLOTS = 256
+MIN_CONTEXT = 16  # positions of a slot, which are at least as many as a dispatch of decode steps writes
 NOUNS = {"lengths": "positions of a prompt", "tiles": "tiles"}  # in errors
 
 
