@@ -208,6 +208,7 @@ class Scheduler:
         for generation in (*owners, *self._waiting):
             self._end(generation, "error", error)
         self._waiting.clear()
+        self._unread.clear()
 
     # ------------------------------------------------------------ joining and leaving
 
@@ -354,7 +355,7 @@ class Scheduler:
             span=round_up(self.buckets.decode_spans(self.context), longest), eos_ids=self.eos_ids,
             partition=self.partition,
         )  # fmt: skip
-        self._stopped[:] = False
+        self._stopped = np.zeros_like(self._stopped)  # on a CPU the device may read the array itself
         self.statistics.dispatches += 1
         self.statistics.decode_steps += steps
         row_of = {int(i): row for row, i in enumerate(some)} if some is not None else {i: i for i in running}
@@ -402,8 +403,9 @@ class Scheduler:
             self.statistics.generated_tokens += 1
         for slot in self.table.slots:
             if slot.owner is generation:  # all but the last token are in the cache
-                answer = np.array([token.id for token in generation.tokens[:-1]], np.int64)
-                slot.keys = np.concatenate([generation.prompt.keys, answer])
+                known = len(slot.keys) - generation.prompt.length
+                new = np.array([token.id for token in generation.tokens[known:-1]], np.int64)
+                slot.keys = np.concatenate([slot.keys, new])
         if generation.done:
             self._release(generation)
         generation.on_update(generation)
