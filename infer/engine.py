@@ -6,6 +6,7 @@ on is only computed from where its last turn ended.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -179,10 +180,8 @@ class Engine:
         before = compilations()
         scheduler = self._slots([prepared], settings, slots=1)
         generation = scheduler.submit(prepared, settings)
-        try:
+        with self._answering(scheduler, [generation]):
             scheduler.run([generation])
-        finally:
-            _cancel(scheduler, [generation])
         return _answer(generation, compilations() - before)
 
     def stream(self, prompt, images: Sequence = (), *, system: str | None = None, **sampling) -> Iterator[str | Answer]:
@@ -192,14 +191,12 @@ class Engine:
         before, shown = compilations(), 0
         scheduler = self._slots([prepared], settings, slots=1, dispatch_seconds=STREAM_SECONDS)
         generation = scheduler.submit(prepared, settings)
-        try:
+        with self._answering(scheduler, [generation]):
             while not generation.done:
                 scheduler.step()
                 if len(text := generation.text) > shown:
                     yield text[shown:]
                     shown = len(text)
-        finally:
-            _cancel(scheduler, [generation])
         yield _answer(generation, compilations() - before)
 
     def generate(
@@ -232,20 +229,20 @@ class Engine:
             first = [prompt for _, future in ahead if isinstance(prompt := future.result(), Prompt)]
             scheduler = self._slots(first, sampling, slots=rows)
             try:
-                while ahead or running:
-                    while ahead and len(running) < 2 * rows and (ahead[0][1].done() or not running):
-                        i, future = ahead.popleft()
-                        if isinstance(prompt := future.result(), InputError):
-                            yield i, prompt
-                        else:
-                            scheduler.grow(self._positions([prompt], sampling))
-                            running[i] = scheduler.submit(prompt, sampling)
-                        prepare_more()
-                    scheduler.step()
-                    for i in [i for i, generation in running.items() if generation.done]:
-                        yield i, _answer_or_error(running.pop(i), compilations() - before)
+                with self._answering(scheduler, running.values()):
+                    while ahead or running:
+                        while ahead and len(running) < 2 * rows and (ahead[0][1].done() or not running):
+                            i, future = ahead.popleft()
+                            if isinstance(prompt := future.result(), InputError):
+                                yield i, prompt
+                            else:
+                                scheduler.grow(self._positions([prompt], sampling))
+                                running[i] = scheduler.submit(prompt, sampling)
+                            prepare_more()
+                        scheduler.step()
+                        for i in [i for i, generation in running.items() if generation.done]:
+                            yield i, _answer_or_error(running.pop(i), compilations() - before)
             finally:
-                _cancel(scheduler, running.values())
                 pool.shutdown(cancel_futures=True)
 
     def score(self, prompt, candidates: Sequence[str], images: Sequence = (), *, system=None) -> list[Score]:
@@ -262,10 +259,8 @@ class Engine:
         settings = Sampling(max_new_tokens=1)
         scheduler = self._slots([question, *answered], settings, slots=1)
         generation = scheduler.submit(question, settings)
-        try:
+        with self._answering(scheduler, [generation]):
             scheduler.run([generation])
-        finally:
-            _cancel(scheduler, [generation])
         if generation.error:
             raise generation.error
         return [
@@ -310,6 +305,24 @@ class Engine:
         known.grow(positions)
         known.pace.dispatch_seconds = dispatch_seconds
         return known
+
+    @contextlib.contextmanager
+    def _answering(self, scheduler: Scheduler, generations: Iterable[Generation]) -> Iterator[None]:
+        """Run the block, and free the slots of those generations that it leaves unfinished.
+
+        An error of the device or an interrupt may leave slots half-written: the next question gets new ones.
+        """
+        try:
+            yield
+        except (GeneratorExit, InputError):  # nobody reads the rest, or a request is invalid
+            _cancel(scheduler, generations)
+            raise
+        except BaseException:
+            if self._scheduler is scheduler:
+                self._scheduler = None
+            scheduler.close()
+            raise
+        _cancel(scheduler, generations)
 
     def _positions(self, prompts: Sequence[Prompt], sampling: Sampling) -> int:
         """Positions of a slot that prompts and their answers need, rounded up."""

@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from helpers import GOLDEN, QUESTION, load_golden, one_device
+from infer import compiled
 from infer.engine import Answer, Engine
 from infer.prompt import Request
 from infer.sampling import Sampling
 from llava_jax.console import InputError
-from llava_jax.data.buckets import Buckets
+from llava_jax.data.buckets import MIN_CONTEXT, Buckets
+from llava_jax.data.templates import Template
 from llava_jax.sharding.mesh import make_mesh
 from llava_jax.sharding.partition import Partition
 
@@ -152,6 +154,57 @@ def test_a_prompt_that_no_slot_has_room_for_is_refused():
     scheduler = engine.scheduler(1, 32)
     with pytest.raises(InputError, match="at most 31 fit a slot's context of 32"):
         scheduler.submit(engine.prepare(REQUESTS[0]), Sampling())
+
+
+def test_the_smallest_context_answers():
+    engine = new_engine("v1.5-llama")
+    scheduler = engine.scheduler(1, MIN_CONTEXT)
+    generation = scheduler.submit(engine.prepare(Request(("A",)), template=Template("plain")), Sampling())
+    scheduler.run([generation])
+    assert len(generation.tokens) == MIN_CONTEXT - generation.prompt.length or generation.stopped_by == "end"
+    with pytest.raises(InputError, match="--context 15"):
+        engine.scheduler(1, MIN_CONTEXT - 1)
+
+
+def test_an_error_of_the_device_does_not_outlive_its_question(monkeypatch):
+    engine = new_engine("v1.5-llama")
+    expected = engine.ask(QUESTION, image_file(0), max_new_tokens=NEW).token_ids
+    prefill = compiled.prefill
+
+    def fail(params, slots, *args, **options):
+        prefill(params, slots, *args, **options)  # the slots are donated
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "prefill", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.ask("And now?", max_new_tokens=NEW)
+    answer = engine.ask(QUESTION, image_file(0), max_new_tokens=NEW)
+    assert (answer.token_ids, answer.cached_tokens) == (expected, 0)
+
+
+def test_keys_of_a_slot_are_those_of_its_prompt_and_answer():
+    engine = new_engine("v1.5-llama")
+    answer = engine.ask(QUESTION, image_file(0), max_new_tokens=40, ignore_eos=True)  # several dispatches
+    prompt = engine.prepare(REQUESTS[0])
+    expected = [*prompt.keys, *answer.token_ids[:-1]]  # the last one is not in the cache
+    assert engine._scheduler.table.slots[0].keys.tolist() == expected
+
+
+def test_an_array_that_a_device_may_still_read_is_not_changed(monkeypatch):
+    """On a CPU, an array on the device may be the host's own memory."""
+    engine = new_engine("v1.5-llama")
+    scheduler, given = engine.scheduler(2, 512), []
+    put = scheduler._put
+    monkeypatch.setattr(scheduler, "_put", lambda rows: given.append((rows, rows.copy())) or put(rows))
+    first = scheduler.submit(engine.prepare(REQUESTS[4]), Sampling(max_new_tokens=400, ignore_eos=True))
+    second = scheduler.submit(engine.prepare(REQUESTS[1]), Sampling(max_new_tokens=40, ignore_eos=True))
+    while not first.tokens:
+        scheduler.step()
+    first.cancel()
+    scheduler.run([second])
+    assert any(before.any() for _, before in given)  # the cancelled slot was stopped
+    assert all((rows == before).all() for rows, before in given)
 
 
 def test_one_stream_stopped_early_does_not_hold_the_engine():
