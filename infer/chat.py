@@ -18,7 +18,7 @@ from typing import Any
 
 from infer.conversation import Conversation, Exchange, Image, load, place_images, read_image, save
 from infer.flags import add_model_flags, add_sampling_flags, load_engine, sampling_of
-from infer.generate import BUNDLED, QUESTION, TRAINED_ON
+from infer.generate import BUNDLED, QUESTION, TRAINED_ON, use_bundled
 from infer.line_input import LineInput, bold, history_file, interrupts
 from infer.sampling import Sampling
 from llava_jax.console import (
@@ -58,10 +58,7 @@ def main() -> int:
     sampling = sampling_of(args)
     images = tuple(map(read_image, args.image))  # and on an invalid image
     if args.checkpoint is None:
-        if args.vision_tower is not None:
-            raise InputError("--vision-tower needs --checkpoint")
-        args.checkpoint = str(BUNDLED)
-        note(f"no --checkpoint: using the bundled model, trained on {TRAINED_ON} ({BUNDLED})")
+        use_bundled(args)
         note(f"try: /image {shlex.quote(str(BUNDLED / 'example.png'))}, then: {QUESTION}")
     lines = LineInput(list(COMMANDS), TAKE_FILES, history=None if args.no_history else history_file())
     chat = Chat(load_engine(args), sampling, lines, args.system or None, images)

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def use_bundled(args: argparse.Namespace) -> None:
+def use_bundled(args: argparse.Namespace, verb: str = "using") -> None:
     """Select the bundled model, and log that.
 
     Raises:
@@ -63,10 +63,7 @@ def use_bundled(args: argparse.Namespace) -> None:
     if args.vision_tower is not None:
         raise InputError("--vision-tower needs --checkpoint")
     args.checkpoint = str(BUNDLED)
-    note(f"no --checkpoint: using the bundled model, trained on {TRAINED_ON} ({BUNDLED})")
-    if not args.image and args.prompt is None and args.questions is None:
-        args.image, args.prompt = [str(BUNDLED / "example.png")], QUESTION
-        note(f'--image {args.image[0]} --prompt "{args.prompt}"')
+    note(f"no --checkpoint: {verb} the bundled model, trained on {TRAINED_ON} ({BUNDLED})")
 
 
 def main() -> int:
@@ -79,6 +76,9 @@ def main() -> int:
             raise InputError(f"--{name.replace('_', '-')} needs --questions")
     if args.checkpoint is None:
         use_bundled(args)
+        if not args.image and args.prompt is None and args.questions is None:
+            args.image, args.prompt = [str(BUNDLED / "example.png")], QUESTION
+            note(f'--image {args.image[0]} --prompt "{args.prompt}"')
     if bool(args.questions) == (args.prompt is not None):
         raise InputError("give either --prompt or --questions")
     if args.questions and not args.answers:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from infer.flags import add_model_flags, load_engine
-from infer.generate import BUNDLED, TRAINED_ON
+from infer.generate import TRAINED_ON, use_bundled
 from infer.serve.settings import Settings, digest_key
 from llava_jax.console import (
     InputError,
@@ -169,7 +169,7 @@ def run_server(args: argparse.Namespace, settings: Settings, listener: socket.so
     from infer.serve.service import Service
 
     if args.checkpoint is None:
-        use_bundled(args)
+        use_bundled(args, "serving")
     engine = load_engine(args)
     context = args.context or min(CONTEXT, engine.context)
     scheduler = engine.scheduler(args.slots, context, dispatch_seconds=DISPATCH_SECONDS)
@@ -190,14 +190,6 @@ def compile_ahead(scheduler) -> None:
     with elapsed("compiling"):
         count = warm_up(scheduler)
     note(f"compiled {plural(count, 'function')} in {time.perf_counter() - start:.0f} s")
-
-
-def use_bundled(args: argparse.Namespace) -> None:
-    """Select the bundled model, and log that."""
-    if args.vision_tower is not None:
-        raise InputError("--vision-tower needs --checkpoint")
-    args.checkpoint = str(BUNDLED)
-    note(f"no --checkpoint: serving the bundled model, trained on {TRAINED_ON} ({BUNDLED})")
 
 
 def run() -> None:
