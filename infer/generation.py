@@ -76,8 +76,8 @@ class Generation:
         """Append a token, which may end the answer."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        text = "" if token in self._ends else self._text.add(token)
         may_stop = len(self.tokens) + 1 > self.sampling.min_new_tokens
+        text = "" if token in self._ends else self._text.add(token, may_stop=may_stop)
         if token in self._ends:
             self._end("end")
         elif token in self._stop_ids and may_stop:

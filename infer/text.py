@@ -27,13 +27,17 @@ class AnswerText:
         self._held = ""  # decoded text that may begin a stop string
         self._space = ""  # whitespace behind `text`
 
-    def add(self, token_id: int) -> str:
-        """Add a token: the text that became certain. Once a stop string was found, further tokens are ignored."""
+    def add(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Add a token: the text that became certain. Once a stop string was found, further tokens are ignored.
+
+        Args:
+          may_stop: False if a stop string that this token completes is text like any other.
+        """
         if self.stopped is not None:
             return ""
         self.token_ids.append(token_id)
         text = self._held + self._stream.add(token_id)
-        if self._stops:
+        if self._stops and may_stop:
             shown = text + self._stream.rest()
             if found := [(at, stop) for stop in self._stops if (at := shown.find(stop)) >= 0]:
                 at, self.stopped = min(found, key=lambda item: item[0])
@@ -61,7 +65,7 @@ class AnswerText:
 
 
 def _beginning(stop: str, text: str) -> int:
-    """Where in a text without a stop string the stop string may begin: the text's length if nowhere."""
+    """Where at the end of a text the stop string may begin: the text's length if nowhere."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)

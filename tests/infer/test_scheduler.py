@@ -115,6 +115,19 @@ def test_every_answer_has_its_own_controls():
     assert {token.id for token in together[2].tokens} == {5}
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stop_strings_do_not_end_an_answer_that_is_too_short(streamed):
+    engine = new_engine("v1.5-llama")
+    options = dict(images=image_file(0), max_new_tokens=NEW, ignore_eos=True)
+    whole = engine.ask(QUESTION, **options)
+    stop = engine.tokenizer.decode(whole.token_ids[:1]).strip()[0]
+    assert engine.ask(QUESTION, **options, stop=stop).text == ""
+    options |= dict(stop=stop, min_new_tokens=NEW)
+    *pieces, answer = engine.stream(QUESTION, **options) if streamed else [engine.ask(QUESTION, **options)]
+    assert (answer.token_ids, answer.text, answer.stopped_by) == (whole.token_ids, whole.text, "length")
+    assert not streamed or "".join(pieces) == whole.text
+
+
 def test_cancelling_frees_the_slot():
     engine = new_engine("v1.5-llama")
     scheduler = engine.scheduler(1, 512)
