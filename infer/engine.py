@@ -180,7 +180,7 @@ class Engine:
         before = compilations()
         scheduler = self._slots([prepared], settings, slots=1)
         generation = scheduler.submit(prepared, settings)
-        with self._answering(scheduler, [generation]):
+        with self._answering([generation]):
             scheduler.run([generation])
         return _answer(generation, compilations() - before)
 
@@ -191,7 +191,7 @@ class Engine:
         before, shown = compilations(), 0
         scheduler = self._slots([prepared], settings, slots=1, dispatch_seconds=STREAM_SECONDS)
         generation = scheduler.submit(prepared, settings)
-        with self._answering(scheduler, [generation]):
+        with self._answering([generation]):
             while not generation.done:
                 scheduler.step()
                 if len(text := generation.text) > shown:
@@ -229,14 +229,15 @@ class Engine:
             first = [prompt for _, future in ahead if isinstance(prompt := future.result(), Prompt)]
             scheduler = self._slots(first, sampling, slots=rows)
             try:
-                with self._answering(scheduler, running.values()):
+                with self._answering(running.values()):
                     while ahead or running:
                         while ahead and len(running) < 2 * rows and (ahead[0][1].done() or not running):
                             i, future = ahead.popleft()
                             if isinstance(prompt := future.result(), InputError):
                                 yield i, prompt
                             else:
-                                scheduler.grow(self._positions([prompt], sampling))
+                                # Who iterates may have asked something else, with other slots.
+                                scheduler = self._slots([prompt], sampling, slots=rows)
                                 running[i] = scheduler.submit(prompt, sampling)
                             prepare_more()
                         scheduler.step()
@@ -259,7 +260,7 @@ class Engine:
         settings = Sampling(max_new_tokens=1)
         scheduler = self._slots([question, *answered], settings, slots=1)
         generation = scheduler.submit(question, settings)
-        with self._answering(scheduler, [generation]):
+        with self._answering([generation]):
             scheduler.run([generation])
         if generation.error:
             raise generation.error
@@ -307,7 +308,7 @@ class Engine:
         return known
 
     @contextlib.contextmanager
-    def _answering(self, scheduler: Scheduler, generations: Iterable[Generation]) -> Iterator[None]:
+    def _answering(self, generations: Iterable[Generation]) -> Iterator[None]:
         """Run the block, and free the slots of those generations that it leaves unfinished.
 
         An error of the device or an interrupt may leave slots half-written: the next question gets new ones.
@@ -315,14 +316,22 @@ class Engine:
         try:
             yield
         except (GeneratorExit, InputError):  # nobody reads the rest, or a request is invalid
-            _cancel(scheduler, generations)
+            self._cancel(generations)
             raise
         except BaseException:
-            if self._scheduler is scheduler:
-                self._scheduler = None
-            scheduler.close()
+            if self._scheduler:
+                self._scheduler.close()
+            self._scheduler = None
             raise
-        _cancel(scheduler, generations)
+        self._cancel(generations)
+
+    def _cancel(self, generations: Iterable[Generation]) -> None:
+        """Free the slots of generations that nobody waits for any more."""
+        left = [generation for generation in generations if not generation.done]
+        for generation in left:
+            generation.cancel()
+        if left and self._scheduler:
+            self._scheduler.step()
 
     def _positions(self, prompts: Sequence[Prompt], sampling: Sampling) -> int:
         """Positions of a slot that prompts and their answers need, rounded up."""
@@ -342,15 +351,6 @@ def _request(prompt: str | Sequence[str], images: Sequence, system: str | None) 
         raise InputError("a prompt is a question, or a conversation: question, answer, ..., question")
     images = (images,) if isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert") else tuple(images)
     return Request(turns, images, system)
-
-
-def _cancel(scheduler: Scheduler, generations: Iterable[Generation]) -> None:
-    """Free the slots of generations that nobody waits for any more."""
-    left = [generation for generation in generations if not generation.done]
-    for generation in left:
-        generation.cancel()
-    if left:
-        scheduler.step()
 
 
 def _answer(generation: Generation, compiled: int) -> Answer:

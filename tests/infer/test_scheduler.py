@@ -228,6 +228,17 @@ def test_one_stream_stopped_early_does_not_hold_the_engine():
     assert engine._scheduler.idle
 
 
+def test_the_engine_answers_other_questions_between_those_of_generate(alone):
+    engine = new_engine()
+    unreadable = Request(("What is this?",), ("missing.png",))
+    answers = []
+    for i, answer in engine.generate([unreadable, REQUESTS[1], REQUESTS[4]], Sampling(max_new_tokens=NEW), rows=2):
+        answers.append((i, answer))
+        assert engine.ask(QUESTION, image_file(0), max_new_tokens=NEW).token_ids == alone[0]
+    assert isinstance(answers[0][1], InputError)
+    assert {i: answer.token_ids for i, answer in answers[1:]} == {1: alone[1], 2: alone[4]}
+
+
 # ---------------------------------------------------------------- what is known is not computed again
 
 
