@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from llava_jax.console import InputError, shorten
 from llava_jax.data.urls import Guard, NamedBytes, fetch, is_url
 
+SPECIAL = ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("192.88.99.0/24")  # RFC 6890, 7526: not hosts
 URL = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?([/?#][!-~]*)?", re.IGNORECASE)
 DOMAIN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
 
@@ -89,6 +90,8 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
             return is_public(address.ipv4_mapped)
         if address.sixtofour or address.is_site_local:
             return False
+    if any(address in network for network in SPECIAL):  # Python releases differ in what they know of these
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
