@@ -251,6 +251,8 @@ class Engine:
 
         Arguments and errors are those of `ask`.
         """
+        if isinstance(candidates, str):
+            raise InputError("candidates are a list of strings")
         request = _request(prompt, images, system)
         question = self.prepare(request)
         answered = [

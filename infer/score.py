@@ -9,8 +9,9 @@ from infer.inputs import Chunk, inputs
 from infer.prompt import Prompt, Request
 from infer.scheduler import Scheduler
 from infer.slots import common_prefix
-from llava_jax.console import InputError
+from llava_jax.console import InputError, show_value
 from llava_jax.data.buckets import round_up
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.sharding.partition import put_rows
 
 
@@ -30,10 +31,14 @@ def with_answer(request: Request, answer: str) -> Request:
     """A question with an answer.
 
     Raises:
-      InputError: the answer is empty.
+      InputError: the answer is not a text, is empty, or would place an image.
     """
+    if not isinstance(answer, str):
+        raise InputError(f"a candidate answer is {show_value(answer)}; must be a string")
     if not answer.strip():
         raise InputError("a candidate answer is empty")
+    if IMAGE_TOKEN in answer:
+        raise InputError(f"a candidate answer contains {IMAGE_TOKEN}, which is for questions")
     return dataclasses.replace(request, turns=(*request.turns, answer))
 
 

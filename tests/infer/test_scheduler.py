@@ -9,6 +9,9 @@ from PIL import Image
 
 from helpers import GOLDEN, QUESTION, load_golden, one_device
 from infer import compiled
+
+
+from helpers import GOLDEN, QUESTION, golden_engine, load_golden, one_device
 from infer.engine import Answer, Engine
 from infer.prompt import Request
 from infer.sampling import Sampling
@@ -344,3 +347,11 @@ def test_scores_of_candidates_are_those_of_a_full_pass(name):
         assert engine.tokenizer.decode(score.token_ids).strip() == candidate.strip()
     with pytest.raises(InputError, match="candidate answer is empty"):
         engine.score(QUESTION, [" "])
+
+
+@pytest.mark.parametrize(
+    "candidates, problem", [("yes", "a list of strings"), ([1], "1; must be"), (["a <image>"], "contains <image>")]
+)
+def test_what_is_no_candidate(candidates, problem):
+    with pytest.raises(InputError, match=problem):
+        golden_engine("v1.5-llama").score(QUESTION, candidates, [image_file(0)])
