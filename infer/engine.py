@@ -37,7 +37,6 @@ from llava_jax.sharding.mesh import inference_mesh, make_mesh, parse_mesh
 from llava_jax.sharding.partition import Partition, put_rows
 
 STREAM_SECONDS = 0.1  # between pieces of a streamed answer
-WINDOW = 256  # requests that are prepared ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +221,7 @@ class Engine:
             remaining = iter(enumerate(requests))
 
             def prepare_more() -> None:
-                for i, request in itertools.islice(remaining, WINDOW - len(ahead)):
+                for i, request in itertools.islice(remaining, 2 * rows - len(ahead)):
                     ahead.append((i, pool.submit(self._prepare_or_error, request)))
 
             prepare_more()
@@ -266,6 +265,8 @@ class Engine:
             scheduler.run([generation])
         if generation.error:
             raise generation.error
+        if not scheduler.idle:
+            raise InputError("another answer is being generated: read or close its stream before candidates are scored")
         return [
             score_answer(scheduler, question, whole, text) for whole, text in zip(answered, candidates, strict=True)
         ]

@@ -93,7 +93,7 @@ class Generation:
         """End without another token."""
         self.error = error
         self._end(by)
-        if (rest := self._text.finish()) and self.tokens:
+        if not error and (rest := self._text.finish()) and self.tokens:
             self.tokens[-1] = dataclasses.replace(self.tokens[-1], text=self.tokens[-1].text + rest)
 
     def _end(self, by: str, reason: str | int | None = None) -> None:

@@ -1,5 +1,6 @@
-"""How much work the scheduler dispatches at a time, by how long it took before (host only)."""
+"""How much work the scheduler dispatches at a time, by how long it took before; and how much it did (host only)."""
 
+import dataclasses
 import math
 import time
 
@@ -45,3 +46,16 @@ class Pace:
     def _that_fit(self, each: float, most: int) -> int:
         assert self.dispatch_seconds is not None
         return max(1, min(most, math.floor(self.dispatch_seconds / each))) if each > 0 else most
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Counts since the scheduler began."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    image_queries: int = 0  # images that had to be placed
+    image_hits: int = 0  # those of them that were encoded already
+    dispatches: int = 0
+    decode_steps: int = 0

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import queue
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from infer import compiled
 from infer.features import MAX_TILES, ImageFeatures, ImageReader
 from infer.generation import Generation, top_of
 from infer.inputs import Chunk, inputs, rows
-from infer.pace import Pace
+from infer.pace import Pace, Statistics
 from infer.prompt import Prompt, PromptImage, check_length
 from infer.sampling import Sampling
 from infer.slots import MIN_COPY, Slot, SlotTable, common_prefix
@@ -52,19 +52,6 @@ class _Dispatched:
     chosen: compiled.Chosen
     owners: list[tuple[int, Generation]]  # row, generation
     steps: int  # of decoding; 0 for a prefill
-
-
-@dataclasses.dataclass
-class Statistics:
-    """Counts since the scheduler began."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    image_queries: int = 0  # images that had to be placed
-    image_hits: int = 0  # those of them that were encoded already
-    dispatches: int = 0
-    decode_steps: int = 0
 
 
 class Scheduler:
@@ -244,6 +231,7 @@ class Scheduler:
                 later.append(generation)
                 continue
             if place.source:
+                place.slot.keys = keys[:0]  # until the copy is there
                 self._copy(place.source, place.slot, place.reused)
             self.table.take(place, generation, keys)
             generation.started_at, generation.cached_tokens = time.perf_counter(), place.reused
@@ -348,7 +336,8 @@ class Scheduler:
         running = {i: generation for i, generation in self._decoding.items() if left[i] > 0}
         steps = min(self.pace.steps(), max(left.values()))
         longest = max(generation.prompt.length + self._dispatched[i] for i, generation in running.items())
-        some = self._rows_of(running)
+        rows = round_up(self.buckets.decode_rows(len(self.table.slots)), len(running))
+        some = self.table.some(running, rows) if self.decodes_some else None
         self.slots, chosen = compiled.decode_on(self.partition.platform)(
             self.params, self.slots, self._put(self._stopped), jnp.int32(steps),
             None if some is None else self._put(some),
@@ -363,16 +352,6 @@ class Scheduler:
             self._dispatched[i] = min(self._dispatched[i] + steps, generation.limit)
         owners = [(row_of[i], generation) for i, generation in running.items()]
         self._unread.append(_Dispatched(chosen, owners, steps))
-
-    def _rows_of(self, running: Collection[int]) -> np.ndarray | None:
-        """The slots to decode, where others would cost time: those that are running, and as many more as make a number
-        that is compiled for. None for all."""
-        slots = len(self.table.slots)
-        rows = round_up(self.buckets.decode_rows(slots), len(running))
-        if not self.decodes_some or rows == slots:
-            return None
-        others = [i for i in range(slots) if i not in running]
-        return np.array([*running, *others[: rows - len(running)]], np.int32)
 
     # ------------------------------------------------------------ results
 
@@ -395,11 +374,14 @@ class Scheduler:
         for j, token in enumerate(tokens.tolist()):
             if token == compiled.NONE or generation.done:
                 break
-            if n is None or logprobs is None:
-                generation.add(token)
-            else:
+            details: tuple = ()
+            if n is not None and logprobs is not None:
                 chosen, ids, top = (x[j] for x in logprobs)
-                generation.add(token, float(chosen), top_of(ids, top, n))
+                details = float(chosen), top_of(ids, top, n)
+            try:
+                generation.add(token, *details)
+            except InputError as error:  # a tokenizer that runs within limits has exceeded them
+                return self._end(generation, "error", error)
             self.statistics.generated_tokens += 1
         for slot in self.table.slots:
             if slot.owner is generation:  # all but the last token are in the cache

@@ -6,6 +6,7 @@ them does, the next turn of a conversation for example, is only computed from wh
 
 import collections
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,13 @@ class SlotTable:
         if copies and source is not oldest:
             return Place(oldest, common[source.index], source)
         return Place(oldest, common[oldest.index])
+
+    def some(self, used: Collection[int], count: int) -> np.ndarray | None:
+        """The numbers of `count` slots, those that are `used` first; None for all slots."""
+        if count == len(self.slots):
+            return None
+        others = [slot.index for slot in self.slots if slot.index not in used]
+        return np.array([*used, *others[: count - len(used)]], np.int32)
 
     def take(self, place: Place, owner: Any, keys: np.ndarray) -> None:
         """Give a slot to a generation with a prompt of `keys`."""

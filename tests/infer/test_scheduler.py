@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import GOLDEN, QUESTION, load_golden, one_device
-from infer import compiled
-
-
 from helpers import GOLDEN, QUESTION, golden_engine, load_golden, one_device
+from infer import compiled
 from infer.engine import Answer, Engine
 from infer.prompt import Request
 from infer.sampling import Sampling
