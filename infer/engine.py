@@ -150,7 +150,9 @@ class Engine:
         """
         integer(1, MAX_SLOTS).check("--slots", slots)
         if context is not None:
-            integer(MIN_CONTEXT, self.context).check("--context", context)
+            integer(MIN_CONTEXT, 2**20).check("--context", context)
+        if context is not None and context > self.context:
+            raise InputError(f"--context {context:,}: this model's context has {self.context:,} positions")
         return Scheduler(
             self.params, self.partition, self.tokenizer, self.features,
             slots=slots, context=context or self.context, eos_ids=self.eos_ids, stop=self.template.stop,

@@ -309,7 +309,8 @@ def main() -> int:
         for name, (plan, program) in plans.items():
             tpu_plan.show(plan, program, args.topology, NAMES[name])
         size = f"{planner.bytes_per_slot / 1e6:,.1f} MB of a chip each"
-        print(f"{plural(slots, 'slot')} of {size}; {fit} fit{'' if args.slots is None else ', by arithmetic'}")
+        fit_too = f"{fit} fit" if args.slots is None else "without --slots it finds how many fit"
+        print(f"{plural(slots, 'slot')} of {size}; {fit_too}")
     smaller = "fewer --slots or a smaller --context" if args.slots else "a smaller --context"
     advice = f"try {smaller}{'' if args.int8_cache else ', --int8-cache'}, or more chips along tensor"
     tpu_plan.check_fits(whole(plans), args.topology, advice)

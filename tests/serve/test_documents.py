@@ -1,5 +1,6 @@
 """What docs/serve.md says runs, and names what there is."""
 
+import base64
 import json
 import re
 import shlex
@@ -42,7 +43,8 @@ def test_the_python_runs(server, capsys, monkeypatch):
 
 
 def test_the_request_of_curl_is_answered(server):
-    [body] = re.findall(r"curl .*? -d '(.*?)'", PAGE, re.S)
+    [body] = re.findall(r"curl .*? -d @- << END\n(.*?)\nEND", PAGE, re.S)
+    body = body.replace("$image", base64.b64encode((ROOT / "infer/shapes/example.png").read_bytes()).decode())
     reply = httpx.post(f"{server.url}/v1/chat/completions", json=json.loads(body))
     assert reply.status_code == 200, reply.text
 

@@ -40,7 +40,7 @@ from train.loader import open_data
         ),
         (train_plan, ["--topology", "v5e:2x2", "--remat", "some"], "--remat 'some': only full"),
         (train_plan, ["--topology", "v5e:2x2", "--mesh", "model=4"], "write it as data=1"),
-        (infer_plan, ["--topology", "v5e:2x2", "--context", "1"], "--context 1: must be a whole number from 2"),
+        (infer_plan, ["--topology", "v5e:2x2", "--context", "1"], "--context 1: must be a whole number from 16"),
         (infer_plan, ["--topology", "v5e:2x2", "--slots", "0"], "--slots 0: must be a whole number from 1"),
     ],
 )
