@@ -225,6 +225,7 @@ class Scheduler:
         """Give free slots to waiting prompts, in order. One whose prefix is being prefilled in another slot waits."""
         later: list[Generation] = []
         while self._waiting and (place := self.table.find(keys := self._waiting[0].prompt.keys)):
+            limit_programs()  # here, since a prompt may need another shape
             generation = self._waiting.popleft()
             soon = [common_prefix(filling.generation.prompt.keys, keys) for filling in self._filling]
             if max(soon, default=0) - place.reused >= MIN_COPY:
@@ -268,7 +269,6 @@ class Scheduler:
 
     def _prefill(self) -> bool:
         """Dispatch a chunk for the first prompt of each shard whose images are there. False if there is none."""
-        limit_programs()
         fillings: dict[int, _Filling] = {}
         for filling in list(self._filling):
             shard = self.table.shard(filling.slot)
