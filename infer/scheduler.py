@@ -82,14 +82,16 @@ class Scheduler:
     ):
         self.params, self.partition, self.tokenizer, self.features = params, partition, tokenizer, features
         self.eos_ids, self.stop, self.buckets = eos_ids, stop, buckets or Buckets()
-        self.pace, self.int8_cache, self.context = Pace(dispatch_seconds), int8_cache, context
+        self.pace, self.context = Pace(dispatch_seconds), context
         self.shards, self.requested_slots = partition.row_shards, slots
-        self.decodes_some = (
-            partition.platform == "cpu" and self.shards == 1
-        )  # elsewhere weights take the time, not rows
+        # Elsewhere the weights take the time of a decode step, not its rows.
+        self.decodes_some = partition.platform == "cpu" and self.shards == 1
         self.table = SlotTable(-(-slots // self.shards) * self.shards, self.shards)
         self.statistics = Statistics()
-        self.slots = self._new_slots()
+        self.slots = compiled.new_slots(
+            slots=len(self.table.slots), positions=context, dtype=params["decoder"]["embed"]["embedding"].dtype,
+            int8=int8_cache, partition=partition,
+        )  # fmt: skip
         self._submitted: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         self._waiting: collections.deque[Generation] = collections.deque()
         self._filling: list[_Filling] = []
@@ -391,14 +393,6 @@ class Scheduler:
         if generation.done:
             self._release(generation)
         generation.on_update(generation)
-
-    # ------------------------------------------------------------ arrays
-
-    def _new_slots(self) -> compiled.Slots:
-        return compiled.new_slots(
-            slots=len(self.table.slots), positions=self.context,
-            dtype=self.params["decoder"]["embed"]["embedding"].dtype, int8=self.int8_cache, partition=self.partition,
-        )  # fmt: skip
 
     def _put(self, rows: np.ndarray) -> jax.Array:
         assert self.partition.mesh is not None
