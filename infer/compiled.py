@@ -14,7 +14,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,45 @@ def place(x_ASD, table_RD, rows_AS, *, partition: Partition) -> jax.Array:
 # ---------------------------------------------------------------- slots
 
 
+class InPlace:
+    """`jax.jit` of a function that changes `slots`, which are donated: the cache stays where it is."""
+
+    def __init__(self, f: Callable, *static_argnames: str):
+        functools.update_wrapper(self, f)
+        self.function, self.static_argnames = f, (*static_argnames, "span", "partition")
+        self._jitted: dict[str, Any] = {}
+
+    def on(self, platform: str):
+        """The jitted function. On CPUs XLA copies the whole cache without this option where a program reads it too."""
+        if platform not in self._jitted:
+            options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
+            self._jitted[platform] = jax.jit(
+                self.function, static_argnames=self.static_argnames, donate_argnames="slots",
+                compiler_options=_supported(options),
+            )  # fmt: skip
+        return self._jitted[platform]
+
+    def __call__(self, *arguments, partition: Partition, **static):
+        return self.on(partition.platform)(*arguments, partition=partition, **static)
+
+    def lower(self, *arguments, partition: Partition, **static):
+        return self.on(partition.platform).lower(*arguments, partition=partition, **static)
+
+
+def in_place(*static_argnames: str):
+    """Decorator: `InPlace`."""
+    return lambda f: InPlace(f, *static_argnames)
+
+
+def _supported(options: dict[str, Any]) -> dict[str, Any]:
+    """Compiler options, or none if this release of JAX lacks them."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except Exception:
+        return {}
+    return options
+
+
 @functools.partial(jax.jit, static_argnames=("slots", "positions", "dtype", "int8", "partition"))
 def new_slots(*, slots: int, positions: int, dtype, int8: bool, partition: Partition) -> Slots:
     """Empty slots; `partition.row_shards` divides their number."""
@@ -134,7 +174,7 @@ def grow(slots: Slots, *, positions: int, partition: Partition) -> Slots:
     return dataclasses.replace(slots, cache=cache.grown(slots.cache, positions, partition))
 
 
-@functools.partial(jax.jit, static_argnames=("span", "eos_ids", "partition"), donate_argnames="slots")
+@in_place("eos_ids")
 def prefill(
     params, slots: Slots, x_ASD, rows: Rows, *, span: int, eos_ids: tuple[int, ...], partition: Partition
 ) -> tuple[Slots, Chosen]:
@@ -167,14 +207,15 @@ def prefill(
     return _constrained(Slots(filled, **updated), partition), chosen
 
 
-@functools.partial(jax.jit, static_argnames=("span", "partition"), donate_argnames="slots")
+@in_place()
 def copy(slots: Slots, sources_A, targets_A, counts_A, *, span: int, partition: Partition) -> Slots:
     """Copy the first `counts_A` positions of slots to others."""
     copied = cache.copy_slots(slots.cache, sources_A, targets_A, counts_A, span, partition)
     return dataclasses.replace(slots, cache=copied)
 
 
-def _decode(
+@in_place("eos_ids")
+def decode(
     params, slots: Slots, stopped, steps, some=None, *, span: int, eos_ids: tuple[int, ...], partition: Partition
 ) -> tuple[Slots, Chosen]:
     """Up to `steps` decode steps, at most `STEPS`, of the slots that are neither done nor `stopped` [B].
@@ -238,18 +279,6 @@ def _decode(
     if some is not None:
         now = jax.tree.map(lambda x, new: x.at[some].set(new), whole, now)
     return _constrained(dataclasses.replace(now, cache=written), partition), chosen
-
-
-@functools.cache
-def decode_on(platform: str):
-    """`_decode`, jitted. On CPUs XLA copies the whole cache at each decode step without this option."""
-    options = {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else {}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except Exception:  # this JAX release lacks the option
-        options = {}
-    static = ("span", "eos_ids", "partition")
-    return jax.jit(_decode, static_argnames=static, donate_argnames="slots", compiler_options=options)
 
 
 def _counted(history: History, tokens_B: jax.Array, running_B: jax.Array) -> History:

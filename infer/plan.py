@@ -192,7 +192,7 @@ class Planner:
         )
         stopped, steps = self._rows(number, np.bool_), jax.ShapeDtypeStruct((), np.int32)
         functions["decode"] = Function(
-            functools.partial(compiled.decode_on("tpu").lower, params, slots, stopped, steps, **static),
+            functools.partial(compiled.decode.lower, params, slots, stopped, steps, **static),
             decoder,
             len(self.buckets.decode_spans(context)),
             decoder_flops(model, number, 1, context),

@@ -340,7 +340,7 @@ class Scheduler:
         longest = max(generation.prompt.length + self._dispatched[i] for i, generation in running.items())
         rows = round_up(self.buckets.decode_rows(len(self.table.slots)), len(running))
         some = self.table.some(running, rows) if self.decodes_some else None
-        self.slots, chosen = compiled.decode_on(self.partition.platform)(
+        self.slots, chosen = compiled.decode(
             self.params, self.slots, self._put(self._stopped), jnp.int32(steps),
             None if some is None else self._put(some),
             span=round_up(self.buckets.decode_spans(self.context), longest), eos_ids=self.eos_ids,

@@ -43,7 +43,7 @@ def warm_up(scheduler: Scheduler, on_program: Callable[[str], object] = lambda n
     for count in buckets.decode_rows(slots) if scheduler.decodes_some else (slots,):
         some = None if count == slots else put_rows(np.arange(count, dtype=np.int32), partition.mesh)
         for span in buckets.decode_spans(context):
-            scheduler.slots, _ = compiled.decode_on(partition.platform)(
+            scheduler.slots, _ = compiled.decode(
                 params, scheduler.slots, stopped, steps, some, span=span, eos_ids=scheduler.eos_ids, **static
             )
             on_program(f"decode of {count} slots after {span} positions")
