@@ -58,7 +58,7 @@ def tokenizer(pick: random.Random) -> Attempt:
         found.add_special(["<im_start>"])
         for text in ("USER: It's  2024!\n猫 🙂 é</s>", "a" * 500, ""):
             ids = found.encode(text)[0]
-            found.decode(ids), found.decode_settled(ids)
+            found.decode(ids), list(map(found.stream().add, ids))
 
     return Attempt(run)
 

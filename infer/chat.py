@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="a system message instead of the template's")
     chat.add_argument("--no-history", action="store_true", help="neither read nor keep the lines that are typed")
     how = p.add_argument_group("answers")
-    add_sampling_flags(how)
+    add_sampling_flags(how, logprobs=False)
     return p
 
 
@@ -53,8 +53,6 @@ def main() -> int:
     args = parser().parse_args()
     if args.template:
         get_template(args.template)  # fail on an unknown name before slow imports
-    if args.logprobs is not None:
-        raise InputError("--logprobs: a conversation shows none; python -m infer.generate --json does")
     sampling = sampling_of(args)
     images = tuple(map(read_image, args.image))  # and on an invalid image
     if args.checkpoint is None:

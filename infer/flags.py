@@ -48,8 +48,13 @@ def add_batch_size_flag(parser, default: int) -> None:
     )  # fmt: skip
 
 
-def add_sampling_flags(parser) -> None:
-    """Add a flag for each field of `Sampling` but `stop_token_ids`. `parser` is a parser or a group of one."""
+def add_sampling_flags(parser, *, logprobs: bool = True) -> None:
+    """Add a flag for each field of `Sampling` but `stop_token_ids`.
+
+    Args:
+      parser: a parser or a group of one.
+      logprobs: whether the command can show log probabilities.
+    """
     limits = ranges(Sampling)
 
     def add(name: str, metavar: str, about: str) -> None:
@@ -75,6 +80,8 @@ def add_sampling_flags(parser) -> None:
         help=f"end the answer before this text; repeatable, at most {MAX_STOPS} times",
     )  # fmt: skip
     parser.add_argument("--ignore-eos", action="store_true", help="do not end the answer at an end token")
+    if not logprobs:
+        return
     parser.add_argument(
         "--logprobs", type=limits["top_logprobs"], metavar="N",
         help="with --json, the log probabilities of each token and of the N most likely ones",
@@ -100,7 +107,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
       InputError: they contradict each other.
     """
     named = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling) if hasattr(args, f.name)}
-    return Sampling(**named, top_logprobs=args.logprobs)
+    return Sampling(**named, top_logprobs=getattr(args, "logprobs", None))
 
 
 def load_engine(args: argparse.Namespace):

@@ -1,6 +1,7 @@
 """A prefill's arguments: input embeddings, which are those of tokens with image features in their places, and rows."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -34,6 +35,11 @@ class Chunk:
     def count(self) -> int:
         return self.end - self.start
 
+    @property
+    def is_final(self) -> bool:
+        """Whether a token is chosen after it."""
+        return self.end == self.prompt.length
+
 
 def inputs(params: llava.Params, partition: Partition, chunks: Mapping[int, Chunk], S: int) -> jax.Array:
     """Input embeddings [A, S, D] of chunks, by their row; one row for each shard of rows, padded on the right."""
@@ -55,19 +61,14 @@ def inputs(params: llava.Params, partition: Partition, chunks: Mapping[int, Chun
 def rows(partition: Partition, chunks: Mapping[int, Chunk]) -> compiled.Rows:
     """What `compiled.prefill` needs to know of chunks, by their row; a row without one has no positions."""
     assert partition.mesh is not None
-    A, V = partition.row_shards, partition.config.text.vocab_size
+    A = partition.row_shards
     numbers, flags = np.zeros((4, A), np.int32), np.zeros((3, A), bool)
     samplings, seeds = [DEFAULT] * A, [(0, 0)] * A
-    in_prompt, bias = np.zeros((A, V), bool), np.zeros((A, V), np.float32)
     for row, chunk in chunks.items():
-        prompt, sampling = chunk.prompt, chunk.sampling
+        sampling = chunk.sampling
         numbers[:, row] = chunk.slot, chunk.start, chunk.count, chunk.limit
-        flags[:, row] = chunk.end == prompt.length, sampling.ignore_eos, sampling.top_logprobs is not None
-        samplings[row], seeds[row] = sampling, (sampling.seed, prompt.request.number)
-        if sampling.repetition_penalty != 1:
-            in_prompt[row, prompt.ids[prompt.places == TEXT]] = True
-        if sampling.logit_bias:
-            bias[row] = sampling.bias_row(V)
+        flags[:, row] = chunk.is_final, sampling.ignore_eos, sampling.top_logprobs is not None
+        samplings[row], seeds[row] = sampling, (sampling.seed, chunk.prompt.request.number)
 
     def put(x, mesh=partition.mesh) -> jax.Array:
         return put_rows(np.asarray(x), mesh)
@@ -76,5 +77,29 @@ def rows(partition: Partition, chunks: Mapping[int, Chunk]) -> compiled.Rows:
     final, ignore_eos, wants = map(put, flags)
     keys = jnp.concatenate([row_keys(seed, [number]) for seed, number in seeds])
     controls = Controls(*map(put, Controls.of(samplings)))
-    history = History(put(in_prompt), put(np.zeros((A, V), np.int32)), put(bias))
+    used = {row: chunk for row, chunk in chunks.items() if chunk.is_final and _uses_history(chunk.sampling)}
+    history = _history(partition, used) if used else _no_history(partition)
     return compiled.Rows(slots, starts, counts, limits, final, ignore_eos, wants, keys, controls, history)
+
+
+def _uses_history(sampling: Sampling) -> bool:
+    return sampling.repetition_penalty != 1 or bool(sampling.logit_bias)
+
+
+def _history(partition: Partition, chunks: Mapping[int, Chunk]) -> History:
+    """What penalties and biases refer to before the first token."""
+    assert partition.mesh is not None
+    A, V = partition.row_shards, partition.config.text.vocab_size
+    in_prompt, counts, bias = np.zeros((A, V), bool), np.zeros((A, V), np.int32), np.zeros((A, V), np.float32)
+    for row, chunk in chunks.items():
+        if chunk.sampling.repetition_penalty != 1:
+            in_prompt[row, chunk.prompt.ids[chunk.prompt.places == TEXT]] = True
+        if chunk.sampling.logit_bias:
+            bias[row] = chunk.sampling.bias_row(V)
+    return History(*(put_rows(x, partition.mesh) for x in (in_prompt, counts, bias)))
+
+
+@functools.lru_cache(maxsize=4)
+def _no_history(partition: Partition) -> History:
+    """Kept on the devices, since most prompts need no other."""
+    return _history(partition, {})

@@ -9,9 +9,11 @@ import logging
 import numbers
 import os
 import re
+import signal
 import sys
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,6 +161,8 @@ def _plain(value: float) -> str:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command and exit with its status; an `InputError` prints one line on standard error and exits with 1."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     silence_pillow()
     _open_streams()
     try:
@@ -183,6 +187,16 @@ def run_main(main: Callable[[], int | None]) -> None:
         with contextlib.suppress(OSError):  # not a file, as in a notebook
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _interrupt(_: int, frame: types.FrameType | None) -> None:
+    """Ctrl-C raises `KeyboardInterrupt`, except within an import: extension modules may crash, or swallow it."""
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def silence_pillow() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -150,3 +151,17 @@ def test_a_console_script_introduces_itself(monkeypatch):
     assert parser().format_usage().startswith("usage: python -m convert ")
     monkeypatch.setattr(sys, "argv", ["/usr/bin/llava-convert", "--help"])
     assert parser().format_usage().startswith("usage: llava-convert ")
+
+
+def test_an_interrupt_within_an_import(tmp_path):
+    """Extension modules that are being imported may crash, or swallow the exception."""
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    lines = "from llava_jax.console import run_main; run_main(lambda: __import__('swallows') and 0)"
+    run = subprocess.run(
+        [sys.executable, "-c", lines], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, restore_signals=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")

@@ -95,6 +95,14 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+def _canonical(host: str) -> str:
+    """A host's name, or its address without brackets."""
+    try:
+        return str(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return host.lower().removesuffix(".")
+
+
 def _connect(domains: Sequence[str], host: str, port: int, timeout: float) -> socket.socket:
     """Connect to a host if it is allowed and all its addresses are public.
 
@@ -102,10 +110,10 @@ def _connect(domains: Sequence[str], host: str, port: int, timeout: float) -> so
       Refused: it is not.
       OSError: it cannot be resolved or reached.
     """
-    name = host.lower().removesuffix(".")
-    if not any(name == domain or (domain[:2] == "*." and name.endswith(domain[1:])) for domain in domains):
+    name = _canonical(host)
+    if not any(name == _canonical(domain) or (domain[:2] == "*." and name.endswith(domain[1:])) for domain in domains):
         raise Refused(f"images of {shorten(host)} are not allowed here; send a data: URL")
-    found = socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     for *_, place in found:
         if not is_public(ipaddress.ip_address(str(place[0]).partition("%")[0])):
             raise Refused(f"{shorten(host)} is not a host of the internet; send a data: URL")

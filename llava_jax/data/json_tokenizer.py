@@ -155,12 +155,6 @@ class JsonTokenizer:
             parts = [inner for part in parts for inner in part.get("decoders", [part])]
         return parts
 
-    def decode_settled(self, ids: list[int]) -> str:
-        n = len(ids)  # another byte can change the text of a run of bytes
-        while n and BYTE.fullmatch(self.token(ids[n - 1]) or ""):
-            n -= 1
-        return self.decode(ids[:n], False)
-
     def token_id(self, token: str) -> int | None:
         return self._engine.token_to_id(token)
 

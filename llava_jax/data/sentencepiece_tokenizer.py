@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from llava_jax.console import InputError, first_line, shorten
-from llava_jax.data.decoding import PieceStream, Stream, WholeStream, unfinished
+from llava_jax.data.decoding import PieceStream, Stream, WholeStream
 
 SPACE = "▁"
 BREAK = "\ufdd0"  # a noncharacter of Unicode, in guarded text a boundary between tokens (`Tokenizer.guard`)
@@ -214,13 +214,6 @@ class SentencePieceTokenizer:
             if token and (special or not token.special):
                 text += token.content
         return text
-
-    def decode_settled(self, ids: list[int]) -> str:
-        n = len(ids)
-        while n and self._is_byte(ids[n - 1]):
-            n -= 1
-        run = bytes(int(self._model.id_to_piece(i)[3:5], 16) for i in ids[n:])
-        return self.decode(ids[: len(ids) - unfinished(run)], False)
 
     def stream(self) -> Stream:
         decode = functools.partial(self.decode, special=False)

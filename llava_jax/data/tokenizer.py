@@ -131,10 +131,6 @@ class Tokenizer:
         """Decode ids; special tokens are skipped unless `special`."""
         return self._engine.decode([int(i) for i in ids], special)
 
-    def decode_settled(self, ids: Iterable[int]) -> str:
-        """Decode the part of the text that later ids cannot change: it ends before an incomplete character."""
-        return self._engine.decode_settled([int(i) for i in ids]).rstrip("\ufffd")
-
     def stream(self) -> Stream:
         """A decoder to which ids are added one by one; special tokens are skipped."""
         return self._engine.stream()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -127,7 +128,8 @@ def test_text_is_shown_as_soon_as_it_is_settled(kind, tmp_path):
         ids, answer = tokenizer.encode(text)[0], AnswerText(tokenizer)
         for n, i in enumerate(ids):
             answer.add(i)
-            assert len(answer.text) >= len(tokenizer.decode_settled(ids[: n + 1]).strip())
+            if not re.fullmatch("<0x[0-9A-F]{2}>", tokenizer.token(i)):  # after one, the next byte may change the text
+                assert len(answer.text) >= len(tokenizer.decode(ids[: n + 1]).rstrip("\ufffd").strip())
 
 
 def pieces(text, stops, kind="llama"):

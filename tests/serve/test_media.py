@@ -143,6 +143,13 @@ def test_hosts_with_private_addresses(images, internet):
     assert not images.asked
 
 
+def test_an_allowed_address():
+    with pytest.raises(Refused, match="not a host of the internet"):  # it is allowed, but private
+        fetch("http://[::1]/", parse_domain("[0:0::1]"))
+    with pytest.raises(Refused, match="not allowed here"):
+        fetch("http://[::2]/", parse_domain("[::1]"))
+
+
 def test_the_address_that_was_checked_is_the_one_that_is_asked(images, internet):
     internet["good.example"] = ["127.0.0.1", "127.0.0.2"]  # a second resolution would get the private one
     assert fetch(f"http://good.example:{images.server_port}/a.png")[:4] == b"\x89PNG"
