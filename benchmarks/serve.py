@@ -8,8 +8,9 @@ Clients stream answers over HTTP, greedy and of given lengths: a fixed number of
 (closed loop), and questions that arrive at random (open loop). In the same rounds, with questions of the same lengths
 that nobody has asked before, and medians over the rounds:
 
-    batches       the same server, but batches of questions that all wait for the longest answer (static batching);
-                  goal: at most 1 / 1.5 of the server's tokens per second
+    static        batches of questions that all wait for the longest answer, by the same server with static shapes: each
+                  step computes the whole batch; goal: at most 1 / 1.5 of the server's tokens per second
+    batches       the same with what the server does on CPUs: steps compute only the rows that have not ended
     transformers  `transformers serve` with the same weights in the same dtype; goal: at most 1 / 2
     alone         one client; goal: per token, at least 0.95 of the speed of `Engine.generate` with one slot; beside it
                   `Engine.stream`, and `Engine.generate` with as many slots as the server
@@ -46,7 +47,7 @@ from serve_models import Model, find_model, write_decoder  # noqa: E402
 
 MODELS = ("shapes", devices.SMALL)
 PARTS = ("load", "alone", "second")
-GOALS = {"batches": 1.5, "transformers": 2.0, "decoder": 2.0}  # the server's tokens per second, of theirs
+GOALS = {"static": 1.5, "transformers": 2.0, "decoder": 2.0}  # the server's tokens per second, of theirs
 ALONE = 0.95  # speed per token with one client, of `Engine.generate`'s
 SECOND = 0.1  # time to the first token, of the first question's
 SECOND_TOKENS = 16
@@ -133,10 +134,10 @@ def _run_engine(pipe, directory: Path, dtype: str, slots: int) -> None:
 # ---------------------------------------------------------------- the parts
 
 
-def run_load(model: Model, ours: Server, theirs: dict[str, Send], args) -> dict[str, Any]:
+def run_load(model: Model, ours: Server, static: Server, theirs: dict[str, Send], args) -> dict[str, Any]:
     """Rounds of the closed loop by each contender, and the open loop."""
     served = ask_ours(ours)
-    contenders = {"server": served, "batches": served, **theirs}
+    contenders = {"server": served, "static": ask_ours(static), "batches": served, **theirs}
     if "decoder" in theirs:
         contenders["server, text"] = served
     rounds: dict[str, list[dict]] = {name: [] for name in contenders}
@@ -145,14 +146,14 @@ def run_load(model: Model, ours: Server, theirs: dict[str, Send], args) -> dict[
             questions = load.mixed(args.requests, number, f"{name} {number}", model.side, args.images)
             if name in ("decoder", "server, text"):
                 questions = [question for question in questions if question.kind != "image"]
-            if name == "batches":
+            if name in ("static", "batches"):
                 replies = load.batches(send, questions, args.slots)
             else:
                 replies = load.closed_loop(send, questions, args.clients)
             rounds[name].append(figures := load.figures(asyncio.run(replies)))
             say(f"{model.name}, round {number + 1} of {args.rounds}, {name}: {describe(figures)}")
     result: dict[str, Any] = {name: medians(each) for name, each in rounds.items()}
-    for name in ("batches", *theirs):
+    for name in ("static", "batches", *theirs):
         alike = rounds["server, text" if name == "decoder" else "server"]
         speeds = [(a["tokens_per_second"], b["tokens_per_second"]) for a, b in zip(alike, rounds[name], strict=True)]
         result[name]["ratio"] = statistics.median(ours / others for ours, others in speeds)
@@ -235,16 +236,18 @@ def run_model(name: str, scratch: Path, args) -> dict[str, Any]:
     """All parts with a model."""
     model = find_model(name, scratch, args.dtype)
     result: dict[str, Any] = {}
-    flags = ("--checkpoint", str(model.directory), "--dtype", args.dtype, "--slots", str(args.slots))
+    flags = ["--checkpoint", str(model.directory), "--dtype", args.dtype, "--slots", str(args.slots)]
+    flags += ["--context", str(model.context), "--warm-up"]
     with contextlib.ExitStack() as stack:
         begin = time.perf_counter()
         say(f"{name}: compiling")
         log = scratch / f"{name}.log"
-        ours = stack.enter_context(load.our_server(log, *flags, "--context", str(model.context), "--warm-up"))
+        ours = stack.enter_context(load.our_server(log, *flags))
         result["start_seconds"] = time.perf_counter() - begin
         if "load" in args.parts:
             theirs = start_theirs(model, scratch, stack, args)
-            result["load"] = run_load(model, ours, theirs, args)
+            static = stack.enter_context(load.all_slots_server(scratch / f"{name}-static.log", *flags))
+            result["load"] = run_load(model, ours, static, theirs, args)
         if {"alone", "second"} & set(args.parts):
             engine = stack.enter_context(LocalEngine(model, args.dtype, args.slots))
             if "alone" in args.parts:

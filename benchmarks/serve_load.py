@@ -106,6 +106,23 @@ def our_server(log: Path, *flags: str) -> Server:
     return Server([sys.executable, "-m", "infer.serve", "--port", "0", *flags], log)
 
 
+ALL_SLOTS = """
+import infer.scheduler
+class Scheduler(infer.scheduler.Scheduler):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.decodes_some = False
+infer.scheduler.Scheduler = Scheduler
+from infer.serve.__main__ import run
+run()
+"""
+
+
+def all_slots_server(log: Path, *flags: str) -> Server:
+    """Our server, but each decode step computes all slots, as on accelerators; on CPUs it leaves out unused ones."""
+    return Server([sys.executable, "-c", ALL_SLOTS, "--port", "0", *flags], log)
+
+
 def their_server(log: Path, *flags: str) -> Server:
     """`transformers serve` on a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -37,7 +37,7 @@ from llava_jax.data.templates import get_template
 
 KEY = "LLAVA_API_KEY"
 CONTEXT = 4096
-DISPATCH_SECONDS = 0.05  # how often tokens are sent
+DISPATCH_SECONDS = 0.1  # how often tokens are sent
 STOP_SECONDS = 10.0  # for the engine's thread, at the end
 
 
