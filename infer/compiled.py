@@ -281,6 +281,17 @@ def decode(
     return _constrained(dataclasses.replace(now, cache=written), partition), chosen
 
 
+def copied(params, slots: Slots, rows: int, span: int) -> float:
+    """Bytes that `decode` copies on a CPU before its loop, the first positions of its rows, per byte that a step reads.
+
+    Args:
+      rows: that it decodes.
+    """
+    held = sum(x.nbytes for x in jax.tree.leaves(slots.cache))
+    read = held * rows * span / (len(slots.tokens) * slots.cache[0].positions)
+    return 2 * read / (sum(x.nbytes for x in jax.tree.leaves(params["decoder"])) + read)
+
+
 def _counted(history: History, tokens_B: jax.Array, running_B: jax.Array) -> History:
     return history._replace(counts_BV=count_tokens(history.counts_BV, tokens_B, running_B))
 

@@ -336,15 +336,16 @@ class Scheduler:
         if not any(n > 0 for n in left.values()):
             return
         running = {i: generation for i, generation in self._decoding.items() if left[i] > 0}
-        steps = min(self.pace.steps(), max(left.values()))
         longest = max(generation.prompt.length + self._dispatched[i] for i, generation in running.items())
+        span = round_up(self.buckets.decode_spans(self.context), longest)
         rows = round_up(self.buckets.decode_rows(len(self.table.slots)), len(running))
         some = self.table.some(running, rows) if self.decodes_some else None
+        copied = compiled.copied(self.params, self.slots, rows, span) if self.decodes_some else 0
+        steps = min(self.pace.steps(copied), max(left.values()))
         self.slots, chosen = compiled.decode(
             self.params, self.slots, self._put(self._stopped), jnp.int32(steps),
             None if some is None else self._put(some),
-            span=round_up(self.buckets.decode_spans(self.context), longest), eos_ids=self.eos_ids,
-            partition=self.partition,
+            span=span, eos_ids=self.eos_ids, partition=self.partition,
         )  # fmt: skip
         self._stopped = np.zeros_like(self._stopped)  # on a CPU the device may read the array itself
         self.statistics.dispatches += 1

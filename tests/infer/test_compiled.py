@@ -36,3 +36,14 @@ def test_the_cache_is_changed_in_place(name):
     held = sum(x.nbytes for x in jax.tree.leaves(slots.cache))
     read = held * SPAN // CONTEXT if name == "decode" else 0  # before the loop, once per dispatch
     assert memory.temp_size_in_bytes - read < held / 4
+
+
+def test_a_dispatch_has_enough_steps_to_make_up_for_what_it_copies():
+    engine = golden_engine("v1.6-mistral")
+    scheduler = engine.scheduler(SLOTS, CONTEXT, dispatch_seconds=1e-9)  # a step takes longer
+    few, many = (compiled.copied(engine.params, scheduler.slots, rows, SPAN) for rows in (1, SLOTS))
+    held = sum(x.nbytes for x in jax.tree.leaves(scheduler.slots.cache))
+    weights = sum(x.nbytes for x in jax.tree.leaves(engine.params["decoder"]))
+    assert many == pytest.approx(2 * held / 2 / (weights + held / 2))
+    scheduler.pace._step_seconds = 1.0
+    assert scheduler.pace.steps() == 1 <= scheduler.pace.steps(few) < scheduler.pace.steps(many) <= compiled.STEPS
