@@ -96,6 +96,7 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # whatever is not sent yet counts as a stop, while it is closed too
         self._watch_request()
 
     def data_received(self, data: bytes) -> None:

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from infer.serve.server import _Protocol
 from scripted_server import Server, answer_of
 
 HTTP = httpx.Client()
@@ -89,6 +90,19 @@ def test_a_client_that_stops_reading_is_left():
             until(lambda: sum(server.scheduler.ended.values()) == 16)  # the engine does not wait for it
             until(lambda: idle(server))
         assert set(server.scheduler.ended) <= {"end", "cancelled"}
+
+
+def test_a_client_that_reads_nothing_does_not_keep_its_connection(monkeypatch):
+    """Less than a buffer is left to send when its connection is closed, which waits for that."""
+    monkeypatch.setattr("infer.serve.server.IDLE_SECONDS", 0.1)
+    lost, end = [], _Protocol.connection_lost
+    monkeypatch.setattr(_Protocol, "connection_lost", lambda self, error: (lost.append(self.client), end(self, error)))
+    with Server(stall_seconds=0.3) as server, socket.socket() as client:
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: client.getsockname() in lost)
 
 
 def test_a_slow_reader_gets_all(server):
