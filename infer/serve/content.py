@@ -21,6 +21,12 @@ class Conversation:
     images: tuple[tuple[str, str], ...]
     system: str | None
 
+    @property
+    def characters(self) -> int:
+        """The length of all texts."""
+        texts = (turn if isinstance(turn, str) else "".join(turn or ()) for turn in self.turns)
+        return len(self.system or "") + sum(map(len, texts))
+
 
 def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
     """Convert messages.

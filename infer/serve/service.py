@@ -24,6 +24,7 @@ from llava_jax.data.templates import Template
 
 RAW = Template("plain")  # of prompts that are text alone
 DOWNLOADS = 16  # at a time
+CHARACTERS = 32  # that a position of the context may have; more are not tokenized: that takes 600 bytes for each
 
 
 class Service:
@@ -135,6 +136,12 @@ class Service:
           ApiError: an image cannot be had, or the prompt is too long.
         """
         loop, images = asyncio.get_running_loop(), conversation.images
+        field, characters = "prompt" if template else "messages", CHARACTERS * self.context
+        if conversation.characters > characters:
+            raise ApiError(
+                400, f"the texts have {conversation.characters:,} characters; at most {characters:,} may be asked of a "
+                f"context of {self.context} positions", field,
+            )  # fmt: skip
         tasks = [loop.run_in_executor(self._fetching, fetch_image, url, name, self._guard) for url, name in images]
         try:
             fetched = await asyncio.gather(*tasks)
@@ -147,9 +154,9 @@ class Service:
                 raise InputError("the prompt is empty")
             return prompt
         except NotFetched as error:
-            raise ApiError(422, str(error), "messages") from None
+            raise ApiError(422, str(error), field) from None
         except InputError as error:
-            raise ApiError(400, str(error), "prompt" if template else "messages") from None
+            raise ApiError(400, str(error), field) from None
 
     @contextlib.asynccontextmanager
     async def answers(

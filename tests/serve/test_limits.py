@@ -119,7 +119,7 @@ def test_a_slow_reader_gets_all(server):
 
 def test_bodies_are_bounded():
     with Server(max_body_mb=1) as server:
-        exact = json.dumps(body("x" * 2**19)).encode().ljust(2**20)
+        exact = json.dumps(body()).encode().ljust(2**20)
         post = lambda data: HTTP.post(  # noqa: E731
             f"{server.url}/v1/chat/completions", content=data, headers={"content-type": "application/json"}
         )
@@ -138,6 +138,22 @@ def test_bodies_are_bounded():
                     client.sendall(chunks)
             assert b" 413 " in client.recv(1000)
         until(lambda: idle(server))
+
+
+def test_texts_are_bounded_before_they_are_tokenized(server):
+    post = lambda path, value: HTTP.post(server.url + path, json=value)  # noqa: E731
+    assert post("/v1/chat/completions", body("x" * 32 * 64)).status_code == 200
+    prepared = len(server.engine.prepared)
+    long = [{"role": "system", "content": "x" * 16 * 64}, *body("x" * 16 * 64 + "y")["messages"]]
+    refusals = [
+        ("/v1/chat/completions", {"messages": long}, "messages"), ("/tokenize", {"messages": long}, "messages"),
+        ("/v1/completions", {"prompt": "x" * 32 * 65}, "prompt"), ("/tokenize", {"prompt": "x" * 32 * 65}, "prompt"),
+    ]  # fmt: skip
+    for path, value, field in refusals:
+        refused = post(path, value)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == field
+        assert "at most 2,048 may be asked" in refused.text
+    assert len(server.engine.prepared) == prepared
 
 
 def test_memory_for_bodies_is_bounded(monkeypatch):
