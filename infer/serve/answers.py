@@ -96,7 +96,7 @@ class Reply:
         """The chunks of a choice that have not been sent."""
         tokens, is_done = choice.seen
         generation = choice.generation
-        is_complete = is_done and not choice.error and generation.stopped_by in FINISH_REASONS
+        is_complete = is_done and generation.stopped_by in FINISH_REASONS
         if tokens and not sent.tokens and self.is_chat:
             yield {
                 "index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,

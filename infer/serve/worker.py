@@ -74,27 +74,21 @@ class Choice:
 
     Attributes:
       seen: the number of tokens that may be read, and whether they are all: one tuple, replaced at once.
-      error: why there will be no more.
+      error: of the engine, that ended it.
     """
 
     index: int
     on_update: Callable[["Choice"], None]
     generation: Generation = None
     seen: tuple[int, bool] = (0, False)
-    error: BaseException | None = None
+    error: Exception | None = None
 
     def update(self, generation: Generation) -> None:
         """Called on the scheduler's thread."""
         self.generation = generation
-        if not self.seen[1]:
-            self.error = generation.error
-            self.seen = (len(generation.tokens), generation.done)
+        self.error = generation.error
+        self.seen = (len(generation.tokens), generation.done)
         self.on_update(self)
-
-    def fail(self, error: BaseException) -> None:
-        """End the choice with an error, whatever becomes of its generation."""
-        self.error = error
-        self.seen = (self.seen[0], True)
 
 
 class Answering:
@@ -104,6 +98,7 @@ class Answering:
         """Submit a prompt for each answer."""
         self._loop, self._changed, self._worker = asyncio.get_running_loop(), asyncio.Event(), worker
         self._is_waking = False  # a call of `_wake` is on its way
+        self._reason: ApiError | None = None  # why the server ended it
         self._progress = [Progress(arrived, len(prompts)) for _ in prompts]
         self.choices = [Choice(i, self._update) for i in range(len(prompts))]
         for choice, prompt in zip(self.choices, prompts, strict=True):
@@ -123,8 +118,8 @@ class Answering:
 
     @property
     def done(self) -> bool:
-        """Whether all choices have ended."""
-        return all(choice.seen[1] for choice in self.choices)
+        """Whether there will be no more, since all choices have ended or the server ended them."""
+        return self._reason is not None or all(choice.seen[1] for choice in self.choices)
 
     def cancel(self, reason: ApiError | None = None) -> None:
         """Free the slots, or the places in the queue.
@@ -132,11 +127,11 @@ class Answering:
         Args:
           reason: that `check` raises then; None if the client left.
         """
+        if not self.done:
+            self._reason = reason
         for choice in self.choices:
             if not choice.seen[1]:
                 choice.generation.cancel()
-                if reason:
-                    choice.fail(reason)
         self._worker.wake()
         self._changed.set()
 
@@ -144,10 +139,12 @@ class Answering:
         """Check that all choices ended with an answer.
 
         Raises:
-          ApiError: one did not.
+          ApiError: one did not, or the server ended them.
           ClientDisconnect: the client left.
           Exception: the error of the engine that ended one.
         """
+        if self._reason:
+            raise self._reason
         for choice in self.choices:
             if isinstance(choice.error, InputError):
                 raise ApiError(400, str(choice.error))
