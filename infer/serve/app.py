@@ -107,9 +107,9 @@ class Endpoints:
             if (body.prompt is None) == (body.messages is None):
                 raise ApiError(400, "give either prompt or messages", "prompt")
             if body.prompt is not None:
-                prompt = await service.prompt(Conversation((body.prompt,), (), None), RAW)
+                prompt = await service.prompt(Conversation((body.prompt,), (), None), place, RAW)
             else:
-                prompt = await service.prompt(read_messages(body.messages, service.settings.max_images))
+                prompt = await service.prompt(read_messages(body.messages, service.settings.max_images), place)
             return json_response(await service.prepare(self._tokens, prompt, body))
 
     def _tokens(self, prompt: Prompt, body: TokenizeBody) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Completions:
         with service.place() as place:
             asked = await service.prepare(self._read, await service.read(request, place))
             place.grow(asked.options.n)
-            prompt = await service.prompt(asked.conversation, template=None if self.is_chat else RAW)
+            prompt = await service.prompt(asked.conversation, place, None if self.is_chat else RAW)
             prompts = [numbered(prompt, number) for number in range(asked.options.n)]
             kind = "chatcmpl" if self.is_chat else "cmpl"
             reply = Reply(

@@ -21,6 +21,7 @@ from infer.serve.settings import Settings
 from infer.serve.worker import Answering, Worker
 from llava_jax.console import InputError
 from llava_jax.data.templates import Template
+from llava_jax.data.urls import NamedBytes, is_url
 
 RAW = Template("plain")  # of prompts that are text alone
 DOWNLOADS = 16  # at a time
@@ -126,23 +127,23 @@ class Service:
         """Call a function in one of the few threads that prepare prompts."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *args)
 
-    async def prompt(self, conversation: Conversation, template: Template | None = None) -> Prompt:
+    async def prompt(self, conversation: Conversation, place: "Place", template: Template | None = None) -> Prompt:
         """Fetch the images of a conversation, and prepare it.
 
         Args:
+          place: of the request, which holds what is downloaded.
           template: instead of the model's own.
 
         Raises:
-          ApiError: an image cannot be had, or the prompt is too long.
+          ApiError: an image cannot be had, the prompt is too long, or all requests together have too many bytes.
         """
-        loop, images = asyncio.get_running_loop(), conversation.images
         field, characters = "prompt" if template else "messages", CHARACTERS * self.context
         if conversation.characters > characters:
             raise ApiError(
                 400, f"the texts have {conversation.characters:,} characters; at most {characters:,} may be asked of a "
                 f"context of {self.context} positions", field,
             )  # fmt: skip
-        tasks = [loop.run_in_executor(self._fetching, fetch_image, url, name, self._guard) for url, name in images]
+        tasks = [asyncio.create_task(self._fetch(url, name, place)) for url, name in conversation.images]
         try:
             fetched = await asyncio.gather(*tasks)
             request = PromptRequest(
@@ -157,6 +158,18 @@ class Service:
             raise ApiError(422, str(error), field) from None
         except InputError as error:
             raise ApiError(400, str(error), field) from None
+        finally:
+            for task in tasks:  # after an error, those that have not begun
+                task.cancel()
+
+    async def _fetch(self, url: str, name: str, place: "Place") -> NamedBytes:
+        """Fetch an image. Only downloads wait for the threads that download."""
+        if not is_url(url):
+            return await self.prepare(fetch_image, url, name, self._guard)
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(self._fetching, fetch_image, url, name, self._guard)
+        place.hold(len(data))
+        return data
 
     @contextlib.asynccontextmanager
     async def answers(

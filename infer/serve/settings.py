@@ -55,7 +55,7 @@ class Settings:
 
     @property
     def max_bodies(self) -> int:
-        """Bytes of all requests that are being received and prepared."""
+        """Bytes of all requests at a time, downloaded images included."""
         return max(4 * self.max_body, 2**28)
 
     def accepts_key(self, key: str) -> bool:

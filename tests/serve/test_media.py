@@ -208,3 +208,36 @@ def test_statuses(images, internet):
         assert status == 422 and message.startswith("messages[0].content[0]: ")
         assert ask("http://evil.example:PORT/a.png")[0] == 400
         assert ask("file:///etc/passwd")[0] == 400
+
+
+def parts(*urls):
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": url} for url in urls]}]}
+
+
+PIXELS = "data:image/gif;base64,R0lGODlhBAAEAIAAAP///wAAACwAAAAABAAEAAACBISPCQUAOw=="
+
+
+def test_downloads_count_as_bytes_of_requests(images, internet, monkeypatch):
+    monkeypatch.setattr("infer.serve.settings.Settings.max_bodies", 400)
+    internet["good.example"] = ["127.0.0.1"]
+    url = f"http://good.example:{images.server_port}/a.png"  # 75 bytes
+    with Server(media_domains=("good.example",)) as server:
+        for count, status in ((1, 200), (4, 429), (1, 200)):
+            body = parts(*[url] * count)
+            reply = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+            assert reply.status_code == status, (count, len(reply.request.content), reply.text)
+        assert server.service._bytes == 0
+
+
+def test_downloads_hold_up_nothing_else(images, internet, monkeypatch):
+    monkeypatch.setattr("infer.serve.service.DOWNLOADS", 1)
+    internet["good.example"] = ["127.0.0.1"]
+    slow = f"http://good.example:{images.server_port}/slow"
+    with Server(media_domains=("good.example",)) as server, httpx.Client(base_url=server.url) as client:
+        images.asked.clear()
+        start = time.monotonic()
+        assert client.post("/v1/chat/completions", json=parts(slow, slow, slow, "data:,")).status_code == 400
+        assert client.post("/v1/chat/completions", json=parts(PIXELS)).status_code == 200
+        assert time.monotonic() - start < 2  # a download takes longer
+        time.sleep(3)
+        assert len(images.asked) <= 1  # those that had not begun do not
