@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,), "allowed_token_ids": (), "audio": (), "bad_words": ([],), "best_of": (1,),
     "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,), "documents": ([],),
     "echo": (False,), "function_call": ("none", "auto"), "functions": ([],), "guided_choice": (), "guided_grammar": (),
-    "guided_json": (), "guided_regex": (), "include_stop_str_in_output": (False,), "length_penalty": (1,),
+    "guided_json": (), "guided_regex": (), "include_stop_str_in_output": (False,), "length_penalty": (1, 1.0),
     "logits_processors": ([],), "mm_processor_kwargs": ({},), "modalities": (["text"], []), "prediction": (),
     "prompt_logprobs": (), "response_format": ({"type": "text"},), "skip_special_tokens": (True,),
     "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
