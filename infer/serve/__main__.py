@@ -14,7 +14,6 @@ import ipaddress
 import os
 import socket
 import time
-from pathlib import Path
 
 from infer.flags import add_model_flags, load_engine
 from infer.generate import TRAINED_ON, use_bundled
@@ -124,7 +123,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """
     from infer.serve.media import parse_domain
 
-    name = "shapes" if args.checkpoint is None else Path(args.checkpoint.rstrip("/")).name
+    name = "shapes" if args.checkpoint is None else os.path.basename(os.path.abspath(args.checkpoint))
     keys = [*args.api_key, *filter(None, [os.environ.get(KEY)])]
     if any(not (key.isascii() and key.isprintable() and key.strip() == key and key) for key in keys):
         raise InputError(f"--api-key, {KEY}: a key is printable ASCII without spaces around it")

@@ -217,6 +217,20 @@ def test_a_missing_library(run_cli, monkeypatch):
     assert (status, err) == (1, "error: serving needs prometheus_client: pip install 'llava-jax[serve]'\n")
 
 
+@pytest.mark.parametrize(
+    "checkpoint, name",
+    [(None, "shapes"), ("/a/llava", "llava"), ("/a/llava/", "llava"), (".", "here"), ("../here", "here"),
+     ("llava-hf/llava-1.5-7b-hf", "llava-1.5-7b-hf"), ("gs://bucket/llava", "llava")],
+)  # fmt: skip
+def test_the_name_of_the_model(tmp_path, monkeypatch, checkpoint, name):
+    from infer.serve.__main__ import parser, read_settings
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    args = parser().parse_args(["--checkpoint", checkpoint] if checkpoint else [])
+    assert read_settings(args).models == (name,)
+
+
 def test_a_port_in_use(run_cli, server):
     from infer.serve.__main__ import main
 
