@@ -221,10 +221,12 @@ class Place:
         """Count for so many answers.
 
         Raises:
-          ApiError: there is no place for them.
+          ApiError: there is no place for them, now or ever.
         """
         service = self.service
         places = service.scheduler.requested_slots + service.settings.queue
+        if answers > places:
+            raise ApiError(400, f"n: at most {places} answers are generated at a time", "n")
         if service._places + answers - self.answers > places:
             raise ApiError(429, "the queue is full; try again later", headers=RETRY_AFTER)
         service._places += answers - self.answers

@@ -218,15 +218,16 @@ def test_pipelined_requests(server):
 def test_a_full_queue():
     with Server(slots=2, queue=2, context=2000, pace=0.002) as server:
         ask = lambda **fields: HTTP.post(f"{server.url}/v1/chat/completions", json=body(**fields))  # noqa: E731
-        refused = ask(n=5)
-        assert refused.status_code == 429 and refused.headers["retry-after"] == "2"
+        refused = ask(n=5)  # which waiting would not change
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
         with contextlib.ExitStack() as clients:
             for _ in range(4):
                 clients.enter_context(connection(server, request(body("long", stream=True))))
             until(lambda: server.scheduler.running == 2 and server.scheduler.waiting == 2)
             client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-            with pytest.raises(openai.RateLimitError, match="the queue is full"):
+            with pytest.raises(openai.RateLimitError, match="the queue is full") as full:
                 client.chat.completions.create(model="scripted", messages=body()["messages"])
+            assert full.value.response.headers["retry-after"] == "2"
             metrics = HTTP.get(f"{server.url}/metrics").text
             assert 'vllm:num_requests_waiting{engine="0",model_name="scripted"} 2.0' in metrics
         until(lambda: idle(server))
