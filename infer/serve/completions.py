@@ -60,7 +60,9 @@ class Completions:
                     else:
                         await answering.wait()
                         answering.check()
-                        await json_response(reply.whole(answering.choices))(scope, receive, send)
+                        # In a thread: log probabilities of thousands of tokens take seconds.
+                        response = await service.prepare(lambda: json_response(reply.whole(answering.choices)))
+                        await response(scope, receive, send)
                 finally:
                     answering.cancel()
                     request.state.record.tokens = (reply.prompt.length, sum(c.seen[0] for c in answering.choices))

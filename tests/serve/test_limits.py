@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from infer.serve.answers import Reply
 from infer.serve.server import _Protocol
 from scripted_server import Server, answer_of
 
@@ -262,6 +263,21 @@ def test_many_clients(server):
 
     asyncio.run(ask_all())
     until(lambda: idle(server))
+
+
+def test_a_long_answer_holds_up_nobody_while_it_is_written(server, monkeypatch):
+    written, whole = threading.Event(), Reply.whole
+
+    def write(reply, choices):
+        assert written.wait(10)
+        return whole(reply, choices)
+
+    monkeypatch.setattr(Reply, "whole", write)
+    with connection(server, request(body(), Connection="close")) as client:
+        until(lambda: not server.scheduler.running and server.service._places)
+        assert HTTP.get(f"{server.url}/health").status_code == 200
+        written.set()
+        assert b" 200 " in read_all(client)
 
 
 # ---------------------------------------------------------------- the end
