@@ -65,7 +65,7 @@ def as_api_error(error: Exception, request_id: str, *, with_message: bool) -> Ap
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, f"{error.detail.lower()}", headers=dict(error.headers or {}))
+        return ApiError(error.status_code, error.detail.lower(), headers=dict(error.headers or {}))
     message = f": {error}" if with_message else ""
     note(f"error: {request_id}: {type(error).__name__}{message}")
     for line in traceback.format_tb(error.__traceback__):
