@@ -85,8 +85,8 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes connections of clients that take too long to send a request, or that stop reading an answer: uvicorn has
-    no limits on either."""
+    """Closes connections of clients that take too long to send a request, or that stop reading an answer, and those
+    that are far too many: uvicorn has no limits on either."""
 
     def __init__(self, *args: Any, settings: Settings, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -96,6 +96,8 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        if len(self.connections) > 2 * self._settings.connections:  # above the limit itself, requests get 503
+            return transport.abort()
         transport.set_write_buffer_limits(0)  # whatever is not sent yet counts as a stop, while it is closed too
         self._watch_request()
 

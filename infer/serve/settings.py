@@ -43,7 +43,7 @@ class Settings:
     receive_seconds: float = _(60.0, number(0.1, 3600), "for a client to send a request")
     stall_seconds: float = _(60.0, number(0.1, 3600), "that a client may stop reading its answer")
     drain_seconds: float = _(30.0, number(0, 3600), "that answers may take to finish after SIGTERM")
-    connections: int = _(1000, integer(1, 65536), "connections at a time")
+    connections: int = _(1000, integer(1, 65536), "connections at a time; requests on more are refused with 503")
 
     def __post_init__(self):
         check_ranges(self)

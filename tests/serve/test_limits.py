@@ -184,6 +184,19 @@ def test_connections_that_send_no_request(monkeypatch):
                 assert read_all(client) == b""
 
 
+def test_too_many_connections():
+    with Server(connections=2) as server, contextlib.ExitStack() as clients:
+        for _ in range(4):
+            clients.enter_context(connection(server))
+        with connection(server) as client:
+            assert read_all(client) == b""
+        clients.close()
+        until(lambda: HTTP.get(f"{server.url}/health").status_code == 200)
+        clients.enter_context(connection(server))
+        with connection(server, request(body())) as client:
+            assert b" 503 " in client.recv(1000)
+
+
 @pytest.mark.parametrize(
     "data",
     [
