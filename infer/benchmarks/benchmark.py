@@ -143,6 +143,7 @@ class Benchmark(ABC):
       files: what it needs.
       protocols: the first is the default.
       max_new_tokens: as the reference generates.
+      server: where to submit answers whose right answers are not public; `score` then raises `InputError`.
       published: model -> the published number, on the scale of tables.
     """
 
@@ -152,6 +153,7 @@ class Benchmark(ABC):
     files: Sequence[File]
     protocols: Sequence[str] = (REFERENCE,)
     max_new_tokens: int = 128
+    server: str = ""
     published: Mapping[str, float] = {}
 
     @abstractmethod
