@@ -1,0 +1,123 @@
+"""TextVQA val: questions whose answers are written in the image (arXiv:1904.08920).
+
+The reference's questions end with the tokens that an OCR system read in the image; lmms-eval's have none.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from infer.benchmarks.benchmark import LMMS_EVAL, REFERENCE, Answer, Benchmark, File, Mark, Question, Score
+from infer.benchmarks.files import (
+    EVAL_ZIP,
+    SHORT_ANSWER,
+    accuracy_score,
+    find,
+    image_path,
+    image_question,
+    match,
+    published_numbers,
+    read_object,
+    read_questions,
+)
+from infer.benchmarks.vqa_answers import TenAnswers, most_common, normalize, textvqa_accuracy
+from llava_jax.console import InputError, shorten
+
+DATA = "https://dl.fbaipublicfiles.com/textvqa"
+QUESTIONS = File("llava_textvqa_val_v051_ocr.jsonl", EVAL_ZIP, "1.5 MB")
+ANNOTATIONS = File("TextVQA_0.5.1_val.json", f"{DATA}/data/TextVQA_0.5.1_val.json", "16 MB", "score")
+IMAGES = File("train_images", f"{DATA}/images/train_val_images.zip", "7.1 GB", "images")
+
+Key = tuple[str, str]  # image, question in lower case
+
+
+class Annotation(msgspec.Struct):
+    """A question of `ANNOTATIONS`. `image_id` is the name of its image without suffix."""
+
+    image_id: str
+    question: str
+    answers: TenAnswers
+
+
+class Annotations(msgspec.Struct):
+    """The file `ANNOTATIONS`."""
+
+    data: list[Annotation]
+
+
+class TextVQA(Benchmark):
+    """TextVQA val. Questions have the ids of their images (llava/eval/eval_textvqa.py)."""
+
+    name, title = "textvqa", "TextVQA"
+    files = (QUESTIONS, ANNOTATIONS, IMAGES)
+    protocols = (REFERENCE, LMMS_EVAL)
+    published = published_numbers(58.2, 61.3, 58.2, 60.2, 64.9, 65.7, 67.1, 69.5)
+
+    def questions(self, directory: Path, protocol: str) -> list[Question]:
+        folder = directory / IMAGES.path
+        if protocol == REFERENCE:
+            return read_questions(find(directory, QUESTIONS), folder, ids_repeat=True)
+        asked = []
+        for (image, _), (name, row) in _read_annotations(directory).items():
+            path = image_path(folder, f"{image}.jpg", name)
+            prompt = row.question.capitalize() + SHORT_ANSWER
+            asked.append(image_question(image, prompt, path, name, answer=most_common(row.answers)))
+        return asked
+
+    def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
+        rows = _read_annotations(directory)
+        found = match(answers, rows, _key_of_answer)
+        has_questions = protocol == LMMS_EVAL or (directory / QUESTIONS.path).exists()
+        asked = {_key(q.id, q.prompt): q for q in self.questions(directory, protocol)} if has_questions else {}
+        marks = []
+        for key, (_, row) in rows.items():
+            answer = found.get(key)
+            one = answer or asked.get(key) or Answer(row.image_id, row.question, "")
+            text = answer.text if answer else ""
+            right = textvqa_accuracy(text, row.answers) if answer else 0.0
+            best = most_common(row.answers)
+            marks.append(Mark(one.id, one.prompt, text, right, normalize(text), best, group=row.image_id))
+        return accuracy_score(marks, protocol, unanswered=len(rows) - len(found))
+
+
+def _read_annotations(directory: Path) -> dict[Key, tuple[str, Annotation]]:
+    """Each question's key -> its name, for errors, and itself."""
+    path = find(directory, ANNOTATIONS)
+    rows: dict[Key, tuple[str, Annotation]] = {}
+    for i, row in enumerate(read_object(path, Annotations).data):
+        name = f"{shorten(path)}: data[{i}]"
+        key = row.image_id, row.question.lower()
+        if key in rows:
+            raise InputError(f"{name}: asks what data[{list(rows).index(key)}] asks")
+        rows[key] = name, row
+    if not rows:
+        raise InputError(f"{shorten(path)}: data is empty")
+    return rows
+
+
+def _key_of_answer(answer: Answer) -> Key:
+    try:
+        return _key(answer.id, answer.prompt)
+    except InputError as error:
+        raise InputError(f"answers line {answer.line}: {error}") from None
+
+
+def _key(id: str | int, prompt: str) -> Key:
+    """Parse the question of a prompt, as `eval_textvqa.py: prompt_processor` does.
+
+    Raises:
+      InputError: the prompt has none of its formats.
+    """
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        in_words = re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)
+        text = in_words[1] if in_words else None
+    elif len(lines) == 3 and "Reference OCR token: " in prompt:
+        text = lines[1] if prompt.startswith("Reference OCR token:") else lines[0]
+    else:
+        text = lines[0] if len(lines) == 2 else None
+    if text is None:
+        raise InputError(f"no question can be parsed from the prompt {shorten(prompt)!r}")
+    return str(id), text.lower()
