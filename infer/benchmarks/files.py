@@ -4,7 +4,7 @@ import collections
 import json
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -80,30 +80,43 @@ def read_lines(path: Path, schema: Any) -> list[tuple[int, Any]]:
     return found
 
 
-def read_questions(path: Path, folder: Path, *, ids_repeat: bool = False) -> list[Question]:
-    """Read one of the reference's question files.
+def read_question_lines(path: Path, *, ids_repeat: bool = False) -> list[tuple[str, QuestionLine]]:
+    """Read one of the reference's question files: each line's name, for errors, and itself.
 
     Args:
-      folder: of the images.
       ids_repeat: several questions may have the same id, if their texts differ.
 
     Raises:
-      InputError: as `read_lines`, or a question is there twice, or an image is outside the folder.
+      InputError: as `read_lines`, or a question is there twice.
     """
-    questions: list[Question] = []
+    found = []
     first: dict[Hashable, int] = {}
     for number, row in read_lines(path, QuestionLine):
         name = f"{shorten(path)} line {number}"
         key = (row.question_id, row.text) if ids_repeat else row.question_id
         if first.setdefault(key, number) != number:
             raise InputError(f"{name}: question {_shown(row.question_id)} is already on line {first[key]}")
-        questions.append(
-            image_question(
-                row.question_id, row.text, image_path(folder, row.image, name), name,
-                kind="all" if row.category == "default" else row.category,
-            )
-        )  # fmt: skip
-    return questions
+        found.append((name, row))
+    return found
+
+
+def read_questions(path: Path, folder: Path, *, ids_repeat: bool = False) -> list[Question]:
+    """Read the questions of one of the reference's question files.
+
+    Args:
+      folder: of the images.
+      ids_repeat: several questions may have the same id, if their texts differ.
+
+    Raises:
+      InputError: as `read_question_lines`, or an image is outside the folder.
+    """
+    return [
+        image_question(
+            row.question_id, row.text, image_path(folder, row.image, name), name,
+            kind="all" if row.category == "default" else row.category,
+        )
+        for name, row in read_question_lines(path, ids_repeat=ids_repeat)
+    ]  # fmt: skip
 
 
 def image_question(id: Id, prompt: str, image: str, name: str, *, kind: str = "all", answer: str = "") -> Question:
@@ -117,9 +130,9 @@ def image_path(folder: Path, image: str, name: str) -> str:
     Raises:
       InputError: it is outside the folder. Begins with `name`.
     """
-    if PurePath(image).is_absolute() or ".." in PurePath(image).parts:
+    if os.path.isabs(image) or ".." in image.split("/"):
         raise InputError(f"{name}: image {shorten(image)} is outside the image folder")
-    return str(folder / image)
+    return os.path.join(folder, image)
 
 
 # ---------------------------------------------------------------- answers

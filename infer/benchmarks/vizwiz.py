@@ -10,7 +10,6 @@ from infer.benchmarks.benchmark import Answer, Benchmark, File, Mark, Question, 
 from infer.benchmarks.files import (
     EVAL_ZIP,
     SHORT_ANSWER,
-    QuestionLine,
     accuracy_score,
     by_kind,
     find,
@@ -19,8 +18,8 @@ from infer.benchmarks.files import (
     match,
     note_unanswered,
     published_numbers,
-    read_lines,
     read_object,
+    read_question_lines,
     read_questions,
 )
 from infer.benchmarks.vqa_answers import most_common, normalize, vizwiz_accuracy
@@ -50,7 +49,7 @@ class VizWiz(Benchmark):
         raise InputError(f"{self.title}: only its server has the right answers; submit to {self.server}")
 
     def submission(self, directory: Path, answers: Sequence[Answer]) -> Submission:
-        rows = [row for _, row in read_lines(find(directory, QUESTIONS), QuestionLine)]
+        rows = [row for _, row in read_question_lines(find(directory, QUESTIONS))]
         found = match(answers, {row.question_id for row in rows})
         note_unanswered(len(rows) - len(found), len(rows))
         submitted = [

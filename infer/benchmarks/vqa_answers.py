@@ -4,6 +4,7 @@ A right answer is one that at least three people gave. So that people can be sco
 once, and an answer's accuracy is the mean over i of min(1, matches among the other nine / 3).
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Annotated
@@ -91,11 +92,12 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@functools.lru_cache(2**16)  # people's answers repeat
 def _normalize_words(text: str) -> str:
     """Replaces punctuation, digits, articles and contractions (vqaEval.py: processPunctuation, processDigitArticle)."""
     has_comma_in_number = re.search(r"\d,\d", text)
     words = text
-    for mark in _PUNCTUATION:
+    for mark in filter(text.__contains__, _PUNCTUATION):
         beside_space = f"{mark} " in text or f" {mark}" in text
         words = words.replace(mark, "" if beside_space or has_comma_in_number else " ")
     # The evaluators pass re.UNICODE, which is 32, where `re.sub` expects the number of replacements.

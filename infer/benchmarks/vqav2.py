@@ -19,6 +19,7 @@ from infer.benchmarks.files import (
     note_unanswered,
     published_numbers,
     read_object,
+    read_question_lines,
     read_questions,
 )
 from infer.benchmarks.vqa_answers import most_common, normalize, vqa_accuracy
@@ -50,13 +51,11 @@ class VQAv2(Benchmark):
         raise InputError(f"{self.title}: only its server has the right answers; submit to {self.server}")
 
     def submission(self, directory: Path, answers: Sequence[Answer]) -> Submission:
-        every = read_questions(find(directory, TEST), directory / TEST_IMAGES.path)
-        found = match(answers, {one.id for one in every})
+        every = [row.question_id for _, row in read_question_lines(find(directory, TEST))]
+        found = match(answers, set(every))
         asked = {one.id for one in self.questions(directory, self.protocols[0])}
         note_unanswered(len(asked - found.keys()), len(asked))
-        rows = [
-            {"question_id": one.id, "answer": normalize(found[one.id].text) if one.id in found else ""} for one in every
-        ]
+        rows = [{"question_id": id, "answer": normalize(found[id].text) if id in found else ""} for id in every]
         return Submission("vqav2.json", json.dumps(rows).encode())
 
 

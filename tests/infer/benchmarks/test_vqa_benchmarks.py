@@ -135,11 +135,24 @@ def test_submitted_answers_to_no_question(tmp_path, benchmark):
     one = benchmark.questions(directory, REFERENCE)[0]
     with pytest.raises(InputError, match='answers line 4: the benchmark has no question "x"'):
         benchmark.submission(directory, [Answer("x", "What?", "a", line=4)])
-    with pytest.raises(InputError, match="answers line 2: a second answer to question"):
+    with pytest.raises(InputError, match="answers line 2: a second answer to question .*, which line 1 answers"):
         benchmark.submission(directory, [Answer(one.id, one.prompt, "a", line=n) for n in (1, 2)])
 
 
 # ---------------------------------------------------------------- invalid files
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "file"),
+    [(VQAv2(), "llava_vqav2_mscoco_test2015.jsonl"), (VizWiz(), "llava_test.jsonl")],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_question_twice(tmp_path, benchmark, file):
+    path = write(benchmark.name, tmp_path) / file
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[0]]))
+    with pytest.raises(InputError, match=f"line {len(lines) + 1}: question .* is already on line 1"):
+        benchmark.submission(path.parent, [])
 
 
 @pytest.mark.parametrize(
