@@ -78,6 +78,12 @@ class Prices(NamedTuple):
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
 
+def show_tokens(prompt_tokens: int, completion_tokens: int, prices: Prices | None) -> str:
+    """Tokens and their cost, in words."""
+    cost = f": ${prices.cost(prompt_tokens, completion_tokens):,.2f}" if prices else ""
+    return f"{prompt_tokens:,} tokens read and {completion_tokens:,} written{cost}"
+
+
 class Replies:
     """A file of replies, locked until it is closed; created if missing.
 

@@ -106,7 +106,7 @@ class Score:
       metric: the name of the main number: "accuracy", "mean F1", "perception".
       value: the main number, as the metric defines it: a share from 0 to 1, or points.
       scale: what `value` is multiplied by in tables: 100 of a share (shown in percent), 1 of points.
-      protocol: `REFERENCE` or `LMMS_EVAL`.
+      protocol: one of the benchmark's.
       totals: all numbers of the whole, by name, `metric` among them.
       parts: category -> the same by name, and "questions", how many it has.
       marks: one per question that was scored, failed ones included, in the order of the questions.
@@ -145,6 +145,7 @@ class Benchmark(ABC):
       max_new_tokens: as the reference generates.
       server: where to submit answers whose right answers are not public; `score` then raises `InputError`.
       published: model -> the published number, on the scale of tables.
+      judged: a language model scores it (`infer.benchmarks.judge.judge_answers`).
     """
 
     name: str
@@ -155,6 +156,7 @@ class Benchmark(ABC):
     max_new_tokens: int = 128
     server: str = ""
     published: Mapping[str, float] = {}
+    judged: bool = False
 
     @abstractmethod
     def questions(self, directory: Path, protocol: str) -> list[Question]:

@@ -38,7 +38,7 @@ from llava_jax.console import (
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.endpoints import Endpoint, Outcome, Request, request_body
 from llava_jax.json_files import parse_json
-from llava_jax.replies import Prices
+from llava_jax.replies import Prices, show_tokens
 from train.datasets.instruct.coco import Record, read_records
 from train.datasets.instruct.dialogues import Dialogue, Dialogues, Images, State
 from train.datasets.instruct.messages import KINDS, read_prompt, read_questions
@@ -276,11 +276,6 @@ def bodies_of(requests: Iterable[Request], endpoint: Endpoint, outcome: Outcome)
 
 def prices_of(args: argparse.Namespace) -> Prices | None:
     return None if args.price_in is None else Prices(args.price_in, args.price_out)
-
-
-def show_tokens(prompt_tokens: int, completion_tokens: int, prices: Prices | None) -> str:
-    cost = f": ${prices.cost(prompt_tokens, completion_tokens):,.2f}" if prices else ""
-    return f"{prompt_tokens:,} tokens read and {completion_tokens:,} written{cost}"
 
 
 def summary(output: Path, dialogues: Dialogues, counts: collections.Counter[str], prices: Prices | None) -> str:
