@@ -8,45 +8,16 @@ reads `problems.json` and `pid_splits.json` there, and writes `llava_train_QCM-L
 
 import json
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
-
-from msgspec import Meta
+from typing import Any, NotRequired, TypedDict
 
 from llava_jax.checkpoints.outputs import write_file
 from llava_jax.console import InputError, Parser, first_line, note, run_main, shorten
+from llava_jax.data.scienceqa import Problem, question_and_answer
 from llava_jax.files import read_bytes
 from llava_jax.json_files import check_json, parse_json, read_json
 
-# Letters of a prompt format: Question, Context, Multiple choices; Lecture, Explanation (the solution), Answer.
-QUESTIONS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
-ANSWERS = {
-    "A": "Answer: The answer is {A}.",
-    "AL": "Answer: The answer is {A}. BECAUSE: {E}",  # the reference swaps this one and the next
-    "AE": "Answer: The answer is {A}. BECAUSE: {L}",
-    "ALE": "Answer: The answer is {A}. BECAUSE: {L} {E}",
-    "AEL": "Answer: The answer is {A}. BECAUSE: {E} {L}",
-    "LA": "Answer: {L} The answer is {A}.",
-    "EA": "Answer: {E} The answer is {A}.",
-    "LEA": "Answer: {L} {E} The answer is {A}.",
-    "ELA": "Answer: {E} {L} The answer is {A}.",
-    "LEPA": "",  # see `_answer`
-}
-OPTIONS = "ABCDE"
 MAX_FILE_BYTES = 2**30
-
-
-class Problem(TypedDict):
-    """An entry of `problems.json`."""
-
-    question: str
-    hint: str
-    choices: Annotated[list[str], Meta(max_length=len(OPTIONS))]
-    lecture: str
-    solution: str
-    answer: Any  # an index of `choices`
-    image: str | None
 
 
 class Row(TypedDict):
@@ -55,49 +26,6 @@ class Row(TypedDict):
     id: str
     image: NotRequired[str]
     conversations: list[dict[str, str]]
-
-
-def question_and_answer(problem: dict[str, Any], prompt_format: str) -> tuple[str, str]:
-    """The two turns of a problem, with exactly the reference's text.
-
-    Raises:
-      InputError: the prompt format is unknown.
-    """
-    asked, _, answered = prompt_format.partition("-")
-    if asked not in QUESTIONS or answered not in ANSWERS:
-        raise InputError(
-            f"--prompt-format {shorten(prompt_format)!r}: must be one of {', '.join(QUESTIONS)}, then -, then one "
-            f"of {', '.join(ANSWERS)}"
-        )
-    parts = {
-        "Q": problem["question"],
-        "C": problem["hint"].strip() or "N/A",
-        "M": " ".join(f"({letter}) {choice}" for letter, choice in zip(OPTIONS, problem["choices"], strict=False)),
-        "L": problem["lecture"],
-        "E": problem["solution"],
-        "A": OPTIONS[problem["answer"]],
-    }
-    headings = {"Q": "Question", "C": "Context", "M": "Options"}
-    lines = [
-        f"{headings.get(letters, 'BECAUSE')}: {' '.join(parts[letter] for letter in letters)}"
-        for letters in re.findall("Q|C|M|[LE]+", asked)
-    ]
-    return _tidy("\n".join(lines) + "\n", "Question: "), _tidy(_answer(parts, answered), "Answer: ")
-
-
-def _answer(parts: dict[str, str], letters: str) -> str:
-    if letters != "LEPA":
-        return ANSWERS[letters].format(**parts)
-    lecture = f"LECTURE: {parts['L']}\n" if parts["L"].strip() else ""
-    solution = f"SOLUTION: {parts['E']}\n" if parts["E"].strip() else ""
-    return f"{lecture}{solution}###\nANSWER: {parts['A']}."
-
-
-def _tidy(text: str, heading: str) -> str:
-    text = text.replace("  ", " ").strip()
-    if text.endswith("BECAUSE:"):
-        text = text.replace("BECAUSE:", "").strip()
-    return text.replace(heading, "") if text.startswith(heading) else text
 
 
 def convert(base_dir: Path, split: str, prompt_format: str) -> list[dict[str, Any]]:
