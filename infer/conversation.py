@@ -9,7 +9,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from infer.evaluate import questions_of
+from infer.benchmarks.conversations import questions_of
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.data.data_files import read_rows
 from llava_jax.data.images import MAX_FILE, image_size

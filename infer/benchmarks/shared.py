@@ -1,11 +1,11 @@
 """What benchmarks share: their files are read, answers are matched with questions, and accuracies are taken."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infer.benchmarks.benchmark import Answer, Mark
+from infer.benchmarks.benchmark import Answer, Mark, Score
 from llava_jax.console import InputError, shorten
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.files import read_bytes
@@ -95,6 +95,43 @@ def match_answers(answers: Sequence[Answer], ids: Collection[str], title: str) -
 def accuracy(marks: Collection[Mark]) -> dict[str, float]:
     """The mean score of marks, and their number."""
     return {"accuracy": mean([mark.score for mark in marks]), "questions": len(marks)}
+
+
+def accuracy_by_kind(marks: Sequence[Mark]) -> dict[str, dict[str, float]]:
+    return {kind: accuracy([mark for mark in marks if mark.kind == kind]) for kind in kinds_of(marks)}
+
+
+def kinds_of(marks: Iterable[Mark]) -> list[str]:
+    """The kinds, in the order in which they first come."""
+    return list(dict.fromkeys(mark.kind for mark in marks))
+
+
+def accuracy_score(
+    marks: Sequence[Mark],
+    protocol: str,
+    unanswered: int,
+    *,
+    parts: Mapping[str, Mapping[str, float]] | None = None,
+    more: Mapping[str, float] | None = None,
+) -> Score:
+    """A score whose main number is the mean of marks that are right or wrong, each by itself.
+
+    Args:
+      parts: default: by kind.
+      more: further totals.
+    """
+    share = accuracy(marks)["accuracy"]
+    return Score(
+        metric="accuracy",
+        value=share,
+        scale=100.0,
+        protocol=protocol,
+        totals={"accuracy": share} | dict(more or {}),
+        parts=accuracy_by_kind(marks) if parts is None else parts,
+        marks=marks,
+        unanswered=unanswered,
+        stderr=binomial_error(share, len(marks)),
+    )
 
 
 def mean(scores: Sequence[float]) -> float:
