@@ -128,11 +128,14 @@ def judge_answers(
                 f"{shorten(name.rsplit('/', 2)[0])} ({reason}); the same command asks again"
             )
         reviews = {question: judging.review(question) for question in messages}
+    if reviews and all(review.scores is None for review in reviews.values()):
+        first = next(iter(reviews.values()))
+        raise InputError(f"{shorten(endpoint.model)}: no review has a score; the first is {shorten(first.text)!r}")
     unread = [question for question, review in reviews.items() if review.scores is None]
     for question in unread[:MAX_SHOWN]:
         note(f"warning: question {shorten(question)}: no score in the review {shorten(reviews[question].text)!r}")
     if unread:
-        note(f"warning: {plural(len(unread), 'review')} without a score after {ATTEMPTS} attempts, counted as wrong")
+        note(f"warning: {plural(len(unread), 'review')} without a score after {ATTEMPTS} attempts, counted as failed")
     score = benchmark.score_reviews(directory, answers, reviews)
     return Judgement(score, benchmark.review_file(directory, answers, reviews))
 

@@ -1,8 +1,8 @@
 """LLaVA-Bench (in the wild): 60 questions about 24 images, whose answers a judge compares with GPT-4's.
 
-Asked as by llava/eval/model_vqa.py, judged as by eval_gpt_review_bench.py and summarize_gpt_review.py. The rules that the
-judge is given come from the reference's `rule.json` (llava/eval/table/rule.json) if the directory has it, since published
-numbers were judged by it; otherwise they are those below.
+Asked as by llava/eval/model_vqa.py, judged as by eval_gpt_review_bench.py and summarize_gpt_review.py. The rules of the
+judge are those of the reference's `rule.json` (llava/eval/table/rule.json), by which published numbers were judged, if
+the directory has it, and otherwise those below.
 """
 
 import json
@@ -139,7 +139,7 @@ class LlavaBench(JudgedBenchmark):
         return (first, second) if math.isfinite(first) and math.isfinite(second) else None
 
     def score_reviews(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Score:
-        """The mean score of the model, 0 for unanswered questions, over that of GPT-4's answers it was compared with."""
+        """The mean score of the model, with 0 for unanswered questions, over that of GPT-4 where both were judged."""
         rows, given = _read_questions(directory), {str(answer.id): answer for answer in answers}
         gpt4 = _read_gpt4(directory, rows)
         pairs = {row["question_id"]: _pair(reviews.get(row["question_id"])) for row in rows}

@@ -1,8 +1,8 @@
 """MM-Vet: 218 questions, whose answers a judge compares with the right ones, from 0.0 to 1.0.
 
-Asked as by llava/eval/model_vqa.py. The judge is given a table of examples in the published layout (mm-vet_evaluator of
-github.com/yuweihao/MM-Vet) with examples of our own, so its numbers are close to the official evaluator's, not equal; its
-own input is the file to submit (scripts/convert_mmvet_for_eval.py).
+Asked as by llava/eval/model_vqa.py. The judge is given a table in the published layout (mm-vet_evaluator.py of
+github.com/yuweihao/MM-Vet) with examples of our own, so its scores resemble those of the official evaluator without
+being the same. What that one reads is the file to submit (scripts/convert_mmvet_for_eval.py).
 """
 
 import json
@@ -34,14 +34,18 @@ ARCHIVE = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 INSTRUCTIONS = """\
-Score how correct the predictions of AI models are, given the ground truth. Where the ground truth joins parts with <AND>, \
-a prediction is entirely correct only if it has all of them; where it joins them with <OR>, any one of them is enough. The \
-score is one of 0.0 (entirely wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0 (entirely correct). Fill in the \
-score that the last row lacks, and write nothing else.
+Score how correct the predictions of AI models are, given the ground truth. Where the ground truth joins parts with \
+<AND>, a prediction is entirely correct only if it has all of them; where it joins them with <OR>, any one of them is \
+enough. The score is one of 0.0 (entirely wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0 (entirely correct). \
+Fill in the score that the last row lacks, and write nothing else.
 
 Question | Ground truth | Prediction | Correctness
 --- | --- | --- | ---
 """
+ROLES = (
+    "A cat sits in an armchair and reads a newspaper, while its owner drinks from a bowl on the floor: the two have "
+    "changed places, so that the human is the pet."
+)
 EXAMPLES = (
     ("Which two numbers solve the equation?", "2 <AND> -7", "x = 4", "0.0"),
     ("Which two numbers solve the equation?", "2 <AND> -7", "x = 2", "0.5"),
@@ -50,15 +54,13 @@ EXAMPLES = (
     ("What animal is on the sign?", "moose <OR> elk", "It is an elk.", "1.0"),
     (
         "Why is this drawing funny?",
-        "A cat sits in an armchair and reads a newspaper, while its owner drinks from a bowl on the floor: the two have "
-        "changed places, so the human is the pet.",
+        ROLES,
         "The cat reads a newspaper, which cats do not do.",
         "0.4",
     ),
     (
         "Why is this drawing funny?",
-        "A cat sits in an armchair and reads a newspaper, while its owner drinks from a bowl on the floor: the two have "
-        "changed places, so the human is the pet.",
+        ROLES,
         "It swaps the roles of a cat and its owner. The cat reads the newspaper in the armchair like a person, and the "
         "person laps from a bowl on the floor like a pet.",
         "1.0",
@@ -219,7 +221,7 @@ def _parts(annotations: Mapping[str, Any], marks: Sequence[Mark]) -> dict[str, d
     """Scores by capability, then by combination."""
     parts: dict[str, list[float]] = {name: [] for name in CAPABILITIES}
     for one, mark in zip(annotations.values(), marks, strict=True):
-        for name in set(one["capability"]):
+        for name in dict.fromkeys(one["capability"]):
             parts.setdefault(name, []).append(mark.score)
     for mark in marks:
         parts.setdefault(mark.kind, []).append(mark.score)

@@ -1,7 +1,7 @@
 """MMBench and MMBench-CN (dev), asked as the reference does (llava/eval/model_vqa_mmbench.py).
 
-The TSV has each question several times, with its options rotated (`index` grows by a million), and a question is right if
-all its rotations are. The official server has a language model read the answers of which no option can be inferred; here
+The TSV has each question several times, with its options rotated (`index` grows by a million), and a question is right
+if all its rotations are. The official server has a language model read answers of which no option can be inferred. Here
 three protocols do without:
 
     reference    each row once; an answer of which no option can be inferred counts as wrong
@@ -241,8 +241,8 @@ def _parts(rows: Mapping[int, Row], hits: Mapping[str, float]) -> dict[str, dict
 
 
 def _workbook(lines: list[list[Any]]) -> bytes:
-    """An .xlsx with one sheet. Text that begins with "=" stays text; control characters, which the format does not have,
-    are left out."""
+    """An .xlsx with one sheet. Text that begins with "=" stays text; control characters, which the format lacks, are
+    left out."""
     try:
         from openpyxl import Workbook
         from openpyxl.cell import WriteOnlyCell
