@@ -44,7 +44,9 @@ def test_texts_of_mmbench(answer, letter):
     ("answer", "letter"),
     [
         ("", None), (" .", None), ("none", None), ("A", "A"), ("B.", "B"), ("**C**", "C"), ("D) is right", "D"),
-        ("I think that the answer is B, not C", "C"), ("the answer is B, not Cats", "C"), ("the answer is B, not it", "B"), ("(A) or (B)", "B"), ("A. or (B)", "A"), ("B because of A", "B"),
+        ("I think that the answer is B, not C", "C"),
+        ("the answer is B, not Cats", "C"), ("the answer is B, not it", "B"),
+        ("(A) or (B)", "B"), ("A. or (B)", "A"), ("B because of A", "B"),
         ("Because I choose D", "D"), ("the answer is Babel", "B"), ("E", None), ("it is C", "C"), ("选 B 吧", "B"),
         ("ABBA", "A"), ("xBAx", "A"),
     ],
