@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from infer.benchmarks.benchmark import REFERENCE, Answer, Benchmark, Mark, Question, Score
+from infer.benchmarks.files import accuracy, accuracy_score, by_kind, match
 from infer.benchmarks.options import read_option
-from infer.benchmarks.shared import accuracy, accuracy_score, match_answers
 from llava_jax.console import InputError, note, plural, shorten
 from llava_jax.data.conversations import read_conversation
 from llava_jax.data.data_files import read_rows, summarize
@@ -77,19 +77,21 @@ class Conversations(Benchmark):
         return self._checked
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
-        given = match_answers(answers, {str(question.id) for question in self._checked}, shorten(self.data))
-        marks = [self._mark(question, given.get(str(question.id))) for question in self._checked]
-        more = {}
+        given = match(answers, {question.id for question in self._checked})
+        marks = [self._mark(question, given.get(question.id)) for question in self._checked]
         with_images = [mark for mark, question in zip(marks, self._checked, strict=True) if question.images]
+        totals = {}
         if self.metric == "scienceqa" and with_images:
-            more["accuracy with images"] = accuracy(with_images)["accuracy"]
-        return accuracy_score(marks, REFERENCE, len(marks) - len(given), more=more)
+            totals["accuracy with images"] = accuracy(with_images)
+        return accuracy_score(
+            marks, REFERENCE, unanswered=len(marks) - len(given), parts=by_kind(marks), totals=totals
+        )  # fmt: skip
 
     def _mark(self, question: Question, answer: Answer | None) -> Mark:
         text = answer.text if answer else ""
         score = METRICS[self.metric](text, question.answer) if answer and not question.problem else 0.0
         read = (READERS[self.metric](text) or "") if answer else ""
-        return Mark(question.id, question.prompt, text, score, read, question.answer, question.kind, str(question.id))
+        return Mark(question.id, question.prompt, text, score, read, question.answer, question.kind)
 
 
 # ---------------------------------------------------------------- the file

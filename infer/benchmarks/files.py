@@ -80,6 +80,23 @@ def read_lines(path: Path, schema: Any) -> list[tuple[int, Any]]:
     return found
 
 
+def read_unique_lines(path: Path, schema: Any) -> dict[str, Any]:
+    """Read JSON lines of a declared type, by their `question_id` as a string.
+
+    Raises:
+      InputError: as `read_lines`, or a question is there twice.
+    """
+    found: dict[str, tuple[int, Any]] = {}
+    for number, row in read_lines(path, schema):
+        key = str(row.question_id)
+        if key in found:
+            raise InputError(
+                f"{shorten(path)} line {number}: question {_shown(row.question_id)} is already on line {found[key][0]}"
+            )
+        found[key] = number, row
+    return {key: row for key, (_, row) in found.items()}
+
+
 def read_question_lines(path: Path, *, ids_repeat: bool = False) -> list[tuple[str, QuestionLine]]:
     """Read one of the reference's question files: each line's name, for errors, and itself.
 

@@ -7,28 +7,41 @@ the directory has it, and otherwise those below.
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+import msgspec
 
 from infer.benchmarks.benchmark import REFERENCE, Answer, File, Id, Mark, Question, Score, Submission
-from infer.benchmarks.judge import JudgedBenchmark, Review
-from infer.benchmarks.shared import (
-    check_unique,
-    find_image,
-    image_folder,
-    match_answers,
-    mean,
-    read_document,
-    read_rows,
+from infer.benchmarks.files import (
+    find,
+    image_path,
+    image_question,
+    match,
+    published_numbers,
+    read_lines,
+    read_object,
+    read_unique_lines,
 )
+from infer.benchmarks.judge import JudgedBenchmark, Review
 from llava_jax.console import InputError, shorten
-from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.endpoints import Messages
 from llava_jax.json_files import check_json
 
-QUESTIONS, CONTEXT, GPT4_ANSWERS, RULES = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "rule.json"
 DATASET = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+QUESTIONS = File("questions.jsonl", DATASET, "8 kB")
+CONTEXT = File("context.jsonl", DATASET, "8 kB", "score")
+GPT4_ANSWERS = File("answers_gpt4.jsonl", DATASET, "47 kB", "score")
+IMAGES = File("images", DATASET, "9.7 MB", "images")
+RULES = File(
+    "rule.json",
+    "https://github.com/haotian-liu/LLaVA/blob/main/llava/eval/table/rule.json",
+    "14 kB; other rules are used if it is missing",
+    "",
+)
+RULE_PREFIX = "llava_bench_"
 BEST = 10.0  # of the judge's scale
 UNREAD = (-1.0, -1.0)  # the scores of a review that has none, as in the reference
 
@@ -47,7 +60,7 @@ FOCUS = {
 }
 
 
-class Row(TypedDict):
+class Row(msgspec.Struct):
     """A line of `questions.jsonl`."""
 
     question_id: Id
@@ -56,21 +69,22 @@ class Row(TypedDict):
     category: str
 
 
-class Context(TypedDict):
+class Context(msgspec.Struct):
     """A line of `context.jsonl`."""
 
     image: str
     caption: str | list[str]
 
 
-class Gpt4Answer(TypedDict):
+class Gpt4Answer(msgspec.Struct):
     """A line of `answers_gpt4.jsonl`."""
 
     question_id: Id
     text: str
+    answer_id: Id | None = None
 
 
-class Rule(TypedDict):
+class Rule(msgspec.Struct):
     """An entry of `rule.json`."""
 
     role: str
@@ -80,51 +94,38 @@ class Rule(TypedDict):
 class LlavaBench(JudgedBenchmark):
     name = "llava-bench-in-the-wild"
     title = "LLaVA-Bench (in the wild)"
-    files = (
-        File(QUESTIONS, DATASET, "8 kB"),
-        File(CONTEXT, DATASET, "8 kB", "score"),
-        File(GPT4_ANSWERS, DATASET, "47 kB", "score"),
-        File("images", DATASET, "9.7 MB", "images"),
-        File(RULES, "https://github.com/haotian-liu/LLaVA/blob/main/llava/eval/table/rule.json", "14 kB", ""),
-    )
+    files = (QUESTIONS, CONTEXT, GPT4_ANSWERS, IMAGES, RULES)
     max_new_tokens = 1024
-    published: Mapping[str, float] = {
-        "v1.5-7B": 65.4, "v1.5-13B": 72.5, "v1.5-7B LoRA": 67.9, "v1.5-13B LoRA": 69.5, "v1.6-vicuna-7B": 81.6,
-        "v1.6-mistral-7B": 83.2, "v1.6-vicuna-13B": 87.3, "v1.6-34B": 89.6,
-    }  # fmt: skip
+    published = published_numbers(65.4, 72.5, 67.9, 69.5, 81.6, 83.2, 87.3, 89.6)
     request_fields: Mapping[str, Any] = {"temperature": 0.2, "max_tokens": 1024}
     reminder = "Write the two scores, separated by one space, on the first line and nothing else on it."
     review_tokens = 250
 
     def questions(self, directory: Path, protocol: str) -> list[Question]:
-        images = image_folder(directory / "images")
+        path = find(directory, QUESTIONS)
         questions = []
-        for number, row in enumerate(_read_questions(directory), 1):
-            name = f"{shorten(directory / QUESTIONS)} row {number}"
-            found, error = find_image(images, row["image"], name)
-            turns = (f"{IMAGE_TOKEN}\n{row['text']}",)
-            questions.append(
-                Question(row["question_id"], turns, row["text"], found, row["category"], name=name, problem=error)
-            )
+        for row in read_unique_lines(path, Row).values():
+            name = f"{shorten(path)}: question {shorten(row.question_id)}"
+            image = image_path(directory / IMAGES.path, row.image, name)
+            questions.append(image_question(row.question_id, row.text, image, name, kind=row.category))
         return questions
 
     def judge_messages(self, directory: Path, answers: Sequence[Answer]) -> dict[Id, Messages]:
         rows = _read_questions(directory)
-        given = match_answers(answers, {str(row["question_id"]) for row in rows}, self.title)
+        given = match(answers, rows, _key)
         contexts, gpt4, rules = _read_contexts(directory), _read_gpt4(directory, rows), read_rules(directory)
         messages = {}
-        for row in rows:
-            if row["image"] not in contexts:
-                raise InputError(f"{shorten(directory / CONTEXT)}: has no context of {shorten(row['image'])}")
-            if row["category"] not in rules:
+        for key, row in rows.items():
+            if row.image not in contexts:
+                raise InputError(f"{shorten(directory / CONTEXT.path)}: has no context of {shorten(row.image)}")
+            if row.category not in rules:
                 raise InputError(
-                    f"{shorten(directory / QUESTIONS)}: question {row['question_id']}: no rule for the category "
-                    f"{shorten(row['category'])!r}, only for {', '.join(rules)}"
+                    f"{shorten(directory / QUESTIONS.path)}: question {row.question_id}: no rule for the category "
+                    f"{shorten(row.category)!r}, only for {', '.join(rules)}"
                 )
-            if answer := given.get(str(row["question_id"])):
-                reference = gpt4[str(row["question_id"])]["text"]
-                content = _content(row, contexts[row["image"]], reference, answer.text, rules[row["category"]])
-                messages[row["question_id"]] = [
+            if key in given:
+                content = _content(row, contexts[row.image], gpt4[key].text, given[key].text, rules[row.category])
+                messages[row.question_id] = [
                     {"role": "system", "content": SYSTEM},
                     {"role": "user", "content": content},
                 ]
@@ -140,29 +141,18 @@ class LlavaBench(JudgedBenchmark):
 
     def score_reviews(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Score:
         """The mean score of the model, with 0 for unanswered questions, over that of GPT-4 where both were judged."""
-        rows, given = _read_questions(directory), {str(answer.id): answer for answer in answers}
+        rows, given = _read_questions(directory), match(answers, _read_questions(directory), _key)
         gpt4 = _read_gpt4(directory, rows)
-        pairs = {row["question_id"]: _pair(reviews.get(row["question_id"])) for row in rows}
+        pairs = {key: _pair(reviews.get(row.question_id)) for key, row in rows.items()}
         marks = []
-        for row in rows:
-            answer, pair = given.get(str(row["question_id"])), pairs[row["question_id"]]
-            marks.append(
-                Mark(
-                    question=row["question_id"],
-                    prompt=row["text"],
-                    text=answer.text if answer else "",
-                    score=min(max(pair[1] / BEST, 0.0), 1.0) if pair else 0.0,
-                    read=f"{pair[1]:g} (GPT-4: {pair[0]:g})" if pair else "",
-                    answer=gpt4[str(row["question_id"])]["text"],
-                    kind=row["category"],
-                    group=str(row["question_id"]),
-                )
-            )
-        totals = _ratio([*pairs.values()])
-        kinds = sorted({row["category"] for row in rows})
-        parts = {}
-        for kind in kinds:
-            some = [pairs[row["question_id"]] for row in rows if row["category"] == kind]
+        for key, row in rows.items():
+            text, pair = given[key].text if key in given else "", pairs[key]
+            score = min(max(pair[1] / BEST, 0.0), 1.0) if pair else 0.0
+            read = f"{pair[1]:g} (GPT-4: {pair[0]:g})" if pair else ""
+            marks.append(Mark(row.question_id, row.text, text, score, read, gpt4[key].text, row.category))
+        totals, parts = _ratio([*pairs.values()]), {}
+        for kind in sorted({row.category for row in rows.values()}):
+            some = [pairs[key] for key, row in rows.items() if row.category == kind]
             parts[kind] = _ratio(some) | {"questions": len(some)}
         return Score(
             metric="relative score",
@@ -178,23 +168,27 @@ class LlavaBench(JudgedBenchmark):
 
     def review_file(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Submission:
         """As eval_gpt_review_bench.py writes them."""
-        rows, given = _read_questions(directory), {str(answer.id): answer for answer in answers}
-        gpt4, lines = _read_gpt4(directory, rows), []
-        for number, row in enumerate(rows, 1):
-            name = row["question_id"]
-            if name not in reviews:
+        rows = _read_questions(directory)
+        gpt4, given, lines = _read_gpt4(directory, rows), match(answers, rows, _key), []
+        for number, (key, row) in enumerate(rows.items(), 1):
+            if (review := reviews.get(row.question_id)) is None:
                 continue
+            gpt4_id = gpt4[key].answer_id
             line = {
                 "id": number,
-                "question_id": name,
-                "answer1_id": gpt4[str(name)].get("answer_id", name),
-                "answer2_id": given[str(name)].extra.get("answer_id", name),
-                "category": f"llava_bench_{row['category']}",
-                "content": reviews[name].text,
-                "tuple": list(reviews[name].scores or UNREAD),
+                "question_id": row.question_id,
+                "answer1_id": row.question_id if gpt4_id is None else gpt4_id,
+                "answer2_id": given[key].extra.get("answer_id", row.question_id),
+                "category": RULE_PREFIX + row.category,
+                "content": review.text,
+                "tuple": list(review.scores or UNREAD),
             }
             lines.append(json.dumps(line) + "\n")
         return Submission("reviews.jsonl", "".join(lines).encode())
+
+
+def _key(answer: Answer) -> str:
+    return str(answer.id)
 
 
 # ---------------------------------------------------------------- what the judge is asked
@@ -206,55 +200,47 @@ def read_rules(directory: Path) -> dict[str, Rule]:
     Raises:
       InputError: the file is not one of rules.
     """
-    path = directory / RULES
+    path = directory / RULES.path
     if not path.exists():
-        return {kind: Rule(role="Assistant", prompt=RULE.format(focus=focus)) for kind, focus in FOCUS.items()}
-    prefix = "llava_bench_"
-    rules = read_document(path, dict[str, Any])
+        return {kind: Rule("Assistant", RULE.format(focus=focus)) for kind, focus in FOCUS.items()}
     found = {
-        name.removeprefix(prefix): check_json(rule, Rule, f"{shorten(path)}: {shorten(name)}")
-        for name, rule in rules.items()
-        if name.startswith(prefix)
+        name.removeprefix(RULE_PREFIX): check_json(rule, Rule, f"{shorten(path)}: {shorten(name)}")
+        for name, rule in read_object(path, dict[str, Any]).items()
+        if name.startswith(RULE_PREFIX)
     }
     if not found:
-        raise InputError(f"{shorten(path)}: has no rule {prefix}*")
+        raise InputError(f"{shorten(path)}: has no rule {RULE_PREFIX}*")
     return found
 
 
-def _content(row: Any, context: str, gpt4: str, answer: str, rule: Rule) -> str:
+def _content(row: Row, context: str, gpt4: str, answer: str, rule: Rule) -> str:
     """The layout of the reference."""
-    role = rule["role"]
-    sections = [f"[Context]\n{context}", f"[Question]\n{row['text']}"]
+    sections = [f"[Context]\n{context}", f"[Question]\n{row.text}"]
     for number, text in enumerate((gpt4, answer), 1):
-        sections += [f"[{role} {number}]\n{text}", f"[End of {role} {number}]"]
-    sections.append(f"[System]\n{rule['prompt']}")
+        sections += [f"[{rule.role} {number}]\n{text}", f"[End of {rule.role} {number}]"]
+    sections.append(f"[System]\n{rule.prompt}")
     return "".join(f"{section}\n\n" for section in sections)
 
 
-def _read_questions(directory: Path) -> list[Any]:
-    path = directory / QUESTIONS
-    rows = read_rows(path, Row)
-    check_unique((row["question_id"] for row in rows), path)
-    return rows
+def _read_questions(directory: Path) -> dict[str, Row]:
+    return read_unique_lines(find(directory, QUESTIONS), Row)
 
 
 def _read_contexts(directory: Path) -> dict[str, str]:
+    """The contexts by image."""
     contexts = {}
-    for row in read_rows(directory / CONTEXT, Context):
-        caption = row["caption"]
-        contexts[row["image"]] = caption if isinstance(caption, str) else "\n".join(caption)
+    for _, row in read_lines(find(directory, CONTEXT), Context):
+        contexts[row.image] = row.caption if isinstance(row.caption, str) else "\n".join(row.caption)
     return contexts
 
 
-def _read_gpt4(directory: Path, rows: list[Any]) -> dict[str, Any]:
+def _read_gpt4(directory: Path, rows: Mapping[str, Row]) -> dict[str, Gpt4Answer]:
     """GPT-4's answers by question, one for each."""
-    path = directory / GPT4_ANSWERS
-    found = read_rows(path, Gpt4Answer)
-    check_unique((row["question_id"] for row in found), path)
-    answers = {str(row["question_id"]): row for row in found}
-    for row in rows:
-        if str(row["question_id"]) not in answers:
-            raise InputError(f"{shorten(path)}: has no answer to question {shorten(row['question_id'])}")
+    path = find(directory, GPT4_ANSWERS)
+    answers = read_unique_lines(path, Gpt4Answer)
+    for key in rows:
+        if key not in answers:
+            raise InputError(f"{shorten(path)}: has no answer to question {shorten(key)}")
     return answers
 
 
@@ -272,7 +258,7 @@ def _pair(review: Review | None) -> tuple[float, float] | None:
 def _ratio(pairs: Sequence[tuple[float, float] | None]) -> dict[str, float]:
     """The relative score, and the two mean scores, all as shares."""
     judged = [pair for pair in pairs if pair]
-    gpt4 = mean([pair[0] for pair in judged]) / BEST
+    gpt4 = sum(pair[0] for pair in judged) / max(len(judged), 1) / BEST
     model = sum(pair[1] for pair in judged) / len(pairs) / BEST
     return {"relative score": model / gpt4 if gpt4 else 0.0, "model": model, "gpt-4": gpt4}
 
@@ -280,8 +266,8 @@ def _ratio(pairs: Sequence[tuple[float, float] | None]) -> dict[str, float]:
 def _ratio_error(pairs: Sequence[tuple[float, float]]) -> float | None:
     """The standard error of the ratio of two means (delta method)."""
     n = len(pairs)
-    if n < 2 or not (base := mean([first for first, _ in pairs])):
+    if n < 2 or not (base := statistics.fmean(first for first, _ in pairs)):
         return None
-    ratio = mean([second for _, second in pairs]) / base
+    ratio = statistics.fmean(second for _, second in pairs) / base
     variance = sum((second - ratio * first) ** 2 for first, second in pairs) / (n - 1)
     return math.sqrt(variance / n) / abs(base)

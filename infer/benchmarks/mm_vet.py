@@ -5,32 +5,37 @@ github.com/yuweihao/MM-Vet) with examples of our own, so its scores resemble tho
 being the same. What that one reads is the file to submit (scripts/convert_mmvet_for_eval.py).
 """
 
+import dataclasses
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
-from msgspec import Meta
+import msgspec
 
 from infer.benchmarks.benchmark import REFERENCE, Answer, File, Id, Mark, Question, Score, Submission
-from infer.benchmarks.judge import JudgedBenchmark, Review
-from infer.benchmarks.shared import (
-    check_unique,
-    find_image,
-    image_folder,
-    match_answers,
-    mean,
-    read_document,
-    read_rows,
+from infer.benchmarks.files import (
+    EVAL_ZIP,
+    find,
+    image_path,
+    image_question,
+    match,
+    note_unanswered,
+    published_numbers,
+    read_object,
+    read_questions,
 )
+from infer.benchmarks.judge import JudgedBenchmark, Review
 from llava_jax.console import InputError, shorten
-from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.endpoints import Messages
 from llava_jax.json_files import check_json
 
-ANNOTATIONS, QUESTIONS = "mm-vet.json", "llava-mm-vet.jsonl"
-PREFIX = "v1_"  # of the ids in mm-vet.json
 ARCHIVE = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
+ANNOTATIONS = File("mm-vet.json", ARCHIVE, "0.1 MB")
+IMAGES = File("images", ARCHIVE, "200 images, 0.1 GB", "images")
+QUESTIONS = File("llava-mm-vet.jsonl", EVAL_ZIP, "30 kB; built from mm-vet.json if it is missing", "")
+PREFIX = "v1_"  # of the ids in mm-vet.json
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 INSTRUCTIONS = """\
@@ -68,88 +73,51 @@ EXAMPLES = (
 )
 
 
-class Annotation(TypedDict):
+class Annotation(msgspec.Struct):
     """An entry of `mm-vet.json`."""
 
     imagename: str
     question: str
     answer: str
-    capability: Annotated[list[str], Meta(min_length=1)]
-
-
-class Row(TypedDict):
-    """A line of `llava-mm-vet.jsonl`."""
-
-    question_id: Id
-    image: str
-    text: str
+    capability: Annotated[list[str], msgspec.Meta(min_length=1)]
 
 
 class MMVet(JudgedBenchmark):
     name = "mm-vet"
     title = "MM-Vet"
-    files = (
-        File(ANNOTATIONS, ARCHIVE, "about 0.1 MB"),
-        File("images", ARCHIVE, "about 70 MB", "images"),
-        File(QUESTIONS, "eval.zip of the reference's docs/Evaluation.md; without it the same is built", "40 kB", ""),
-    )
+    files = (ANNOTATIONS, IMAGES, QUESTIONS)
     max_new_tokens = 1024
-    published: Mapping[str, float] = {
-        "v1.5-7B": 31.1, "v1.5-13B": 36.1, "v1.5-7B LoRA": 30.2, "v1.5-13B LoRA": 38.3, "v1.6-vicuna-7B": 43.9,
-        "v1.6-mistral-7B": 47.3, "v1.6-vicuna-13B": 48.4, "v1.6-34B": 57.4,
-    }  # fmt: skip
+    published = published_numbers(31.1, 36.1, 30.2, 38.3, 43.9, 47.3, 48.4, 57.4)
     request_fields: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 16}
     reminder = "Write the score of the last row, a number from 0.0 to 1.0, and nothing else."
     review_tokens = 4
 
     def questions(self, directory: Path, protocol: str) -> list[Question]:
-        annotations, rows = read_annotations(directory), self._rows(directory)
-        images = image_folder(directory / "images")
-        questions = []
-        for number, row in enumerate(rows, 1):
-            annotation = annotations[str(row["question_id"])]
-            name = f"{self.title} question {number}"
-            found, error = find_image(images, row["image"], name)
-            questions.append(
-                Question(
-                    row["question_id"],
-                    (f"{IMAGE_TOKEN}\n{row['text']}",),
-                    row["text"],
-                    found,
-                    combination(annotation["capability"]),
-                    annotation["answer"],
-                    name=name,
-                    problem=error,
-                )
-            )
-        return questions
-
-    def _rows(self, directory: Path) -> list[Any]:
-        """The rows of the reference's question file, or the same built from the annotations."""
-        annotations, path = read_annotations(directory), directory / QUESTIONS
-        if not path.exists():
-            return [
-                {
-                    "question_id": int(name) if name.isdecimal() else name,
-                    "image": one["imagename"],
-                    "text": one["question"],
-                }
-                for name, one in annotations.items()
-            ]
-        rows = read_rows(path, Row)
-        check_unique((row["question_id"] for row in rows), path)
-        for row in rows:
-            if str(row["question_id"]) not in annotations:
-                raise InputError(f"{shorten(path)}: question {shorten(row['question_id'])} is not in {ANNOTATIONS}")
-        return rows
+        """Those of the reference's question file, or the same built from the annotations."""
+        annotations, path = read_annotations(directory), directory / QUESTIONS.path
+        folder = directory / IMAGES.path
+        if path.exists():
+            questions = read_questions(path, folder)
+        else:
+            questions = []
+            for key, one in annotations.items():
+                name = f"{shorten(directory / ANNOTATIONS.path)}: {PREFIX}{shorten(key)}"
+                image = image_path(folder, one.imagename, name)
+                questions.append(image_question(int(key) if key.isdecimal() else key, one.question, image, name))
+        asked = []
+        for question in questions:
+            if (found := annotations.get(str(question.id))) is None:
+                raise InputError(f"{question.name}: question {shorten(question.id)} is not in {ANNOTATIONS.path}")
+            asked.append(dataclasses.replace(question, kind=combination(found.capability), answer=found.answer))
+        return asked
 
     def judge_messages(self, directory: Path, answers: Sequence[Answer]) -> dict[Id, Messages]:
         annotations = read_annotations(directory)
-        given = match_answers(answers, annotations, self.title)
+        given = match(answers, annotations, _key)
         return {
-            name: [{"role": "user", "content": _content(one, given[name].text)}]
-            for name, one in annotations.items()
-            if name in given
+            key: [{"role": "user", "content": _content(one, given[key].text)}]
+            for key, one in annotations.items()
+            if key in given
         }
 
     def read_review(self, text: str) -> tuple[float, ...] | None:
@@ -162,51 +130,53 @@ class MMVet(JudgedBenchmark):
 
     def score_reviews(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Score:
         """The mean over all questions; a review without a score counts as 0, as in the official evaluator."""
-        annotations, given = read_annotations(directory), {str(answer.id): answer for answer in answers}
-        marks = []
-        for name, one in annotations.items():
-            scores, answer = reviews[name].scores if name in reviews else None, given.get(name)
-            marks.append(
-                Mark(
-                    question=answer.id if answer else name,
-                    prompt=one["question"],
-                    text=answer.text if answer else "",
-                    score=scores[0] if scores else 0.0,
-                    read=f"{scores[0]:g}" if scores else "",
-                    answer=one["answer"],
-                    kind=combination(one["capability"]),
-                    group=name,
-                )
-            )
-        share = mean([mark.score for mark in marks])
-        totals = {"score": share}
+        annotations = read_annotations(directory)
+        given, marks = match(answers, annotations, _key), []
+        for key, one in annotations.items():
+            text, scores = given[key].text if key in given else "", reviews[key].scores if key in reviews else None
+            score, read = (scores[0], f"{scores[0]:g}") if scores else (0.0, "")
+            name = given[key].id if key in given else key
+            marks.append(Mark(name, one.question, text, score, read, one.answer, combination(one.capability)))
+        share = statistics.fmean(mark.score for mark in marks)
         return Score(
-            "score", share, 100.0, REFERENCE, totals, _parts(annotations, marks), marks, len(marks) - len(given)
+            metric="score",
+            value=share,
+            scale=100.0,
+            protocol=REFERENCE,
+            totals={"score": share},
+            parts=_parts(annotations, marks),
+            marks=marks,
+            unanswered=len(marks) - len(given),
         )
 
     def review_file(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Submission:
         """As the official evaluator writes its grades."""
         grades = {
-            f"{PREFIX}{name}": {
+            f"{PREFIX}{key}": {
                 "model": [review.model],
                 "content": [review.text],
                 "score": [review.scores[0] if review.scores else 0.0],
             }
-            for name, review in reviews.items()
+            for key, review in reviews.items()
         }
         return Submission("grades.json", json.dumps(grades, indent=4).encode())
 
     def submission(self, directory: Path, answers: Sequence[Answer]) -> Submission:
         """What the official evaluator reads: an answer by id, "" if there is none."""
         annotations = read_annotations(directory)
-        given = match_answers(answers, annotations, self.title)
-        texts = {f"{PREFIX}{name}": given[name].text if name in given else "" for name in annotations}
+        given = match(answers, annotations, _key)
+        note_unanswered(len(annotations) - len(given), len(annotations))
+        texts = {f"{PREFIX}{key}": given[key].text if key in given else "" for key in annotations}
         return Submission("mm-vet.json", json.dumps(texts, indent=2).encode())
 
 
-def _content(annotation: Any, prediction: str) -> str:
-    truth = annotation["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    rows = [*EXAMPLES, (annotation["question"], truth, prediction, "")]
+def _key(answer: Answer) -> str:
+    return str(answer.id)
+
+
+def _content(annotation: Annotation, prediction: str) -> str:
+    truth = annotation.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    rows = [*EXAMPLES, (annotation.question, truth, prediction, "")]
     return INSTRUCTIONS + "\n".join(" | ".join(row) for row in rows)
 
 
@@ -217,26 +187,28 @@ def combination(capabilities: Sequence[str]) -> str:
     return "+".join(names) if len(names) > 1 else f"{names[0]} only"
 
 
-def _parts(annotations: Mapping[str, Any], marks: Sequence[Mark]) -> dict[str, dict[str, float]]:
+def _parts(annotations: Mapping[str, Annotation], marks: Sequence[Mark]) -> dict[str, dict[str, float]]:
     """Scores by capability, then by combination."""
     parts: dict[str, list[float]] = {name: [] for name in CAPABILITIES}
     for one, mark in zip(annotations.values(), marks, strict=True):
-        for name in dict.fromkeys(one["capability"]):
+        for name in dict.fromkeys(one.capability):
             parts.setdefault(name, []).append(mark.score)
     for mark in marks:
         parts.setdefault(mark.kind, []).append(mark.score)
-    return {name: {"score": mean(scores), "questions": len(scores)} for name, scores in parts.items() if scores}
+    return {
+        name: {"score": statistics.fmean(scores), "questions": len(scores)} for name, scores in parts.items() if scores
+    }
 
 
-def read_annotations(directory: Path) -> dict[str, Any]:
+def read_annotations(directory: Path) -> dict[str, Annotation]:
     """The annotations by the id of the question, as a string without its prefix.
 
     Raises:
       InputError: the file is missing or not MM-Vet's.
     """
-    path = directory / ANNOTATIONS
+    path = find(directory, ANNOTATIONS)
     annotations = {}
-    for name, one in read_document(path, dict[str, Any]).items():
+    for name, one in read_object(path, dict[str, Any]).items():
         if not name.startswith(PREFIX):
             raise InputError(f"{shorten(path)}: id {shorten(name)!r} does not begin with {PREFIX}")
         annotations[name.removeprefix(PREFIX)] = check_json(one, Annotation, f"{shorten(path)}: {shorten(name)}")

@@ -13,7 +13,9 @@ three protocols do without:
 import base64
 import binascii
 import io
+import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,10 @@ from infer.benchmarks.benchmark import (
     Score,
     Submission,
 )
+from infer.benchmarks.files import IMAGE_LINE, find, note_unanswered, published_numbers
 from infer.benchmarks.mmbench_tsv import ROTATION, Row, read_table
-from infer.benchmarks.options import find_letter, infer_option
-from infer.benchmarks.shared import CHOOSE, binomial_error, mean
+from infer.benchmarks.options import CHOOSE, find_letter, infer_option
 from llava_jax.console import InputError, plural, shorten
-from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.urls import NamedBytes
 
 CIRCULAR = "circular"
@@ -47,18 +48,15 @@ Key = tuple[int, int]  # index of the row, round
 class MMBench(Benchmark):
     name = "mmbench"
     title = "MMBench (dev)"
-    table = "mmbench_dev_20230712.tsv"
+    table = File("mmbench_dev_20230712.tsv", f"{DOWNLOADS}/mmbench_dev_20230712.tsv", "140 MB, images included")
     suffix = CHOOSE
-    files: Sequence[File] = (File(table, f"{DOWNLOADS}/{table}", "about 140 MB, images included"),)
+    files: Sequence[File] = (table,)
     protocols = (REFERENCE, CIRCULAR, LMMS_EVAL)
     max_new_tokens = 1024
-    published: Mapping[str, float] = {
-        "v1.5-7B": 64.3, "v1.5-13B": 67.7, "v1.5-7B LoRA": 66.1, "v1.5-13B LoRA": 68.5, "v1.6-vicuna-7B": 67.4,
-        "v1.6-mistral-7B": 68.7, "v1.6-vicuna-13B": 70.0, "v1.6-34B": 79.3,
-    }  # fmt: skip
+    published = published_numbers(64.3, 67.7, 66.1, 68.5, 67.4, 68.7, 70.0, 79.3)
 
     def questions(self, directory: Path, protocol: str) -> list[Question]:
-        path = directory / self.table
+        path = find(directory, self.table)
         questions = []
         for row in read_table(path).rows:
             name = f"{shorten(path)} line {row.line}"
@@ -67,7 +65,7 @@ class MMBench(Benchmark):
                 options, letters = _rotate(row, number)
                 prompt = _prompt(row, options)
                 extra = {"round_id": number, "options": options, "option_char": letters}
-                turns = (f"{IMAGE_TOKEN}\n{prompt}\n{self.suffix}",)
+                turns = (IMAGE_LINE + prompt + self.suffix,)
                 answer = _in_words(row, letters.index(row.answer), options) if row.answer else ""
                 questions.append(
                     Question(
@@ -77,7 +75,7 @@ class MMBench(Benchmark):
         return questions
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
-        path = directory / self.table
+        path = find(directory, self.table)
         table = read_table(path)
         if not table.has_answers:
             raise InputError(f"{shorten(path)}: has no column answer; its evaluation server has the answers")
@@ -92,17 +90,20 @@ class MMBench(Benchmark):
         for mark in marks:
             by_group.setdefault(mark.group, []).append(mark.score)
         hits = {group: float(all(scores)) for group, scores in by_group.items()}
-        share = mean([*hits.values()])
+        share = statistics.fmean(hits.values())
         return Score(
             metric="accuracy",
             value=share,
             scale=100.0,
             protocol=protocol,
-            totals={"accuracy": share, "accuracy of single rotations": mean([mark.score for mark in marks])},
+            totals={
+                "accuracy": share,
+                "accuracy of single rotations": statistics.fmean([mark.score for mark in marks]),
+            },
             parts=_parts(rows, hits),
             marks=marks,
             unanswered=len(marks) - len(given),
-            stderr=binomial_error(share, len(hits)),
+            stderr=math.sqrt(share * (1 - share) / len(hits)),
         )
 
     def _match(self, answers: Sequence[Answer], rows: Mapping[int, Row], protocol: str) -> dict[Key, Answer]:
@@ -116,7 +117,7 @@ class MMBench(Benchmark):
             where = f"answers line {answer.line}"
             row, number = by_id.get(str(answer.id)), answer.extra.get("round_id", 0)
             if row is None:
-                raise InputError(f"{where}: {self.title} has no question {shorten(answer.id)}")
+                raise InputError(f"{where}: the benchmark has no question {shorten(answer.id)}")
             if type(number) is not int or number not in rounds_of(row, CIRCULAR):
                 n = plural(len(row.options), "option")
                 raise InputError(f"{where}: question {answer.id} has {n}, and no round {shorten(repr(number))}")
@@ -128,7 +129,7 @@ class MMBench(Benchmark):
                     raise InputError(f"{where}: {key} are not those of question {answer.id} in round {number}")
             if (row.index, number) in found:
                 first = found[row.index, number].line
-                raise InputError(f"{where}: question {answer.id} has an answer already, in line {first}")
+                raise InputError(f"{where}: a second answer to question {answer.id}, which line {first} answers")
             found[row.index, number] = answer
         return found
 
@@ -138,9 +139,10 @@ class MMBench(Benchmark):
         Raises:
           InputError: openpyxl is not installed, or as `score`.
         """
-        path = directory / self.table
+        path = find(directory, self.table)
         table = read_table(path)
         given = self._match(answers, {row.index: row for row in table.rows}, CIRCULAR)
+        note_unanswered(sum((row.index, 0) not in given for row in table.rows), len(table.rows))
         columns = [name for name in table.columns if name not in NOT_SUBMITTED]
         columns.insert(PREDICTION_COLUMN, "prediction")
         lines: list[list[Any]] = [columns]
@@ -155,13 +157,10 @@ class MMBenchCN(MMBench):
     name = "mmbench-cn"
     title = "MMBench-CN (dev)"
     directory = "mmbench_cn"
-    table = "mmbench_dev_cn_20231003.tsv"
-    suffix = "请直接回答选项字母。"
-    files = (File(table, f"{DOWNLOADS}/{table}", "about 140 MB, images included"),)
-    published: Mapping[str, float] = {
-        "v1.5-7B": 58.3, "v1.5-13B": 63.6, "v1.5-7B LoRA": 58.9, "v1.5-13B LoRA": 61.5, "v1.6-vicuna-7B": 60.6,
-        "v1.6-mistral-7B": 61.2, "v1.6-vicuna-13B": 64.4, "v1.6-34B": 79.0,
-    }  # fmt: skip
+    table = File("mmbench_dev_cn_20231003.tsv", f"{DOWNLOADS}/mmbench_dev_cn_20231003.tsv", "140 MB, images included")
+    suffix = "\n请直接回答选项字母。"
+    files = (table,)
+    published = published_numbers(58.3, 63.6, 58.9, 61.5, 60.6, 61.2, 64.4, 79.0)
 
 
 # ---------------------------------------------------------------- a row
@@ -232,7 +231,9 @@ def _parts(rows: Mapping[int, Row], hits: Mapping[str, float]) -> dict[str, dict
             if column == "l2_category" and name in categories:
                 name += " (l2-category)"
             scores.setdefault(name, []).append(hit)
-        parts |= {name: {"accuracy": mean(some), "questions": len(some)} for name, some in sorted(scores.items())}
+        parts |= {
+            name: {"accuracy": statistics.fmean(some), "questions": len(some)} for name, some in sorted(scores.items())
+        }
     parts.pop("", None)  # a TSV without the column
     return parts
 

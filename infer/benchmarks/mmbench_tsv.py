@@ -61,8 +61,6 @@ def read_table(path: Path) -> Table:
       InputError: the file is missing, not a TSV of MMBench's, or a row is invalid.
     """
     name = shorten(path)
-    if not path.exists():
-        raise InputError(f"{name}: no such file; --list says where it is published")
     lines = _split(read_text(path, MAX_BYTES), name)
     columns = lines[0][1] if lines else []
     if missing := [column for column in NEEDED if column not in columns]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 LETTERS = "ABCDE"
+CHOOSE = "\nAnswer with the option's letter from the given choices directly."  # the reference ends questions with it
 API_FAILURE = "Failed to obtain answer via API"  # in the place of an answer, in lmms-eval's files
 
 # What may stand before and after a letter for it to be a word of an answer (lmms-eval).

@@ -4,33 +4,38 @@ scienceqa        all 4,241 questions
 scienceqa-img    the 2,017 with an image: "SQA" in the tables of LLaVA-1.5 and later
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
 from infer.benchmarks.benchmark import Answer, Benchmark, File, Mark, Question, Score
-from infer.benchmarks.options import read_option
-from infer.benchmarks.shared import (
-    CHOOSE,
+from infer.benchmarks.files import (
+    EVAL_ZIP,
     accuracy,
     accuracy_score,
-    check_unique,
-    find_image,
-    image_folder,
-    match_answers,
-    read_document,
+    find,
+    image_path,
+    match,
+    published_numbers,
+    read_object,
 )
+from infer.benchmarks.options import CHOOSE, read_option
 from llava_jax.console import InputError, note, plural, shorten
 from llava_jax.data import scienceqa as wording
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.json_files import check_json
 
-PROBLEMS, SPLITS, PROMPTS = "problems.json", "pid_splits.json", "llava_test_CQM-A.json"
+REPOSITORY = "https://github.com/lupantech/ScienceQA/tree/main/data/scienceqa"
+PROBLEMS = File("problems.json", REPOSITORY, "30 MB")
+SPLITS = File("pid_splits.json", REPOSITORY, "0.5 MB")
+PROMPTS = File("llava_test_CQM-A.json", EVAL_ZIP, "3 MB; built from problems.json if it is missing", "")
+IMAGES = File(
+    "images/test", "https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "2,017 images, 0.1 GB", "images"
+)
 SPLIT = "test"
 OPTIONS = wording.OPTIONS
-REPOSITORY = "https://github.com/lupantech/ScienceQA/tree/main/data/scienceqa"
 
 
 class Problem(TypedDict):
@@ -72,56 +77,40 @@ PARTS: dict[str, Callable[[Any], bool]] = {
 class ScienceQA(Benchmark):
     name = "scienceqa"
     title = "ScienceQA"
-    files = (
-        File(PROBLEMS, REPOSITORY, "about 30 MB"),
-        File(SPLITS, REPOSITORY, "0.5 MB"),
-        File(PROMPTS, "eval.zip of the reference's docs/Evaluation.md; without it the same is built", "about 5 MB", ""),
-        File("images/test", "https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "about 120 MB", "images"),
-    )
+    files = (PROBLEMS, SPLITS, PROMPTS, IMAGES)
     max_new_tokens = 1024
 
     def questions(self, directory: Path, protocol: str) -> list[Question]:
         problems = read_problems(directory)
-        images = image_folder(directory / "images" / SPLIT)
+        path = directory / PROMPTS.path
+        has_prompts = path.exists()
+        rows = read_prompts(path) if has_prompts else [_prompt(directory, *one) for one in problems.items()]
         questions = []
-        for row in self._prompts(directory, problems):
+        for row in rows:
+            name = f"{shorten(path if has_prompts else directory / PROBLEMS.path)}: question {shorten(row['id'])}"
             if row["id"] not in problems:
-                raise InputError(
-                    f"{shorten(directory / PROMPTS)}: question {shorten(row['id'])} is not in the split {SPLIT} of "
-                    f"{SPLITS}"
-                )
+                raise InputError(f"{name} is not in the split {SPLIT} of {SPLITS.path}")
             problem = problems[row["id"]]
-            prompt = row["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip() + f"\n{CHOOSE}"
-            name, found, error = f"question {shorten(row['id'])}", (), ""
+            prompt, images = row["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip() + CHOOSE, ()
             if "image" in row:
                 prompt = f"{IMAGE_TOKEN}\n{prompt}"
-                found, error = find_image(images, row["image"], name)
-            answer = f"{OPTIONS[problem['answer']]}. {problem['choices'][problem['answer']]}"
-            kind = problem.get("subject", "all")
-            questions.append(Question(row["id"], (prompt,), prompt, found, kind, answer, name=name, problem=error))
+                images = (image_path(directory / IMAGES.path, row["image"], name),)
+            kind, answer = problem.get("subject", "all"), _in_words(problem)
+            questions.append(Question(row["id"], (prompt,), prompt, images, kind, answer, name=name))
         return questions
-
-    def _prompts(self, directory: Path, problems: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rows of the reference's question file, or the same built from the problems."""
-        path = directory / PROMPTS
-        if path.exists():
-            rows = read_document(path, list[Prompt])
-            check_unique((row["id"] for row in rows), path)
-            return rows
-        return [_prompt(directory, number, problem) for number, problem in problems.items()]
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         problems = read_problems(directory)
-        given = match_answers(answers, problems, self.title)
+        given = match(answers, problems, _key)
         marks = [_mark(number, problem, given.get(number)) for number, problem in problems.items()]
-        parts = {}
-        for name, has in PARTS.items():
-            if some := [mark for mark, problem in zip(marks, problems.values(), strict=True) if has(problem)]:
-                parts[name] = accuracy(some)
-        more = {}
+        pairs = list(zip(marks, problems.values(), strict=True))
+        parts = {name: [mark for mark, problem in pairs if has(problem)] for name, has in PARTS.items()}
+        parts = {name: some for name, some in parts.items() if some}
+        totals = {}
         if with_image := [mark for mark in marks if IMAGE_TOKEN in mark.prompt]:  # as the reference decides it
-            more["IMG accuracy"] = accuracy(with_image)["accuracy"]
-        return accuracy_score(marks, protocol, len(problems) - len(given), parts=parts, more=more)
+            totals["IMG accuracy"] = accuracy(with_image)
+        unanswered = len(problems) - len(given)
+        return accuracy_score(marks, protocol, unanswered=unanswered, parts=parts, totals=totals)
 
 
 class ScienceQAImages(ScienceQA):
@@ -130,48 +119,60 @@ class ScienceQAImages(ScienceQA):
     name = "scienceqa-img"
     title = "ScienceQA-IMG"
     directory = "scienceqa"
-    published: Mapping[str, float] = {
-        "v1.5-7B": 66.8, "v1.5-13B": 71.6, "v1.5-7B LoRA": 68.4, "v1.5-13B LoRA": 71.2, "v1.6-vicuna-7B": 70.1,
-        "v1.6-mistral-7B": 72.8, "v1.6-vicuna-13B": 73.6, "v1.6-34B": 81.8,
-    }  # fmt: skip
+    published = published_numbers(66.8, 71.6, 68.4, 71.2, 70.1, 72.8, 73.6, 81.8)
 
     def questions(self, directory: Path, protocol: str) -> list[Question]:
         return [question for question in super().questions(directory, protocol) if IMAGE_TOKEN in question.prompt]
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         problems = read_problems(directory)
-        given = match_answers(answers, problems, self.title)
+        given = match(answers, problems, _key)
         asked = {number: problem for number, problem in problems.items() if problem.get("image")}
+        if not asked:
+            raise InputError(f"{shorten(directory / PROBLEMS.path)}: no problem of the split {SPLIT} has an image")
         if others := len(given.keys() - asked.keys()):
             note(f"{plural(others, 'answer')} not scored: to questions without an image")
         marks = [_mark(number, problem, given.get(number)) for number, problem in asked.items()]
-        return accuracy_score(marks, protocol, len(asked.keys() - given.keys()))
+        return accuracy_score(marks, protocol, unanswered=len(asked.keys() - given.keys()))
+
+
+def _key(answer: Answer) -> str:
+    return str(answer.id)
+
+
+def read_prompts(path: Path) -> list[Any]:
+    """The rows of the reference's question file.
+
+    Raises:
+      InputError: the file is not such a file, or has a question twice.
+    """
+    rows, seen = read_object(path, list[Prompt]), set()
+    for row in rows:
+        if row["id"] in seen:
+            raise InputError(f"{shorten(path)}: question {shorten(row['id'])} is there twice")
+        seen.add(row["id"])
+    return rows
 
 
 def _prompt(directory: Path, number: str, problem: dict[str, Any]) -> dict[str, Any]:
-    where = f"{shorten(directory / PROBLEMS)}: problem {shorten(number)}"
-    check_json(problem, wording.Problem, where)
+    """A row as the reference's question file has it."""
+    check_json(problem, wording.Problem, f"{shorten(directory / PROBLEMS.path)}: problem {shorten(number)}")
     text, _ = wording.question_and_answer(problem, "CQM-A")
     image = {} if problem["image"] is None else {"image": f"{number}/{problem['image']}"}
     return {"id": number, "conversations": [{"value": text}]} | image
 
 
+def _in_words(problem: Any) -> str:
+    return f"{OPTIONS[problem['answer']]}. {problem['choices'][problem['answer']]}"
+
+
 def _mark(number: str, problem: Any, answer: Answer | None) -> Mark:
     """Without an answer the prompt is empty too, so that the question counts as one without an image, as it does in the
     reference."""
-    text = answer.text if answer else ""
+    prompt, text = (answer.prompt, answer.text) if answer else ("", "")
     read = read_option(text) or ""
-    right = OPTIONS[problem["answer"]]
-    return Mark(
-        question=number,
-        prompt=answer.prompt if answer else "",
-        text=text,
-        score=float(read == right),  # a letter beyond the choices never is
-        read=read,
-        answer=f"{right}. {problem['choices'][problem['answer']]}",
-        kind=problem.get("subject", "all"),
-        group=number,
-    )
+    score = float(read == OPTIONS[problem["answer"]])  # a letter beyond the choices never is
+    return Mark(number, prompt, text, score, read, _in_words(problem), problem.get("subject", "all"))
 
 
 def read_problems(directory: Path) -> dict[str, Any]:
@@ -180,19 +181,20 @@ def read_problems(directory: Path) -> dict[str, Any]:
     Raises:
       InputError: a file is missing or not ScienceQA's.
     """
-    path, splits_path = directory / PROBLEMS, directory / SPLITS
-    problems, splits = read_document(path, dict[str, Any]), read_document(splits_path, dict[str, Any])
+    path, splits_path = find(directory, PROBLEMS), find(directory, SPLITS)
+    problems, splits = read_object(path, dict[str, Any]), read_object(splits_path, dict[str, Any])
     if SPLIT not in splits:
         raise InputError(f"{shorten(splits_path)}: has no split {SPLIT}, only {shorten(', '.join(splits))}")
     numbers = check_json(splits[SPLIT], list[str], f"{shorten(splits_path)}: {SPLIT}")
     if not numbers:
-        raise InputError(f"{shorten(splits_path)}: {SPLIT}: is empty")
-    check_unique(numbers, splits_path)
-    checked = {}
+        raise InputError(f"{shorten(splits_path)}: {SPLIT} is empty")
+    checked: dict[str, Any] = {}
     for number in numbers:
         where = f"{shorten(path)}: problem {shorten(number)}"
+        if number in checked:
+            raise InputError(f"{shorten(splits_path)}: problem {shorten(number)} is in {SPLIT} twice")
         if number not in problems:
-            raise InputError(f"{where} is missing, which {SPLITS} has in {SPLIT}")
+            raise InputError(f"{where} is missing, which {SPLITS.path} has in {SPLIT}")
         problem = check_json(problems[number], Problem, where)
         if not 0 <= problem["answer"] < len(problem["choices"]):
             n = plural(len(problem["choices"]), "choice")

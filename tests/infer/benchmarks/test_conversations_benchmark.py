@@ -69,8 +69,11 @@ def test_scienceqa_is_chosen_where_all_answers_name_an_option(open_file, tmp_pat
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ([Answer("7/1", "", "x", line=2)], "answers line 2: .*test.json has no question 7/1"),
-        ([Answer("0/1", "", "x", line=2)] * 2, "answers line 2: question 0/1 has an answer already"),
+        ([Answer("7/1", "", "x", line=2)], "answers line 2: the benchmark has no question .7/1"),
+        (
+            [Answer("0/1", "", "x", line=2)] * 2,
+            "answers line 2: a second answer to question .0/1., which line 2 answers",
+        ),
     ],
 )
 def test_answers_to_no_question(open_file, tmp_path, answers, says):

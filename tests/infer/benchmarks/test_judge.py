@@ -335,7 +335,8 @@ def test_damaged_files_of_mm_vet(vet, name, damage):
     [
         ("context.jsonl", [{"image": "x.png", "caption": "x"}], "context.jsonl: has no context of 001.png"),
         ("answers_gpt4.jsonl", [{"question_id": 0, "text": "x"}], "answers_gpt4.jsonl: has no answer to question 1"),
-        ("answers_gpt4.jsonl", [{"question_id": 0, "text": "x"}] * 2, "answers_gpt4.jsonl: question 0 appears twice"),
+        ("answers_gpt4.jsonl", [{"question_id": 0, "text": "x"}] * 2,
+         "answers_gpt4.jsonl line 2: question 0 is already on line 1"),
         ("questions.jsonl", [{"question_id": 0, "image": "001.png", "text": "?", "category": "x"}],
          "questions.jsonl: question 0: no rule for the category 'x', only for conv, detail, complex"),
         ("questions.jsonl", [{"question_id": 0, "image": "001.png", "text": "?"}],
@@ -366,10 +367,10 @@ def test_annotations_of_mm_vet_that_are_none(vet, change, says):
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ([Answer(77, "", "x", line=4)], "answers line 4: .* has no question 77"),
+        ([Answer(77, "", "x", line=4)], "answers line 4: the benchmark has no question 77"),
         (
             [Answer(1, "", "x", line=4), Answer(1, "", "x", line=6)],
-            "line 6: question 1 has an answer already, in line 4",
+            "line 6: a second answer to question 1, which line 4",
         ),
     ],
 )

@@ -30,12 +30,12 @@ RIGHT = [1, 1, 1, 1, 1, 1, 1, 1, 0, 1]
 
 @pytest.fixture
 def directory(tmp_path):
-    return write_tsv(tmp_path / "mmbench" / MMBench.table, mmbench_rows())
+    return write_tsv(tmp_path / "mmbench" / MMBench.table.path, mmbench_rows())
 
 
 @pytest.fixture
 def unrotated(tmp_path):
-    return write_tsv(tmp_path / "unrotated" / MMBench.table, mmbench_rows(rotations=False))
+    return write_tsv(tmp_path / "unrotated" / MMBench.table.path, mmbench_rows(rotations=False))
 
 
 def test_questions_are_asked_as_the_reference_asks_them(directory):
@@ -56,7 +56,7 @@ def test_questions_are_asked_as_the_reference_asks_them(directory):
 
 
 def test_chinese_questions_end_in_chinese(tmp_path):
-    directory = write_tsv(tmp_path / MMBenchCN.table, mmbench_rows())
+    directory = write_tsv(tmp_path / MMBenchCN.table.path, mmbench_rows())
     question = MMBenchCN().questions(directory, REFERENCE)[0]
     assert question.turns[0].endswith("D. a yellow star\n请直接回答选项字母。")
     assert MMBenchCN.directory == "mmbench_cn"
@@ -130,7 +130,7 @@ def test_golden_answers_mean_what_lmms_eval_reads(tmp_path):
         rows.append(dict.fromkeys(COLUMNS, "") | row["choices"] | {"index": str(number), "question": "?"})
         rows[-1]["answer"] = answer
     columns = [name for name in COLUMNS if name not in ("image", "category", "l2-category", "hint")]
-    directory = write_tsv(tmp_path / MMBench.table, rows, columns)
+    directory = write_tsv(tmp_path / MMBench.table.path, rows, columns)
     answers = [Answer(number, "", row["answer"]) for number, row in enumerate(golden)]
     score = MMBench().score(directory, answers, REFERENCE)
     assert [mark.read for mark in score.marks] == [row["option"] or "" for row in golden]
@@ -165,7 +165,7 @@ def test_of_several_rounds_the_first_is_submitted(unrotated):
 
 def test_without_right_answers_only_the_workbook_is_made(tmp_path):
     columns = [name for name in COLUMNS if name != "answer"]
-    directory = write_tsv(tmp_path / MMBench.table, mmbench_rows(), columns)
+    directory = write_tsv(tmp_path / MMBench.table.path, mmbench_rows(), columns)
     answers = answers_of(MMBench(), directory, TEXTS)
     with pytest.raises(InputError, match="tsv: has no column answer; its evaluation server has the answers"):
         MMBench().score(directory, answers, REFERENCE)
@@ -178,7 +178,7 @@ def test_without_right_answers_only_the_workbook_is_made(tmp_path):
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if name != "an empty object"])
 def test_damaged_files(directory, damage):
     reads = [lambda: MMBench().questions(directory, REFERENCE), lambda: MMBench().score(directory, [], REFERENCE)]
-    assert_named(directory / MMBench.table, damage, *reads)
+    assert_named(directory / MMBench.table.path, damage, *reads)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_damaged_files(directory, damage):
 def test_rows_that_are_none(tmp_path, change, says):
     rows = mmbench_rows()
     rows[1] |= change
-    directory = write_tsv(tmp_path / MMBench.table, rows)
-    with pytest.raises(InputError, match=f"{MMBench.table} {says}"):
+    directory = write_tsv(tmp_path / MMBench.table.path, rows)
+    with pytest.raises(InputError, match=f"{MMBench.table.path} {says}"):
         MMBench().score(directory, [], REFERENCE)
 
 
@@ -215,25 +215,25 @@ def test_rows_that_are_none(tmp_path, change, says):
     ],
 )
 def test_tables_that_are_none(tmp_path, text, says):
-    (tmp_path / MMBench.table).write_text(text)
-    with pytest.raises(InputError, match=f"{MMBench.table}:? {says}"):
+    (tmp_path / MMBench.table.path).write_text(text)
+    with pytest.raises(InputError, match=f"{MMBench.table.path}:? {says}"):
         MMBench().questions(tmp_path, REFERENCE)
 
 
 def test_an_image_that_is_none_is_a_problem_of_its_question(tmp_path):
     rows = mmbench_rows()
     rows[0]["image"], rows[1]["image"] = "", "%%%abcde"
-    directory = write_tsv(tmp_path / MMBench.table, rows)
+    directory = write_tsv(tmp_path / MMBench.table.path, rows)
     first, second, *others = MMBench().questions(directory, REFERENCE)
-    assert first.problem.endswith(f"{MMBench.table} line 2: has no image")
-    assert f"{MMBench.table} line 3: image is not base64" in second.problem
+    assert first.problem.endswith(f"{MMBench.table.path} line 2: has no image")
+    assert f"{MMBench.table.path} line 3: image is not base64" in second.problem
     assert not any(question.problem for question in others)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"id": 77}, "answers line 1: MMBench (dev) has no question 77"),
+        ({"id": 77}, "answers line 1: the benchmark has no question 77"),
         ({"id": 11}, "answers line 1: options are not those of question 11 in round 0"),
         ({"extra": {"option_char": ["B", "A"]}}, "answers line 1: option_char are not those of question 10 in round 0"),
         ({"extra": {"options": 7}}, "answers line 1: options are not those"),
@@ -247,12 +247,12 @@ def test_answers_that_belong_to_no_question(unrotated, change, says):
     with pytest.raises(InputError) as error:
         MMBench().score(unrotated, [dataclasses.replace(answers[0], **change)], CIRCULAR)
     assert str(error.value).startswith(says)
-    with pytest.raises(InputError, match="answers line 1: question 10 has an answer already, in line 1"):
+    with pytest.raises(InputError, match="answers line 1: a second answer to question 10, which line 1 answers"):
         MMBench().score(unrotated, [answers[0], answers[0]], REFERENCE)
 
 
 def test_a_file_with_a_byte_order_mark_and_crlf(directory):
-    path = directory / MMBench.table
+    path = directory / MMBench.table.path
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     score = MMBench().score(directory, answers_of(MMBench(), directory, TEXTS), REFERENCE)
     assert score.value == 0.75

@@ -80,8 +80,11 @@ def test_the_submission_has_a_line_for_each_question(directory):
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ([Answer(7, "", "A", line=2)], "answers line 2: SEED-Bench has no question 7"),
-        ([Answer(100, "", "A", line=1), Answer("100", "", "A", line=2)], "answers line 2: question 100 has an answer"),
+        ([Answer(7, "", "A", line=2)], "answers line 2: the benchmark has no question 7"),
+        (
+            [Answer(100, "", "A", line=1), Answer("100", "", "A", line=2)],
+            "answers line 2: a second answer to question .100",
+        ),
     ],
 )
 def test_answers_to_no_question(directory, answers, says):
@@ -101,11 +104,11 @@ def test_damaged_files(directory, name, damage):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"answer": "E"}, "question 101: answer 'E' is not one of A to D"),
+        ({"answer": "E"}, "questions\\[1\\].answer: invalid enum value"),
         ({"answer": 1}, "answer: expected a string, got an integer"),
-        ({"data_type": "sound"}, "question 101: data_type 'sound' is neither image nor video"),
+        ({"data_type": "sound"}, "questions\\[1\\].data_type: invalid enum value"),
         ({"question_type_id": 4}, "question 101: question_type_id 4 is not in question_type"),
-        ({"question_id": "100"}, "question 100 appears twice"),
+        ({"question_id": "100"}, "question 100 is there twice"),
         ({"question_id": None}, "question_id: expected"),
     ],
 )
@@ -120,8 +123,8 @@ def test_annotations_that_are_none(directory, change, says):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"question_id": 1, "image": "a", "text": "?"}], "question 1 is not in SEED-Bench.json"),
-        ([{"question_id": 100, "image": "a", "text": "?"}] * 2, "question 100 appears twice"),
+        ([{"question_id": 1, "image": "a", "text": "?"}], "line 1: question 1 is not in SEED-Bench.json"),
+        ([{"question_id": 100, "image": "a", "text": "?"}] * 2, "line 2: question 100 is already on line 1"),
         ([{"question_id": 100, "text": "?"}], "line 1: image is missing"),
     ],
 )
