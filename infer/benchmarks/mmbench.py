@@ -112,7 +112,8 @@ class MMBench(Benchmark):
         Raises:
           InputError: an answer belongs to no question, or to one that has an answer.
         """
-        by_id, found = {str(index): row for index, row in rows.items()}, {}
+        by_id = {str(index): row for index, row in rows.items()}
+        found: dict[Key, Answer] = {}
         for answer in answers:
             where = f"answers line {answer.line}"
             row, number = by_id.get(str(answer.id)), answer.extra.get("round_id", 0)

@@ -91,7 +91,8 @@ class ScienceQA(Benchmark):
             if row["id"] not in problems:
                 raise InputError(f"{name} is not in the split {SPLIT} of {SPLITS.path}")
             problem = problems[row["id"]]
-            prompt, images = row["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip() + CHOOSE, ()
+            prompt = row["conversations"][0]["value"].replace(IMAGE_TOKEN, "").strip() + CHOOSE
+            images: tuple[str, ...] = ()
             if "image" in row:
                 prompt = f"{IMAGE_TOKEN}\n{prompt}"
                 images = (image_path(directory / IMAGES.path, row["image"], name),)
