@@ -9,6 +9,8 @@ import codecs
 import collections
 import json
 import os
+import uuid
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from llava_jax.console import InputError, first_line, shorten
@@ -35,16 +37,17 @@ class AnswersFile:
       answered: the number of answers to each question, by `key_of`.
     """
 
-    def __init__(self, path: str | os.PathLike, questions: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, questions: str | os.PathLike | None = None, *, flag: str = "--answers"):
         """
         Args:
-          questions: the questions file, which must be a different file.
+          questions: the questions file, if any, which must be a different file.
+          flag: that named the file, for errors.
 
         Raises:
           InputError: the file has another format, is in use, or cannot be written.
         """
-        self.name = shorten(f"--answers {path}")
-        if os.path.exists(path) and os.path.exists(questions) and os.path.samefile(path, questions):
+        self.name = shorten(f"{flag} {path}")
+        if questions and os.path.exists(path) and os.path.exists(questions) and os.path.samefile(path, questions):
             raise InputError(f"{self.name}: is the questions file; give another file")
         try:
             self.file = LockedFile(path, self.name)
@@ -103,6 +106,24 @@ class AnswersFile:
         if self.file.is_new and not self.written:
             self.file.path.unlink(missing_ok=True)
         self.file.close()
+
+
+def answer_line(
+    question_id: Any, prompt: str, text: str, model: str, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A line of the file.
+
+    Args:
+      model: the name of the model.
+      extra: further keys.
+    """
+    line = {"question_id": question_id, "prompt": prompt, "text": text, **(extra or {})}
+    return line | {"answer_id": uuid.uuid4().hex, "model_id": model, "metadata": {}}
+
+
+def model_name(checkpoint: str | os.PathLike) -> str:
+    """The name of a model in answers: the last part of its path or hub name."""
+    return os.fsencode(checkpoint).decode(errors="replace").rstrip("/").rsplit("/", 1)[-1]
 
 
 def key_of(question_id: Any, prompt: str) -> str:

@@ -9,12 +9,10 @@ questions.
 import argparse
 import dataclasses
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any, TypedDict
 
-from infer.answers import AnswersFile, Id, key_of
+from infer.answers import AnswersFile, Id, answer_line, key_of, model_name
 from llava_jax.console import InputError, Progress, note, print_json, shorten
 from llava_jax.data.conversations import image_names
 from llava_jax.data.image_folder import ImageFolder
@@ -102,7 +100,7 @@ def answer_questions(engine, questions: Questions, answers: AnswersFile, samplin
         for row, number in zip(questions.rows, questions.line_numbers, strict=True)
     ]
     failed = len(questions.errors)
-    model = os.fsencode(args.checkpoint).decode(errors="replace").rstrip("/").rsplit("/", 1)[-1]
+    model = model_name(args.checkpoint)
     with Progress("answering", len(requests), "questions") as bar:
         for i, answer in engine.generate(requests, sampling, rows=args.batch_size):
             bar.advance()
@@ -112,15 +110,7 @@ def answer_questions(engine, questions: Questions, answers: AnswersFile, samplin
                     note(f"error: {answer}")
                 continue
             row = questions.rows[i]
-            line = {
-                "question_id": row["question_id"],
-                "prompt": row["text"],
-                "text": answer.text,
-                "answer_id": uuid.uuid4().hex,
-                "model_id": model,
-                "metadata": {},
-            }
-            answers.append(line)
+            answers.append(answer_line(row["question_id"], row["text"], answer.text, model))
             if args.json:
                 print_json({"question_id": row["question_id"]} | dataclasses.asdict(answer))
     if failed:

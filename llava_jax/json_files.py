@@ -223,3 +223,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _decoder = functools.partial(json.JSONDecoder, parse_constant=_no_number, parse_float=_number, parse_int=_integer)
 _DECODER, _UNIQUE = _decoder(), _decoder(object_pairs_hook=_object)
+
+
+# ---------------------------------------------------------------- differences
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Describe the values that differ, in JSON: "steps is 3 there and 4 here"."""
+    return [
+        f"{name} is {_format(there.get(name))} there and {_format(value)} here"
+        for name, value in wanted.items()
+        if there.get(name) != value
+    ]
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, str):
+        return value[:12] + "..." if len(value) == 64 else shorten(json.dumps(value), 40)
+    return shorten(json.dumps(value), 40)

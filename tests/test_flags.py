@@ -26,6 +26,7 @@ from llava_jax.aot.tpu import parse_topology
 from llava_jax.checkpoints.directories import find_directory
 from llava_jax.checkpoints.outputs import new_directory
 from llava_jax.console import InputError, Range, flag_of, ranges
+from llava_jax.processes import connect
 from llava_jax.sharding.mesh import make_mesh, parse_mesh
 from llava_jax.sizes import parse_size
 from train import __main__ as train
@@ -39,7 +40,6 @@ from train.datasets.shapes import __main__ as shapes
 from train.mixture import read_parts
 from train.optim import schedule
 from train.plan_run import numbers_of_parts
-from train.processes import connect
 from train.profiling import parse_profile_steps
 from train.row_packing import fill_rows
 from train.synthetic_data import drawn_data

@@ -25,7 +25,7 @@ from llava_jax.console import (
     shorten,
     silence_notes,
 )
-from train.processes import are_several, connect, watched
+from llava_jax.processes import are_several, connect, watched
 
 if typing.TYPE_CHECKING:
     from train.config import TrainConfig

@@ -16,11 +16,11 @@ from llava_jax.aot.programs import limit_programs
 from llava_jax.console import InputError, elapsed, note, plural
 from llava_jax.data.splice import Batch
 from llava_jax.models.llava import Params
+from llava_jax.processes import RESTART, StopSignal, share
 from llava_jax.sharding.mesh import format_mesh
 from llava_jax.sharding.partition import batch_sharding
 from train.loader import Data
 from train.parameters import load_dtype
-from train.processes import RESTART, StopSignal, share
 from train.profiling import Trace
 from train.recorder import Recorder
 from train.results import export

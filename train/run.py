@@ -15,12 +15,12 @@ from llava_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.checkpoints.transformers_config import check_expressible
 from llava_jax.config import LlavaConfig
 from llava_jax.console import InputError, note, plural
+from llava_jax.processes import together
 from llava_jax.sharding.mesh import FSDP, format_mesh, make_mesh, parse_mesh, row_multiple
 from llava_jax.sharding.partition import batch_sharding
 from train.config import TrainConfig, check_preset
 from train.loader import Data, check_batch, open_data
 from train.optim import check_rates
-from train.processes import together
 from train.profiling import parse_profile_steps
 from train.run_directory import Output
 from train.states import Checkpoints, RunProgress

@@ -11,7 +11,6 @@ local copy that `push` uploads.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import tempfile
@@ -20,11 +19,11 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.checkpoints.directories import find_directory
-from llava_jax.checkpoints.outputs import DIRECTORIES, check_replaceable, make_directories, write_file
+from llava_jax.checkpoints.directories import fingerprint, is_remote
+from llava_jax.checkpoints.outputs import check_replaceable, make_directories, write_file
 from llava_jax.console import InputError, first_line, note, shorten
-from llava_jax.files import open_regular, remote_path
-from llava_jax.json_files import read_json
+from llava_jax.files import remote_path
+from llava_jax.json_files import differences, read_json
 from llava_jax.locks import InUseError, LockedFile
 from train import mixture
 from train.config import TrainConfig
@@ -37,7 +36,6 @@ MAY_CHANGE = {
 CHECKSUM = "data_sha256"  # `data` may move, but neither its contents nor the weight of each file may change
 FINGERPRINT = "checkpoint_fingerprint"  # nor may those of `checkpoint`: the run's checkpoints lack its frozen weights
 RESULTS = ("model", "hf", "adapter")
-BLOCKS, BLOCK_BYTES = 16, 4096  # of each of its files that are hashed
 
 
 class Output:
@@ -178,11 +176,6 @@ class Output:
         self.held.sign()
 
 
-def is_remote(path: str) -> bool:
-    """Whether `path` is in an object store."""
-    return "://" in path
-
-
 def describe(config: TrainConfig) -> dict[str, Any]:
     """The contents of `config.json`."""
     checksums = {
@@ -190,26 +183,6 @@ def describe(config: TrainConfig) -> dict[str, Any]:
         FINGERPRINT: fingerprint(config.checkpoint),
     }
     return json.loads(json.dumps(dataclasses.asdict(config) | checksums))
-
-
-def fingerprint(checkpoint: str) -> str:
-    """A hash of the names, sizes and some bytes of a checkpoint's files: cheap, but differs for other weights. Other
-    files in the directory, such as runs, do not count.
-
-    Empty for a checkpoint in an object store, which is identified by its name alone.
-    """
-    if is_remote(checkpoint):
-        return ""
-    directory, digest = find_directory(checkpoint), hashlib.sha256()
-    inner = (path for name in DIRECTORIES for path in (directory / name).rglob("*"))
-    for path in sorted(path for path in (*directory.iterdir(), *inner) if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
-        with open_regular(path) as file:
-            for at in range(0, size, -(-size // BLOCKS) or 1):
-                file.seek(at)
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
@@ -231,18 +204,3 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
             f"--output {shorten(path.parent, 60)}: holds a run of another configuration: "
             f"{'; '.join([*named, *more])}; resume with its values, or name another directory"
         )
-
-
-def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Describe the values that differ, in JSON: "steps is 3 there and 4 here"."""
-    return [
-        f"{name} is {_format(there.get(name))} there and {_format(value)} here"
-        for name, value in wanted.items()
-        if there.get(name) != value
-    ]
-
-
-def _format(value: Any) -> str:
-    if isinstance(value, str):
-        return value[:12] + "..." if len(value) == 64 else shorten(json.dumps(value), 40)
-    return shorten(json.dumps(value), 40)

@@ -21,7 +21,7 @@ from llava_jax.checkpoints.orbax_files import silence_late_futures
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import check_tree
 from llava_jax.json_files import check_json, parse_json
-from train.processes import share
+from llava_jax.processes import share
 
 _policies = ocp.checkpoint_managers
 REMOVE_CHECKPOINT = "remove this directory to resume from the previous checkpoint"

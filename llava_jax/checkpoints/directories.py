@@ -1,15 +1,18 @@
 """Find the directory of a checkpoint by its path (local or `gs://`) or hub name."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
 
+from llava_jax.checkpoints.outputs import DIRECTORIES
 from llava_jax.checkpoints.sources import has_tensors
 from llava_jax.console import InputError, first_line, shorten
-from llava_jax.files import remote_path
+from llava_jax.files import open_regular, remote_path
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "merges.txt"]
+BLOCKS, BLOCK_BYTES = 16, 4096  # of each file that are hashed
 
 
 def find_directory(where: str | os.PathLike) -> Path:
@@ -41,3 +44,28 @@ def find_directory(where: str | os.PathLike) -> Path:
         return directory
     except Exception as error:  # the hub raises many types: connection, permission, validation
         raise InputError(f"{name}: no such directory, and the hub download failed ({first_line(error)})") from None
+
+
+def fingerprint(checkpoint: str) -> str:
+    """A hash of the names, sizes and some bytes of a checkpoint's files: cheap, but differs for other weights. Other
+    files in the directory, such as runs, do not count.
+
+    Empty for a checkpoint in an object store, which is identified by its name alone.
+    """
+    if is_remote(checkpoint):
+        return ""
+    directory, digest = find_directory(checkpoint), hashlib.sha256()
+    inner = (path for name in DIRECTORIES for path in (directory / name).rglob("*"))
+    for path in sorted(path for path in (*directory.iterdir(), *inner) if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
+        with open_regular(path) as file:
+            for at in range(0, size, -(-size // BLOCKS) or 1):
+                file.seek(at)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is in an object store."""
+    return "://" in path

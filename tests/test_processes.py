@@ -5,8 +5,8 @@ import threading
 import jax
 import pytest
 
+from llava_jax import processes
 from llava_jax.console import InputError
-from train import processes
 
 
 @pytest.mark.parametrize(

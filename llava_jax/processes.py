@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 MAX_PORT = 2**16 - 1
 GRACE_SECONDS = 15  # that processes wait for each other at exit
-RESTART = "restart all processes with the same command to resume from the last checkpoint"
+RESTART = "restart all processes with the same command to resume"
 
 
 def are_several(arguments: list[str]) -> bool:
@@ -75,11 +75,14 @@ def watched(main: Callable[[], int | None]) -> int | None:
 # ---------------------------------------------------------------- one run
 
 
-def connect(coordinator: str | None, process: int | None, processes: int | None, heartbeat: int) -> None:
+def connect(
+    coordinator: str | None, process: int | None, processes: int | None, heartbeat: int, grace: int = GRACE_SECONDS
+) -> None:
     """Connect to the other processes of the run, if any. Must be called before the first use of a device.
 
     Args:
       heartbeat: seconds of silence after which a process counts as dead.
+      grace: seconds that a process waits for the others at exit.
 
     Raises:
       InputError: a flag is missing or invalid, or the other processes cannot be reached.
@@ -104,7 +107,7 @@ def connect(coordinator: str | None, process: int | None, processes: int | None,
             processes,
             process,
             heartbeat_timeout_seconds=heartbeat,
-            shutdown_timeout_seconds=GRACE_SECONDS,
+            shutdown_timeout_seconds=grace,
         )
     except ValueError as error:
         if any(given):

@@ -1,0 +1,76 @@
+"""Read answers files, whoever wrote them, to score them."""
+
+import os
+from typing import NotRequired, TypedDict
+
+from infer.benchmarks.benchmark import Answer, Id
+from llava_jax.console import InputError, shorten
+from llava_jax.files import read_bytes
+from llava_jax.json_files import check_json, parse_json
+
+MAX_ANSWERS = 4 * 2**30  # bytes
+
+
+class Line(TypedDict):
+    """The keys of a line that are read. Only some benchmarks need the prompt."""
+
+    question_id: str | int
+    text: str
+    prompt: NotRequired[str]
+
+
+def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answer]:
+    """Read an answers file in the reference's format (llava/eval/model_vqa_loader.py).
+
+    Args:
+      growing: a command is writing it, or was killed: it may be empty, and its incomplete last line is left out.
+
+    Raises:
+      InputError: the file cannot be read, has no answers, a line is not an answer, or a question has two. Names the
+        line.
+    """
+    name, data = shorten(path), read_bytes(path, MAX_ANSWERS)
+    if growing:
+        data = data[: data.rfind(b"\n") + 1]
+    answers: list[Answer] = []
+    lines: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            answer = _answer(line, number)
+        except InputError as error:
+            raise InputError(f"{name} line {number}: {error}") from None
+        first = lines.setdefault(answer_key(answer.id, answer.prompt), number)
+        if first != number:
+            raise InputError(
+                f"{name} line {number}: question {shorten(answer.id, 40)} with this prompt already has an answer, on "
+                f"line {first}"
+            )
+        answers.append(answer)
+    if not answers and not growing:
+        raise InputError(f"{name}: has no answers")
+    return answers
+
+
+def answer_key(question: Id, prompt: str) -> tuple[str, str]:
+    """The key of a question: its id and prompt, since some benchmarks (MME) ask several questions under one id."""
+    return str(question), prompt
+
+
+def _answer(line: bytes, number: int) -> Answer:
+    value = parse_json(line)
+    check_json(value, Line, "not an answer")
+    texts = (str(value["question_id"]), value.get("prompt", ""), value["text"])
+    if b"\\u" in line and not all(map(_is_unicode, texts)):
+        raise InputError("text with an unpaired Unicode surrogate")
+    extra = {key: value[key] for key in value if key not in ("question_id", "prompt", "text")}
+    return Answer(value["question_id"], texts[1], texts[2], extra, number)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
