@@ -22,6 +22,7 @@ MAX_CONFIG_BYTES = 32 * 2**20  # for settings, or a file that names every tensor
 MAX_CONTAINERS = 2**21  # objects and lists; each takes 50 to 500 bytes of memory for 2 bytes of text
 MAX_DEPTH = 100  # of nested objects and lists
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_DIFFERENCES = 140  # characters of a line that names differences
 MAX_DIGITS = 100  # of an integer: real files have 10**30 for "no limit"
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # a \u escape of a surrogate, paired or not
@@ -235,6 +236,15 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         for name, value in wanted.items()
         if there.get(name) != value
     ]
+
+
+def difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The same as a line that names some, and says how many more there are; "" if none differ."""
+    named = found = differences(there, wanted)
+    while len(named) > 1 and sum(map(len, named)) > MAX_DIFFERENCES:
+        named = named[:-1]
+    more = [f"{len(found) - len(named)} more"] * (len(found) > len(named))
+    return "; ".join([*named, *more])
 
 
 def _format(value: Any) -> str:

@@ -23,7 +23,7 @@ from llava_jax.checkpoints.directories import fingerprint, is_remote
 from llava_jax.checkpoints.outputs import check_replaceable, make_directories, write_file
 from llava_jax.console import InputError, first_line, note, shorten
 from llava_jax.files import remote_path
-from llava_jax.json_files import differences, read_json
+from llava_jax.json_files import difference, read_json
 from llava_jax.locks import InUseError, LockedFile
 from train import mixture
 from train.config import TrainConfig
@@ -193,14 +193,10 @@ def _compare(path: epath.Path, wanted: dict[str, Any]) -> None:
     if CHECKSUM not in there:
         raise InputError(f"--output {shorten(path.parent)}: holds something else (its config.json is not of a run)")
     moved = {"checkpoint"} if wanted[FINGERPRINT] and there.get(FINGERPRINT) == wanted[FINGERPRINT] else set()
-    if found := differences(
+    if found := difference(
         there, {name: wanted[name] for name in (FINGERPRINT, CHECKSUM, *wanted) if name not in MAY_CHANGE | moved}
     ):
-        named = list(found)
-        while len(named) > 1 and sum(map(len, named)) > 140:  # to fit in a line
-            named.pop()
-        more = [f"{len(found) - len(named)} more"] * (len(found) > len(named))
         raise InputError(
-            f"--output {shorten(path.parent, 60)}: holds a run of another configuration: "
-            f"{'; '.join([*named, *more])}; resume with its values, or name another directory"
+            f"--output {shorten(path.parent, 60)}: holds a run of another configuration: {found}; resume with its "
+            "values, or name another directory"
         )

@@ -41,7 +41,7 @@ from infer.engine import Engine
 from infer.evaluate import evaluate, exact_match, read_questions, table
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
-from llava_jax.json_files import read_json
+from llava_jax.json_files import differences, read_json
 from llava_jax.models.llava import Params
 from llava_jax.sharding.mesh import make_mesh
 from train import loop
@@ -54,7 +54,6 @@ from train.figures import new_figure, save_figure
 from train.loader import open_data
 from train.plot import points, read_run, smooth
 from train.run import prepare
-from train.run_directory import differences
 from train.step import setup
 
 EXAMPLES, TESTS, SEED = 20000, 2000, 0

@@ -23,26 +23,30 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
     """Read an answers file in the reference's format (llava/eval/model_vqa_loader.py).
 
     Args:
-      growing: a command is writing it, or was killed: it may be empty, and its incomplete last line is left out.
+      growing: one that a command is writing, or was when it was killed: it may be empty, its incomplete last line is left
+        out, and so are second answers.
 
     Raises:
       InputError: the file cannot be read, has no answers, a line is not an answer, or a question has two. Names the
         line.
     """
     name, data = shorten(path), read_bytes(path, MAX_ANSWERS)
-    if growing:
-        data = data[: data.rfind(b"\n") + 1]
     answers: list[Answer] = []
-    lines: dict[tuple[str, str], int] = {}
-    for number, line in enumerate(data.split(b"\n"), 1):
+    numbers: dict[tuple[str, ...], int] = {}
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             answer = _answer(line, number)
         except InputError as error:
+            if growing and number == len(lines):
+                break
             raise InputError(f"{name} line {number}: {error}") from None
-        first = lines.setdefault(answer_key(answer.id, answer.prompt), number)
-        if first != number:
+        key = (*answer_key(answer.id, answer.prompt), repr(answer.extra.get("round_id")))  # of MMBench's rotations
+        if (first := numbers.setdefault(key, number)) != number:
+            if growing:
+                continue
             raise InputError(
                 f"{name} line {number}: question {shorten(answer.id, 40)} with this prompt already has an answer, on "
                 f"line {first}"

@@ -142,6 +142,7 @@ class Benchmark(ABC):
       directory: if not `name`.
       files: what it needs.
       protocols: the first is the default.
+      same_questions: all protocols ask the same questions, so that answers have a score by each.
       max_new_tokens: as the reference generates.
       server: where to submit answers whose right answers are not public; `score` then raises `InputError`.
       published: model -> the published number, on the scale of tables.
@@ -153,6 +154,7 @@ class Benchmark(ABC):
     directory: str = ""
     files: Sequence[File]
     protocols: Sequence[str] = (REFERENCE,)
+    same_questions: bool = False
     max_new_tokens: int = 128
     server: str = ""
     published: Mapping[str, float] = {}

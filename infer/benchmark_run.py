@@ -1,0 +1,238 @@
+"""A run of benchmarks: ask a model their questions, score its answers, write the results.
+
+OUTPUT/results.json, results.md     all benchmarks, as JSON and as a table
+OUTPUT/NAME/answers.jsonl           the answers (evaluation.py)
+OUTPUT/NAME/results.json            its score, by part and in all
+OUTPUT/NAME/wrong.html              its wrong answers to look at
+OUTPUT/NAME/...                     the file for its server, the reviews of its judge
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infer.answers import model_name
+from infer.benchmarks import BENCHMARKS
+from infer.benchmarks.benchmark import Benchmark, Score
+from infer.benchmarks.conversations import Conversations
+from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers
+from infer.evaluation import Outcome, Run, Shard, answer, merge, questions_checksum, unanswered
+from infer.evaluation_page import wrong_page
+from infer.flags import load_engine
+from infer.results import RESULTS, heading, score_table, versions, write_output, write_results, write_summary
+from llava_jax.console import InputError, note, plural, shorten, terminal_safe
+from llava_jax.locks import InUseError, LockedFile
+from llava_jax.processes import connect
+
+if TYPE_CHECKING:
+    from infer.engine import Engine
+
+OUTPUT, PAGE, REPLIES = "results", "wrong.html", "judge.jsonl"
+CONVERSATION_TOKENS = 64
+MODEL_SETTINGS = ("vision_tower", "template", "dtype", "int8_cache", "image_rules")
+HEARTBEAT = 40  # seconds of silence after which a process counts as dead
+LONGEST_WAIT = 7 * 86400  # seconds that processes wait for each other at the end
+
+
+def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, Path]]) -> int:
+    """Ask and score benchmarks, and write the results.
+
+    Returns:
+      The exit status: 1 if a question of any failed.
+
+    Raises:
+      InputError: the only benchmark cannot be run.
+    """
+    from llava_jax.checkpoints.directories import fingerprint  # imports JAX, which scoring a file does not need
+
+    part = own_shard(args)
+    settings = {
+        "model": model_name(args.checkpoint),
+        "checkpoint": args.checkpoint,
+        "checkpoint_fingerprint": fingerprint(args.checkpoint),
+        **{name: getattr(args, name) for name in MODEL_SETTINGS},
+    }
+    most = max(tokens_of(args, benchmark) for benchmark, _ in chosen)
+    load = functools.cache(lambda: load_engine(argparse.Namespace(**vars(args) | {"max_new_tokens": most})))
+    output = Path(args.output or OUTPUT) if args.output or args.data is None else None
+    status = 0
+    for benchmark, directory in chosen:
+        try:
+            status = max(status, run_benchmark(args, benchmark, directory, settings, output, part, load))
+        except InputError as error:
+            if len(chosen) == 1:
+                raise
+            note(f"error: {benchmark.name}: {error}")
+            status = 1
+    if output is not None and any(output.glob(f"*/{RESULTS}")):
+        table = write_summary(output, settings["model"], settings["checkpoint_fingerprint"], [*BENCHMARKS])
+        if not args.json and args.data is None:
+            print(terminal_safe(table))
+    return status
+
+
+def own_shard(args: argparse.Namespace) -> Shard:
+    """The shard that this process asks: that of `--shard`, or of several processes its own."""
+    if args.shard:
+        return Shard(*args.shard)
+    connect(args.coordinator, args.process_id, args.processes, HEARTBEAT, LONGEST_WAIT)
+    import jax
+
+    if jax.process_count() > 1 and args.data is not None and args.output is None:
+        raise InputError("several processes need --output, a directory that they share")
+    return Shard(jax.process_index(), jax.process_count())
+
+
+def tokens_of(args: argparse.Namespace, benchmark: Benchmark) -> int:
+    """How many tokens an answer may have."""
+    return args.max_new_tokens or (CONVERSATION_TOKENS if args.data is not None else benchmark.max_new_tokens)
+
+
+def run_benchmark(
+    args: argparse.Namespace,
+    benchmark: Benchmark,
+    directory: Path,
+    model: Mapping[str, Any],
+    output: Path | None,
+    part: Shard,
+    load: Callable[[], "Engine"],
+) -> int:
+    """Ask and score one benchmark.
+
+    Args:
+      model: the settings of the model.
+
+    Returns:
+      The exit status: 1 if a question failed.
+
+    Raises:
+      InputError: its files or the output directory cannot be used.
+    """
+    protocol = args.protocol if args.protocol in benchmark.protocols else benchmark.protocols[0]
+    every = benchmark.questions(directory, protocol)
+    questions = first_questions(every, args.limit)
+    tokens = tokens_of(args, benchmark)
+    settings = {"benchmark": benchmark.name, "protocol": protocol, "questions_sha256": questions_checksum(every)}
+    settings |= {**model, "max_new_tokens": tokens}
+    folder = output and output / benchmark.name
+    run = Run(benchmark, questions, settings, folder, part)
+    outcome = answer(run, load, rows=args.batch_size, max_new_tokens=tokens)
+    status = int(outcome.failed > 0)
+    if folder is None:
+        score_run(args, run, directory, outcome)
+        return status
+    if part.count > 1 and (left := unanswered(questions, outcome.answers)):
+        n = plural(len(left), "question")
+        note(f"{benchmark.name}: {n} left to other shards; the last one scores, or the same command without shards")
+        return status
+    try:
+        with LockedFile(folder / ".lock", f"--output {shorten(folder)}", "a command that scores"):
+            merge(folder, questions)
+            return score_run(args, run, directory, outcome) or status
+    except InUseError as error:
+        note(str(error))
+        return status
+
+
+def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outcome) -> int:
+    """Score the answers of a run, write the results, and print them.
+
+    Returns:
+      128 and the signal that stopped the judge, or 0.
+
+    Raises:
+      InputError: the answers cannot be scored, or the results cannot be written.
+    """
+    benchmark, folder = run.benchmark, run.folder
+    if folder and (submission := benchmark.submission(directory, outcome.answers)):
+        write_output(folder / submission.name, submission.data)
+        note(f"{shorten(folder / submission.name)}: to submit{f' to {benchmark.server}' if benchmark.server else ''}")
+    judge, scored = read_judge(args), Scored([])
+    if benchmark.judged and judge is None:
+        note(f"{benchmark.title} is scored by a language model: give --judge URL and --judge-model NAME")
+    elif not benchmark.server:
+        replies = (folder or Path()) / REPLIES
+        scored = score_answers(benchmark, directory, outcome.answers, args.protocol, judge=judge, replies=replies)
+    if scored.signal:
+        return 128 + scored.signal
+    failed, scores = len(run.questions) - len(outcome.answers), scored.scores
+    if args.limit is not None:
+        scores = [limit_score(score, run.questions, failed) for score in scores]
+    result = describe(benchmark, scores) if scores else no_score(run, failed)
+    result |= about_run(args, run, outcome, failed)
+    if folder:
+        for file in scored.files:
+            write_output(folder / file.name, file.data)
+        if scores:
+            about = f"{run.settings['model']}, {scores[0].protocol} protocol."
+            write_output(folder / PAGE, wrong_page(benchmark.title, about, scores[0].marks, run.questions))
+        write_results(folder, result)
+    if isinstance(benchmark, Conversations):
+        result |= conversation_keys(benchmark, scores[0], result)
+    show(args, benchmark, result, titled=args.data is None)
+    return 0
+
+
+def no_score(run: Run, failed: int) -> dict[str, Any]:
+    """The result of answers that a server or a judge is to score, in the form of `describe`."""
+    return {
+        "benchmark": run.benchmark.name,
+        "protocol": run.settings["protocol"],
+        "metric": "not judged yet" if run.benchmark.judged else "scored by its server",
+        "value": None,
+        "stderr": None,
+        "scale": 1,
+        "totals": {},
+        "parts": {},
+        "questions": len(run.questions),
+        "unanswered": failed,
+    }
+
+
+def about_run(args: argparse.Namespace, run: Run, outcome: Outcome, failed: int) -> dict[str, Any]:
+    """What results say beside the score. The speed is that of this command, which may have asked a part."""
+    speed = outcome.speed
+    return {
+        "title": run.benchmark.title,
+        "failed": failed,
+        "limit": args.limit,
+        "published": dict(run.benchmark.published),
+        "published_protocol": run.benchmark.protocols[0],
+        "model": run.settings["model"],
+        "checkpoint_fingerprint": run.settings["checkpoint_fingerprint"],
+        "settings": dict(run.settings) | {"batch_size": args.batch_size, "mesh": args.mesh},
+        "versions": versions(),
+        "asked": speed.questions,
+        "seconds": round(speed.seconds, 3),
+        "tokens_per_second": round(speed.tokens / speed.seconds, 1) if speed.seconds else None,
+    }
+
+
+def conversation_keys(benchmark: Conversations, score: Score, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Further keys of the result of `--data`; notes answers of which ScienceQA's metric can read no option."""
+    keys: dict[str, Any] = {"accuracy": result["value"], "by_kind": result["parts"]}
+    if benchmark.metric == "scienceqa":
+        keys["no_option"] = sum(bool(mark.text) and not mark.read for mark in score.marks)
+        if keys["no_option"]:
+            note(f"{plural(keys['no_option'], 'answer')} without a single option, counted as wrong")
+    return keys
+
+
+def read_judge(args: argparse.Namespace) -> Judge | None:
+    """The judge that the flags name, if any."""
+    if args.judge is None:
+        return None
+    return Judge(args.judge, args.judge_model, None if args.price_in is None else (args.price_in, args.price_out))
+
+
+def show(args: argparse.Namespace, benchmark: Benchmark, result: dict[str, Any], *, titled: bool = True) -> None:
+    """Print the scores of a benchmark, by each protocol."""
+    if args.json:
+        print(json.dumps(result))
+        return
+    for one in (result, *result.get("also", ())):
+        text = score_table(one)
+        print(terminal_safe(f"{heading(benchmark, one)}\n{text}\n" if titled else text))
