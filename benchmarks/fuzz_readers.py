@@ -128,7 +128,7 @@ def image(pick: random.Random) -> Attempt:
 
 
 def data(pick: random.Random) -> Attempt:
-    from infer import evaluate
+    from infer.benchmarks import conversations
     from llava_jax import config
     from llava_jax.data.tokenizer import load_tokenizer
     from train.samples import BadSample, Sample, Samples
@@ -140,8 +140,7 @@ def data(pick: random.Random) -> Attempt:
 
     def run():
         if pick.random() < 0.3:
-            questions = evaluate.read_questions(Path(name), Path())
-            return evaluate.check_answers(questions, evaluate.choose_metric(questions))
+            return conversations.Conversations(Path(name), Path()).questions(Path(), "reference")
         samples = Samples(name, "", config.tiny(), words, template="v1", max_length=pick.choice([None, 8, 512]))
         for i in range(min(len(samples), 8)):
             found = samples.measure(i, 0)

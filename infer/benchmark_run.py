@@ -74,6 +74,24 @@ def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, P
     return status
 
 
+def evaluate(
+    engine: "Engine", benchmark: Benchmark, directory: Path, *, rows: int, max_new_tokens: int, limit: int | None = None
+) -> Score:
+    """Ask and score a benchmark, by its first protocol, and write nothing.
+
+    Args:
+      limit: ask only the first questions.
+
+    Raises:
+      InputError: its files are missing or invalid.
+    """
+    questions = first_questions(benchmark.questions(directory, benchmark.protocols[0]), limit)
+    run = Run(benchmark, questions, {"model": ""}, None)
+    outcome = answer(run, lambda: engine, rows=rows, max_new_tokens=max_new_tokens)
+    score = benchmark.score(directory, outcome.answers, benchmark.protocols[0])
+    return score if limit is None else limit_score(score, questions, len(questions) - len(outcome.answers))
+
+
 def own_shard(args: argparse.Namespace) -> Shard:
     """The shard that this process asks: that of `--shard`, or of several processes its own."""
     if args.shard:

@@ -3,13 +3,16 @@
 import json
 import tomllib
 from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from helpers import ROOT, one_device
-from infer import evaluate, generate
+from infer import generate
+from infer.benchmark_run import evaluate
+from infer.benchmarks.conversations import Conversations, read_questions
 from infer.engine import Engine, Request
 from infer.generate import BUNDLED
 from infer.sampling import Sampling
@@ -35,8 +38,7 @@ def engine():
 
 
 def accuracy(engine, data, images) -> float:
-    questions = evaluate.read_questions(data / "test.json", images)
-    return evaluate.evaluate(engine, questions, evaluate.exact_match, rows=64, max_new_tokens=64)["accuracy"]
+    return evaluate(engine, Conversations(data / "test.json", images), Path(), rows=64, max_new_tokens=64).value
 
 
 def test_it_is_small_and_complete():
@@ -61,7 +63,7 @@ def test_it_answers_from_a_quantized_cache(run_cli, fresh, engine):
     status, out, _ = run_cli(generate.main, "--int8-cache")
     assert (status, out) == (0, f"{len(SHOWN.things)}\n")
     small = Engine.load(BUNDLED, mesh=one_device(), int8_cache=True)
-    questions = [Request(q.turns, q.images) for q in evaluate.read_questions(fresh / "test.json", fresh / "images")]
+    questions = [Request(q.turns, q.images) for q in read_questions(fresh / "test.json", fresh / "images")]
     want, got = (dict(one.generate(questions, Sampling(max_new_tokens=64), rows=64)) for one in (engine, small))
     assert all(layer.is_int8 for layer in small._scheduler.slots.cache)
     same = [want[i].token_ids == got[i].token_ids for i in range(len(questions))]

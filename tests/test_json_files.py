@@ -16,8 +16,9 @@ from etils import epath
 
 from convert.combine import merge_lora
 from helpers import GOLDEN, ROOT, turns
-from infer import evaluate, questions
+from infer import questions
 from infer.answers import AnswersFile
+from infer.benchmarks import conversations
 from json_mutations import mutations
 from llava_jax import config as c
 from llava_jax.checkpoints import safetensors_files, sources
@@ -154,7 +155,7 @@ def ask(t):
 
 
 def read_data(t):
-    for question in evaluate.read_questions(t / "data.json", t):
+    for question in conversations.read_questions(t / "data.json", t):
         if question.problem:
             raise InputError(question.problem)
 

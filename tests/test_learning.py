@@ -14,8 +14,9 @@ import pytest
 import sentencepiece
 
 from helpers import ROOT, one_device
+from infer.benchmark_run import evaluate
+from infer.benchmarks.conversations import Conversations
 from infer.engine import Engine
-from infer.evaluate import evaluate, exact_match, read_questions
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.config import tiny
 from llava_jax.console import InputError
@@ -78,8 +79,7 @@ def test_it_learns_to_see(modules, tmp_path, monkeypatch):
 
     def accuracy(checkpoint: Path) -> float:
         engine = Engine.load(checkpoint, mesh=one_device())
-        questions = read_questions(test, tmp_path)
-        return evaluate(engine, questions, exact_match, rows=64, max_new_tokens=8)["accuracy"]
+        return evaluate(engine, Conversations(test, tmp_path), Path(), rows=64, max_new_tokens=8).value
 
     run = TrainConfig(
         checkpoint=str(tmp_path / "start"), data=str(train), image_folder=str(tmp_path), output=str(tmp_path / "run"),

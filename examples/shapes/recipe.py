@@ -37,8 +37,10 @@ from model import CONFIG, PATCH, TILE, ids_of, initialize, save
 from PIL import Image
 
 from convert.to_hf import to_hf
+from infer.benchmark_run import evaluate
+from infer.benchmarks.conversations import Conversations
 from infer.engine import Engine
-from infer.evaluate import evaluate, exact_match, read_questions, table
+from infer.results import score_table
 from llava_jax.checkpoints.checkpoint import open_checkpoint
 from llava_jax.console import InputError, Parser, enable_compilation_cache, note, run_main
 from llava_jax.json_files import differences, read_json
@@ -281,7 +283,9 @@ def measure(model: Path, output: Path, data: Path, tests: int) -> dict[str, Any]
 
     def ask(engine, file, folder, limit=None):
         note(f"--- {file.name}, {folder.name}")
-        return evaluate(engine, read_questions(file, folder)[:limit], exact_match, rows=64, max_new_tokens=128)
+        asked = Conversations(file, folder, "exact_match")
+        score = evaluate(engine, asked, Path(), rows=64, max_new_tokens=128, limit=limit)
+        return {"accuracy": score.value, "questions": len(score.marks), "by_kind": score.parts}
 
     return {
         "questions": ask(engine, data / "test.json", data / "images"),
@@ -392,7 +396,9 @@ def main() -> None:
     facts = dict(examples=args.examples, tests=args.tests, tile=TILE, patch=PATCH, vocab=CONFIG.text.vocab_size)
     facts["parameters"] = sum(x.size for x in jax.tree.leaves(load(second)))
     (output / "bundle" / "README.md").write_text(write_card(results, **facts))
-    print(table(results["questions"]))
+    asked = results["questions"]
+    totals = {"accuracy": asked["accuracy"]}
+    print(score_table({"parts": asked["by_kind"], "totals": totals, "scale": 100, "questions": asked["questions"]}))
 
 
 if __name__ == "__main__":

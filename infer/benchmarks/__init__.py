@@ -20,8 +20,9 @@ BENCHMARKS = {
     "mme": "mme.MME",
     "mmbench": "mmbench.MMBench",
     "mmbench-cn": "mmbench.MMBenchCN",
-    "seed": "seed.SEED",
-    "llava-bench": "llava_bench.LlavaBench",
+    "seed": "seed.SeedBench",
+    "seed-image": "seed.SeedImage",
+    "llava-bench-in-the-wild": "llava_bench.LlavaBench",
     "mm-vet": "mm_vet.MMVet",
 }
 ALL = "all"

@@ -23,8 +23,8 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
     """Read an answers file in the reference's format (llava/eval/model_vqa_loader.py).
 
     Args:
-      growing: one that a command is writing, or was when it was killed: it may be empty, its incomplete last line is left
-        out, and so are second answers.
+      growing: one that a command is writing, or was when it was killed: it may be empty; an incomplete last line is
+        left out, and so are second answers.
 
     Raises:
       InputError: the file cannot be read, has no answers, a line is not an answer, or a question has two. Names the

@@ -14,7 +14,7 @@ from llava_jax.console import InputError
 from llava_jax.replies import Prices
 
 SAMPLES, SEED = 2000, 0  # of the bootstrap
-LIMITED = "mean score"  # the metric of a part of the questions
+LIMITED = "mean score"  # the metric of some questions, if the benchmark's own is another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ def score_answers(
 
 
 def find_question(questions: Sequence[Question]) -> Callable[[Mark], Question | None]:
-    """A function that finds the question of a mark: that of its id and prompt, or the only one of its id, since marks of
-    unanswered questions may lack the prompt."""
+    """A function that finds the question of a mark: that of its id and prompt, or the only one of its id, since marks
+    of unanswered questions may lack the prompt."""
     by_key = {answer_key(question.id, question.prompt): question for question in questions}
     by_id: dict[str, list[Question]] = {}
     for question in questions:
@@ -108,7 +108,7 @@ def standard_error(score: Score) -> float | None:
     for number, mark in enumerate(score.marks):
         groups.setdefault(mark.group or number, []).append(mark.score)
     sums = np.array([(sum(scores), len(scores)) for scores in groups.values()], float)
-    if not math.isclose(sums[:, 0].sum() / sums[:, 1].sum(), score.value, rel_tol=1e-9, abs_tol=1e-9):
+    if not math.isclose(_mean(score.marks), score.value, abs_tol=1e-9):
         return None
     # Drawing groups with replacement draws how often each distinct pair of (score, marks) occurs.
     pairs, counts = np.unique(sums, axis=0, return_counts=True)
@@ -118,19 +118,24 @@ def standard_error(score: Score) -> float | None:
 
 def limit_score(score: Score, questions: Sequence[Question], unanswered: int) -> Score:
     """The mean score of some questions, in all and by kind: what a benchmark makes of all its questions (F1 by
-    category, points of pairs) it may not make of some."""
+    category, points of pairs) it may not make of some.
+
+    Args:
+      unanswered: how many of them have no answer.
+    """
+    name = score.metric if math.isclose(_mean(score.marks), score.value, abs_tol=1e-9) else LIMITED
     asked = {str(question.id) for question in questions}  # all questions of an id are among them
     marks = [mark for mark in score.marks if str(mark.question) in asked]
     kinds: dict[str, list[Mark]] = {}
     for mark in marks:
         kinds.setdefault(mark.kind, []).append(mark)
     return Score(
-        metric=LIMITED,
+        metric=name,
         value=_mean(marks),
         scale=100,
         protocol=score.protocol,
-        totals={LIMITED: _mean(marks)},
-        parts={kind: {LIMITED: _mean(some), "questions": len(some)} for kind, some in kinds.items()},
+        totals={name: _mean(marks)},
+        parts={kind: {name: _mean(some), "questions": len(some)} for kind, some in kinds.items()},
         marks=marks,
         unanswered=unanswered,
     )

@@ -83,6 +83,7 @@ class SeedBench(Benchmark):
     directory = "seed_bench"
     files: Sequence[File] = (ANNOTATIONS, QUESTIONS, IMAGES, VIDEO_IMAGES)
     protocols = (REFERENCE, LMMS_EVAL)
+    same_questions = True
     published: Mapping[str, float] = {
         "v1.5-7B": 58.6, "v1.5-13B": 61.6, "v1.5-7B LoRA": 60.1, "v1.5-13B LoRA": 61.3,
     }  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import GOLDEN, golden_engine
 from infer import chat, conversation
-from infer.evaluate import read_questions
+from infer.benchmarks.conversations import read_questions
 from llava_jax.data import urls
 
 A, B = GOLDEN / "images/0_64x48.png", GOLDEN / "images/3_90x30.png"
