@@ -165,7 +165,7 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
       InputError: the answers cannot be scored, or the results cannot be written.
     """
     benchmark, folder = run.benchmark, run.folder
-    if folder and (submission := benchmark.submission(directory, outcome.answers)):
+    if folder and args.limit is None and (submission := benchmark.submission(directory, outcome.answers)):
         write_output(folder / submission.name, submission.data)
         note(f"{shorten(folder / submission.name)}: to submit{f' to {benchmark.server}' if benchmark.server else ''}")
     judge, scored = read_judge(args), Scored([])
@@ -252,5 +252,5 @@ def show(args: argparse.Namespace, benchmark: Benchmark, result: dict[str, Any],
         print(json.dumps(result))
         return
     for one in (result, *result.get("also", ())):
-        text = score_table(one)
+        text = score_table(one) if one["totals"] else ""
         print(terminal_safe(f"{heading(benchmark, one)}\n{text}\n" if titled else text))

@@ -155,7 +155,7 @@ def ask(
 ) -> Speed:
     """Ask questions, greedily, and append their answers as they come. The progress bar has the share of answers that
     are word for word the right ones, where these are known."""
-    from infer.engine import Request
+    from infer.prompt import Request
     from infer.sampling import Sampling
 
     has_system = engine.template.style != "plain"  # as in training

@@ -15,7 +15,7 @@ from typing import Any, NotRequired, TypedDict
 import llava_jax
 from infer.benchmarks.benchmark import Benchmark
 from llava_jax.checkpoints.outputs import write_file
-from llava_jax.console import InputError, first_line, note, shorten
+from llava_jax.console import InputError, first_line, note, plural, shorten
 from llava_jax.json_files import read_json
 
 RESULTS, TABLE = "results.json", "results.md"
@@ -48,14 +48,12 @@ def score_table(result: Mapping[str, Any]) -> str:
 
 def heading(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     """`POPE, reference protocol: mean F1 85.9 ± 0.4 (8,910 questions)`."""
-    error = result["stderr"]
-    more = "" if error is None else f" ± {_show(error, result['scale'], 1, False)}"
+    value, error = (result[key] for key in ("value", "stderr"))
+    number = "" if value is None else f" {_show(value, result['scale'], 1, False)}"
+    number += "" if error is None else f" ± {_show(error, result['scale'], 1, False)}"
     left = f", {result['unanswered']:,} without an answer" * bool(result["unanswered"])
-    value = _show(result["value"], result["scale"], 1, False)
-    return (
-        f"{benchmark.title}, {result['protocol']} protocol: {result['metric']} {value}{more} "
-        f"({result['questions']:,} questions{left})"
-    )
+    asked = plural(result["questions"], "question")
+    return f"{benchmark.title}, {result['protocol']} protocol: {result['metric']}{number} ({asked}{left})"
 
 
 def _show(value: float | None, scale: float, digits: int = 2, percent: bool = True) -> str:
