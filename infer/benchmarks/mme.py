@@ -23,7 +23,7 @@ YES_OR_NO = "Please answer yes or no."  # MME's own suffix, which the reference 
 DATA = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
 QUESTIONS = File("llava_mme.jsonl", EVAL_ZIP, "0.6 MB")
 RELEASE = File("MME_Benchmark_release_version", DATA, "2,374 questions, 1,187 images", "images")
-TEMPLATES = File("eval_tool/Your_Results", DATA, f"0.2 MB, instead of {RELEASE.path}", "score")
+TEMPLATES = File("eval_tool/Your_Results", DATA, f"0.2 MB, to score without {RELEASE.path}", "")
 
 Key = tuple[str, str, str]  # category, image without suffix, question without "Please answer ..."
 

@@ -45,6 +45,7 @@ class POPE(Benchmark):
     name, title = "pope", "POPE"
     files = (QUESTIONS, *LABELS.values(), IMAGES)
     protocols = (REFERENCE, LMMS_EVAL)
+    same_questions = True
     published = published_numbers(85.9, 85.9, 86.4, 86.7, 86.5, 86.7, 86.2, 87.7)
 
     def questions(self, directory: Path, protocol: str) -> list[Question]:
