@@ -10,6 +10,7 @@ OUTPUT/NAME/...                     the file for its server, the reviews of its 
 import argparse
 import functools
 import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,10 @@ def own_shard(args: argparse.Namespace) -> Shard:
     connect(args.coordinator, args.process_id, args.processes, HEARTBEAT, LONGEST_WAIT)
     import jax
 
-    if jax.process_count() > 1 and args.data is not None and args.output is None:
-        raise InputError("several processes need --output, a directory that they share")
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would only note it; what is answered is on the disk
+        if args.data is not None and args.output is None:
+            raise InputError("several processes need --output, a directory that they share")
     return Shard(jax.process_index(), jax.process_count())
 
 

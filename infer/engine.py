@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -102,8 +103,8 @@ class Engine:
 
         Args:
           checkpoint: an Orbax directory, a directory of safetensors, or a hub name.
-          mesh: `"data=1,fsdp=1,tensor=4"` or a mesh of those axes; None for the largest `tensor` that divides
-            the key/value heads.
+          mesh: `"data=1,fsdp=1,tensor=4"` or a mesh of those axes, of this process's devices; None for the largest
+            `tensor` that divides the key/value heads.
           dtype: of weights and activations; None for bfloat16 on accelerators and float32 on CPUs.
           int8_cache: quantize the KV cache, which takes half the memory of bfloat16; answers may change.
           template: a conversation template by name; None for the checkpoint's own.
@@ -116,8 +117,8 @@ class Engine:
         found = open_checkpoint(checkpoint, vision_tower=vision_tower)
         config = found.config.with_image_rules(image_rules) if image_rules else found.config
         get_template(template or choose_template(config))  # raises before the weights are read
-        mesh = mesh or inference_mesh(config)
-        mesh = make_mesh(parse_mesh(mesh)) if isinstance(mesh, str) else mesh
+        mesh = mesh or inference_mesh(config, jax.local_devices())
+        mesh = make_mesh(parse_mesh(mesh), jax.local_devices()) if isinstance(mesh, str) else mesh
         params = found.load(mesh, dtype or default_dtype(mesh))
         return cls(params, config, found.tokenizer, mesh, int8_cache=int8_cache, template=template, buckets=buckets)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from helpers import turns
 from llava_jax.console import InputError
 from llava_jax.data.templates import get_template
 
@@ -51,6 +50,7 @@ def write_conversations(folder: Path, rows: int = 10, images: int = 4) -> Path:
     for i in range(rows):
         question = "<image>\n" + "what is it? " * i + "?"
         right = "wrong" if i % 3 == 0 else str(len(question))
-        data.append({"image": f"{i % images}.png", "kinds": [f"kind {i % 2}"], "conversations": turns(question, right)})
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": right}]
+        data.append({"image": f"{i % images}.png", "kinds": [f"kind {i % 2}"], "conversations": turns})
     path.write_text(json.dumps(data))
     return path

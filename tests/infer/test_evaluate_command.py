@@ -172,7 +172,7 @@ ANSWER = json.dumps({"question_id": 0, "prompt": "Is there 0 in the image?" + SU
         (ANSWER.replace('"no"', "NaN"), "a.jsonl line 1: not JSON (NaN"),
         (ANSWER.replace('"no"', r'"\ud800"'), "a.jsonl line 1: text with an unpaired Unicode surrogate"),
         (ANSWER.replace(": 0,", ": 1.5,"), "a.jsonl line 1: not an answer: question_id: expected an integer or a"),
-        (ANSWER.replace(": 0,", ": 999,"), "a.jsonl line 1: question 999"),
+        (ANSWER.replace(": 0,", ": 999,"), "a.jsonl line 1: the benchmark has no question 999"),
         ("[" * 100_000, "a.jsonl line 1: not JSON (nested too deeply)"),
         (b"\xff\xfe{", "a.jsonl line 1: not UTF-8 (byte 0)"),
     ],

@@ -1,0 +1,100 @@
+"""All benchmarks, on miniatures of their files, answered by the bundled model."""
+
+import json
+import shutil
+
+import pytest
+from choice_miniatures import mmbench_rows, write_llava_bench, write_mm_vet, write_scienceqa, write_seed, write_tsv
+
+import vqa_miniatures
+from helpers import one_device
+from infer import benchmark_run, evaluate
+from infer.benchmarks import BENCHMARKS, find_benchmark
+from infer.benchmarks.answers import read_answers
+from infer.engine import Engine
+from infer.generate import BUNDLED
+from llava_jax.data.buckets import Buckets
+
+SHORT = ("textvqa", "vqav2", "vqav2-val", "vizwiz", "vizwiz-val", "gqa", "pope", "mme")
+TO_SUBMIT = {
+    "vqav2": "vqav2.json", "vizwiz": "vizwiz.json", "gqa": "testdev_balanced_predictions.json",
+    "mmbench": "mmbench_dev_20230712.xlsx", "mmbench-cn": "mmbench_dev_cn_20231003.xlsx", "seed": "seed_bench.jsonl",
+    "mm-vet": "mm-vet.json",
+}  # fmt: skip
+UNSCORED = ("vqav2", "vizwiz", "llava-bench-in-the-wild", "mm-vet")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    for name in SHORT:
+        vqa_miniatures.write(name, root)
+    for name in ("mmbench", "mmbench-cn"):
+        benchmark = find_benchmark(name)
+        write_tsv(root / (benchmark.directory or name) / benchmark.table, mmbench_rows())
+    write_scienceqa(root / "scienceqa")
+    write_seed(root / "seed_bench")
+    write_llava_bench(root / "llava-bench-in-the-wild")
+    write_mm_vet(root / "mm-vet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.load(BUNDLED, mesh=one_device(), buckets=Buckets(chunks=(256,)))  # few programs
+
+
+@pytest.fixture
+def run(run_cli, engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark_run, "load_engine", lambda args: engine)
+    return lambda *args: run_cli(
+        evaluate.main, "--output", tmp_path / "out", "--max-new-tokens", "6", "--batch-size", "4", *args
+    )
+
+
+def test_all_benchmarks_are_asked_and_scored(run, data, tmp_path):
+    output = tmp_path / "out"
+    status, out, err = run("--benchmark", "all", "--data-dir", data)
+    assert (status, "left out" in err) == (0, False), err
+    assert {path.name for path in output.iterdir()} == {*BENCHMARKS, "results.json", "results.md"}
+    for name in BENCHMARKS:
+        found = {path.name for path in (output / name).iterdir()} - {".lock"}
+        expected = {"answers.jsonl", "results.json", "settings.json"} | (
+            {TO_SUBMIT[name]} if name in TO_SUBMIT else set()
+        )
+        assert found - {"wrong.html"} == expected, name
+        result = json.loads((output / name / "results.json").read_text())
+        answers = read_answers(output / name / "answers.jsonl")
+        assert len(answers) == result["questions"] and result["failed"] == 0
+        assert (result["value"] is None) == (name in UNSCORED)
+        assert ("wrong.html" in found) == (name not in UNSCORED)
+        assert f"| {result['title']} | reference | {result['metric']} |" in out
+    assert "give --judge URL and --judge-model NAME" in err
+    before = {path: path.read_bytes() for path in output.glob("*/answers.jsonl")}
+    assert run("--benchmark", "all", "--data-dir", data)[0] == 0  # nothing is asked again
+    assert before == {path: path.read_bytes() for path in output.glob("*/answers.jsonl")}
+
+
+def test_answers_of_a_run_are_scored_from_their_file(run, run_cli, data, tmp_path):
+    """The same score; and with another protocol."""
+    for name in ("textvqa", "mmbench", "seed"):
+        result = json.loads(run("--benchmark", name, "--data-dir", data, "--json")[1])
+        file = ("--score", tmp_path / f"out/{name}/answers.jsonl", "--benchmark", name, "--data-dir", data, "--json")
+        again = json.loads(run_cli(evaluate.main, *file)[1])
+        assert again == {key: result[key] for key in again}
+        other = json.loads(run_cli(evaluate.main, *file, "--protocol", "lmms-eval")[1])
+        assert other["protocol"] == "lmms-eval" and other["questions"] == again["questions"]
+
+
+def test_missing_images_fail_their_questions_alone(run, data, tmp_path):
+    """Those of one image, and one that is broken."""
+    shutil.copytree(data / "MME", tmp_path / "MME")
+    images = tmp_path / "MME/MME_Benchmark_release_version"
+    (images / "existence/000000000001.jpg").unlink()
+    (images / "color/000000000003.jpg").write_bytes(b"none")
+    status, out, err = run("--benchmark", "mme", "--data-dir", tmp_path, "--json")
+    result = json.loads(out)
+    assert (status, result["failed"], result["unanswered"], result["questions"]) == (1, 4, 4, 10)
+    assert err.count("llava_mme.jsonl line 1: ") == 1 and "000000000001.jpg: no such image" in err
+    assert "000000000003.jpg: not an image" in err
+    assert result["parts"]["color"]["score"] == 0
