@@ -1,17 +1,17 @@
-"""`python -m infer.evaluate`: which answers count as right, and how they are counted."""
+"""`python -m infer.evaluate --data`: conversations, which answers count as right, and how they are counted."""
 
 import base64
 import gzip
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
 from helpers import GOLDEN, QUESTION, golden_engine, turns
-from infer import evaluate
-from infer.evaluate import exact_match, read_option, read_questions, scienceqa
-from llava_jax.data.templates import get_template
+from infer import benchmark_run, evaluate
+from infer.benchmarks.conversations import Conversations, choose_metric, exact_match, read_questions, scienceqa
+from infer.benchmarks.options import read_option
+from scripted_answers import ScriptedEngine
 
 CHECKPOINT = GOLDEN / "checkpoints/v1.6-mistral"
 IMAGE_FILES = ["0_64x48.png", "3_90x30.png"]
@@ -113,16 +113,13 @@ def test_a_question_that_cannot_be_asked_is_named_and_counts_as_wrong(run, folde
     ("answers", "says"), [(["?"], "1 answer"), (["?", "A"], "1 answer"), (["?", "?"], "2 answers")]
 )
 def test_what_counts_as_wrong_is_said_of_one_and_of_several(run, folder, monkeypatch, answers, says):
-    result = {"no_option": sum(answer == "?" for answer in answers), "failed": 1, "questions": len(answers)}
-    monkeypatch.setattr(evaluate, "load_engine", lambda args: None)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: result)
-    rows = [row(["Which?", "The answer is B."])] * len(answers)
-    status, _, err = run(*write(folder, rows), "--json")
-    questions = "1 question" if len(answers) == 1 else "2 questions"
-    assert (status, err.splitlines()[-2:]) == (1, [
-        f"{says} without a single option, counted as wrong",
-        f"error: 1 of {questions} could not be asked, counted as wrong",
-    ])  # fmt: skip
+    engine = ScriptedEngine(lambda question: answers[int(question)])
+    monkeypatch.setattr(benchmark_run, "load_engine", lambda args: engine)
+    rows = [row([str(i), "The answer is B."]) for i in range(len(answers))]
+    status, out, err = run(*write(folder, [*rows, {}]), "--json", "--metric", "scienceqa")
+    assert json.loads(out)["no_option"] == int(says[0])
+    asked = f"error: 1 of {len(answers) + 1} questions could not be asked, counted as wrong"
+    assert (status, err.splitlines()[-2:]) == (1, [asked, f"{says} without a single option, counted as wrong"])
 
 
 def test_rows_are_asked_as_training_reads_them(folder):
@@ -194,30 +191,30 @@ def test_option_of_an_answer(answer, option):
     assert scienceqa(answer, "B") == (option == "B")
 
 
-def test_scienceqa_is_counted(folder, capsys):
+def test_scienceqa_is_counted(run, folder, monkeypatch, capsys):
     """Of all questions, of those with images, and how many answers name no option."""
     said = ["Cats meow. The answer is B.", "B", "I do not know.", "A"]
-
-    class Engine:
-        template = get_template("v1")
-
-        def generate(self, requests, sampling, *, rows):
-            yield from ((i, SimpleNamespace(text=said[i])) for i in reversed(range(len(requests))))
-
-    rows = [row(["Which?", "Because. The answer is B."], image=IMAGE_FILES[0] if i % 2 else None) for i in range(4)]
+    engine = ScriptedEngine(lambda question: said[int(question[-1])])
+    monkeypatch.setattr(benchmark_run, "load_engine", lambda args: engine)
+    rows = [row([f"{i}", "Because. The answer is B."], image=IMAGE_FILES[0] if i % 2 else None) for i in range(4)]
+    rows[1]["conversations"][0]["value"] = "<image>\n1"
     rows.append(row(["Which?", "a cat"]))
-    write(folder, rows)
-    questions = read_questions(folder / "test.json", folder / "images")
-    checked = evaluate.check_answers(questions, "scienceqa")
-    got = evaluate.evaluate(Engine(), checked, scienceqa, rows=2, max_new_tokens=4)
+    data = write(folder, rows)
+    status, out, err = run(*data, "--metric", "scienceqa", "--json")
+    got = json.loads(out)
     assert (got["accuracy"], got["questions"], got["failed"], got["no_option"]) == (0.4, 5, 1, 1)
-    assert got["with_images"] == {"accuracy": 0.5, "questions": 2}
-    assert evaluate.table(got).split("\n") == ["with images   50.00%  of 2", "all           40.00%  of 5"]
-    assert "row 4: the reference answer names no option, which --metric scienceqa needs" in capsys.readouterr().err
-    assert evaluate.choose_metric(questions) == "exact_match"  # one of them is "a cat"
+    assert (status, got["totals"]["accuracy with images"]) == (1, 0.5)
+    assert "row 4: the reference answer names no option, which --metric scienceqa needs" in err
+    out = run(*data, "--metric", "scienceqa")[1]
+    assert [line.split() for line in out.splitlines()] == [
+        ["all", "40.00%", "of", "5"], ["accuracy", "with", "images", "50.00%"],
+    ]  # fmt: skip
+    questions = read_questions(folder / "test.json", folder / "images")
+    assert choose_metric(questions) == "exact_match"  # one of them is "a cat"
     assert capsys.readouterr().err == ""
-    assert evaluate.choose_metric(questions[:4]) == "scienceqa"
+    assert choose_metric(questions[:4]) == "scienceqa"
     assert "metric scienceqa, since every reference answer names an option" in capsys.readouterr().err
+    assert Conversations(folder / "test.json", folder / "images").metric == "exact_match"
 
 
 @pytest.mark.parametrize(
