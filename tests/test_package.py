@@ -14,7 +14,7 @@ from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("llava_jax", "convert", "train", "infer")
-EXTRAS = ("plots", "data", "serve")  # whose packages are imported, where they are there
+EXTRAS = ("plots", "data", "serve", "eval")  # whose packages are imported, where they are there
 ROOMS = ("data", "sharding", "models", "checkpoints", "aot")  # of llava_jax, each of which may import those before it
 
 

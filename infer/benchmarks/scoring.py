@@ -69,9 +69,10 @@ def score_answers(
         return Scored([benchmark.score(directory, answers, one) for one in chosen])
     if judge is None:
         raise InputError(f"{benchmark.title} is scored by a language model: give --judge URL and --judge-model NAME")
-    from infer.benchmarks.judge import judge_answers
+    from infer.benchmarks.judge import JudgedBenchmark, judge_answers
     from llava_jax.endpoints import Endpoint
 
+    assert isinstance(benchmark, JudgedBenchmark)
     endpoint = Endpoint(judge.url, judge.model, prices=judge.prices and Prices(*judge.prices))
     judgement = judge_answers(benchmark, directory, answers, endpoint, replies)
     if judgement.score is None:
