@@ -31,7 +31,7 @@ def data(tmp_path_factory):
         vqa_miniatures.write(name, root)
     for name in ("mmbench", "mmbench-cn"):
         benchmark = find_benchmark(name)
-        write_tsv(root / (benchmark.directory or name) / benchmark.table, mmbench_rows())
+        write_tsv(root / (benchmark.directory or name) / benchmark.table.path, mmbench_rows())
     write_scienceqa(root / "scienceqa")
     write_seed(root / "seed_bench")
     write_llava_bench(root / "llava-bench-in-the-wild")
