@@ -14,6 +14,7 @@ from infer.benchmarks.answers import read_answers
 from infer.engine import Engine
 from infer.generate import BUNDLED
 from llava_jax.data.buckets import Buckets
+from scripted_endpoint import ScriptedEndpoint
 
 SHORT = ("textvqa", "vqav2", "vqav2-val", "vizwiz", "vizwiz-val", "gqa", "pope", "mme")
 TO_SUBMIT = {
@@ -84,6 +85,31 @@ def test_answers_of_a_run_are_scored_from_their_file(run, run_cli, data, tmp_pat
         assert again == {key: result[key] for key in again}
         other = json.loads(run_cli(evaluate.main, *file, "--protocol", "lmms-eval")[1])
         assert other["protocol"] == "lmms-eval" and other["questions"] == again["questions"]
+
+
+class Judge(ScriptedEndpoint):
+    """Says how right an answer is."""
+
+    def reply(self, messages, record, kind):
+        return "0.5", "stop"
+
+
+def test_a_judge_scores_what_was_answered(run, run_cli, data, tmp_path):
+    """In the same run, later, or from a file; it is not asked twice."""
+    assert run("--benchmark", "mm-vet", "--data-dir", data)[0] == 0
+    file = tmp_path / "out/mm-vet/answers.jsonl"
+    with Judge() as judge:
+        flags = ("--judge", judge.url, "--judge-model", "judge-1", "--price-in", "30", "--price-out", "60", "--json")
+        status, out, err = run("--benchmark", "mm-vet", "--data-dir", data, *flags)
+        result = json.loads(out)
+        assert (status, result["value"], result["failed"], result["asked"], len(judge.log)) == (0, 0.5, 0, 0, 10)
+        assert "asking judge-1 to judge 10 answers, an estimated" in err and ": $" in err
+        assert run("--benchmark", "mm-vet", "--data-dir", data, *flags)[0] == 0 and len(judge.log) == 10
+        status, out, _ = run_cli(evaluate.main, "--score", file, "--benchmark", "mm-vet", "--data-dir", data, *flags)
+        assert (status, json.loads(out)["value"], len(judge.log)) == (0, 0.5, 20)
+    assert (tmp_path / "out/mm-vet/judge.jsonl").exists() and (tmp_path / "out/mm-vet/wrong.html").exists()
+    status, out, err = run_cli(evaluate.main, "--score", file, "--benchmark", "mm-vet", "--data-dir", data)
+    assert (status, out, err.count("\n")) == (1, "", 1) and "give --judge URL and --judge-model NAME" in err
 
 
 def test_missing_images_fail_their_questions_alone(run, data, tmp_path):
