@@ -130,7 +130,10 @@ def judge_answers(
         reviews = {question: judging.review(question) for question in messages}
     if reviews and all(review.scores is None for review in reviews.values()):
         first = next(iter(reviews.values()))
-        raise InputError(f"{shorten(endpoint.model)}: no review has a score; the first is {shorten(first.text)!r}")
+        raise InputError(
+            f"{shorten(endpoint.model)}: no review has a score; the first is {shorten(first.text)!r}; give another "
+            f"judge, or remove {shorten(replies_path)} to ask again"
+        )
     unread = [question for question, review in reviews.items() if review.scores is None]
     for question in unread[:MAX_SHOWN]:
         note(f"warning: question {shorten(question)}: no score in the review {shorten(reviews[question].text)!r}")
