@@ -160,6 +160,14 @@ class Engine:
             int8_cache=self.int8_cache, buckets=self.buckets, dispatch_seconds=dispatch_seconds,
         )  # fmt: skip
 
+    def close(self) -> None:
+        """Release the devices' memory, except for what others hold of `params`. The engine cannot be used any more."""
+        if self._scheduler:
+            self._scheduler.close()
+        self._scheduler = None
+        self.features.clear()
+        self.params = self.features.params = {}
+
     # ------------------------------------------------------------ questions
 
     def ask(

@@ -32,7 +32,7 @@ if typing.TYPE_CHECKING:
 
 REPEATABLE = ("data", "eval_data")  # flags that may be repeated, once per file
 MAX_PROCESSES = 2**16
-PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "output")
+PATHS = ("checkpoint", "vision_tower", "data", "image_folder", "eval_data", "eval_data_dir", "output")
 
 
 def parser() -> argparse.ArgumentParser:

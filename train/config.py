@@ -20,6 +20,7 @@ from llava_jax.console import (
     shorten,
     show_value,
 )
+from llava_jax.data.buckets import MAX_SLOTS
 from llava_jax.data.templates import Template, choose_template, get_template, is_jinja
 from llava_jax.models.layers import REMAT
 from llava_jax.sharding.mesh import parse_mesh
@@ -94,6 +95,16 @@ class TrainConfig(_Origin):
     )
     eval_data: str | tuple[str, ...] | None = _(None, "held-out conversations to evaluate on; repeatable")
     eval_every: int = _(0, "steps between evaluations; 0: only after the last", EVERY)
+    eval_benchmarks: tuple[str, ...] | None = _(
+        None, "benchmarks to score in evaluations: pope,scienceqa (python -m infer.evaluate --list lists all)"
+    )
+    eval_data_dir: str | None = _(None, "directory that has the files of each benchmark in one of its own")
+    eval_limit: int | None = _(
+        None,
+        "ask only the first questions of each benchmark; None: all",
+        integer(1, MAX_INT32),
+    )
+    eval_batch_size: int = _(16, "questions of a benchmark to answer at once, by each process", integer(1, MAX_SLOTS))
 
     # model
     checkpoint: str = _("", "the model to start from: a directory or a hub name")

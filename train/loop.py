@@ -19,6 +19,7 @@ from llava_jax.models.llava import Params
 from llava_jax.processes import RESTART, StopSignal, share
 from llava_jax.sharding.mesh import format_mesh
 from llava_jax.sharding.partition import batch_sharding
+from train.evaluation import score_benchmarks
 from train.loader import Data
 from train.parameters import load_dtype
 from train.profiling import Trace
@@ -86,10 +87,14 @@ def _train(run: Run) -> int:
             stopped_by = stop.at(step)
 
             eval_loss, best = math.nan, False
-            if run.eval_data and (last or is_multiple(step, run.config.eval_every)):
+            evaluates = last or is_multiple(step, run.config.eval_every)
+            if evaluates and run.eval_data:
                 recorder.read()
                 eval_loss = evaluate(run.eval_data, run.mesh, frozen, state, eval_fn)
                 best = recorder.evaluated(eval_loss)
+            if evaluates and run.benchmarks:
+                recorder.read()
+                recorder.scored(score_benchmarks(run, step, frozen, state.trained, stop))
 
             due = stopped_by or last or best or is_multiple(step, run.config.save_every) or clock.is_due(step)
             if jax.process_count() > 1 and (due or step % AGREE_EVERY == 0):

@@ -2,6 +2,7 @@
 
     params --split_params--> frozen (compute dtype), trained (float32)      layers stacked
     frozen, trained --export_params--> params                               one entry per layer
+    frozen, trained --inference_params--> params (compute dtype)            one entry per layer, LoRA merged
 
 Trees are those of `llava_jax.models.llava`. Frozen and trained have no leaf in common; the model takes their `union`.
 """
@@ -106,15 +107,51 @@ def export_params(frozen: Params, trained: Params) -> Params:
     """
     exported: dict[str, jax.Array] = {}
     for path, x in flatten_dict(union(frozen, trained), sep="/").items():
-        head, layers, tail = path.partition("/layers/")
-        if layers:
-            sharding = NamedSharding(x.sharding.mesh, P(*x.sharding.spec[1:]))
-            exported |= {f"{head}/layers/{i}/{tail}": layer for i, layer in enumerate(_unstack(x, sharding))}
-        else:
-            exported[path] = x
+        paths, sharding = _layers(path, x)
+        exported |= zip(paths, _unstack(x, sharding) if "/layers/" in path else [x], strict=True)
     return unflatten_dict(exported, sep="/")
+
+
+def inference_params(
+    frozen: Params, trained: Params, config: TrainConfig, place: Callable[[str, jax.Array], jax.Array]
+) -> Params:
+    """The whole model as inference takes it: one entry per layer, in the compute dtype, LoRA's factors merged.
+
+    Args:
+      place: puts the parameter at a path where inference wants it. It is called after each parameter is cast, so that
+        no second copy of the model is in memory before.
+    """
+    flat = flatten_dict(union(frozen, trained), sep="/")
+    factors = {path: flat.pop(path) for path in list(flat) if path.rpartition("/")[2] in lora.FACTORS}
+    scale = lora.scale(config) if factors else 1.0
+    exported: dict[str, jax.Array] = {}
+    for path, x in flat.items():
+        base, (paths, sharding) = path.removesuffix("kernel"), _layers(path, x)
+        pair = [factors[base + name] for name in lora.FACTORS if base + name in factors]
+        layers = _cast(x, pair, scale, jnp.dtype(config.dtype), "/layers/" in path, sharding)
+        exported |= {path: place(path, layer) for path, layer in zip(paths, layers, strict=True)}
+    return unflatten_dict(exported, sep="/")
+
+
+def _layers(path: str, x: jax.Array) -> tuple[list[str], NamedSharding]:
+    """The paths of the layers that are stacked in `x`, and the sharding of each; its own, if it isn't of a layer."""
+    (head, layers, tail), stacked = path.partition("/layers/"), x.sharding
+    assert isinstance(stacked, NamedSharding)
+    if not layers:
+        return [path], stacked
+    return [f"{head}/layers/{i}/{tail}" for i in range(len(x))], NamedSharding(stacked.mesh, P(*stacked.spec[1:]))
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _unstack(x: jax.Array, sharding: NamedSharding) -> list[jax.Array]:
     return [jax.lax.with_sharding_constraint(layer, sharding) for layer in x]
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "dtype", "stacked", "sharding"))
+def _cast(
+    x: jax.Array, factors: list[jax.Array], scale: float, dtype, stacked: bool, sharding: NamedSharding
+) -> list[jax.Array]:
+    if factors:  # as `lora.merged`
+        x = x.astype(jnp.float32) + scale * jnp.matmul(*factors, precision="highest")
+    layers = x.astype(dtype) if stacked else [x.astype(dtype)]
+    return [jax.lax.with_sharding_constraint(layer, sharding) for layer in layers]

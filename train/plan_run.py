@@ -336,6 +336,8 @@ def lines(choice: Choice, slices: int) -> Iterator[tuple[str, str]]:
         chips = hours * choice.mesh.size / tpu.CHIPS[tpu.parse_topology(choice.topology)[0]].cores
         run += f", at least {hours:.3g} hours ({chips:.3g} of chips): the roofline's bound, not measured"
     yield "run", run
+    if config.eval_benchmarks:
+        yield "evaluation", "a copy of the model, and the KV cache of --eval-batch-size questions, are not counted"
     yield "fits", "yes" if choice.plan.fits else "no"
 
 

@@ -4,7 +4,7 @@ import collections
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -71,7 +71,8 @@ class Recorder:
         self.read()
         if self.record and self.files:
             step = self.record["step"]
-            if step % self.config.log_every == 0 or step == self.run.total or "eval_loss" in self.record:
+            evaluated = any(name.startswith("eval_") for name in self.record)
+            if step % self.config.log_every == 0 or step == self.run.total or evaluated:
                 self.files.write(self.record)
         self.record = {}
 
@@ -86,6 +87,11 @@ class Recorder:
         better = math.isfinite(loss) and (self.best is None or loss < self.best)
         self.best = loss if better else self.best
         return better
+
+    def scored(self, scores: Mapping[str, float]) -> None:
+        """Record the scores of benchmarks after the last step read."""
+        self.last_read = time.monotonic()
+        self.record |= scores
 
     def read(self) -> None:
         """Wait for the pending step, if any, and read its metrics.

@@ -41,14 +41,9 @@ def export(output: Output, checkpoint: Checkpoint, model: LlavaConfig, config: T
     trained = {path: _gathered(x) for path, x in flatten_dict(params, sep="/").items()}
     if not output.first:
         return
-    kept = {}
-    if config.template not in (None, "plain"):
-        kept = {"template": config.template, "template_from": "config.json"}
     source = checkpoint.source()
     result = dataclasses.replace(
-        source,
-        config=model.replace(max_length=config.max_length, **kept),
-        tensors=_replace_trained(source.tensors, trained, config),
+        source, config=result_config(model, config), tensors=_replace_trained(source.tensors, trained, config)
     )
     save(
         output.root / "model",
@@ -60,6 +55,14 @@ def export(output: Output, checkpoint: Checkpoint, model: LlavaConfig, config: T
     )
     if config.export_hf:
         write_hf(output.root / "hf", result, checkpoint.tokenizer, overwrite=True)
+
+
+def result_config(model: LlavaConfig, config: TrainConfig) -> LlavaConfig:
+    """The configuration of the result: with the template and the length that the model was trained with."""
+    kept = {}
+    if config.template not in (None, "plain"):
+        kept = {"template": config.template, "template_from": "config.json"}
+    return model.replace(max_length=config.max_length, **kept)
 
 
 def _gathered(x: jax.Array) -> np.ndarray | jax.Array:

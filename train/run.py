@@ -19,6 +19,7 @@ from llava_jax.processes import together
 from llava_jax.sharding.mesh import FSDP, format_mesh, make_mesh, parse_mesh, row_multiple
 from llava_jax.sharding.partition import batch_sharding
 from train.config import TrainConfig, check_preset
+from train.evaluation import Task, open_benchmarks
 from train.loader import Data, check_batch, open_data
 from train.optim import check_rates
 from train.profiling import parse_profile_steps
@@ -39,6 +40,7 @@ class Run:
     progress     saved with the latest state; None without a state
     data         batches to train on, at the position of the latest state
     eval_data    batches to evaluate on, if any
+    benchmarks   to score in evaluations
     traced       steps to trace
     total        steps of the whole run
     """
@@ -52,6 +54,7 @@ class Run:
     progress: dict[str, Any] | None
     data: Data
     eval_data: Data | None
+    benchmarks: tuple[Task, ...]
     traced: range
     total: int
 
@@ -70,6 +73,7 @@ def prepare(config: TrainConfig) -> Run:
     """
     mesh = make_mesh(parse_mesh(config.mesh) if config.mesh else {FSDP: -1})
     check_batch(config, mesh)
+    benchmarks = open_benchmarks(config)
     with contextlib.ExitStack() as undo:  # undoes what follows unless all of it succeeds
         traced, checkpoint, output = together(
             "a configuration or data",
@@ -96,7 +100,9 @@ def prepare(config: TrainConfig) -> Run:
         if output.first and not output.resumed:
             output.write_config()
         undo.pop_all()
-    return Run(config, mesh, checkpoint, output, model, checkpoints, progress, data, eval_data, traced, total)
+    return Run(
+        config, mesh, checkpoint, output, model, checkpoints, progress, data, eval_data, benchmarks, traced, total
+    )
 
 
 def open_input(config: TrainConfig, undo: contextlib.ExitStack) -> tuple[range, Checkpoint, Output]:

@@ -30,8 +30,9 @@ from train.config import TrainConfig
 
 # A run may resume with other values of these: they change its location, speed and monitoring, not its result.
 MAY_CHANGE = {
-    "data", "image_folder", "follow_links", "eval_data", "eval_every", "output", "mesh", "remat", "workers", "prefetch",
-    "on_bad_sample", "max_bad_share", "save_every", "save_minutes", "keep", "log_every", "profile_steps", "export_hf",
+    "data", "image_folder", "follow_links", "eval_data", "eval_every", "eval_benchmarks", "eval_data_dir", "eval_limit",
+    "eval_batch_size", "output", "mesh", "remat", "workers", "prefetch", "on_bad_sample", "max_bad_share", "save_every",
+    "save_minutes", "keep", "log_every", "profile_steps", "export_hf",
 }  # fmt: skip
 CHECKSUM = "data_sha256"  # `data` may move, but neither its contents nor the weight of each file may change
 FINGERPRINT = "checkpoint_fingerprint"  # nor may those of `checkpoint`: the run's checkpoints lack its frozen weights

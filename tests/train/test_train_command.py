@@ -236,7 +236,7 @@ def test_every_field_is_a_flag(field, data):
         "tune": "lora", "mesh": "data=2,fsdp=4", "lora_targets": ("q", "v"), "profile_steps": "1:2",
         "batching": "bucketed", "schedule": "constant", "dtype": "float32", "remat": "none", "template": "plain",
         "on_bad_sample": "fail", "aspect_ratio": "anyres", "image_first": "random", "positions_per_row": 4096,
-        "export_hf": True, "follow_links": True, "reduce_dtype": "float32",
+        "eval_benchmarks": ("pope", "gqa"), "export_hf": True, "follow_links": True, "reduce_dtype": "float32",
     } | dict.fromkeys(command.PATHS, "/x")  # fmt: skip
     value = others.get(field.name, field.default or 2)
     flag = f"--{field.name.replace('_', '-')}"
