@@ -340,12 +340,16 @@ def _constrained(slots: Slots, partition: Partition) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames=("span", "partition"))
-def score(params, slots: Slots, x_ASD, starts, slots_A, targets_AS, *, span: int, partition: Partition) -> jax.Array:
-    """Log probabilities [A, S] of tokens, each after those before it: prompts in slots, and the inputs `x_ASD`."""
+def score(
+    params, slots: Slots, x_ASD, starts, slots_A, targets_AS, *, span: int, partition: Partition
+) -> tuple[jax.Array, jax.Array]:
+    """Log probabilities [A, S] of tokens, each after those before it, and whether none is more likely: prompts in
+    slots, and the inputs `x_ASD`."""
     text, decoder = partition.config.text, params["decoder"]
     x_ASD = llama.continue_prompts(decoder, text, x_ASD, starts, slots.cache, slots_A, span=span, partition=partition)
     logprobs_ASV = jax.nn.log_softmax(llama.logits(decoder, text, x_ASD, partition))
-    return jnp.take_along_axis(logprobs_ASV, targets_AS[..., None], axis=-1)[..., 0]
+    logprobs_AS = jnp.take_along_axis(logprobs_ASV, targets_AS[..., None], axis=-1)[..., 0]
+    return logprobs_AS, jnp.argmax(logprobs_ASV, axis=-1) == targets_AS
 
 
 # ---------------------------------------------------------------- without a cache

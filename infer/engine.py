@@ -210,13 +210,14 @@ class Engine:
         yield _answer(generation, compilations() - before)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, rows: int = 8
+        self, requests: Iterable[Request], sampling: Sampling, *, rows: int = 8
     ) -> Iterator[tuple[int, Answer | InputError]]:
         """Answer many questions, in the order in which they finish.
 
         While the device works, threads read the images of the next questions.
 
         Args:
+          requests: taken one by one, as they are needed.
           rows: how many are answered at once.
 
         Raises:

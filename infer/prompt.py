@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from llava_jax.console import InputError
 from llava_jax.data.images import TileLayout, image_size, read_tiles, tile_layout
 from llava_jax.data.prompts import add_image_tokens, encode_prompt
 from llava_jax.data.splice import IMAGE, NEWLINE, TEXT, image_indices, merge_rows
-from llava_jax.data.templates import Template, Turn
+from llava_jax.data.templates import IMAGE_PART, Template, Turn
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.data.urls import NamedBytes, fetch
 
@@ -94,6 +95,24 @@ class Prompt:
     def images_in(self, start: int, end: int) -> list[int]:
         """The numbers of the images that have features among positions `start` to `end`."""
         return [int(i) for i in np.unique(self.places[start:end]) if i != TEXT]
+
+
+def turn_of(parts: Sequence[str]) -> Turn:
+    """A turn of the parts of messages, texts and `IMAGE_PART`s.
+
+    Parts are on lines of their own, an image where its part is. If all images come after the text, as some clients send
+    them, they are put in front of it, as in the conversations that models are trained on.
+    """
+    texts = [part for part in parts if part is not IMAGE_PART]
+    images = parts[len(texts) :]
+    if all(part is IMAGE_PART for part in images):
+        parts = [*images, *texts]
+    turn: list[str] = []
+    for part in parts:
+        if any(before is not IMAGE_PART for before in turn):
+            turn.append("\n")  # images in front get theirs from `add_image_tokens`
+        turn.append(part)
+    return tuple(turn) if images else "".join(turn)
 
 
 def prepare(

@@ -20,6 +20,7 @@ class Score:
     text: str  # of the candidate
     token_ids: list[int]
     logprobs: list[float]  # of each token, after the prompt and those before it
+    is_greedy: bool  # whether each of them is the most likely token
 
     @property
     def logprob(self) -> float:
@@ -66,9 +67,10 @@ def score_answer(scheduler: Scheduler, question: Prompt, answered: Prompt, answe
     targets[shard, :n] = ids[:n]
     partition, mesh = scheduler.partition, scheduler.partition.mesh
     assert mesh is not None
-    logprobs = compiled.score(
+    logprobs, greedy = compiled.score(
         scheduler.params, scheduler.slots, inputs(scheduler.params, partition, {shard: chunk}, S),
         *(put_rows(x, mesh) for x in (starts, slots, targets)),
         span=round_up(buckets.prefill_spans(scheduler.context), chunk.start), partition=partition,
     )  # fmt: skip
-    return Score(answer, ids[:n], np.asarray(logprobs)[shard, :n].tolist())
+    is_greedy = bool(np.asarray(greedy)[shard, :n].all())
+    return Score(answer, ids[:n], np.asarray(logprobs)[shard, :n].tolist(), is_greedy)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from infer.prompt import turn_of
 from infer.serve.errors import ApiError, not_implemented
 from infer.serve.fields import ImagePart, Message
 from llava_jax.data.templates import IMAGE_PART, Turn
@@ -32,9 +33,7 @@ def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
     """Convert messages.
 
     System and developer messages, wherever they are, become one system message, with a blank line between them: the
-    templates have a single one. Consecutive messages of a role become one turn. The parts of a turn are on lines of
-    their own, an image where its part is. If all images come after the turn's text, as some clients send them, they are
-    put in front of it, as in the conversations that models are trained on.
+    templates have a single one. Consecutive messages of a role become one turn, as `turn_of` joins their parts.
 
     Raises:
       ApiError: the messages do not make a conversation that ends with a question, or have too many images.
@@ -61,9 +60,7 @@ def read_messages(messages: Sequence[Message], max_images: int) -> Conversation:
     if len(turns) % 2 == 0:
         reason = "ends with an answer, which this server does not continue" if turns else "has no user message"
         raise ApiError(400, f"the conversation {reason}; end with a user message", "messages")
-    return Conversation(
-        tuple(_join(_images_first(parts)) for parts in turns), tuple(images), "\n\n".join(system) if system else None
-    )
+    return Conversation(tuple(map(turn_of, turns)), tuple(images), "\n\n".join(system) if system else None)
 
 
 def _read_parts(message: Message, where: str, images: list[tuple[str, str]]) -> list[str]:
@@ -80,20 +77,3 @@ def _read_parts(message: Message, where: str, images: list[tuple[str, str]]) -> 
             images.append((part.url, f"{where}.content[{number}]"))
         parts.append(IMAGE_PART if isinstance(part, ImagePart) else part.text)
     return parts
-
-
-def _images_first(parts: list[str]) -> list[str]:
-    """Move images from the end of a turn to its beginning, unless it has others."""
-    texts = [part for part in parts if part is not IMAGE_PART]
-    images = parts[len(texts) :]
-    return [*images, *texts] if all(part is IMAGE_PART for part in images) else parts
-
-
-def _join(parts: list[str]) -> Turn:
-    """A turn with a newline after each part but the last; images in front get theirs from the engine."""
-    turn: list[str] = []
-    for part in parts:
-        if any(before is not IMAGE_PART for before in turn):
-            turn.append("\n")
-        turn.append(part)
-    return tuple(turn) if any(part is IMAGE_PART for part in turn) else "".join(turn)
