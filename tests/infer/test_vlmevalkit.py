@@ -59,7 +59,7 @@ def files(tmp_path_factory):
     rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("images")
     paths = [str(folder / f"{i}.png") for i in range(2)]
     for path in paths:
-        draw(make_scene(rng), rng).save(path)
+        draw(make_scene(rng), rng).resize((60, 60)).save(path)  # one size, and so one program
     return paths
 
 
