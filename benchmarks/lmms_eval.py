@@ -45,15 +45,15 @@ def write_data(folder: Path, questions: int, seed: int) -> list[dict[str, Any]]:
     """
     images = -(-questions // 3)  # three questions about each
     run(
-        folder, "-m", "train.datasets.shapes", "--output", folder / "shapes", "--examples", 1,
+        folder, "-m", "train.datasets.shapes", "--output", folder / "data", "--examples", 1,
         "--test-examples", images, "--seed", seed,
     )  # fmt: skip
-    rows = json.loads((folder / "shapes" / "test.json").read_text())[:questions]
+    rows = json.loads((folder / "data" / "test.json").read_text())[:questions]
     (folder / "test.json").write_text(json.dumps(rows))
     answers: dict[str, list[str]] = {}  # of each kind of question
     for row in rows:
         answers.setdefault(row["kinds"][0], []).append(row["conversations"][1]["value"])
-    documents = [read_row(row, answers[row["kinds"][0]], folder / "shapes" / "images") for row in rows]
+    documents = [read_row(row, answers[row["kinds"][0]], folder / "data" / "images") for row in rows]
     (folder / "shapes.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     return documents
 
@@ -123,7 +123,7 @@ def compare(folder: Path, checkpoint: str, questions: int, rows: int, seed: int)
     batch, simple = ("--batch_size", rows), "--force_simple"
     evaluate = run(
         folder, "-m", "infer.evaluate", "--checkpoint", checkpoint, "--data", folder / "test.json", "--image-folder",
-        folder / "shapes" / "images", "--metric", "exact_match", "--json",
+        folder / "data" / "images", "--metric", "exact_match", "--json",
     )  # fmt: skip
     expected = json.loads(evaluate)["accuracy"]
     scores, texts = {"evaluate": expected}, dict[str, Answers]()

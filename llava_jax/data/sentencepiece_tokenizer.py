@@ -288,9 +288,11 @@ def prefix_after_images(engine: tokenizers.Tokenizer) -> None:
 
 
 def _parse(proto: bytes):
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]  # protobuf makes it at run time
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as schema
+    except Exception:  # it needs the protobuf of its release, and wandb, for one, an older one
+        from transformers.utils import sentencepiece_model_pb2_new as schema  # type: ignore[no-redef]
+    return schema.ModelProto.FromString(proto)  # type: ignore[attr-defined]  # protobuf makes it at run time
 
 
 def _without_dummy_prefix(proto: bytes) -> bytes:
