@@ -19,6 +19,7 @@ from infer.answers import model_name
 from infer.benchmarks import BENCHMARKS
 from infer.benchmarks.benchmark import Benchmark, Score
 from infer.benchmarks.conversations import Conversations
+from infer.benchmarks.files import find
 from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers
 from infer.evaluation import Outcome, Run, Shard, answer, merge, questions_checksum, unanswered
 from infer.evaluation_page import wrong_page
@@ -36,13 +37,14 @@ CONVERSATION_TOKENS = 64
 MODEL_SETTINGS = ("vision_tower", "template", "dtype", "int8_cache", "image_rules")
 HEARTBEAT = 40  # seconds of silence after which a process counts as dead
 LONGEST_WAIT = 7 * 86400  # seconds that processes wait for each other at the end
+SIGNALLED = 128  # the exit status of a command that a signal stopped is this and the signal
 
 
 def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, Path]]) -> int:
     """Ask and score benchmarks, and write the results.
 
     Returns:
-      The exit status: 1 if a question of any failed.
+      The exit status: 1 if a question of any failed, or `SIGNALLED` and the signal that stopped a judge.
 
     Raises:
       InputError: the only benchmark cannot be run.
@@ -63,6 +65,8 @@ def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, P
     for benchmark, directory in chosen:
         try:
             status = max(status, run_benchmark(args, benchmark, directory, settings, output, part, load))
+            if status > SIGNALLED:
+                return status
         except InputError as error:
             if len(chosen) == 1:
                 raise
@@ -112,6 +116,26 @@ def tokens_of(args: argparse.Namespace, benchmark: Benchmark) -> int:
     return args.max_new_tokens or (CONVERSATION_TOKENS if args.data is not None else benchmark.max_new_tokens)
 
 
+def own_protocol(args: argparse.Namespace, benchmark: Benchmark) -> str | None:
+    """The protocol that the flags name, if the benchmark has it: with several benchmarks, not each of them does."""
+    return args.protocol if args.protocol in benchmark.protocols else None
+
+
+def check_files(args: argparse.Namespace, benchmark: Benchmark, directory: Path) -> None:
+    """Find the files that scoring the answers will need, before any are asked.
+
+    Raises:
+      InputError: one is missing.
+    """
+    if benchmark.judged and args.judge is None:
+        return
+    if benchmark.server and args.limit is not None:  # then there is nothing to submit
+        return
+    for file in benchmark.files:
+        if file.needed == "score":
+            find(directory, file)
+
+
 def run_benchmark(
     args: argparse.Namespace,
     benchmark: Benchmark,
@@ -127,12 +151,13 @@ def run_benchmark(
       model: the settings of the model.
 
     Returns:
-      The exit status: 1 if a question failed.
+      The exit status: 1 if a question failed, or `SIGNALLED` and the signal that stopped the judge.
 
     Raises:
       InputError: its files or the output directory cannot be used.
     """
-    protocol = args.protocol if args.protocol in benchmark.protocols else benchmark.protocols[0]
+    protocol = own_protocol(args, benchmark) or benchmark.protocols[0]
+    check_files(args, benchmark, directory)
     every = benchmark.questions(directory, protocol)
     questions = first_questions(every, args.limit)
     tokens = tokens_of(args, benchmark)
@@ -162,12 +187,12 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
     """Score the answers of a run, write the results, and print them.
 
     Returns:
-      128 and the signal that stopped the judge, or 0.
+      `SIGNALLED` and the signal that stopped the judge, or 0.
 
     Raises:
       InputError: the answers cannot be scored, or the results cannot be written.
     """
-    benchmark, folder = run.benchmark, run.folder
+    benchmark, folder, protocol = run.benchmark, run.folder, own_protocol(args, run.benchmark)
     if folder and args.limit is None and (submission := benchmark.submission(directory, outcome.answers)):
         write_output(folder / submission.name, submission.data)
         note(f"{shorten(folder / submission.name)}: to submit{f' to {benchmark.server}' if benchmark.server else ''}")
@@ -176,9 +201,9 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
         note(f"{benchmark.title} is scored by a language model: give --judge URL and --judge-model NAME")
     elif not benchmark.server:
         replies = (folder or Path()) / REPLIES
-        scored = score_answers(benchmark, directory, outcome.answers, args.protocol, judge=judge, replies=replies)
+        scored = score_answers(benchmark, directory, outcome.answers, protocol, judge=judge, replies=replies)
     if scored.signal:
-        return 128 + scored.signal
+        return SIGNALLED + scored.signal
     failed, scores = len(run.questions) - len(outcome.answers), scored.scores
     if args.limit is not None:
         scores = [limit_score(score, run.questions, failed) for score in scores]

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from infer.benchmark_run import CONVERSATION_TOKENS, OUTPUT, read_judge, run_benchmarks, show
+from infer.benchmark_run import CONVERSATION_TOKENS, OUTPUT, SIGNALLED, read_judge, run_benchmarks, show
 from infer.benchmarks import ALL, BENCHMARKS, find_benchmark, find_benchmarks
 from infer.benchmarks.answers import read_answers
 from infer.benchmarks.benchmark import Benchmark, File
@@ -135,6 +135,8 @@ def choose(args: argparse.Namespace) -> list[tuple[Benchmark, Path]]:
         chosen.append((benchmark, directory if directory.is_dir() else root))
     if not chosen:
         raise InputError(f"--data-dir {shorten(root)}: has the files of no benchmark; --list says where they are")
+    if args.protocol is not None and not any(args.protocol in benchmark.protocols for benchmark, _ in chosen):
+        raise InputError(f"--protocol {shorten(args.protocol)}: none of the benchmarks has it; --list says which do")
     return chosen
 
 
@@ -179,7 +181,7 @@ def score_file(args: argparse.Namespace, benchmark: Benchmark, directory: Path) 
     except InputError as error:
         raise InputError(str(error).replace("answers line ", f"{shorten(args.score)} line ", 1)) from None
     if scored.signal:
-        return 128 + scored.signal
+        return SIGNALLED + scored.signal
     show(args, benchmark, describe(benchmark, scored.scores))
     return 0
 

@@ -319,6 +319,33 @@ def test_all_benchmarks_whose_files_are_there(command, scripted, tmp_path):
     assert out.startswith("MME, reference protocol: perception ") and "| MME | reference | perception |" in out
 
 
+def test_a_protocol_that_only_some_of_all_benchmarks_have(command, scripted, tmp_path):
+    """The others are asked and scored by their own, and named so."""
+    golden_mme(tmp_path)
+    rows = GOLDEN_METRICS["mme"]["rows"]
+    lines = [{"question_id": row["question_id"], "image": row["question_id"], "text": row["question"]} for row in rows]
+    put_lines(tmp_path / "MME/llava_mme.jsonl", lines)
+    golden_pope(tmp_path)
+    for image in [*(row["question_id"] for row in rows), *(f"{i}.jpg" for i in range(120))]:
+        folder = "pope/val2014" if "/" not in image else "MME/MME_Benchmark_release_version"
+        (tmp_path / folder / image).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / image).write_bytes(b"")
+    args = ("--benchmark", "all", "--data-dir", tmp_path, "--output", tmp_path / "out", "--json", "--protocol")
+    status, out, _ = command(*args, "lmms-eval")
+    protocols = {row["benchmark"]: row["protocol"] for row in map(json.loads, out.splitlines())}
+    assert (status, protocols) == (0, {"pope": "lmms-eval", "mme": "reference"})
+    status, out, err = command(*args, "circular")
+    assert (status, out) == (1, "") and "--protocol circular: none of the benchmarks has it" in err.splitlines()[-1]
+
+
+def test_files_to_score_with_are_missed_before_questions_are_asked(command, scripted, tmp_path):
+    golden_pope(tmp_path)
+    (tmp_path / "pope/coco/coco_pope_popular.json").unlink()
+    status, out, err = command("--benchmark", "pope", "--data-dir", tmp_path, "--output", tmp_path / "out")
+    assert (status, out, scripted.asked, err.count("\n")) == (1, "", [], 1)
+    assert "coco_pope_popular.json: not found (0.4 MB; it is in https://" in err
+
+
 def test_another_process_that_scores_is_left_alone(command, scripted, tmp_path):
     data, output = write_conversations(tmp_path / "data"), tmp_path / "out"
     args = ("--data", data, "--image-folder", tmp_path / "data/images", "--output", output, "--json")
