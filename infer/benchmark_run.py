@@ -21,7 +21,7 @@ from infer.benchmarks.benchmark import Benchmark, Score
 from infer.benchmarks.conversations import Conversations
 from infer.benchmarks.files import find
 from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers
-from infer.evaluation import Outcome, Run, Shard, answer, merge, questions_checksum, unanswered
+from infer.evaluation import Outcome, Run, Shard, answer, left_to_ask, merge, questions_checksum
 from infer.evaluation_page import wrong_page
 from infer.flags import load_engine
 from infer.results import RESULTS, heading, score_table, versions, write_output, write_results, write_summary
@@ -170,7 +170,7 @@ def run_benchmark(
     if folder is None:
         score_run(args, run, directory, outcome)
         return status
-    if part.count > 1 and (left := unanswered(questions, outcome.answers)):
+    if part.count > 1 and (left := left_to_ask(run, outcome.answers)):
         n = plural(len(left), "question")
         note(f"{benchmark.name}: {n} left to other shards; the last one scores, or the same command without shards")
         return status

@@ -3,6 +3,7 @@
     OUTPUT/NAME/settings.json           what the answers depend on; a run with other settings is refused
     OUTPUT/NAME/answers.jsonl           the answers, in the reference's format
     OUTPUT/NAME/answers-I-of-N.jsonl    those of one of N shards, until all are there
+    OUTPUT/NAME/failed-I-of-N.json      the questions that the shard could not ask, once it has asked all others
 
 A run asks the questions that none of these files answers, so that it resumes one that was interrupted.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from infer.answers import AnswersFile, answer_line
 from infer.benchmarks.answers import answer_key, read_answers
 from infer.benchmarks.benchmark import Answer, Benchmark, Question
+from infer.results import write_output
 from llava_jax.checkpoints.outputs import make_directories, write_file
 from llava_jax.console import InputError, Progress, first_line, note, plural, shorten
 from llava_jax.json_files import difference, read_json
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 10  # failed questions that are named; the rest are counted
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
+FAILED = r"failed-\d+-of-\d+\.json"
 MAX_SHARDS = 2**16
 
 
@@ -43,6 +46,10 @@ class Shard:
     @property
     def file(self) -> str:
         return ANSWERS if self.count == 1 else f"answers-{self.index}-of-{self.count}.jsonl"
+
+    @property
+    def failed_file(self) -> str:
+        return f"failed-{self.index}-of-{self.count}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +99,21 @@ class Sink(Protocol):
 
 
 class Failures:
-    """Questions that cannot be asked: the first are named, the others counted."""
+    """Questions that cannot be asked: the first are named, the others counted.
+
+    Attributes:
+      keys: of the questions.
+    """
 
     def __init__(self):
-        self.count = 0
+        self.keys: list[tuple[str, str]] = []
 
-    def add(self, problem: object) -> None:
-        self.count += 1
+    @property
+    def count(self) -> int:
+        return len(self.keys)
+
+    def add(self, question: Question, problem: object) -> None:
+        self.keys.append(_key(question))
         if self.count <= MAX_SHOWN:
             note(f"error: {problem}")
 
@@ -116,27 +131,27 @@ def answer(run: Run, load: Callable[[], "Engine"], *, rows: int, max_new_tokens:
     Raises:
       InputError: the folder is in use, cannot be written, or has answers with other settings.
     """
-    share, failures, speed = share_of(run.questions, run.shard), Failures(), Speed()
+    own, failures, speed = questions_of(run.shard, run.questions), Failures(), Speed()
     lines: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         sink: Sink = lines
         known: Mapping[tuple[str, str], Answer] = {}
         if run.folder is not None:
             sink, known = _open_folder(run.folder, run, stack), read_folder(run.folder)
-        left = [question for question in share if _key(question) not in known]
-        if len(left) < len(share):
-            note(f"{len(share) - len(left):,} of {plural(len(share), 'question')} already have answers")
+        left = [question for question in own if _key(question) not in known]
+        if len(left) < len(own):
+            note(f"{len(own) - len(left):,} of {plural(len(own), 'question')} already have answers")
         for question in left:
             if question.problem:
-                failures.add(question.problem)
+                failures.add(question, question.problem)
         if valid := [question for question in left if not question.problem]:
             model = str(run.settings["model"])
             speed = ask(load(), valid, sink, failures, rows=rows, max_new_tokens=max_new_tokens, model=model)
+        if run.folder is not None and run.shard.count > 1:
+            write_output(run.folder / run.shard.failed_file, json.dumps(failures.keys).encode())
     if failures.count:
         shown = f"; the first {MAX_SHOWN} are named above" * (failures.count > MAX_SHOWN)
-        note(
-            f"error: {failures.count:,} of {plural(len(share), 'question')} could not be asked, counted as wrong{shown}"
-        )
+        note(f"error: {failures.count:,} of {plural(len(own), 'question')} could not be asked, counted as wrong{shown}")
     found = {answer_key(line["question_id"], line["prompt"]): _answer(line) for line in lines}
     if run.folder is not None:
         found = read_folder(run.folder)
@@ -166,13 +181,13 @@ def ask(
         for i, reply in engine.generate(requests, Sampling(max_new_tokens=max_new_tokens), rows=rows):
             question = questions[i]
             if isinstance(reply, InputError):
-                failures.add(reply)
+                failures.add(question, reply)
             else:
                 text = reply.text.strip()  # as the reference does
                 sink.append(answer_line(question.id, question.prompt, text, model, question.extra))
                 speed.questions += 1
                 speed.tokens += len(reply.token_ids)
-                right += _simplify(text) == _simplify(question.answer)
+                right += bool(question.answer) and _simplify(text) == _simplify(question.answer)
             scored += bool(question.answer)
             bar.advance(1, f"exact match {right / scored:.1%}" if scored else "")
     speed.seconds = time.monotonic() - started
@@ -195,7 +210,7 @@ def by_image(questions: Iterable[Question]) -> list[list[Question]]:
     return list(groups.values())
 
 
-def share_of(questions: Sequence[Question], shard: Shard) -> list[Question]:
+def questions_of(shard: Shard, questions: Sequence[Question]) -> list[Question]:
     """The questions of a shard, those about one image one after the other. Images are dealt out in turn."""
     return [question for group in by_image(questions)[shard.index :: shard.count] for question in group]
 
@@ -208,7 +223,8 @@ def _key(question: Question) -> tuple[str, str]:
 
 
 def _open_folder(folder: Path, run: Run, stack: contextlib.ExitStack) -> AnswersFile:
-    """Check the settings, and lock what this run writes, the file of its shard; without shards all files."""
+    """Check the settings, and lock what this run writes, the file of its shard; without shards all files. Forget what
+    the shard could not ask before, since it is asked again."""
     name = f"--output {shorten(folder)}"
     try:
         make_directories(folder)
@@ -219,12 +235,14 @@ def _open_folder(folder: Path, run: Run, stack: contextlib.ExitStack) -> Answers
     if run.shard.count == 1:
         for path in shard_files(folder):
             stack.enter_context(AnswersFile(path, flag="--output"))
+    else:
+        (folder / run.shard.failed_file).unlink(missing_ok=True)
     return sink
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """The files of shards in a folder."""
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"answers-\d+-of-\d+\.jsonl", path.name))
+def shard_files(folder: Path, pattern: str = r"answers-\d+-of-\d+\.jsonl") -> list[Path]:
+    """The files of shards in a folder, those of answers or others of a pattern."""
+    return sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
 
 
 def read_folder(folder: Path) -> dict[tuple[str, str], Answer]:
@@ -249,10 +267,17 @@ def in_order(
     return [answers[key] for key in asked if key in answers], [answers[key] for key in answers if key not in asked]
 
 
-def unanswered(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Question]:
-    """The questions that could be asked, and have no answer."""
-    there = {answer_key(one.id, one.prompt) for one in answers}
-    return [question for question in questions if not question.problem and _key(question) not in there]
+def left_to_ask(run: Run, answers: Sequence[Answer]) -> list[Question]:
+    """The questions that have no answer, and that no shard has failed to ask.
+
+    Raises:
+      InputError: a file of failed questions is invalid.
+    """
+    assert run.folder is not None
+    done = {answer_key(one.id, one.prompt) for one in answers}
+    for path in shard_files(run.folder, FAILED):
+        done |= {(question, prompt) for question, prompt in read_json(path, list[tuple[str, str]]) or ()}
+    return [question for question in run.questions if _key(question) not in done]
 
 
 def merge(folder: Path, questions: Sequence[Question]) -> None:
@@ -263,9 +288,9 @@ def merge(folder: Path, questions: Sequence[Question]) -> None:
     """
     answers, others = in_order(read_folder(folder), questions)
     lines = [json.dumps(_line(one), ensure_ascii=False) + "\n" for one in (*answers, *others)]
+    write_output(folder / ANSWERS, "".join(lines).encode())
     try:
-        write_file(folder / ANSWERS, "".join(lines).encode())
-        for path in shard_files(folder):
+        for path in (*shard_files(folder), *shard_files(folder, FAILED)):
             path.unlink()
     except OSError as error:
         raise InputError(f"--output {shorten(folder)}: cannot be written ({first_line(error)})") from None
@@ -302,9 +327,12 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], name: str) -> Non
       InputError: they differ, or the answers have no settings.
       OSError: they cannot be written.
     """
+    has_answers = any(
+        folder.glob("answers*.jsonl")
+    )  # before the settings, which another shard writes before its answers
     there = read_json(folder / SETTINGS)
     if there is None:
-        if any(folder.glob("answers*.jsonl")):
+        if has_answers:
             raise InputError(f"{name}: has answers, but no {SETTINGS} of a run; name another directory")
         write_file(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
         return

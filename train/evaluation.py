@@ -4,7 +4,7 @@
 
 The one module of `train` that imports `infer`, inside its functions: a run without benchmarks loads nothing of it.
 
-Each process answers its share of the questions on its own devices, with a copy of the whole model, since an engine
+Each process answers its shard of the questions on its own devices, with a copy of the whole model, since an engine
 reads tokens on the host, and decides by the clock what it dispatches. The copy is freed afterwards; compiled functions
 stay. Training is not touched: its arrays are only read, greedy answers draw no random numbers, no data is consumed.
 """
@@ -199,17 +199,17 @@ class Answers(list[dict[str, Any]]):
 
 
 def ask_all(engine: "Engine", task: Task, rows: int, stop: StopSignal) -> list["Answer"]:
-    """The answers to the questions of a benchmark, in their order, each process asking its share.
+    """The answers to the questions of a benchmark, in their order, each process asking its shard.
 
     Raises:
       InputError: on all processes, if there is a signal to stop, or one process cannot ask.
     """
     from infer.benchmarks.answers import answer_key
     from infer.benchmarks.benchmark import Answer
-    from infer.evaluation import Failures, Shard, ask, in_order, share_of
+    from infer.evaluation import Failures, Shard, ask, in_order, questions_of
 
     valid = [question for question in task.questions if not question.problem]
-    own = share_of(valid, Shard(jax.process_index(), jax.process_count()))
+    own = questions_of(Shard(jax.process_index(), jax.process_count()), valid)
     answers, failures, most = Answers(stop), Failures(), task.benchmark.max_new_tokens
     together(
         "answers",

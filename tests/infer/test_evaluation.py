@@ -14,7 +14,7 @@ from infer.answers import AnswersFile, answer_line
 from infer.benchmarks.answers import read_answers
 from infer.benchmarks.benchmark import Question
 from infer.benchmarks.conversations import Conversations
-from infer.evaluation import Run, Shard, answer, merge, share_of
+from infer.evaluation import Run, Shard, answer, left_to_ask, merge, questions_of
 from llava_jax.console import InputError
 from scripted_answers import ScriptedEngine, write_conversations
 
@@ -50,9 +50,9 @@ def test_questions_about_one_image_follow_each_other():
     names = "a b a c b a".split()
     questions = [Question(i, ("?",), "?", (name,)) for i, name in enumerate(names)]
     questions += [Question(6, ("?",), "?"), Question(7, ("?",), "?", (b"bytes",)), Question(8, ("?",), "?")]
-    assert [one.id for one in share_of(questions, Shard())] == [0, 2, 5, 1, 4, 3, 6, 7, 8]
-    shares = [share_of(questions, Shard(i, 3)) for i in range(3)]
-    assert [[one.id for one in share] for share in shares] == [[0, 2, 5, 6], [1, 4, 7], [3, 8]]
+    assert [one.id for one in questions_of(Shard(), questions)] == [0, 2, 5, 1, 4, 3, 6, 7, 8]
+    shards = [questions_of(Shard(i, 3), questions) for i in range(3)]
+    assert [[one.id for one in shard] for shard in shards] == [[0, 2, 5, 6], [1, 4, 7], [3, 8]]
 
 
 def test_answers_are_those_of_the_reference_and_in_its_format(ask, tmp_path, benchmark):
@@ -145,6 +145,7 @@ def test_shards_are_one_run(ask, tmp_path, benchmark):
     engines = [ask(Shard(i, 2))[0] for i in range(2)]
     assert sorted(len(engine.asked) for engine in engines) == [5, 5]  # of images 0 and 2, and of 1 and 3
     assert {path.name for path in (tmp_path / "out").glob("answers*")} == {f"answers-{i}-of-2.jsonl" for i in range(2)}
+    assert {path.read_text() for path in (tmp_path / "out").glob("failed*")} == {"[]"}
     merge(tmp_path / "out", questions)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"answers.jsonl", "settings.json"}
     sharded = texts(tmp_path / "out/answers.jsonl")
@@ -163,6 +164,22 @@ def test_a_run_without_shards_asks_what_they_left(ask, tmp_path, benchmark):
         file.write('{"question_id": "5/1"')
     engine, outcome = ask()
     assert (len(engine.asked), len(outcome.answers)) == (7, 10)
+
+
+def test_what_a_shard_cannot_ask_is_not_left_to_others(ask, tmp_path, benchmark):
+    """The last one scores all the same; whoever asks again asks it too."""
+    run = Run(benchmark, benchmark.questions(tmp_path, "reference"), SETTINGS, tmp_path / "out", Shard(0, 2))
+    image = tmp_path / "data/images/1.png"
+    image.rename(tmp_path / "1.png")
+    _, outcome = ask(Shard(0, 2))
+    assert len(left_to_ask(run, outcome.answers)) == 5
+    _, outcome = ask(Shard(1, 2))
+    assert (outcome.failed, len(outcome.answers), left_to_ask(run, outcome.answers)) == (3, 7, [])
+    (tmp_path / "1.png").rename(image)
+    engine, outcome = ask(Shard(1, 2))
+    assert (len(engine.asked), outcome.failed, len(outcome.answers)) == (3, 0, 10)
+    merge(tmp_path / "out", run.questions)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"answers.jsonl", "settings.json"}
 
 
 def test_an_answer_given_twice_counts_once(ask, tmp_path, benchmark):

@@ -26,7 +26,7 @@ evaluate.run()
 """
 
 
-def test_each_process_asks_its_share(tmp_path):
+def test_each_process_asks_its_shard(tmp_path):
     """The first to end waits for the other, which scores."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
