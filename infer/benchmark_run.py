@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.answers import model_name
 from infer.benchmarks import BENCHMARKS
-from infer.benchmarks.benchmark import Benchmark, Score
+from infer.benchmarks.benchmark import Answer, Benchmark, Score
 from infer.benchmarks.conversations import Conversations
 from infer.benchmarks.files import find
 from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers
@@ -73,7 +73,7 @@ def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, P
             note(f"error: {benchmark.name}: {error}")
             status = 1
     if output is not None and any(output.glob(f"*/{RESULTS}")):
-        table = write_summary(output, settings["model"], settings["checkpoint_fingerprint"], [*BENCHMARKS])
+        table = write_summary(output, settings, [*BENCHMARKS])
         if not args.json and args.data is None:
             print(terminal_safe(table))
     return status
@@ -187,15 +187,13 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
     """Score the answers of a run, write the results, and print them.
 
     Returns:
-      `SIGNALLED` and the signal that stopped the judge, or 0.
+      1 if the file to submit could not be made, `SIGNALLED` and the signal that stopped the judge, or 0.
 
     Raises:
       InputError: the answers cannot be scored, or the results cannot be written.
     """
     benchmark, folder, protocol = run.benchmark, run.folder, own_protocol(args, run.benchmark)
-    if folder and args.limit is None and (submission := benchmark.submission(directory, outcome.answers)):
-        write_output(folder / submission.name, submission.data)
-        note(f"{shorten(folder / submission.name)}: to submit{f' to {benchmark.server}' if benchmark.server else ''}")
+    status = 0 if folder is None or args.limit is not None else submit(benchmark, directory, folder, outcome.answers)
     judge, scored = read_judge(args), Scored([])
     if benchmark.judged and judge is None:
         note(f"{benchmark.title} is scored by a language model: give --judge URL and --judge-model NAME")
@@ -219,6 +217,26 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
     if isinstance(benchmark, Conversations):
         result |= conversation_keys(benchmark, scores[0], result)
     show(args, benchmark, result, titled=args.data is None)
+    return status
+
+
+def submit(benchmark: Benchmark, directory: Path, folder: Path, answers: Sequence[Answer]) -> int:
+    """Write the file for a benchmark's evaluation server, if it has one.
+
+    Returns:
+      1 if it cannot be made (a package is missing), which is noted: the answers have a score all the same. Otherwise 0.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    try:
+        submission = benchmark.submission(directory, answers)
+    except InputError as error:
+        note(f"error: {benchmark.name}: no file to submit: {error}")
+        return 1
+    if submission:
+        write_output(folder / submission.name, submission.data)
+        note(f"{shorten(folder / submission.name)}: to submit{f' to {benchmark.server}' if benchmark.server else ''}")
     return 0
 
 

@@ -108,6 +108,13 @@ class Numbers(TypedDict):
     questions: int
 
 
+class Settings(TypedDict):
+    """What a table needs of a run's settings. The fingerprint is "" for a checkpoint in an object store."""
+
+    checkpoint: str
+    checkpoint_fingerprint: str
+
+
 class Result(Numbers):
     """What a table shows of a benchmark's results."""
 
@@ -116,7 +123,7 @@ class Result(Numbers):
     limit: int | None
     published: dict[str, float]
     published_protocol: str
-    checkpoint_fingerprint: str
+    settings: Settings
     also: NotRequired[list[Numbers]]
 
 
@@ -141,20 +148,20 @@ def write_output(path: Path, data: bytes) -> None:
         raise InputError(f"--output {shorten(path)}: cannot be written ({first_line(error)})") from None
 
 
-def write_summary(output: Path, model: str, identity: str, order: Sequence[str]) -> str:
+def write_summary(output: Path, settings: Mapping[str, Any], order: Sequence[str]) -> str:
     """Write the results of all benchmarks in a directory, and return them as a table.
 
     Args:
-      identity: the fingerprint of the checkpoint; results of others are left out.
+      settings: of the model; results of another checkpoint are left out.
       order: the names of benchmarks.
 
     Raises:
       InputError: a file is invalid, or cannot be written.
     """
-    rows = []
+    rows, model, identity = [], settings["model"], settings["checkpoint_fingerprint"]
     for path in sorted(output.glob(f"*/{RESULTS}"), key=lambda path: _rank(path.parent.name, order)):
         row = read_json(path, Result)
-        if row["checkpoint_fingerprint"] == identity:
+        if _identity(row["settings"]) == _identity(settings):
             rows.append(row)
         else:
             note(f"{shorten(path)}: left out of the table, since another checkpoint answered")
@@ -163,6 +170,10 @@ def write_summary(output: Path, model: str, identity: str, order: Sequence[str])
     summary = {"model": model, "checkpoint_fingerprint": identity, "benchmarks": rows}
     write_output(output / RESULTS, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
     return text
+
+
+def _identity(settings: Mapping[str, Any]) -> str:
+    return settings["checkpoint_fingerprint"] or settings["checkpoint"]
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
