@@ -35,7 +35,6 @@ def wrong_page(title: str, about: str, marks: Sequence[Mark], questions: Sequenc
     find = find_question(questions)
     wrong = [mark for mark in marks if mark.score < RIGHT]
     shown = choose(wrong, MAX_ANSWERS)
-    template = TEMPLATE.read_text(encoding="utf-8")
     images, sections = _Images(), []
     for sources, some in _by_image(shown, find):
         figures = "".join(images.figure(source) for source in sources)

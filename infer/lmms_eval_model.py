@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 def manifest():
-    """What lmms-eval is told about the model (lmms_eval/models/registry_v2.py)."""
+    """The model as lmms-eval registers it (lmms_eval/models/registry_v2.py)."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

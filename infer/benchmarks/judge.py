@@ -59,7 +59,7 @@ class JudgedBenchmark(Benchmark):
 
     Attributes:
       request_fields: of each request, unless the endpoint sets them itself.
-      reminder: what the judge is told if its review cannot be read.
+      reminder: the message to the judge if its review cannot be read.
       review_tokens: of a typical review, for the estimated cost.
     """
 

@@ -45,7 +45,7 @@ RULE_PREFIX = "llava_bench_"
 BEST = 10.0  # of the judge's scale
 UNREAD = (-1.0, -1.0)  # the scores of a review that has none, as in the reference
 
-SYSTEM = "You check answers for their quality, helpfully and with precision."
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."  # the reference's
 RULE = """\
 Two AI assistants have answered the question above, which a user asked about an image. You cannot see the image: the \
 context above describes what it shows.

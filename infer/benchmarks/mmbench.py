@@ -125,8 +125,8 @@ class MMBench(Benchmark):
             if number not in rounds_of(row, protocol):
                 raise InputError(f"{where}: is of round {number}; answers of several rounds need --protocol {CIRCULAR}")
             for key, shown in zip(("options", "option_char"), _rotate(row, number), strict=True):
-                told = answer.extra.get(key, shown)
-                if not isinstance(told, list) or [*map(str, told)] != shown:
+                there = answer.extra.get(key, shown)
+                if not isinstance(there, list) or [*map(str, there)] != shown:
                     raise InputError(f"{where}: {key} are not those of question {answer.id} in round {number}")
             if (row.index, number) in found:
                 first = found[row.index, number].line
@@ -211,7 +211,7 @@ def _mark(row: Row, number: int, answer: Answer | None, protocol: str) -> Mark:
     right = letters.index(row.answer)
     return Mark(
         question=row.index,
-        prompt=answer.prompt if answer else "",
+        prompt=answer.prompt if answer else _prompt(row, options),
         text=text,
         score=float(read == [*row.options][right]),
         read=read or "",

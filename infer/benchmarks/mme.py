@@ -1,6 +1,8 @@
 """MME: two yes-or-no questions about each image, in 14 categories (arXiv:2306.13394).
 
-lmms-eval asks the same questions and reads answers alike (tasks/mme/utils.py), so there is one protocol.
+Answers are read as lmms-eval reads them (tasks/mme/utils.py). MME's own calculation.py, which the reference calls,
+differs in rare ones only: it reads neither "y" nor "n" alone, and counts spaces and full stops among the first four
+characters. So there is one protocol.
 """
 
 import collections
