@@ -3,12 +3,11 @@
 import os
 from typing import NotRequired, TypedDict
 
+from infer.answers import MAX_ANSWERS
 from infer.benchmarks.benchmark import Answer, Id
 from llava_jax.console import InputError, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import check_json, parse_json
-
-MAX_ANSWERS = 4 * 2**30  # bytes
 
 
 class Line(TypedDict):

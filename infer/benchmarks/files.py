@@ -185,6 +185,11 @@ def match(
     return found
 
 
+def id_as_text(answer: Answer) -> str:
+    """The id of the question that an answer belongs to, for files in which ids are strings or keys of objects."""
+    return str(answer.id)
+
+
 def note_unanswered(missing: int, asked: int) -> None:
     """Warn that a submission has empty answers."""
     if missing:

@@ -17,6 +17,7 @@ import msgspec
 from infer.benchmarks.benchmark import REFERENCE, Answer, File, Id, Mark, Question, Score, Submission
 from infer.benchmarks.files import (
     find,
+    id_as_text,
     image_path,
     image_question,
     match,
@@ -112,7 +113,7 @@ class LlavaBench(JudgedBenchmark):
 
     def judge_messages(self, directory: Path, answers: Sequence[Answer]) -> dict[Id, Messages]:
         rows = _read_questions(directory)
-        given = match(answers, rows, _key)
+        given = match(answers, rows, id_as_text)
         contexts, gpt4, rules = _read_contexts(directory), _read_gpt4(directory, rows), read_rules(directory)
         messages = {}
         for key, row in rows.items():
@@ -141,8 +142,8 @@ class LlavaBench(JudgedBenchmark):
 
     def score_reviews(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Score:
         """The mean score of the model, with 0 for unanswered questions, over that of GPT-4 where both were judged."""
-        rows, given = _read_questions(directory), match(answers, _read_questions(directory), _key)
-        gpt4 = _read_gpt4(directory, rows)
+        rows = _read_questions(directory)
+        gpt4, given = _read_gpt4(directory, rows), match(answers, rows, id_as_text)
         pairs = {key: _pair(reviews.get(row.question_id)) for key, row in rows.items()}
         marks = []
         for key, row in rows.items():
@@ -169,7 +170,7 @@ class LlavaBench(JudgedBenchmark):
     def review_file(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Submission:
         """As eval_gpt_review_bench.py writes them."""
         rows = _read_questions(directory)
-        gpt4, given, lines = _read_gpt4(directory, rows), match(answers, rows, _key), []
+        gpt4, given, lines = _read_gpt4(directory, rows), match(answers, rows, id_as_text), []
         for number, (key, row) in enumerate(rows.items(), 1):
             if (review := reviews.get(row.question_id)) is None:
                 continue
@@ -185,10 +186,6 @@ class LlavaBench(JudgedBenchmark):
             }
             lines.append(json.dumps(line) + "\n")
         return Submission("reviews.jsonl", "".join(lines).encode())
-
-
-def _key(answer: Answer) -> str:
-    return str(answer.id)
 
 
 # ---------------------------------------------------------------- what the judge is asked

@@ -6,10 +6,10 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from infer.benchmarks.files import MAX_BYTES
 from llava_jax.console import InputError, first_line, shorten
 from llava_jax.files import read_text
 
-MAX_BYTES = 4 * 2**30
 ROTATION = 1_000_000  # rotations of a question's options have its index, and so many more
 OPTIONS = "ABCD"
 NEEDED = ("index", "question", "A", "B")

@@ -16,6 +16,7 @@ from infer.benchmarks.files import (
     accuracy,
     accuracy_score,
     find,
+    id_as_text,
     image_path,
     match,
     published_numbers,
@@ -102,7 +103,7 @@ class ScienceQA(Benchmark):
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         problems = read_problems(directory)
-        given = match(answers, problems, _key)
+        given = match(answers, problems, id_as_text)
         marks = [_mark(number, problem, given.get(number)) for number, problem in problems.items()]
         pairs = list(zip(marks, problems.values(), strict=True))
         parts = {name: [mark for mark, problem in pairs if has(problem)] for name, has in PARTS.items()}
@@ -127,7 +128,7 @@ class ScienceQAImages(ScienceQA):
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         problems = read_problems(directory)
-        given = match(answers, problems, _key)
+        given = match(answers, problems, id_as_text)
         asked = {number: problem for number, problem in problems.items() if problem.get("image")}
         if not asked:
             raise InputError(f"{shorten(directory / PROBLEMS.path)}: no problem of the split {SPLIT} has an image")
@@ -135,10 +136,6 @@ class ScienceQAImages(ScienceQA):
             note(f"{plural(others, 'answer')} not scored: to questions without an image")
         marks = [_mark(number, problem, given.get(number)) for number, problem in asked.items()]
         return accuracy_score(marks, protocol, unanswered=len(asked.keys() - given.keys()))
-
-
-def _key(answer: Answer) -> str:
-    return str(answer.id)
 
 
 def read_prompts(path: Path) -> list[Any]:

@@ -30,6 +30,7 @@ from infer.benchmarks.files import (
     accuracy_score,
     by_kind,
     find,
+    id_as_text,
     match,
     note_unanswered,
     read_object,
@@ -103,7 +104,7 @@ class SeedBench(Benchmark):
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         annotations, kinds = read_annotations(directory)
-        given = match(answers, annotations, lambda answer: str(answer.id))
+        given = match(answers, annotations, id_as_text)
         asked = {key: one for key, one in annotations.items() if one.data_type in self.data_types}
         if not asked:
             raise InputError(f"{shorten(directory / ANNOTATIONS.path)}: has no question about an image")
@@ -125,7 +126,7 @@ class SeedBench(Benchmark):
     def submission(self, directory: Path, answers: Sequence[Answer]) -> Submission | None:
         """Lines of question_id and prediction (convert_seed_for_submission.py)."""
         annotations, _ = read_annotations(directory)
-        given = match(answers, annotations, lambda answer: str(answer.id))
+        given = match(answers, annotations, id_as_text)
         note_unanswered(len(annotations) - len(given), len(annotations))
         lines = []
         for key, one in annotations.items():
