@@ -212,9 +212,9 @@ def by_kind(marks: Iterable[Mark]) -> dict[str, list[Mark]]:
 
 
 def accuracy(marks: Iterable[Mark]) -> float:
-    """The mean score."""
+    """The mean score; 0 of no marks."""
     scores = [mark.score for mark in marks]
-    return sum(scores) / len(scores)
+    return sum(scores) / max(len(scores), 1)
 
 
 def accuracy_score(

@@ -10,6 +10,7 @@ import numpy as np
 
 from infer.benchmarks.answers import answer_key
 from infer.benchmarks.benchmark import Answer, Benchmark, Mark, Question, Score, Submission
+from infer.benchmarks.files import accuracy, by_kind
 from llava_jax.console import InputError
 from llava_jax.replies import Prices
 
@@ -109,7 +110,7 @@ def standard_error(score: Score) -> float | None:
     for number, mark in enumerate(score.marks):
         groups.setdefault(mark.group or number, []).append(mark.score)
     sums = np.array([(sum(scores), len(scores)) for scores in groups.values()], float)
-    if not math.isclose(_mean(score.marks), score.value, abs_tol=1e-9):
+    if not _is_mean(score):
         return None
     # Drawing groups with replacement draws how often each distinct pair of (score, marks) occurs.
     pairs, counts = np.unique(sums, axis=0, return_counts=True)
@@ -124,26 +125,25 @@ def limit_score(score: Score, questions: Sequence[Question], unanswered: int) ->
     Args:
       unanswered: how many of them have no answer.
     """
-    name = score.metric if math.isclose(_mean(score.marks), score.value, abs_tol=1e-9) else LIMITED
+    name = score.metric if _is_mean(score) else LIMITED
     asked = {str(question.id) for question in questions}  # all questions of an id are among them
     marks = [mark for mark in score.marks if str(mark.question) in asked]
-    kinds: dict[str, list[Mark]] = {}
-    for mark in marks:
-        kinds.setdefault(mark.kind, []).append(mark)
+    value = accuracy(marks)
     return Score(
         metric=name,
-        value=_mean(marks),
+        value=value,
         scale=100,
         protocol=score.protocol,
-        totals={name: _mean(marks)},
-        parts={kind: {name: _mean(some), "questions": len(some)} for kind, some in kinds.items()},
+        totals={name: value},
+        parts={kind: {name: accuracy(some), "questions": len(some)} for kind, some in by_kind(marks).items()},
         marks=marks,
         unanswered=unanswered,
     )
 
 
-def _mean(marks: Sequence[Mark]) -> float:
-    return sum(mark.score for mark in marks) / len(marks) if marks else 0.0
+def _is_mean(score: Score) -> bool:
+    """Whether its value is the mean score of its marks."""
+    return math.isclose(accuracy(score.marks), score.value, abs_tol=1e-9)
 
 
 def first_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
