@@ -203,7 +203,7 @@ def range_of(name: str, action: argparse.Action) -> Range | None:
         found = ranges(TrainConfig).get(action.dest)
         assert bool(found) == bool({int, float} & set(kinds)), f"{action.dest} has no range"
         return found
-    has_range = action.type in (None, parse_size, flags.logit_bias) or isinstance(action.type, Range)
+    has_range = action.type in (None, parse_size, flags.logit_bias, evaluate.shard) or isinstance(action.type, Range)
     assert has_range, f"{name} {action.dest} has no range"
     return action.type if isinstance(action.type, Range) else None
 

@@ -86,7 +86,7 @@ def images():
 @pytest.fixture(scope="module")
 def chat(lmms_eval_model):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("infer.engine.inference_mesh", lambda config: one_device())
+        patch.setattr("infer.engine.inference_mesh", lambda config, devices: one_device())
         return lmms_eval_model.LlavaJax(CHECKPOINT, batch_size="4")
 
 

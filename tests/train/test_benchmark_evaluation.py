@@ -77,7 +77,7 @@ def test_scores_are_those_of_the_weights_and_change_nothing(
     assert f"evaluation after step 10: POPE, mean F1 {scores[10]:.2f}, 10 questions\n" in err
     assert sum(compiled[1:]) < compiled[0] / 4  # how many prompts are decoded at once depends on the clock
 
-    monkeypatch.setattr("infer.engine.inference_mesh", lambda config: one_device())
+    monkeypatch.setattr("infer.engine.inference_mesh", lambda config, devices: one_device())
     flags = ("--benchmark", "pope", "--data-dir", files, "--checkpoint", finished[0] / "model", "--batch-size", 4)
     status, out, err = run_cli(evaluate.main, *flags, "--output", tmp_path / "results", "--json")
     assert status == 0, err
@@ -112,7 +112,7 @@ def test_processes_answer_a_share_each(files, monkeypatch, capsys):
                 failed = "line 5" in request.name
                 yield (
                     i,
-                    InputError("too long") if failed else SimpleNamespace(text=request.turns[0][:29], token_ids=[1]),
+                    InputError("too long") if failed else SimpleNamespace(text=request.turns[0], token_ids=[1]),
                 )
 
     found, texts = [], []
