@@ -15,6 +15,7 @@ from infer.benchmarks import BENCHMARKS
 from infer.benchmarks.benchmark import REFERENCE, Mark, Score
 from infer.benchmarks.scoring import limit_score, standard_error
 from infer.generate import BUNDLED
+from infer.results import write_summary
 from llava_jax.locks import LockedFile
 from scripted_answers import ScriptedEngine, write_conversations
 
@@ -355,6 +356,37 @@ def test_another_process_that_scores_is_left_alone(command, scripted, tmp_path):
     assert (status, out) == (0, "") and "in use by a command that scores" in err
     status, out, _ = command(*args)
     assert status == 0 and json.loads(out)["asked"] == 0
+
+
+def test_the_last_shard_scores_though_questions_failed(command, scripted, tmp_path):
+    data, output = write_conversations(tmp_path / "data"), tmp_path / "out"
+    args = ("--data", data, "--image-folder", tmp_path / "data/images", "--output", output, "--json")
+    (tmp_path / "data/images/1.png").unlink()
+    status, out, err = command(*args, "--shard", "1/2")
+    assert (status, out) == (1, "") and "conversations: 5 questions left to other shards" in err
+    status, out, _ = command(*args, "--shard", "0/2")
+    result = json.loads(out)
+    assert (status, result["questions"], result["failed"], result["asked"]) == (0, 10, 3, 5)
+    assert {path.name for path in (output / "conversations").iterdir()} == {
+        ".lock", "answers.jsonl", "results.json", "settings.json", "wrong.html",
+    }  # fmt: skip
+    status, out, _ = command(*args)  # asks them again
+    assert (status, json.loads(out)["asked"], json.loads(out)["failed"]) == (1, 0, 3)
+
+
+def test_results_of_another_checkpoint_are_left_out(tmp_path, capsys):
+    """One in an object store has no fingerprint, and is known by its name."""
+    result = {
+        "title": "t", "failed": 0, "limit": None, "published": {}, "published_protocol": REFERENCE, "metric": "m",
+        "protocol": REFERENCE, "value": 0.5, "stderr": None, "scale": 100, "questions": 1,
+    }  # fmt: skip
+    settings = {"model": "m", "checkpoint": "gs://a/m", "checkpoint_fingerprint": ""}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        theirs = settings | {"checkpoint": f"gs://{name}/m"}
+        (tmp_path / name / "results.json").write_text(json.dumps(result | {"settings": theirs}))
+    assert write_summary(tmp_path, settings, []).count("| t |") == 1
+    assert "b/results.json: left out of the table, since another checkpoint answered" in capsys.readouterr().err
 
 
 def test_conversations_write_nothing_unless_asked(command, scripted, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from choice_miniatures import mmbench_rows, write_llava_bench, write_mm_vet, write_scienceqa, write_seed, write_tsv
@@ -124,3 +125,10 @@ def test_missing_images_fail_their_questions_alone(run, data, tmp_path):
     assert err.count("llava_mme.jsonl line 1: ") == 1 and "000000000001.jpg: no such image" in err
     assert "000000000003.jpg: not an image" in err
     assert result["parts"]["color"]["score"] == 0
+
+
+def test_answers_are_scored_though_a_file_to_submit_cannot_be_made(run, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)  # not installed
+    status, out, err = run("--benchmark", "mmbench", "--data-dir", data, "--json")
+    assert (status, json.loads(out)["metric"]) == (1, "accuracy")
+    assert "error: mmbench: no file to submit: MMBench's file to submit needs openpyxl: pip install" in err
