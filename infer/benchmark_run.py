@@ -161,8 +161,13 @@ def run_benchmark(
     every = benchmark.questions(directory, protocol)
     questions = first_questions(every, args.limit)
     tokens = tokens_of(args, benchmark)
-    settings = {"benchmark": benchmark.name, "protocol": protocol, "questions_sha256": questions_checksum(every)}
-    settings |= {**model, "max_new_tokens": tokens}
+    settings = {
+        "benchmark": benchmark.name,
+        "protocol": protocol,
+        "questions_sha256": questions_checksum(every),
+        **model,
+        "max_new_tokens": tokens,
+    }
     folder = output and output / benchmark.name
     run = Run(benchmark, questions, settings, folder, part)
     outcome = answer(run, load, rows=args.batch_size, max_new_tokens=tokens)

@@ -80,8 +80,8 @@ class LlavaJax(lmms):
             raise InputError(f"{flag}: is not implemented by llava_jax; use {use}")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("llava_jax uses all devices in one process; run `python -m lmms_eval` without a launcher")
-        self.rows = int(batch_size) if str(batch_size).isdecimal() else batch_size
-        integer(1, MAX_SLOTS).check("--batch_size", self.rows)
+        integer(1, MAX_SLOTS).check("--batch_size", int(batch_size) if str(batch_size).isdecimal() else batch_size)
+        self.rows = int(batch_size)
         self._logged: set[str] = set()
         self._failed = 0
 
