@@ -10,6 +10,7 @@ stay. Training is not touched: its arrays are only read, greedy answers draw no 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -175,7 +176,7 @@ def _score_benchmarks(run: "Run", step: int, frozen: Params, trained: Params, st
     try:
         for task in run.benchmarks:
             answers = ask_all(engine, task, run.config.eval_batch_size, stop)
-            score = together("scores", lambda: task.score(answers), same=lambda score: str(score.value))
+            score = together("scores", functools.partial(task.score, answers), same=lambda score: str(score.value))
             scores[task.key] = score.value * score.scale
             asked = plural(len(task.questions), "question")
             title = f"{task.benchmark.title}, {score.metric}"
