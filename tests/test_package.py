@@ -14,7 +14,7 @@ from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("llava_jax", "convert", "train", "infer")
-EXTRAS = ("plots", "data", "serve", "eval")  # whose packages are imported, where they are there
+EXTRAS = ("plots", "data", "serve", "eval", "lmms-eval")  # whose packages are imported, where they are there
 ROOMS = ("data", "sharding", "models", "checkpoints", "aot")  # of llava_jax, each of which may import those before it
 
 
@@ -42,16 +42,17 @@ def imported(path: Path, *, always: bool = False) -> set[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_is_imported_is_declared(package):
     """What users need not install, those of `EXTRAS`, is imported inside functions alone, or by the server's modules,
-    which its command imports when it has checked that it can."""
+    which its command imports when it has checked that it can, and the model that lmms-eval imports."""
     required = names(PROJECT["project"]["dependencies"])
     optional = names([line for extra in EXTRAS for line in PROJECT["project"]["optional-dependencies"][extra]])
     distributions = importlib.metadata.packages_distributions()
     for path in (ROOT / package).rglob("*.py"):
         is_server = path.parent == ROOT / "infer" / "serve" and path.name != "__main__.py"
-        for always, declared in ((True, required | optional if is_server else required), (False, required | optional)):
+        is_extra = is_server or path.name == "lmms_eval_model.py"
+        for always, declared in ((True, required | optional if is_extra else required), (False, required | optional)):
             modules = {name.partition(".")[0] for name in imported(path, always=always)}
             for module in modules - sys.stdlib_module_names - {*PACKAGES}:
-                provided = {name.lower().replace("_", "-") for name in distributions[module]}
+                provided = {name.lower().replace("_", "-") for name in distributions.get(module, [module])}
                 assert provided & declared, f"{path.relative_to(ROOT)} imports {module}"
 
 
