@@ -52,7 +52,10 @@ def make_app(service: Service) -> Starlette:
     ]
     middleware = [Middleware(Gate, service=service)]
     if origins := service.settings.origins:
-        cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        every, exposed = ["*"], ["Retry-After", "X-Request-Id"]
+        cors = Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=every, allow_headers=every, expose_headers=exposed
+        )
         middleware.insert(0, cors)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
     app.router.redirect_slashes = False

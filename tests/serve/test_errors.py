@@ -216,5 +216,7 @@ def test_origins():
         preflight = HTTP.options(f"{server.url}/v1/chat/completions", headers=ask)
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "http://page.example"
+        own = HTTP.get(f"{server.url}/v1/models", headers={"origin": "http://page.example"})
+        assert "Retry-After" in own.headers["access-control-expose-headers"]
         other = HTTP.get(f"{server.url}/v1/models", headers={"origin": "http://evil.example"})
         assert "access-control-allow-origin" not in other.headers
