@@ -27,6 +27,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -317,6 +318,8 @@ def main() -> int:
     p.add_argument("--directory", type=Path, help="of weights and logs, kept; default: a temporary one")
     p.add_argument("--json", type=Path, metavar="FILE")
     args = p.parse_args()
+    if "load" in args.parts and not args.no_transformers and not importlib.util.find_spec("fastapi"):
+        raise SystemExit("`transformers serve` needs fastapi: pip install fastapi; or leave it out: --no-transformers")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.3")  # of a GPU's memory: three processes use it
     results, misses = {}, []
     with tempfile.TemporaryDirectory() as temporary:
