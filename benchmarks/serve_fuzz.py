@@ -15,9 +15,8 @@ import itertools
 import json
 import random
 import re
-import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ import hypothesis
 import requests
 import schemathesis
 from hypothesis import strategies as st
+from serve_load import our_server
 
-ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 60.0  # seconds
 FLAGS = ("--slots", "8", "--context", "256", "--max-tokens", "8", "--max-body-mb", "1", "--warm-up")
 MESSAGES = (
@@ -36,28 +35,6 @@ MESSAGES = (
 )
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 SHARES = {"/v1/chat/completions": 40, "/v1/completions": 20, "/tokenize": 15, "/detokenize": 10}  # others: 1
-
-
-@contextlib.contextmanager
-def running():
-    """The URL of a server."""
-    command = [sys.executable, "-m", "infer.serve", "--port", "0", *FLAGS]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    log: collections.deque[str] = collections.deque(maxlen=1000)
-    try:
-        for line in process.stderr:
-            log.append(line)
-            if found := re.match(r"ready at (\S+)", line):
-                threading.Thread(target=lambda: log.extend(process.stderr), daemon=True).start()
-                yield found[1], log
-                break
-        else:
-            raise SystemExit("the server does not start:\n" + "".join(log))
-        process.terminate()
-        if status := process.wait(60):
-            raise SystemExit(f"the server ended with status {status}:\n" + "".join(log))
-    finally:
-        process.kill()
 
 
 def cases(url: str, count: int) -> list[schemathesis.Case]:
@@ -129,7 +106,8 @@ def main() -> int:
     args = p.parse_args()
     statuses: collections.Counter[str] = collections.Counter()
     findings: dict[str, str] = {}
-    with running() as (url, log):
+    with tempfile.TemporaryDirectory() as folder, our_server(Path(folder) / "server.log", *FLAGS) as server:
+        url = f"http://127.0.0.1:{server.port}"
         found = cases(url, args.requests)
         random.Random(0).shuffle(found)
         start = time.perf_counter()
@@ -144,10 +122,13 @@ def main() -> int:
         for gauge in ("num_requests_running", "num_requests_waiting"):
             if not re.search(rf"^vllm:{gauge}{{.*}} 0.0$", metrics, re.MULTILINE):
                 findings[f"{gauge} is not 0 at the end"] = ""
+        log = server.text()
+        if status := server.stop():
+            findings[f"the server ended with status {status}"] = ""
     for wrong, command in findings.items():
         print(f"{wrong}\n  {command[:2000]}", file=sys.stderr)
     if findings:
-        print("".join(line for line in log if line.startswith(("error", "  "))), file=sys.stderr)
+        print("\n".join(line for line in log.splitlines() if line.startswith(("error", "  "))), file=sys.stderr)
     figures = {
         "requests": len(found), "seconds": round(seconds, 1), "slowest": round(max(r[1] for r in results), 2),
         "statuses": dict(sorted(statuses.items())), "findings": len(findings),
