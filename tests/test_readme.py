@@ -65,13 +65,21 @@ def test_every_flag_in_the_documents_exists():
     ]
     known = {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]+", command.format_help())}
     known |= {"--help", "--check", "--logdir", "--write"}
+    known |= {
+        "--batch_size",
+        "--force_simple",
+        "--model_args",
+        "--output_path",
+        "--tasks",
+        "--work-dir",
+    }  # of harnesses
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train" / "datasets" / "scienceqa.py").read_text()))
     for path in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
     pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}
     foreign = {ROOT / "docs" / name for name in ("tpu-pod.md", "serve.md")}  # most flags are other programs'
     for page in pages - foreign:  # ours are tested by test_train_command.py and test_documents.py
-        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()):
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text()):
             assert flag in known, (page.name, flag)
 
 
