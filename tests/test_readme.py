@@ -72,7 +72,7 @@ def test_every_flag_in_the_documents_exists():
         "--output_path",
         "--tasks",
         "--work-dir",
-    }  # of harnesses
+    }  # harnesses
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "train" / "datasets" / "scienceqa.py").read_text()))
     for path in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
