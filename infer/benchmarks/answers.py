@@ -5,7 +5,7 @@ from typing import NotRequired, TypedDict
 
 from infer.answers import MAX_ANSWERS
 from infer.benchmarks.benchmark import Answer, Id
-from llava_jax.console import InputError, shorten
+from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import check_json, parse_json
 
@@ -26,12 +26,13 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
         left out, and so are second answers.
 
     Raises:
-      InputError: the file cannot be read, has no answers, a line is not an answer, or a question has two. Names the
-        line.
+      InputError: the file cannot be read, has no answers, a line is not an answer, or a question has two that differ.
+        Names the line.
     """
     name, data = shorten(path), read_bytes(path, MAX_ANSWERS)
     answers: list[Answer] = []
-    numbers: dict[tuple[str, ...], int] = {}
+    repeated: list[int] = []  # lines
+    found: dict[tuple[str, ...], Answer] = {}
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -43,14 +44,17 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
                 break
             raise InputError(f"{name} line {number}: {error}") from None
         key = (*answer_key(answer.id, answer.prompt), repr(answer.extra.get("round_id")))  # of MMBench's rotations
-        if (first := numbers.setdefault(key, number)) != number:
-            if growing:
-                continue
+        if (first := found.setdefault(key, answer)) is answer:
+            answers.append(answer)
+        elif not growing and first.text == answer.text:
+            repeated.append(number)
+        elif not growing:
             raise InputError(
                 f"{name} line {number}: question {shorten(answer.id, 40)} with this prompt already has an answer, on "
-                f"line {first}"
+                f"line {first.line}"
             )
-        answers.append(answer)
+    if repeated:
+        note(f"warning: {name} line {repeated[0]}: repeats an answer, left out; lines that do: {len(repeated):,}")
     if not answers and not growing:
         raise InputError(f"{name}: has no answers")
     return answers

@@ -101,7 +101,7 @@ def read_question_lines(path: Path, *, ids_repeat: bool = False) -> list[tuple[s
     """Read one of the reference's question files: each line's name, for errors, and itself.
 
     Args:
-      ids_repeat: several questions may have the same id, if their texts differ.
+      ids_repeat: several questions may have the same id; of those that have the same text, the first is asked.
 
     Raises:
       InputError: as `read_lines`, or a question is there twice.
@@ -111,9 +111,12 @@ def read_question_lines(path: Path, *, ids_repeat: bool = False) -> list[tuple[s
     for number, row in read_lines(path, QuestionLine):
         name = f"{shorten(path)} line {number}"
         key = (row.question_id, row.text) if ids_repeat else row.question_id
-        if first.setdefault(key, number) != number:
+        if first.setdefault(key, number) == number:
+            found.append((name, row))
+        elif ids_repeat:
+            note(f"warning: {name}: asks what line {first[key]} asks; asked once")
+        else:
             raise InputError(f"{name}: question {_shown(row.question_id)} is already on line {first[key]}")
-        found.append((name, row))
     return found
 
 
@@ -122,7 +125,7 @@ def read_questions(path: Path, folder: Path, *, ids_repeat: bool = False) -> lis
 
     Args:
       folder: of the images.
-      ids_repeat: several questions may have the same id, if their texts differ.
+      ids_repeat: as `read_question_lines`.
 
     Raises:
       InputError: as `read_question_lines`, or an image is outside the folder.

@@ -23,7 +23,7 @@ from infer.benchmarks.files import (
     read_questions,
 )
 from infer.benchmarks.vqa_answers import TenAnswers, most_common, normalize, textvqa_accuracy
-from llava_jax.console import InputError, shorten
+from llava_jax.console import InputError, note, shorten
 
 DATA = "https://dl.fbaipublicfiles.com/textvqa"
 QUESTIONS = File("llava_textvqa_val_v051_ocr.jsonl", EVAL_ZIP, "1.5 MB")
@@ -60,41 +60,44 @@ class TextVQA(Benchmark):
         if protocol == REFERENCE:
             return read_questions(find(directory, QUESTIONS), folder, ids_repeat=True)
         asked = []
-        for (image, _), (name, row) in _read_annotations(directory).items():
+        for (image, _), rows in _read_annotations(directory).items():
+            name, row = rows[-1]
             path = image_path(folder, f"{image}.jpg", name)
             prompt = row.question.capitalize() + SHORT_ANSWER
             asked.append(image_question(image, prompt, path, name, answer=most_common(row.answers)))
         return asked
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
-        rows = _read_annotations(directory)
-        found = match(answers, rows, _key_of_answer)
+        annotations = _read_annotations(directory)
+        found = match(answers, annotations, _key_of_answer)
         has_questions = protocol == LMMS_EVAL or (directory / QUESTIONS.path).exists()
         asked = {_key(q.id, q.prompt): q for q in self.questions(directory, protocol)} if has_questions else {}
         marks = []
-        for key, (_, row) in rows.items():
-            answer = found.get(key)
+        for key, rows in annotations.items():
+            answer, (_, row) = found.get(key), rows[-1]
             one = answer or asked.get(key) or Answer(row.image_id, row.question, "")
             text = answer.text if answer else ""
             right = textvqa_accuracy(text, row.answers) if answer else 0.0
             best = most_common(row.answers)
-            marks.append(Mark(one.id, one.prompt, text, right, normalize(text), best, group=row.image_id))
-        return accuracy_score(marks, protocol, unanswered=len(rows) - len(found))
+            marks += [Mark(one.id, one.prompt, text, right, normalize(text), best, group=row.image_id)] * len(rows)
+        missing = sum(len(rows) for key, rows in annotations.items() if key not in found)
+        return accuracy_score(marks, protocol, unanswered=missing)
 
 
-def _read_annotations(directory: Path) -> dict[Key, tuple[str, Annotation]]:
-    """Each question's key -> its name, for errors, and itself."""
+def _read_annotations(directory: Path) -> dict[Key, list[tuple[str, Annotation]]]:
+    """Each question's key -> name, for errors, and annotation. Of a question that is there several times all count, by
+    the last one's answers, as in the reference's dictionary of them."""
     path = find(directory, ANNOTATIONS)
-    rows: dict[Key, tuple[str, Annotation]] = {}
+    found: dict[Key, list[tuple[str, Annotation]]] = {}
     for i, row in enumerate(read_object(path, Annotations).data):
+        same = found.setdefault((row.image_id, row.question.lower()), [])
         name = f"{shorten(path)}: data[{i}]"
-        key = row.image_id, row.question.lower()
-        if key in rows:
-            raise InputError(f"{name}: asks what data[{list(rows).index(key)}] asks")
-        rows[key] = name, row
-    if not rows:
+        if same:
+            note(f"warning: {name}: asks what {same[-1][0].rpartition(' ')[2]} asks; its answers count for both")
+        same.append((name, row))
+    if not found:
         raise InputError(f"{shorten(path)}: data is empty")
-    return rows
+    return found
 
 
 def _key_of_answer(answer: Answer) -> Key:

@@ -12,6 +12,7 @@ import pytest
 from helpers import GOLDEN, ROOT
 from infer import benchmark_run, evaluate
 from infer.benchmarks import BENCHMARKS
+from infer.benchmarks.answers import read_answers
 from infer.benchmarks.benchmark import REFERENCE, Mark, Score
 from infer.benchmarks.scoring import limit_score, standard_error
 from infer.generate import BUNDLED
@@ -159,6 +160,12 @@ def test_scoring_needs_no_jax():
 ANSWER = json.dumps({"question_id": 0, "prompt": "Is there 0 in the image?" + SUFFIX, "text": "no"})
 
 
+def test_repeated_answers_are_left_out(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(f"{ANSWER}\n" * 3)
+    assert len(read_answers(tmp_path / "a.jsonl")) == 1
+    assert "a.jsonl line 2: repeats an answer, left out; lines that do: 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -166,7 +173,10 @@ ANSWER = json.dumps({"question_id": 0, "prompt": "Is there 0 in the image?" + SU
         (" \r\n\n", "a.jsonl: has no answers"),
         ("{", "a.jsonl line 1: not JSON"),
         (f"{ANSWER}\n[]", "a.jsonl line 2: not an answer: expected an object"),
-        (f"{ANSWER}\n\n{ANSWER}", "a.jsonl line 3: question 0 with this prompt already has an answer, on line 1"),
+        (
+            f"{ANSWER}\n\n{ANSWER.replace('no', 'yes')}",
+            "a.jsonl line 3: question 0 with this prompt already has an answer, on line 1",
+        ),
         (f"{ANSWER}\n{ANSWER[:-20]}", "a.jsonl line 2: not JSON"),
         (ANSWER.replace('"text"', '"txt"'), "a.jsonl line 1: not an answer: text is missing"),
         (ANSWER.replace('"no"', "null"), "a.jsonl line 1: not an answer: text: expected a string, got null"),
