@@ -126,8 +126,11 @@ class LlavaJax(lmms):
         self._log_failed(len(requests))
         return rounds
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Score continuations: cross entropy per token, and whether greedy decoding gives the continuation.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Score continuations: (cross entropy per token, whether greedy decoding gives the continuation).
+
+        Each is in a `GenerationResult`, since lmms-eval 0.7.3 makes a string of a tuple (lmms_eval/api/instance.py
+        `unwrap_generation_output`).
 
         It is a loss, not a likelihood, since the harness chooses the least one (lmms_eval/api/task.py
         `process_results`) and all models of lmms-eval return it. What ends the answer is not part of it. Consecutive
@@ -136,12 +139,13 @@ class LlavaJax(lmms):
         Raises:
           InputError: a question cannot be asked. A loss in its place might be chosen.
         """
-        results: list[tuple[float, bool]] = []
+        results: list[GenerationResult] = []
         with Progress("scoring", len(requests), "continuations") as bar:
             for _, group in itertools.groupby(requests, key=_asked):
                 same = list(group)
                 for score in self._score(same):
-                    results.append((-score.logprob / len(score.token_ids), score.is_greedy))
+                    loss = -score.logprob / len(score.token_ids)
+                    results.append(GenerationResult((loss, score.is_greedy)))
                 bar.advance(len(same))
         return results
 

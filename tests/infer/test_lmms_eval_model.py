@@ -240,7 +240,7 @@ def test_losses_are_per_token_and_least_for_the_greedy_answer(simple, images):
         SimpleNamespace(args=(QUESTIONS[0], choice, lambda image: [image], 0, "shapes", "test")) for choice in choices
     ]
     requests.append(SimpleNamespace(args=(QUESTIONS[0], lambda _: choices[0], *requests[0].args[2:])))
-    found = simple.loglikelihood(requests)
+    found = [one.text for one in simple.loglikelihood(requests)]
     assert [is_greedy for _, is_greedy in found] == [False, True, False, False]
     assert np.argmin([loss for loss, _ in found]) == 1
     assert found[3] == found[0]
