@@ -315,9 +315,12 @@ def refused(status: int, headers: dict[str, str], data: bytes, may: tuple[int, .
 
 
 def outcome(status: int, headers: dict[str, str], data: bytes) -> str:
-    """The status, of an answer or a proper error."""
+    """The status, of an answer, whole or streamed, or of a proper error."""
     if not refused(status, headers, data, REFUSED):
-        json.loads(data)["choices"][0]["message"]["content"].encode()
+        if not headers["content-type"].startswith("text/event-stream"):
+            json.loads(data)["choices"][0]["message"]["content"].encode()
+        elif not data.endswith(b"data: [DONE]\n\n"):
+            raise Wrong(f"a stream without its end: {data[-300:]!r}")
     return str(status)
 
 
