@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
+TESTS = ROOT / "tests"
+GOLDEN = TESTS / "golden"
 BASE = Path("../../base")  # the output of `make`, relative to the current directory of an attempt
 
 
@@ -127,6 +128,10 @@ def make(base: Path) -> None:
     }
     for file, text in files.items():
         (base / file).write_text(text)
+    sys.path += [str(TESTS), str(TESTS / "infer" / "benchmarks")]
+    from choice_miniatures import write_all
+
+    write_all(base / "eval")
     with tarfile.open(base / "captions.tar", "w") as tar:
         for i in range(3):
             tar.add(images / "rgb.png", f"{i}.png")
@@ -211,15 +216,16 @@ def change(path: Path, pick: random.Random) -> None:
         elif made == 2:
             path.symlink_to(pick.choice(["/dev/zero", "nowhere", path.name]))
     elif text and chance < 0.85:
-        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        whole = path.read_text()
+        lines = whole.splitlines() if "}\n{" in whole else [whole]
         for _ in range(pick.choice([1, 1, 1, 3])):
             at = pick.randrange(len(lines))
             lines[at] = json.dumps(mutate(json.loads(lines[at]), pick), ensure_ascii=pick.random() < 0.5)
         path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
     elif text and chance < 0.9:
         data = path.read_text()
-        whole = ("[" * 10**5, '{"a":' * 5000, "1" * 5000, "\ufeff" + data, " " * 5000 + data, data + data, "")
-        path.write_text(pick.choice(whole), encoding=pick.choice(["utf-8", "utf-8", "utf-16"]))
+        others = ("[" * 10**5, '{"a":' * 5000, "1" * 5000, "\ufeff" + data, " " * 5000 + data, data + data, "")
+        path.write_text(pick.choice(others), encoding=pick.choice(["utf-8", "utf-8", "utf-16"]))
     else:
         path.write_bytes(damage(path.read_bytes(), pick))
 

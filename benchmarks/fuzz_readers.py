@@ -7,6 +7,7 @@ import argparse
 import base64
 import contextlib
 import functools
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +167,35 @@ def questions(pick: random.Random) -> Attempt:
     return Attempt(run)
 
 
+def benchmark(pick: random.Random) -> Attempt:
+    from infer.benchmarks import BENCHMARKS, find_benchmark
+    from infer.benchmarks.answers import read_answers
+    from infer.benchmarks.scoring import describe
+
+    found = find_benchmark(pick.choice([*BENCHMARKS]))
+    fetch_inputs("eval")
+    directory, protocol = Path("eval") / (found.directory or found.name), pick.choice(found.protocols)
+    said = [
+        pick.choice(["Yes", "B", "B. red", "The answer is A.", "\ud800", "", "2 red, blue", "\0"]) for _ in range(60)
+    ]
+    asked = zip(found.questions(directory, protocol), said, strict=False)
+    lines = [{"question_id": q.id, "prompt": q.prompt, "text": text, **q.extra} for q, text in asked]
+    Path("eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if pick.random() < 0.3:
+        change(Path("eval.jsonl"), pick)
+    else:
+        change_one(str(directory), pick, (".json", ".jsonl", ".tsv", ".txt"))
+
+    def run():
+        found.questions(directory, protocol)
+        answers = read_answers("eval.jsonl")
+        found.submission(directory, answers)
+        if not found.server and not found.judged:
+            describe(found, [found.score(directory, answers, protocol)])
+
+    return Attempt(run)
+
+
 def conversation(pick: random.Random) -> Attempt:
     from infer.conversation import load
 
@@ -267,5 +297,5 @@ def instruct(pick: random.Random) -> Attempt:
     return Attempt(run, ("replies.jsonl",))
 
 
-READERS = (config, tensors, tokenizer, template, adapter, image, data, prepared, questions, conversation, scienceqa,
-           captions, mix, instruct)  # fmt: skip
+READERS = (config, tensors, tokenizer, template, adapter, image, data, prepared, questions, benchmark, conversation,
+           scienceqa, captions, mix, instruct)  # fmt: skip

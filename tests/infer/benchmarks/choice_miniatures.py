@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import vqa_miniatures
+from infer.benchmarks import find_benchmark
 from infer.benchmarks.benchmark import Answer
 from llava_jax.console import InputError
 
@@ -35,6 +37,20 @@ def write_lines(path: Path, rows) -> None:
 def write_image(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(image_bytes(number))
+
+
+def write_all(root: Path) -> Path:
+    """The files of all benchmarks, those of `vqa_miniatures` too."""
+    for name in ("textvqa", "vqav2", "vqav2-val", "vizwiz", "vizwiz-val", "gqa", "pope", "mme"):
+        vqa_miniatures.write(name, root)
+    for name in ("mmbench", "mmbench-cn"):
+        benchmark = find_benchmark(name)
+        write_tsv(root / (benchmark.directory or name) / benchmark.table.path, mmbench_rows())
+    write_scienceqa(root / "scienceqa")
+    write_seed(root / "seed_bench")
+    write_llava_bench(root / "llava-bench-in-the-wild")
+    write_mm_vet(root / "mm-vet")
+    return root
 
 
 def answers_of(benchmark, directory: Path, texts, protocol: str | None = None) -> list[Answer]:

@@ -5,19 +5,17 @@ import shutil
 import sys
 
 import pytest
-from choice_miniatures import mmbench_rows, write_llava_bench, write_mm_vet, write_scienceqa, write_seed, write_tsv
+from choice_miniatures import write_all
 
-import vqa_miniatures
 from helpers import one_device
 from infer import benchmark_run, evaluate
-from infer.benchmarks import BENCHMARKS, find_benchmark
+from infer.benchmarks import BENCHMARKS
 from infer.benchmarks.answers import read_answers
 from infer.engine import Engine
 from infer.generate import BUNDLED
 from llava_jax.data.buckets import Buckets
 from scripted_endpoint import ScriptedEndpoint
 
-SHORT = ("textvqa", "vqav2", "vqav2-val", "vizwiz", "vizwiz-val", "gqa", "pope", "mme")
 TO_SUBMIT = {
     "vqav2": "vqav2.json", "vizwiz": "vizwiz.json", "gqa": "testdev_balanced_predictions.json",
     "mmbench": "mmbench_dev_20230712.xlsx", "mmbench-cn": "mmbench_dev_cn_20231003.xlsx", "seed": "seed_bench.jsonl",
@@ -28,17 +26,7 @@ UNSCORED = ("vqav2", "vizwiz", "llava-bench-in-the-wild", "mm-vet")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("eval")
-    for name in SHORT:
-        vqa_miniatures.write(name, root)
-    for name in ("mmbench", "mmbench-cn"):
-        benchmark = find_benchmark(name)
-        write_tsv(root / (benchmark.directory or name) / benchmark.table.path, mmbench_rows())
-    write_scienceqa(root / "scienceqa")
-    write_seed(root / "seed_bench")
-    write_llava_bench(root / "llava-bench-in-the-wild")
-    write_mm_vet(root / "mm-vet")
-    return root
+    return write_all(tmp_path_factory.mktemp("eval"))
 
 
 @pytest.fixture(scope="module")
