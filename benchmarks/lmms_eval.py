@@ -142,7 +142,7 @@ def compare(folder: Path, checkpoint: str, questions: int, rows: int, seed: int)
     for name in ("simple", "server", "rounds"):
         for number, text in texts["chat"].items():
             other = texts[name].get(number)
-            if (other[0][:1] if name == "rounds" and other else other) != text:
+            if (other[0] if name == "rounds" and other else other) != text:
                 differences.append(f"{name} document {number}: {other}, not {text}")
     return {"questions": len(documents), "scores": scores, "differences": differences}
 
