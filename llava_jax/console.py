@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import json
 import logging
+import multiprocessing
 import numbers
 import os
 import re
@@ -17,7 +18,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import PIL.Image
 import tqdm
@@ -173,8 +174,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         status = 1
         print("error: " + _readable(error), file=sys.stderr)
     except KeyboardInterrupt:
-        status = 130
         print("interrupted", file=sys.stderr)
+        _end_at_once(130)
     except BrokenPipeError:  # the reader of standard output has exited, e.g. `| head`
         status = 141
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -187,6 +188,16 @@ def run_main(main: Callable[[], int | None]) -> None:
         with contextlib.suppress(OSError):  # not a file, as in a notebook
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """End the process without Python's own end, which threads of libraries that still compile or load may crash."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _interrupt(_: int, frame: types.FrameType | None) -> None:

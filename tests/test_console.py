@@ -153,6 +153,22 @@ def test_a_console_script_introduces_itself(monkeypatch):
     assert parser().format_usage().startswith("usage: llava-convert ")
 
 
+def test_an_interrupt_waits_for_no_threads():
+    lines = """if True:
+        import threading, time
+        from llava_jax.console import run_main
+
+        def main():
+            threading.Thread(target=time.sleep, args=(300,)).start()
+            print("answer")
+            raise KeyboardInterrupt
+
+        run_main(main)
+    """
+    run = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "answer\n", "interrupted\n")
+
+
 def test_an_interrupt_within_an_import(tmp_path):
     """Extension modules that are being imported may crash, or swallow the exception."""
     (tmp_path / "swallows.py").write_text(
