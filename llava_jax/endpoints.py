@@ -136,7 +136,7 @@ def _open_client(endpoint: Endpoint) -> Any:
     timeout = openai.Timeout(endpoint.timeout, connect=min(endpoint.timeout, CONNECT_SECONDS))
     try:
         url = urllib.parse.urlsplit(endpoint.url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:  # a port above 65535 raises
             raise ValueError
         base_url = endpoint.url.removesuffix("/chat/completions")
         http = openai.DefaultAsyncHttpxClient(timeout=timeout, event_hooks={"response": [_bound]})

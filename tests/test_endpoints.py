@@ -154,6 +154,8 @@ def test_one_that_is_refused_does_not_stop_the_others(replies):
         ("http://", "is not the URL"),
         ("http://[", "is not the URL"),
         ("http://a:b/", "is not the URL"),
+        ("http://127.0.0.1:99999/v1", "is not the URL"),
+        ("http://127.0.0.1:0/v1", "is not the URL"),
         ("", "is not the URL"),
     ],
 )
