@@ -159,13 +159,14 @@ def image_path(folder: Path, image: str, name: str) -> str:
 
 
 def match(
-    answers: Iterable[Answer], keys: Collection[Hashable], key: Callable[[Answer], Hashable] = lambda answer: answer.id
+    answers: Iterable[Answer], keys: Collection[Hashable], key: Callable[[Answer], Hashable] | None = None
 ) -> dict[Hashable, Answer]:
     """Match answers to questions.
 
     Args:
       keys: of the questions.
-      key: of the question that an answer belongs to.
+      key: of the question that an answer belongs to; None if keys are ids, of which one may be a string where the other
+        is an integer.
 
     Returns:
       key -> answer, for the questions that have one.
@@ -174,8 +175,9 @@ def match(
       InputError: an answer belongs to no question, or a question has two. Names the line of the answers file.
     """
     found: dict[Hashable, Answer] = {}
+    by_text = {} if key else {str(id): id for id in keys}
     for answer in answers:
-        which = key(answer)
+        which = key(answer) if key else answer.id if answer.id in keys else by_text.get(str(answer.id))
         if which not in keys:
             what = f"{_shown(answer.id)} ({json.dumps(shorten(answer.prompt), ensure_ascii=False)})"
             raise InputError(f"answers line {answer.line}: the benchmark has no question {what}")
@@ -186,11 +188,6 @@ def match(
             )
         found[which] = answer
     return found
-
-
-def id_as_text(answer: Answer) -> str:
-    """The id of the question that an answer belongs to, for files in which ids are strings or keys of objects."""
-    return str(answer.id)
 
 
 def note_unanswered(missing: int, asked: int) -> None:

@@ -17,7 +17,6 @@ import msgspec
 from infer.benchmarks.benchmark import REFERENCE, Answer, File, Id, Mark, Question, Score, Submission
 from infer.benchmarks.files import (
     find,
-    id_as_text,
     image_path,
     image_question,
     match,
@@ -113,7 +112,7 @@ class LlavaBench(JudgedBenchmark):
 
     def judge_messages(self, directory: Path, answers: Sequence[Answer]) -> dict[Id, Messages]:
         rows = _read_questions(directory)
-        given = match(answers, rows, id_as_text)
+        given = match(answers, rows)
         contexts, gpt4, rules = _read_contexts(directory), _read_gpt4(directory, rows), read_rules(directory)
         messages = {}
         for key, row in rows.items():
@@ -143,7 +142,7 @@ class LlavaBench(JudgedBenchmark):
     def score_reviews(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Score:
         """The mean score of the model, with 0 for unanswered questions, over that of GPT-4 where both were judged."""
         rows = _read_questions(directory)
-        gpt4, given = _read_gpt4(directory, rows), match(answers, rows, id_as_text)
+        gpt4, given = _read_gpt4(directory, rows), match(answers, rows)
         pairs = {key: _pair(reviews.get(row.question_id)) for key, row in rows.items()}
         marks = []
         for key, row in rows.items():
@@ -170,7 +169,7 @@ class LlavaBench(JudgedBenchmark):
     def review_file(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Submission:
         """As eval_gpt_review_bench.py writes them."""
         rows = _read_questions(directory)
-        gpt4, given, lines = _read_gpt4(directory, rows), match(answers, rows, id_as_text), []
+        gpt4, given, lines = _read_gpt4(directory, rows), match(answers, rows), []
         for number, (key, row) in enumerate(rows.items(), 1):
             if (review := reviews.get(row.question_id)) is None:
                 continue

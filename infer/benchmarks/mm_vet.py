@@ -18,7 +18,6 @@ from infer.benchmarks.benchmark import REFERENCE, Answer, File, Id, Mark, Questi
 from infer.benchmarks.files import (
     EVAL_ZIP,
     find,
-    id_as_text,
     image_path,
     image_question,
     match,
@@ -114,7 +113,7 @@ class MMVet(JudgedBenchmark):
 
     def judge_messages(self, directory: Path, answers: Sequence[Answer]) -> dict[Id, Messages]:
         annotations = read_annotations(directory)
-        given = match(answers, annotations, id_as_text)
+        given = match(answers, annotations)
         return {
             key: [{"role": "user", "content": _content(one, given[key].text)}]
             for key, one in annotations.items()
@@ -132,7 +131,7 @@ class MMVet(JudgedBenchmark):
     def score_reviews(self, directory: Path, answers: Sequence[Answer], reviews: Mapping[Id, Review]) -> Score:
         """The mean over all questions; a review without a score counts as 0, as in the official evaluator."""
         annotations = read_annotations(directory)
-        given, marks = match(answers, annotations, id_as_text), []
+        given, marks = match(answers, annotations), []
         for key, one in annotations.items():
             text, scores = given[key].text if key in given else "", reviews[key].scores if key in reviews else None
             score, read = (scores[0], f"{scores[0]:g}") if scores else (0.0, "")
@@ -165,7 +164,7 @@ class MMVet(JudgedBenchmark):
     def submission(self, directory: Path, answers: Sequence[Answer]) -> Submission:
         """What the official evaluator reads: an answer by id, "" if there is none."""
         annotations = read_annotations(directory)
-        given = match(answers, annotations, id_as_text)
+        given = match(answers, annotations)
         note_unanswered(len(annotations) - len(given), len(annotations))
         texts = {f"{PREFIX}{key}": given[key].text if key in given else "" for key in annotations}
         return Submission("mm-vet.json", json.dumps(texts, indent=2).encode())

@@ -16,7 +16,6 @@ from infer.benchmarks.files import (
     accuracy,
     accuracy_score,
     find,
-    id_as_text,
     image_path,
     match,
     published_numbers,
@@ -103,7 +102,7 @@ class ScienceQA(Benchmark):
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         problems = read_problems(directory)
-        given = match(answers, problems, id_as_text)
+        given = match(answers, problems)
         marks = [_mark(number, problem, given.get(number)) for number, problem in problems.items()]
         pairs = list(zip(marks, problems.values(), strict=True))
         parts = {name: [mark for mark, problem in pairs if has(problem)] for name, has in PARTS.items()}
@@ -128,7 +127,7 @@ class ScienceQAImages(ScienceQA):
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         problems = read_problems(directory)
-        given = match(answers, problems, id_as_text)
+        given = match(answers, problems)
         asked = {number: problem for number, problem in problems.items() if problem.get("image")}
         if not asked:
             raise InputError(f"{shorten(directory / PROBLEMS.path)}: no problem of the split {SPLIT} has an image")

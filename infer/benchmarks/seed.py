@@ -30,7 +30,6 @@ from infer.benchmarks.files import (
     accuracy_score,
     by_kind,
     find,
-    id_as_text,
     match,
     note_unanswered,
     read_object,
@@ -104,7 +103,7 @@ class SeedBench(Benchmark):
 
     def score(self, directory: Path, answers: Sequence[Answer], protocol: str) -> Score:
         annotations, kinds = read_annotations(directory)
-        given = match(answers, annotations, id_as_text)
+        given = match(answers, annotations)
         asked = {key: one for key, one in annotations.items() if one.data_type in self.data_types}
         if not asked:
             raise InputError(f"{shorten(directory / ANNOTATIONS.path)}: has no question about an image")
@@ -126,7 +125,7 @@ class SeedBench(Benchmark):
     def submission(self, directory: Path, answers: Sequence[Answer]) -> Submission | None:
         """Lines of question_id and prediction (convert_seed_for_submission.py)."""
         annotations, _ = read_annotations(directory)
-        given = match(answers, annotations, id_as_text)
+        given = match(answers, annotations)
         note_unanswered(len(annotations) - len(given), len(annotations))
         lines = []
         for key, one in annotations.items():

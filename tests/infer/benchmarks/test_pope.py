@@ -152,7 +152,7 @@ def test_labels_of_another_release(directory):
 def test_answers_to_no_question(directory):
     asked = POPE().questions(directory, REFERENCE)
     answers = answers_to(asked, ["yes"] * 10)
-    with pytest.raises(InputError, match=r'answers line 3: the benchmark has no question "1" \("Is there'):
-        POPE().score(directory, [*answers[:2], Answer("1", asked[0].prompt, "yes", line=3)], REFERENCE)
+    with pytest.raises(InputError, match=r'answers line 3: the benchmark has no question "11" \("Is there'):
+        POPE().score(directory, [*answers[:2], Answer("11", asked[0].prompt, "yes", line=3)], REFERENCE)
     with pytest.raises(InputError, match="answers line 9: a second answer to question 1, which line 1 answers"):
         POPE().score(directory, [*answers, Answer(1, asked[0].prompt, "yes", line=9)], REFERENCE)

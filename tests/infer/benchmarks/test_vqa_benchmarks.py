@@ -1,9 +1,11 @@
 """VQAv2, VizWiz and GQA: questions, scores by category, and the files to submit."""
 
+import dataclasses
 import json
 
 import pytest
 
+from infer.benchmarks import find_benchmark
 from infer.benchmarks.benchmark import REFERENCE, Answer
 from infer.benchmarks.gqa import GQA
 from infer.benchmarks.vizwiz import VizWiz, VizWizVal
@@ -127,6 +129,17 @@ def test_predictions_of_gqa(tmp_path):
     texts = zip([*asked[1:], asked[0]], ["yes", *RIGHT[2:], ""], strict=True)
     assert json.loads(made.data) == [{"questionId": one.id, "prediction": text} for one, text in texts]
     assert made.name == "testdev_balanced_predictions.json"
+
+
+@pytest.mark.parametrize("name", ["gqa", "pope", "textvqa", "vizwiz-val", "vqav2-val"])
+def test_ids_are_strings_or_integers(tmp_path, name):
+    """Whatever they are in the benchmark's files: what other tools wrote may have them the other way around."""
+    benchmark, directory = find_benchmark(name), write(name, tmp_path)
+    asked = benchmark.questions(directory, REFERENCE)
+    other = {"gqa": int, "pope": str, "vqav2-val": str}.get(name, lambda id: id)
+    answers = [Answer(other(one.id), one.prompt, "no", line=line) for line, one in enumerate(asked, 1)]
+    as_asked = [dataclasses.replace(answer, id=one.id) for answer, one in zip(answers, asked, strict=True)]
+    assert benchmark.score(directory, answers, REFERENCE) == benchmark.score(directory, as_asked, REFERENCE)
 
 
 @pytest.mark.parametrize("benchmark", [VQAv2(), VizWiz(), GQA()], ids=lambda one: one.name)
