@@ -35,7 +35,6 @@ from infer.benchmarks.files import IMAGE_LINE, find, note_unanswered, published_
 from infer.benchmarks.mmbench_tsv import ROTATION, Row, read_table
 from infer.benchmarks.options import CHOOSE, find_letter, infer_option
 from llava_jax.console import InputError, plural, shorten
-from llava_jax.data.urls import NamedBytes
 
 CIRCULAR = "circular"
 DOWNLOADS = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
@@ -188,15 +187,14 @@ def _in_words(row: Row, at: int, options: list[str]) -> str:
     return f"{[*row.options][at]}. {options[at]}"
 
 
-def _decode(image: str | None, name: str) -> tuple[tuple[NamedBytes, ...], str]:
+def _decode(image: str | None, name: str) -> tuple[tuple[bytes, ...], str]:
     """The image of a row, and the `problem` of its questions if there is none."""
     try:
-        data = NamedBytes(base64.b64decode(image or ""))
+        data = base64.b64decode(image or "")
     except (binascii.Error, ValueError) as error:
         return (), f"{name}: image is not base64 ({error})"
     if not data:
         return (), f"{name}: has no image"
-    data.name = name
     return (data,), ""
 
 

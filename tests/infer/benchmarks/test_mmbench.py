@@ -1,5 +1,6 @@
 """MMBench: rotations, protocols, and the workbook to submit."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -21,6 +22,7 @@ from openpyxl import load_workbook
 from infer.benchmarks.benchmark import LMMS_EVAL, REFERENCE, Answer
 from infer.benchmarks.mmbench import CIRCULAR, MMBench, MMBenchCN
 from llava_jax.console import InputError
+from llava_jax.data.images import open_image
 
 GOLDEN = Path(__file__).parents[2] / "golden/evaluation/metrics.json"
 # What is said of the rows in `mmbench_rows`: of questions 10 (4 rows), 11 (3), 12 (2) and 13 (1).
@@ -228,6 +230,15 @@ def test_an_image_that_is_none_is_a_problem_of_its_question(tmp_path):
     assert first.problem.endswith(f"{MMBench.table.path} line 2: has no image")
     assert f"{MMBench.table.path} line 3: image is not base64" in second.problem
     assert not any(question.problem for question in others)
+
+
+def test_an_image_that_cannot_be_decoded_is_named_once(tmp_path):
+    """The engine puts the name of the question before the error."""
+    rows = mmbench_rows()
+    rows[0]["image"] = base64.b64encode(b"hello").decode()
+    first = MMBench().questions(write_tsv(tmp_path / MMBench.table.path, rows), REFERENCE)[0]
+    with pytest.raises(InputError, match="^image: not an image in a supported format"):
+        open_image(first.images[0])
 
 
 @pytest.mark.parametrize(
