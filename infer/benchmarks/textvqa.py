@@ -71,7 +71,7 @@ class TextVQA(Benchmark):
         annotations = _read_annotations(directory)
         found = match(answers, annotations, _key_of_answer)
         has_questions = protocol == LMMS_EVAL or (directory / QUESTIONS.path).exists()
-        asked = {_key(q.id, q.prompt): q for q in self.questions(directory, protocol)} if has_questions else {}
+        asked = {_key_of(one): one for one in self.questions(directory, protocol)} if has_questions else {}
         marks = []
         for key, rows in annotations.items():
             answer, (_, row) = found.get(key), rows[-1]
@@ -98,6 +98,13 @@ def _read_annotations(directory: Path) -> dict[Key, list[tuple[str, Annotation]]
     if not found:
         raise InputError(f"{shorten(path)}: data is empty")
     return found
+
+
+def _key_of(question: Question) -> Key:
+    try:
+        return _key(question.id, question.prompt)
+    except InputError as error:
+        raise InputError(f"{question.name}: {error}") from None
 
 
 def _key_of_answer(answer: Answer) -> Key:

@@ -108,6 +108,16 @@ def test_a_question_twice_counts_twice_by_its_last_answers(tmp_path, capsys):
     assert "val.json: data[2]: asks what data[0] asks" in noted and "ocr.jsonl line 2: asks what line 1 asks" in noted
 
 
+def test_a_question_without_a_question(directory):
+    """Its line is named when answers are scored, not theirs."""
+    path = directory / "llava_textvqa_val_v051_ocr.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[3]["text"] = "What?"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"ocr.jsonl line 4: no question can be parsed from the prompt 'What\?'"):
+        TextVQA().score(directory, [], REFERENCE)
+
+
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
