@@ -46,13 +46,11 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
         key = (*answer_key(answer.id, answer.prompt), repr(answer.extra.get("round_id")))  # of MMBench's rotations
         if (first := found.setdefault(key, answer)) is answer:
             answers.append(answer)
-        elif not growing and first.text == answer.text:
+        elif not growing and answer.prompt and first.text == answer.text:
             repeated.append(number)
         elif not growing:
-            raise InputError(
-                f"{name} line {number}: question {shorten(answer.id, 40)} with this prompt already has an answer, on "
-                f"line {first.line}"
-            )
+            asked = f"question {shorten(answer.id, 40)} {'with this' if answer.prompt else 'without a'} prompt"
+            raise InputError(f"{name} line {number}: {asked} already has an answer, on line {first.line}")
     if repeated:
         note(f"warning: {name} line {repeated[0]}: repeats an answer, left out; lines that do: {len(repeated):,}")
     if not answers and not growing:

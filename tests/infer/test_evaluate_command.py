@@ -177,6 +177,10 @@ def test_repeated_answers_are_left_out(tmp_path, capsys):
             f"{ANSWER}\n\n{ANSWER.replace('no', 'yes')}",
             "a.jsonl line 3: question 0 with this prompt already has an answer, on line 1",
         ),
+        (
+            '{"question_id": 0, "text": "no"}\n{"question_id": 0, "text": "no"}',
+            "a.jsonl line 2: question 0 without a prompt already has an answer, on line 1",
+        ),
         (f"{ANSWER}\n{ANSWER[:-20]}", "a.jsonl line 2: not JSON"),
         (ANSWER.replace('"text"', '"txt"'), "a.jsonl line 1: not an answer: text is missing"),
         (ANSWER.replace('"no"', "null"), "a.jsonl line 1: not an answer: text: expected a string, got null"),
