@@ -25,7 +25,10 @@ from llava_jax.console import InputError, Parser, flag_of, integer, note, number
 from llava_jax.processes import are_several, watched
 
 MAX_LIMIT = 10**9
-NOT_WITH_SCORE = ("checkpoint", "output", "limit", "shard", "coordinator", "process_id", "processes")
+NOT_WITH_SCORE = (
+    "checkpoint", "vision_tower", "template", "dtype", "int8_cache", "mesh", "image_rules", "output", "batch_size",
+    "max_new_tokens", "limit", "shard", "coordinator", "process_id", "processes",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- flags
@@ -100,9 +103,14 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--judge URL and --judge-model NAME go together")
     if (args.price_in is None) != (args.price_out is None):
         raise InputError("--price-in and --price-out go together")
+    if args.price_in is not None and args.judge is None:
+        raise InputError("--price-in needs --judge")
+    if args.output == "":
+        raise InputError("--output: is empty; give a directory")
     if args.score is not None:
+        defaults = parser()
         for name in NOT_WITH_SCORE:
-            if getattr(args, name) is not None:
+            if getattr(args, name) != defaults.get_default(name):
                 raise InputError(f"{flag_of(name)}: is not for --score, which asks no model")
     several = any(value is not None for value in (args.coordinator, args.process_id, args.processes))
     if several and args.shard:
@@ -192,6 +200,8 @@ def main() -> int:
         return list_benchmarks(args)
     check_flags(args)
     chosen = choose(args)
+    if args.judge is not None and not any(benchmark.judged for benchmark, _ in chosen):
+        raise InputError("--judge: scores none of these benchmarks, which need no language model (--list)")
     if args.score is not None:
         if len(chosen) != 1:
             raise InputError("--score is of one benchmark")

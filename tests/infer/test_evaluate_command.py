@@ -235,6 +235,19 @@ def test_byte_order_marks_and_carriage_returns(command, tmp_path):
         (("--score", "a", "--benchmark", "mme,pope", "--data-dir", "."), "--score is of one benchmark"),
         (("--score", "a", "--benchmark", "pope", "--data-dir", ".", "--limit", "2"), "--limit: is not for --score"),
         (("--score", "a", "--benchmark", "pope", "--data-dir", ".", "--checkpoint", "x"), "--checkpoint: is not for"),
+        (
+            ("--score", "a", "--benchmark", "pope", "--data-dir", ".", "--int8-cache"),
+            "--int8-cache: is not for --score",
+        ),
+        (("--score", "a", "--benchmark", "pope", "--data-dir", ".", "--batch-size", "8"), "--batch-size: is not for"),
+        (("--score", "a", "--benchmark", "pope", "--data-dir", ".", "--max-new-tokens", "8"), "--max-new-tokens: is"),
+        (("--score", "a", "--benchmark", "pope", "--data-dir", ".", "--template", "v1"), "--template: is not for"),
+        (("--data", "a.json", "--price-in", "1", "--price-out", "1"), "--price-in needs --judge"),
+        (("--data", "a.json", "--output", ""), "--output: is empty"),
+        (
+            ("--benchmark", "pope", "--data-dir", ".", "--judge", "http://x", "--judge-model", "x"),
+            "--judge: scores none of these benchmarks",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(command, flags, says):
