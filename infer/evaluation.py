@@ -228,7 +228,7 @@ def _open_folder(folder: Path, run: Run, stack: contextlib.ExitStack) -> Answers
     name = f"--output {shorten(folder)}"
     try:
         make_directories(folder)
-        _check_settings(folder, run.settings, name)
+        _check_settings(folder, run.settings, name, alone=run.shard.count == 1)
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be written ({first_line(error)})") from None
     sink = stack.enter_context(AnswersFile(folder / run.shard.file, flag="--output"))
@@ -320,20 +320,23 @@ def questions_checksum(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any], name: str) -> None:
+def _check_settings(folder: Path, settings: Mapping[str, Any], name: str, *, alone: bool) -> None:
     """Compare the settings with those of the folder's answers; write them if there are none.
+
+    Args:
+      alone: the run has no shards; then it replaces settings without answers.
 
     Raises:
       InputError: they differ, or the answers have no settings.
       OSError: they cannot be written.
     """
-    has_answers = any(
-        folder.glob("answers*.jsonl")
-    )  # before the settings, which another shard writes before its answers
+    # Looked for before the settings, which another shard writes before its answers. A run that asks has such a file, as
+    # has a shard that could ask nothing.
+    has_answers = any(folder.glob("answers*.jsonl")) or bool(shard_files(folder, FAILED))
     there = read_json(folder / SETTINGS)
-    if there is None:
-        if has_answers:
-            raise InputError(f"{name}: has answers, but no {SETTINGS} of a run; name another directory")
+    if there is None and has_answers:
+        raise InputError(f"{name}: has answers, but no {SETTINGS} of a run; name another directory")
+    if there is None or (alone and not has_answers):
         write_file(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
         return
     key = "checkpoint_fingerprint"

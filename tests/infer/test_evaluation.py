@@ -1,5 +1,6 @@
 """A run: what is asked, in which order, by whom; how it resumes; which answers it refuses to add to."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -135,6 +136,24 @@ def test_another_run_is_refused_with_its_differences(ask, tmp_path):
     (tmp_path / "out/settings.json").unlink()
     with pytest.raises(InputError, match=r"out: has answers, but no settings\.json"):
         ask()
+
+
+def test_settings_without_answers_are_replaced(ask, tmp_path, benchmark):
+    """A run that a file or the model stopped before it asked anything; a shard's may be about to ask."""
+
+    def stop():
+        raise InputError("no model")
+
+    questions = benchmark.questions(tmp_path, "")
+    for shard in (Shard(), Shard(0, 2)):
+        run = Run(benchmark, questions, SETTINGS | {"protocol": "other"}, tmp_path / "out", shard)
+        with pytest.raises(InputError, match="no model"):
+            answer(run, stop, rows=1, max_new_tokens=1)
+    run = dataclasses.replace(run, settings=SETTINGS, shard=Shard(1, 2))
+    with pytest.raises(InputError, match='protocol is "other" there and "reference" here'):
+        answer(run, stop, rows=1, max_new_tokens=1)
+    assert len(ask()[0].asked) == 10
+    assert json.loads((tmp_path / "out/settings.json").read_text()) == SETTINGS
 
 
 # ---------------------------------------------------------------- shards
