@@ -10,6 +10,7 @@ OUTPUT/NAME/...                     the file for its server, the reviews of its 
 import argparse
 import functools
 import json
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.answers import model_name
 from infer.benchmarks import BENCHMARKS
-from infer.benchmarks.benchmark import Answer, Benchmark, Score
+from infer.benchmarks.benchmark import Answer, Benchmark, Question, Score
 from infer.benchmarks.conversations import Conversations
 from infer.benchmarks.files import find
 from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers
@@ -25,7 +26,7 @@ from infer.evaluation import Outcome, Run, Shard, answer, left_to_ask, merge, qu
 from infer.evaluation_page import wrong_page
 from infer.flags import load_engine
 from infer.results import RESULTS, heading, score_table, versions, write_output, write_results, write_summary
-from llava_jax.console import InputError, note, plural, shorten, terminal_safe
+from llava_jax.console import InputError, note, plural, quiet, shorten, terminal_safe
 from llava_jax.locks import InUseError, LockedFile
 from llava_jax.processes import connect
 
@@ -136,6 +137,33 @@ def check_files(args: argparse.Namespace, benchmark: Benchmark, directory: Path)
             find(directory, file)
 
 
+def check_scoring(
+    args: argparse.Namespace, benchmark: Benchmark, directory: Path, questions: Sequence[Question], protocol: str
+) -> None:
+    """Score an empty answer to each question, before any are asked: scoring them all fails in the same way.
+
+    Raises:
+      InputError: a file is invalid, or is not of these questions. Names the question's line.
+    """
+    answers = [Answer(one.id, one.prompt, "", one.extra, line) for line, one in enumerate(questions, 1)]
+    try:
+        with quiet():
+            if benchmark.judged and args.judge is not None:
+                from infer.benchmarks.judge import JudgedBenchmark
+
+                assert isinstance(benchmark, JudgedBenchmark)
+                benchmark.judge_messages(directory, answers)
+            elif benchmark.server and args.limit is None:
+                benchmark.submission(directory, answers)
+            elif not benchmark.judged and not benchmark.server:
+                benchmark.score(directory, answers, protocol)
+    except InputError as error:
+        if (found := re.match(r"answers line (\d+): ", str(error))) is None:
+            raise
+        problem = str(error)[found.end() :].replace("the benchmark has", "the files that it is scored by have")
+        raise InputError(f"{questions[int(found[1]) - 1].name}: {problem}") from None
+
+
 def run_benchmark(
     args: argparse.Namespace,
     benchmark: Benchmark,
@@ -170,7 +198,12 @@ def run_benchmark(
     }
     folder = output and output / benchmark.name
     run = Run(benchmark, questions, settings, folder, part)
-    outcome = answer(run, load, rows=args.batch_size, max_new_tokens=tokens)
+
+    def load_checked() -> "Engine":
+        check_scoring(args, benchmark, directory, questions, protocol)
+        return load()
+
+    outcome = answer(run, load_checked, rows=args.batch_size, max_new_tokens=tokens)
     status = int(outcome.failed > 0)
     if folder is None:
         score_run(args, run, directory, outcome)

@@ -271,6 +271,17 @@ def silence_notes() -> None:
     _silenced = True
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Print no notes and progress while the body runs."""
+    global _silenced
+    before, _silenced = _silenced, True
+    try:
+        yield
+    finally:
+        _silenced = before
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error from a library, for an error of ours; the path of an `OSError` is omitted."""
     if isinstance(error, OSError) and isinstance(error.strerror, str):

@@ -4,6 +4,7 @@ what is wrong."""
 import gzip
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from infer.generate import BUNDLED
 from infer.results import write_summary
 from llava_jax.locks import LockedFile
 from scripted_answers import ScriptedEngine, write_conversations
+from vqa_miniatures import write
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 GOLDEN_METRICS = json.loads((GOLDEN / "evaluation/metrics.json").read_text())
@@ -372,6 +374,33 @@ def test_files_to_score_with_are_missed_before_questions_are_asked(command, scri
     status, out, err = command("--benchmark", "pope", "--data-dir", tmp_path, "--output", tmp_path / "out")
     assert (status, out, scripted.asked) == (1, "", [])
     assert "coco_pope_popular.json: not found (0.4 MB; it is in https://" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("data/testdev_balanced_questions.json", lambda text: text[:300], r"balanced_questions\.json: not JSON"),
+        (
+            "data/testdev_balanced_questions.json", lambda text: text.replace('"200000004": {', '"300000004": {'),
+            r'balanced\.jsonl line 5: the files that it is scored by have no question "200000004" \("What',
+        ),
+        ("llava_gqa_testdev_balanced.jsonl", lambda text: text, ""),
+    ],
+)  # fmt: skip
+def test_files_to_score_with_are_read_before_questions_are_asked(command, scripted, tmp_path, file, change, says):
+    """Those that are invalid or of other questions are not found out when all have been asked."""
+    path = write("gqa", tmp_path) / file
+    path.write_text(change(path.read_text()))
+    status, out, err = command("--benchmark", "gqa", "--data-dir", tmp_path, "--output", tmp_path / "out")
+    assert (status, len(scripted.asked)) == ((1, 0) if says else (0, 10))
+    if says:
+        assert out == "" and re.search(says, err.splitlines()[-1]) and "answers line" not in err
+
+
+def test_warnings_about_scores_are_not_repeated(command, scripted, tmp_path):
+    write("mme", tmp_path)
+    status, _, err = command("--benchmark", "mme", "--data-dir", tmp_path, "--output", tmp_path / "out")
+    assert status == 0 and err.count("MME has no questions of") == 1
 
 
 def test_another_process_that_scores_is_left_alone(command, scripted, tmp_path):
