@@ -10,7 +10,6 @@ OUTPUT/NAME/...                     the file for its server, the reviews of its 
 import argparse
 import functools
 import json
-import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from infer.benchmarks import BENCHMARKS
 from infer.benchmarks.benchmark import Answer, Benchmark, Question, Score
 from infer.benchmarks.conversations import Conversations
 from infer.benchmarks.files import find
-from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers
+from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers, score_empty
 from infer.evaluation import Outcome, Run, Shard, answer, left_to_ask, merge, questions_checksum
 from infer.evaluation_page import wrong_page
 from infer.flags import load_engine
@@ -140,28 +139,21 @@ def check_files(args: argparse.Namespace, benchmark: Benchmark, directory: Path)
 def check_scoring(
     args: argparse.Namespace, benchmark: Benchmark, directory: Path, questions: Sequence[Question], protocol: str
 ) -> None:
-    """Score an empty answer to each question, before any are asked: scoring them all fails in the same way.
+    """Read the files that the answers will be scored by, before any question is asked.
 
     Raises:
-      InputError: a file is invalid, or is not of these questions. Names the question's line.
+      InputError: as `score_empty`.
     """
-    answers = [Answer(one.id, one.prompt, "", one.extra, line) for line, one in enumerate(questions, 1)]
-    try:
-        with quiet():
-            if benchmark.judged and args.judge is not None:
-                from infer.benchmarks.judge import JudgedBenchmark
+    with quiet():
+        if benchmark.judged and args.judge is not None:
+            from infer.benchmarks.judge import JudgedBenchmark
 
-                assert isinstance(benchmark, JudgedBenchmark)
-                benchmark.judge_messages(directory, answers)
-            elif benchmark.server and args.limit is None:
-                benchmark.submission(directory, answers)
-            elif not benchmark.judged and not benchmark.server:
-                benchmark.score(directory, answers, protocol)
-    except InputError as error:
-        if (found := re.match(r"answers line (\d+): ", str(error))) is None:
-            raise
-        problem = str(error)[found.end() :].replace("the benchmark has", "the files that it is scored by have")
-        raise InputError(f"{questions[int(found[1]) - 1].name}: {problem}") from None
+            assert isinstance(benchmark, JudgedBenchmark)
+            score_empty(questions, functools.partial(benchmark.judge_messages, directory))
+        elif benchmark.server and args.limit is None:
+            score_empty(questions, functools.partial(benchmark.submission, directory))
+        elif not benchmark.judged and not benchmark.server:
+            score_empty(questions, functools.partial(benchmark.score, directory, protocol=protocol))
 
 
 def run_benchmark(

@@ -107,8 +107,7 @@ def _open_benchmarks(config: TrainConfig) -> tuple[Task, ...]:
 
 def _open_benchmark(name: str, root: Path, limit: int | None) -> Task:
     from infer.benchmarks import find_benchmark
-    from infer.benchmarks.benchmark import Answer
-    from infer.benchmarks.scoring import first_questions
+    from infer.benchmarks.scoring import first_questions, score_empty
 
     benchmark = find_benchmark(name)
     if benchmark.judged or benchmark.server:
@@ -126,7 +125,7 @@ def _open_benchmark(name: str, root: Path, limit: int | None) -> Task:
             f"as wrong; the first: {problems[0]}"
         )
     task = Task(benchmark, directory, questions, limit)
-    task.score([Answer(question.id, question.prompt, "", question.extra) for question in questions])  # reads its files
+    score_empty(questions, task.score)  # reads its files
     return task
 
 

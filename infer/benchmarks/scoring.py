@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,24 @@ def score_answers(
     if judgement.score is None:
         return Scored([], signal=judgement.signal or 0)
     return Scored([judgement.score], [judgement.reviews] if judgement.reviews else [])
+
+
+def score_empty(questions: Sequence[Question], score: Callable[[Sequence[Answer]], Any]) -> None:
+    """Score an empty answer to each question: before they are asked, since all answers would fail in the same way.
+
+    Args:
+      score: what scores answers.
+
+    Raises:
+      InputError: a file is invalid, or has no answer to a question, whose line is named.
+    """
+    try:
+        score([Answer(one.id, one.prompt, "", one.extra, line) for line, one in enumerate(questions, 1)])
+    except InputError as error:
+        if (found := re.match(r"answers line (\d+): ", str(error))) is None:
+            raise
+        problem = str(error)[found.end() :].replace("the benchmark has", "the files that it is scored by have")
+        raise InputError(f"{questions[int(found[1]) - 1].name}: {problem}") from None
 
 
 def find_question(questions: Sequence[Question]) -> Callable[[Mark], Question | None]:

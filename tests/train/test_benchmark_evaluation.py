@@ -180,6 +180,15 @@ def test_errors_come_before_training(train, files, tmp_path, more, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_questions_and_answers_of_different_releases(tmp_path):
+    """The line of the question is named."""
+    path = vqa_miniatures.write("gqa", tmp_path) / "data/testdev_balanced_questions.json"
+    path.write_text(path.read_text().replace('"200000004": {', '"300000004": {'))
+    config = PLAIN.replace(eval_benchmarks=("gqa",), eval_data_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"balanced\.jsonl line 5: the files that it is scored by have no question"):
+        evaluation.open_benchmarks(config)
+
+
 def test_some_questions_of_a_benchmark(files, tmp_path, capsys):
     """The first ones, which have a score of their own; of images that are missing there is a warning."""
     shutil.copytree(files / "pope", tmp_path / "pope")
