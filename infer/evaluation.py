@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from infer.answers import AnswersFile, answer_line
-from infer.benchmarks.answers import answer_key, read_answers
+from infer.benchmarks.answers import Key, answer_key, read_answers
 from infer.benchmarks.benchmark import Answer, Benchmark, Question
 from infer.results import write_output
 from llava_jax.checkpoints.outputs import make_directories, write_file
@@ -106,7 +106,7 @@ class Failures:
     """
 
     def __init__(self):
-        self.keys: list[tuple[str, str]] = []
+        self.keys: list[Key] = []
 
     @property
     def count(self) -> int:
@@ -135,7 +135,7 @@ def answer(run: Run, load: Callable[[], "Engine"], *, rows: int, max_new_tokens:
     lines: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         sink: Sink = lines
-        known: Mapping[tuple[str, str], Answer] = {}
+        known: Mapping[Key, Answer] = {}
         if run.folder is not None:
             sink, known = _open_folder(run.folder, run, stack), read_folder(run.folder)
         left = [question for question in own if _key(question) not in known]
@@ -152,7 +152,7 @@ def answer(run: Run, load: Callable[[], "Engine"], *, rows: int, max_new_tokens:
     if failures.count:
         shown = f"; the first {MAX_SHOWN} are named above" * (failures.count > MAX_SHOWN)
         note(f"error: {failures.count:,} of {plural(len(own), 'question')} could not be asked, counted as wrong{shown}")
-    found = {answer_key(line["question_id"], line["prompt"]): _answer(line) for line in lines}
+    found = {answer_key(line["question_id"], line["prompt"], line): _answer(line) for line in lines}
     if run.folder is not None:
         found = read_folder(run.folder)
     return Outcome(in_order(found, run.questions)[0], speed, failures.count)
@@ -215,8 +215,8 @@ def questions_of(shard: Shard, questions: Sequence[Question]) -> list[Question]:
     return [question for group in by_image(questions)[shard.index :: shard.count] for question in group]
 
 
-def _key(question: Question) -> tuple[str, str]:
-    return answer_key(question.id, question.prompt)
+def _key(question: Question) -> Key:
+    return answer_key(question.id, question.prompt, question.extra)
 
 
 # ---------------------------------------------------------------- the folder
@@ -245,23 +245,21 @@ def shard_files(folder: Path, pattern: str = r"answers-\d+-of-\d+\.jsonl") -> li
     return sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
 
 
-def read_folder(folder: Path) -> dict[tuple[str, str], Answer]:
+def read_folder(folder: Path) -> dict[Key, Answer]:
     """All answers in a folder, by question. Where two shards have answered one, the first counts.
 
     Raises:
       InputError: a file is invalid.
     """
-    found: dict[tuple[str, str], Answer] = {}
+    found: dict[Key, Answer] = {}
     for path in (folder / ANSWERS, *shard_files(folder)):
         if path.exists():
             for one in read_answers(path, growing=True):
-                found.setdefault(answer_key(one.id, one.prompt), one)
+                found.setdefault(answer_key(one.id, one.prompt, one.extra), one)
     return found
 
 
-def in_order(
-    answers: Mapping[tuple[str, str], Answer], questions: Sequence[Question]
-) -> tuple[list[Answer], list[Answer]]:
+def in_order(answers: Mapping[Key, Answer], questions: Sequence[Question]) -> tuple[list[Answer], list[Answer]]:
     """Answers in the order of their questions, and those to other questions."""
     asked = {_key(question): None for question in questions}
     return [answers[key] for key in asked if key in answers], [answers[key] for key in answers if key not in asked]
@@ -274,9 +272,9 @@ def left_to_ask(run: Run, answers: Sequence[Answer]) -> list[Question]:
       InputError: a file of failed questions is invalid.
     """
     assert run.folder is not None
-    done = {answer_key(one.id, one.prompt) for one in answers}
+    done = {answer_key(one.id, one.prompt, one.extra) for one in answers}
     for path in shard_files(run.folder, FAILED):
-        done |= {(question, prompt) for question, prompt in read_json(path, list[tuple[str, str]]) or ()}
+        done |= {tuple(key) for key in read_json(path, list[Key]) or ()}
     return [question for question in run.questions if _key(question) not in done]
 
 

@@ -221,7 +221,7 @@ def ask_all(engine: "Engine", task: Task, rows: int, stop: StopSignal) -> list["
         asked = plural(len(task.questions), "question")
         note(f"warning: {failed:,} of {asked} of {task.benchmark.name} could not be asked, and count as wrong")
     found = [Answer(line["question_id"], line["prompt"], line["text"], line) for line in lines]
-    return in_order({answer_key(one.id, one.prompt): one for one in found}, task.questions)[0]
+    return in_order({answer_key(one.id, one.prompt, one.extra): one for one in found}, task.questions)[0]
 
 
 # ---------------------------------------------------------------- the weights

@@ -1,13 +1,16 @@
 """Read answers files, whoever wrote them, to score them."""
 
 import os
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 from infer.answers import MAX_ANSWERS
 from infer.benchmarks.benchmark import Answer, Id
 from llava_jax.console import InputError, note, shorten
 from llava_jax.files import read_bytes
 from llava_jax.json_files import check_json, parse_json
+
+Key = tuple[str, str, str]  # of a question: id, prompt, round
 
 
 class Line(TypedDict):
@@ -32,7 +35,7 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
     name, data = shorten(path), read_bytes(path, MAX_ANSWERS)
     answers: list[Answer] = []
     repeated: list[int] = []  # lines
-    found: dict[tuple[str, ...], Answer] = {}
+    found: dict[Key, Answer] = {}
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -43,7 +46,7 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
             if growing and number == len(lines):
                 break
             raise InputError(f"{name} line {number}: {error}") from None
-        key = (*answer_key(answer.id, answer.prompt), repr(answer.extra.get("round_id")))  # of MMBench's rotations
+        key = answer_key(answer.id, answer.prompt, answer.extra)
         if (first := found.setdefault(key, answer)) is answer:
             answers.append(answer)
         elif not growing and answer.prompt and first.text == answer.text:
@@ -58,9 +61,14 @@ def read_answers(path: str | os.PathLike, *, growing: bool = False) -> list[Answ
     return answers
 
 
-def answer_key(question: Id, prompt: str) -> tuple[str, str]:
-    """The key of a question: its id and prompt, since some benchmarks (MME) ask several questions under one id."""
-    return str(question), prompt
+def answer_key(question: Id, prompt: str, extra: Mapping[str, Any]) -> Key:
+    """The key of a question: its id and prompt, since some benchmarks (MME) ask several questions under one id, and its
+    round, since a rotation of MMBench's options has the prompt of another one if options are equal.
+
+    Args:
+      extra: further keys of its line, or all of them.
+    """
+    return str(question), prompt, repr(extra["round_id"]) if "round_id" in extra else ""
 
 
 def _answer(line: bytes, number: int) -> Answer:

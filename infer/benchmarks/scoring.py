@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from infer.benchmarks.answers import answer_key
 from infer.benchmarks.benchmark import Answer, Benchmark, Mark, Question, Score, Submission
 from infer.benchmarks.files import accuracy, by_kind
 from llava_jax.console import InputError
@@ -103,14 +102,14 @@ def score_empty(questions: Sequence[Question], score: Callable[[Sequence[Answer]
 def find_question(questions: Sequence[Question]) -> Callable[[Mark], Question | None]:
     """A function that finds the question of a mark: that of its id and prompt, or the only one of its id, since marks
     of unanswered questions may lack the prompt."""
-    by_key = {answer_key(question.id, question.prompt): question for question in questions}
+    by_key = {(str(question.id), question.prompt): question for question in questions}
     by_id: dict[str, list[Question]] = {}
     for question in questions:
         by_id.setdefault(str(question.id), []).append(question)
 
     def find(mark: Mark) -> Question | None:
         same = by_id.get(str(mark.question), [])
-        return by_key.get(answer_key(mark.question, mark.prompt)) or (same[0] if len(same) == 1 else None)
+        return by_key.get((str(mark.question), mark.prompt)) or (same[0] if len(same) == 1 else None)
 
     return find
 

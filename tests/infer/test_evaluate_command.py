@@ -430,6 +430,21 @@ def test_the_last_shard_scores_though_questions_failed(command, scripted, tmp_pa
     assert (status, json.loads(out)["asked"], json.loads(out)["failed"]) == (1, 0, 3)
 
 
+def test_rotations_with_the_same_prompt_are_several_questions(command, scripted, tmp_path):
+    """Options may be equal, so that a rotation looks like another one."""
+    columns = ("index", "question", "A", "B", "C", "D", "answer", "image")
+    row = ("7", "which?", "red", "blue", "red", "blue", "A", "aGVsbG8=")
+    (tmp_path / "mmbench_dev_20230712.tsv").write_text("\t".join(columns) + "\n" + "\t".join(row) + "\n")
+    args = ("--benchmark", "mmbench", "--data-dir", tmp_path, "--protocol", "circular", "--output", tmp_path / "out")
+    for shard in (("--shard", "1/2"), ("--shard", "0/2"), ()):
+        status, out, err = command(*args, "--json", *shard)
+        assert status == 0 and "without an answer" not in err
+    result = json.loads(out)
+    assert (result["questions"], result["failed"], result["asked"], len(scripted.asked)) == (4, 0, 0, 4)
+    rows = [json.loads(line) for line in (tmp_path / "out/mmbench/answers.jsonl").read_text().splitlines()]
+    assert [row["round_id"] for row in rows] == [0, 1, 2, 3] and len({row["prompt"] for row in rows}) == 2
+
+
 def test_results_of_another_checkpoint_are_left_out(tmp_path, capsys):
     """One in an object store has no fingerprint, and is known by its name."""
     result = {
