@@ -123,7 +123,12 @@ def answer_line(
 
 def model_name(checkpoint: str | os.PathLike) -> str:
     """The name of a model in answers: the last part of its path or hub name."""
-    return os.fsencode(checkpoint).decode(errors="replace").rstrip("/").rsplit("/", 1)[-1]
+    return path_text(checkpoint).rstrip("/").rsplit("/", 1)[-1]
+
+
+def path_text(path: str | os.PathLike) -> str:
+    """A path as text that a file in UTF-8 can hold, which not every name of a file is."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def key_of(question_id: Any, prompt: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infer.answers import model_name
+from infer.answers import model_name, path_text
 from infer.benchmarks import BENCHMARKS
 from infer.benchmarks.benchmark import Answer, Benchmark, Question, Score
 from infer.benchmarks.conversations import Conversations
@@ -52,11 +52,12 @@ def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, P
     from llava_jax.checkpoints.directories import fingerprint  # imports JAX, which scoring a file does not need
 
     part = own_shard(args)
+    given = {name: getattr(args, name) for name in MODEL_SETTINGS}
     settings = {
         "model": model_name(args.checkpoint),
-        "checkpoint": args.checkpoint,
+        "checkpoint": path_text(args.checkpoint),
         "checkpoint_fingerprint": fingerprint(args.checkpoint),
-        **{name: getattr(args, name) for name in MODEL_SETTINGS},
+        **{name: value if isinstance(value, bool | None) else path_text(value) for name, value in given.items()},
     }
     most = max(tokens_of(args, benchmark) for benchmark, _ in chosen)
     load = functools.cache(lambda: load_engine(argparse.Namespace(**vars(args) | {"max_new_tokens": most})))

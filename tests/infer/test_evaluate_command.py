@@ -4,7 +4,9 @@ what is wrong."""
 import gzip
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -428,6 +430,18 @@ def test_the_last_shard_scores_though_questions_failed(command, scripted, tmp_pa
     }  # fmt: skip
     status, out, _ = command(*args)  # asks them again
     assert (status, json.loads(out)["asked"], json.loads(out)["failed"]) == (1, 0, 3)
+
+
+def test_names_of_files_that_are_not_utf_8(command, scripted, tmp_path):
+    """Of the checkpoint, the data and the output, which resumes."""
+    name = os.fsdecode(b"\xff")
+    shutil.copytree(BUNDLED, tmp_path / name)
+    write("gqa", tmp_path / name)
+    args = ("--benchmark", "gqa", "--data-dir", tmp_path / name, "--checkpoint", tmp_path / name)
+    for asked in (10, 0):
+        status, out, err = command(*args, "--output", tmp_path / name / "out", "--json")
+        assert status == 0 and json.loads(out)["asked"] == asked, err
+    assert json.loads(out)["model"] == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_rotations_with_the_same_prompt_are_several_questions(command, scripted, tmp_path):
