@@ -133,6 +133,8 @@ def _open_client(endpoint: Endpoint) -> Any:
     openai, key = _openai(), os.environ.get(KEY) or "none"  # local servers need no key, the client one
     if not (key.isascii() and key.isprintable()):
         raise InputError(f"{KEY}: is not a key: it has characters other than printable ASCII")
+    if any("\ud800" <= character <= "\udfff" for character in endpoint.model):  # bytes of an argument
+        raise InputError(f"{shorten(endpoint.model)}: is not the name of a model: it is not UTF-8")
     timeout = openai.Timeout(endpoint.timeout, connect=min(endpoint.timeout, CONNECT_SECONDS))
     try:
         url = urllib.parse.urlsplit(endpoint.url)

@@ -165,6 +165,12 @@ def test_an_endpoint_that_is_none(url, says, replies):
     assert says in str(stopped.value) and len(str(stopped.value)) < 250
 
 
+def test_a_model_whose_name_is_not_utf_8(replies):
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "m\udcff")
+    with pytest.raises(InputError, match="is not the name of a model: it is not UTF-8"):
+        endpoint.ask(requests(2), replies, total=2)
+
+
 def test_a_silent_endpoint_times_out(replies):
     with ScriptedEndpoint(delay=0.4) as script, pytest.raises(InputError, match="no reply in 0.1 seconds, 5 times"):
         ask(script.url, replies, requests(2), timeout=0.1)
