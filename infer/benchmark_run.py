@@ -8,6 +8,7 @@ OUTPUT/NAME/...                     the file for its server, the reviews of its 
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import signal
@@ -26,6 +27,7 @@ from infer.evaluation_page import wrong_page
 from infer.flags import load_engine
 from infer.results import RESULTS, heading, score_table, versions, write_output, write_results, write_summary
 from llava_jax.console import InputError, note, plural, quiet, shorten, terminal_safe
+from llava_jax.json_files import read_json
 from llava_jax.locks import InUseError, LockedFile
 from llava_jax.processes import connect
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 OUTPUT, PAGE, REPLIES = "results", "wrong.html", "judge.jsonl"
 CONVERSATION_TOKENS = 64
 MODEL_SETTINGS = ("vision_tower", "template", "dtype", "int8_cache", "image_rules")
+OF_ANSWERS = ("engine", "versions", "asked", "seconds", "tokens_per_second")  # results that say how it was answered
 HEARTBEAT = 40  # seconds of silence after which a process counts as dead
 LONGEST_WAIT = 7 * 86400  # seconds that processes wait for each other at the end
 SIGNALLED = 128  # the exit status of a command that a signal stopped is this and the signal
@@ -62,7 +65,7 @@ def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, P
     most = max(tokens_of(args, benchmark) for benchmark, _ in chosen)
     load = functools.cache(lambda: load_engine(argparse.Namespace(**vars(args) | {"max_new_tokens": most})))
     output = Path(args.output or OUTPUT) if args.output or args.data is None else None
-    status = 0
+    status, unusable = 0, []
     for benchmark, directory in chosen:
         try:
             status = max(status, run_benchmark(args, benchmark, directory, settings, output, part, load))
@@ -72,11 +75,15 @@ def run_benchmarks(args: argparse.Namespace, chosen: Sequence[tuple[Benchmark, P
             if len(chosen) == 1:
                 raise
             note(f"error: {benchmark.name}: {error}")
+            unusable.append(benchmark.name)
             status = 1
     if output is not None and any(output.glob(f"*/{RESULTS}")):
-        table = write_summary(output, settings, [*BENCHMARKS])
-        if not args.json and args.data is None:
+        asked = [benchmark.name for benchmark, _ in chosen if benchmark.name not in unusable]
+        table = write_summary(output, settings, [*BENCHMARKS], asked)
+        if not args.json and args.data is None and asked:
             print(terminal_safe(table))
+    if unusable:
+        note(f"error: not scored, see above: {', '.join(unusable)}")
     return status
 
 
@@ -137,6 +144,29 @@ def check_files(args: argparse.Namespace, benchmark: Benchmark, directory: Path)
             find(directory, file)
 
 
+def find_images(benchmark: Benchmark, directory: Path) -> None:
+    """Raises:
+    InputError: the folder of a benchmark's images is missing.
+    """
+    for file in benchmark.files:
+        if file.needed == "images":
+            find(directory, file)
+
+
+def describe_engine(engine: "Engine") -> dict[str, str]:
+    """What a model runs on and with, where flags leave it to the checkpoint and the machine."""
+    import jax
+
+    from llava_jax.sharding.mesh import format_mesh
+
+    return {
+        "template": engine.template_name,
+        "dtype": str(jax.tree.leaves(engine.params)[0].dtype),
+        "device": engine.mesh.devices.flat[0].device_kind,
+        "mesh": format_mesh(engine.mesh.shape),
+    }
+
+
 def check_scoring(
     args: argparse.Namespace, benchmark: Benchmark, directory: Path, questions: Sequence[Question], protocol: str
 ) -> None:
@@ -192,11 +222,16 @@ def run_benchmark(
     folder = output and output / benchmark.name
     run = Run(benchmark, questions, settings, folder, part)
 
+    engine: dict[str, str] = {}
+
     def load_checked() -> "Engine":
+        find_images(benchmark, directory)
         check_scoring(args, benchmark, directory, questions, protocol)
+        engine.update(describe_engine(load()))
         return load()
 
     outcome = answer(run, load_checked, rows=args.batch_size, max_new_tokens=tokens)
+    outcome = dataclasses.replace(outcome, engine=engine)
     status = int(outcome.failed > 0)
     if folder is None:
         score_run(args, run, directory, outcome)
@@ -226,7 +261,12 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
     benchmark, folder, protocol = run.benchmark, run.folder, own_protocol(args, run.benchmark)
     status = 0 if folder is None or args.limit is not None else submit(benchmark, directory, folder, outcome.answers)
     judge, scored = read_judge(args), Scored([])
+    before = read_json(folder / RESULTS) if folder and (folder / RESULTS).exists() else {}
     if benchmark.judged and judge is None:
+        if before.get("judge") and not outcome.speed.questions and before["limit"] == args.limit:
+            note(f"{benchmark.name}: keeps its score by the judge {before['judge']}, since there are no new answers")
+            show(args, benchmark, before)
+            return status
         note(f"{benchmark.title} is scored by a language model: give --judge URL and --judge-model NAME")
     elif not benchmark.server:
         replies = (folder or Path()) / REPLIES
@@ -237,7 +277,11 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
     if args.limit is not None:
         scores = [limit_score(score, run.questions, failed) for score in scores]
     result = describe(benchmark, scores) if scores else no_score(run, failed)
-    result |= about_run(args, run, outcome, failed)
+    result |= about_run(args, run, outcome, failed) | {"judge": judge.model if judge and benchmark.judged else None}
+    if not outcome.speed.questions:  # there are no new answers
+        result |= {name: before[name] for name in OF_ANSWERS if name in before}
+    if args.limit is not None and before and before["limit"] is None:
+        note(f"warning: {benchmark.name}: the results of all questions are replaced by those of --limit {args.limit}")
     if folder:
         for file in scored.files:
             write_output(folder / file.name, file.data)
@@ -288,7 +332,7 @@ def no_score(run: Run, failed: int) -> dict[str, Any]:
 
 
 def about_run(args: argparse.Namespace, run: Run, outcome: Outcome, failed: int) -> dict[str, Any]:
-    """What results say beside the score. The speed is that of this command, which may have asked a part."""
+    """What results say beside the score. The speed is that of the last command that asked, perhaps a part."""
     speed = outcome.speed
     return {
         "title": run.benchmark.title,
@@ -299,6 +343,7 @@ def about_run(args: argparse.Namespace, run: Run, outcome: Outcome, failed: int)
         "model": run.settings["model"],
         "checkpoint_fingerprint": run.settings["checkpoint_fingerprint"],
         "settings": dict(run.settings) | {"batch_size": args.batch_size, "mesh": args.mesh},
+        "engine": dict(outcome.engine),
         "versions": versions(),
         "asked": speed.questions,
         "seconds": round(speed.seconds, 3),

@@ -131,6 +131,8 @@ def choose(args: argparse.Namespace) -> list[tuple[Benchmark, Path]]:
     if args.data is not None:
         return [(Conversations(Path(args.data), Path(args.image_folder or "."), args.metric), Path())]
     root, chosen = Path(args.data_dir), []
+    if not root.is_dir():
+        raise InputError(f"--data-dir {shorten(root)}: no such directory")
     for benchmark in find_benchmarks(args.benchmark):
         directory = root / (benchmark.directory or benchmark.name)
         if args.benchmark == ALL:
@@ -142,7 +144,10 @@ def choose(args: argparse.Namespace) -> list[tuple[Benchmark, Path]]:
             raise InputError(f"--protocol {shorten(args.protocol)}: {benchmark.title} has the protocols {known}")
         chosen.append((benchmark, directory if directory.is_dir() else root))
     if not chosen:
-        raise InputError(f"--data-dir {shorten(root)}: has the files of no benchmark; --list says where they are")
+        raise InputError(
+            f"--data-dir {shorten(root)}: has all files of no benchmark; --benchmark {ALL} needs the directory of all "
+            "benchmarks', and --list says which files they are"
+        )
     if args.protocol is not None and not any(args.protocol in benchmark.protocols for benchmark, _ in chosen):
         raise InputError(f"--protocol {shorten(args.protocol)}: none of the benchmarks has it; --list says which do")
     return chosen

@@ -85,11 +85,13 @@ class Outcome:
     Attributes:
       answers: all that there are, of this shard and of others, in the order of the questions.
       failed: questions that this run could not ask.
+      engine: what answered; empty if nothing was asked.
     """
 
     answers: list[Answer]
     speed: Speed
     failed: int
+    engine: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Sink(Protocol):
@@ -131,7 +133,7 @@ def answer(run: Run, load: Callable[[], "Engine"], *, rows: int, max_new_tokens:
     Raises:
       InputError: the folder is in use, cannot be written, or has answers with other settings.
     """
-    own, failures, speed = questions_of(run.shard, run.questions), Failures(), Speed()
+    name, own, failures, speed = run.benchmark.name, questions_of(run.shard, run.questions), Failures(), Speed()
     lines: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         sink: Sink = lines
@@ -140,18 +142,27 @@ def answer(run: Run, load: Callable[[], "Engine"], *, rows: int, max_new_tokens:
             sink, known = _open_folder(run.folder, run, stack), read_folder(run.folder)
         left = [question for question in own if _key(question) not in known]
         if len(left) < len(own):
-            note(f"{len(own) - len(left):,} of {plural(len(own), 'question')} already have answers")
+            note(f"{name}: {len(own) - len(left):,} of {plural(len(own), 'question')} already have answers")
         for question in left:
             if question.problem:
                 failures.add(question, question.problem)
         if valid := [question for question in left if not question.problem]:
             model = str(run.settings["model"])
-            speed = ask(load(), valid, sink, failures, rows=rows, max_new_tokens=max_new_tokens, model=model)
+            engine = load()
+            try:
+                speed = ask(
+                    engine, valid, sink, failures, name=name, rows=rows, max_new_tokens=max_new_tokens, model=model
+                )
+            except KeyboardInterrupt:
+                if run.folder is not None:
+                    note(f"{name}: the answers are kept; the same command resumes")
+                raise
         if run.folder is not None and run.shard.count > 1:
             write_output(run.folder / run.shard.failed_file, json.dumps(failures.keys).encode())
     if failures.count:
         shown = f"; the first {MAX_SHOWN} are named above" * (failures.count > MAX_SHOWN)
-        note(f"error: {failures.count:,} of {plural(len(own), 'question')} could not be asked, counted as wrong{shown}")
+        asked = plural(len(own), "question")
+        note(f"error: {name}: {failures.count:,} of {asked} could not be asked, counted as wrong{shown}")
     found = {answer_key(line["question_id"], line["prompt"], line): _answer(line) for line in lines}
     if run.folder is not None:
         found = read_folder(run.folder)
@@ -164,12 +175,18 @@ def ask(
     sink: Sink,
     failures: Failures,
     *,
+    name: str,
     rows: int,
     max_new_tokens: int,
     model: str,
 ) -> Speed:
     """Ask questions, greedily, and append their answers as they come. The progress bar has the share of answers that
-    are word for word the right ones, where these are known."""
+    are word for word the right ones, where these are known.
+
+    Args:
+      name: of the benchmark, for the progress bar.
+      model: the name of the model, for the answers.
+    """
     from infer.prompt import Request
     from infer.sampling import Sampling
 
@@ -177,7 +194,7 @@ def ask(
     requests = [Request(one.turns, one.images, one.system if has_system else None, one.name) for one in questions]
     speed, started = Speed(), time.monotonic()
     right = scored = 0
-    with Progress("asking", len(requests), "questions") as bar:
+    with Progress(name, len(requests), "questions") as bar:
         for i, reply in engine.generate(requests, Sampling(max_new_tokens=max_new_tokens), rows=rows):
             question = questions[i]
             if isinstance(reply, InputError):
@@ -341,4 +358,5 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], name: str, *, alo
     moved = ("checkpoint", "model") if settings[key] and there.get(key) == settings[key] else ()
     compared = {name: value for name, value in settings.items() if name not in moved}
     if found := difference(there, compared):
+        found = re.sub(r"questions_sha256 is \S+ there and \S+ here", "the questions differ", found)
         raise InputError(f"{name}: has answers of another run: {found}; use its settings, or name another directory")

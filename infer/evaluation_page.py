@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.benchmarks.benchmark import Mark, Question
+from infer.benchmarks.files import IMAGE_LINE
 from infer.benchmarks.scoring import find_question
 from llava_jax.console import InputError, plural
 from llava_jax.data.images import open_image
@@ -83,7 +84,7 @@ def _by_image(
 
 
 def _article(mark: Mark, question: Question | None) -> str:
-    asked = question.turns[-1] if question and question.turns else mark.prompt
+    asked = question.turns[-1].removeprefix(IMAGE_LINE) if question and question.turns else mark.prompt
     problem = question.problem if question else ""
     given = _text(mark.text) if mark.text else f'<span class="missing">{_text(problem or "no answer")}</span>'
     rows = [("Answer", "wrong", given)]

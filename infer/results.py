@@ -8,7 +8,7 @@ OUTPUT/results.md           the same as a table, with published numbers
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -20,6 +20,8 @@ from llava_jax.json_files import read_json
 
 RESULTS, TABLE = "results.json", "results.md"
 PUBLISHED = "Published numbers: LLaVA's model zoo, by the reference's protocol."
+JUDGED = "Scores by different judges do not compare: published ones are by the GPT-4 of their time."
+WORDS = 3  # columns of the table that are words
 
 
 # ---------------------------------------------------------------- tables
@@ -31,7 +33,8 @@ def score_table(result: Mapping[str, Any]) -> str:
     names = [name for name in dict.fromkeys(n for part in parts.values() for n in part) if name != "questions"]
     names = names or list(totals)
     whole = {name: totals.get(name) for name in names} | {"questions": result["questions"]}
-    rows = ([*parts.items()] if len(parts) > 1 else []) + [("all", whole)]
+    has_whole = len(parts) < 2 or any(name in totals for name in names)
+    rows = ([*parts.items()] if len(parts) > 1 else []) + [("all", whole)] * has_whole
     others = {name: value for name, value in totals.items() if name not in names}
     width = max(len(name) for name, _ in [*rows, *others.items()])
     if len(names) == 1:
@@ -64,24 +67,37 @@ def _show(value: float | None, scale: float, digits: int = 2, percent: bool = Tr
 
 def markdown(model: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of all benchmarks: a line for each protocol, with the published numbers."""
-    published = list(dict.fromkeys(name for row in rows for name in row["published"]))
+    published = list(dict.fromkeys(name for row in rows if not row["limit"] for name in row["published"]))
     header = ["benchmark", "protocol", "metric", model, "±", "questions", "failed", *published]
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
-    limited = []
+    lines, limited = [header], False
     for row in rows:
+        judge = f", by {row['judge']}" if row.get("judge") else ""
         for one in (row, *row.get("also", ())):
             shown = [_show(one[key], one["scale"], 1, False) for key in ("value", "stderr")]
             beside = row["published"] if one["protocol"] == row["published_protocol"] and not row["limit"] else {}
-            numbers = [f"{beside[name]:g}" if name in beside else "" for name in published]
+            numbers = [f"{beside[name]:.1f}" if name in beside else "" for name in published]
             title = row["title"] + (" *" if row["limit"] else "")
             counts = [f"{one['questions']:,}", f"{row['failed']:,}"]
-            lines.append([title, one["protocol"], one["metric"], *shown, *counts, *numbers])
-        limited += [row["title"]] * bool(row["limit"])
-    text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-    notes = [f"± is one standard error. {PUBLISHED}"]
+            lines.append([title, one["protocol"], one["metric"] + judge, *shown, *counts, *numbers])
+        limited = limited or bool(row["limit"])
+    notes = ["± is one standard error." + f" {PUBLISHED}" * bool(published)]
+    if any(row.get("judge") for row in rows):
+        notes.append(JUDGED)
     if limited:
-        notes.append(f"\\* Some questions only (`--limit`): the mean score of a question. {', '.join(limited)}.")
-    return text + "\n\n" + "\n\n".join(notes) + "\n"
+        notes.append("With \\*: some questions only (`--limit`), the mean score of a question.")
+    return _align(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned in its source too; numbers, from the fourth on, to the right."""
+    cells = [[_cell(text) for text in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * (n - 1) + ("-" if i < WORDS else ":") for i, n in enumerate(widths)]
+    padded = [
+        [f"{text:{'<' if i < WORDS else '>'}{n}}" for i, (text, n) in enumerate(zip(line, widths, strict=True))]
+        for line in cells
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
 
 
 def _cell(text: str) -> str:
@@ -124,6 +140,7 @@ class Result(Numbers):
     published: dict[str, float]
     published_protocol: str
     settings: Settings
+    judge: NotRequired[str | None]
     also: NotRequired[list[Numbers]]
 
 
@@ -148,28 +165,30 @@ def write_output(path: Path, data: bytes) -> None:
         raise InputError(f"--output {shorten(path)}: cannot be written ({first_line(error)})") from None
 
 
-def write_summary(output: Path, settings: Mapping[str, Any], order: Sequence[str]) -> str:
-    """Write the results of all benchmarks in a directory, and return them as a table.
+def write_summary(output: Path, settings: Mapping[str, Any], order: Sequence[str], asked: Collection[str]) -> str:
+    """Write the results of all benchmarks in a directory, and return those of some as a table.
 
     Args:
       settings: of the model; results of another checkpoint are left out.
       order: the names of benchmarks.
+      asked: the names of the benchmarks in the returned table.
 
     Raises:
       InputError: a file is invalid, or cannot be written.
     """
-    rows, model, identity = [], settings["model"], settings["checkpoint_fingerprint"]
+    found: dict[str, Result] = {}
+    model, identity = settings["model"], settings["checkpoint_fingerprint"]
     for path in sorted(output.glob(f"*/{RESULTS}"), key=lambda path: _rank(path.parent.name, order)):
         row = read_json(path, Result)
         if _identity(row["settings"]) == _identity(settings):
-            rows.append(row)
+            found[path.parent.name] = row
         else:
             note(f"{shorten(path)}: left out of the table, since another checkpoint answered")
-    text = markdown(model, rows)
-    write_output(output / TABLE, f"# {_cell(model)}\n\n{text}".encode())
+    rows = [*found.values()]
+    write_output(output / TABLE, f"# {_cell(model)}\n\n{markdown(model, rows)}".encode())
     summary = {"model": model, "checkpoint_fingerprint": identity, "benchmarks": rows}
     write_output(output / RESULTS, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
-    return text
+    return markdown(model, [row for name, row in found.items() if name in asked])
 
 
 def _identity(settings: Mapping[str, Any]) -> str:

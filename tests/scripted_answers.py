@@ -5,7 +5,9 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 from PIL import Image
 
 from llava_jax.console import InputError
@@ -25,8 +27,10 @@ class ScriptedEngine:
       asked: the requests so far.
     """
 
-    template = get_template("v1")
+    template, template_name = get_template("v1"), "v1"
     context = 512
+    params = np.zeros(1, np.float32)
+    mesh = SimpleNamespace(shape={"data": 1}, devices=np.array([SimpleNamespace(device_kind="scripted")]))
 
     def __init__(self, answer: Callable[[str], str] = lambda question: f" {len(question)} ", delay: float = 0):
         self.answer, self.delay, self.asked = answer, delay, []

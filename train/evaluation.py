@@ -213,7 +213,7 @@ def ask_all(engine: "Engine", task: Task, rows: int, stop: StopSignal) -> list["
     answers, failures, most = Answers(stop), Failures(), task.benchmark.max_new_tokens
     together(
         "answers",
-        lambda: ask(engine, own, answers, failures, rows=rows, max_new_tokens=most, model=""),
+        lambda: ask(engine, own, answers, failures, name=task.benchmark.name, rows=rows, max_new_tokens=most, model=""),
         same=lambda _: "",
     )
     lines = [line for text in share(json.dumps(answers)) for line in json.loads(text)]

@@ -112,6 +112,7 @@ class Score:
       marks: one per question that was scored, failed ones included, in the order of the questions.
       unanswered: questions without an answer; they count as wrong.
       stderr: the standard error of `value`, or None if the benchmark leaves it to a bootstrap over groups of marks.
+      questions: how many were scored, if that is not the number of marks, since rotations of one count as one.
     """
 
     metric: str
@@ -123,6 +124,7 @@ class Score:
     marks: Sequence[Mark]
     unanswered: int = 0
     stderr: float | None = None
+    questions: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

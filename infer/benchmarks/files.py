@@ -39,7 +39,7 @@ class QuestionLine(msgspec.Struct):
     question_id: Id
     image: str
     text: str
-    category: str = "default"
+    category: str | int = "default"
 
 
 def find(directory: Path, file: File) -> Path:
@@ -133,7 +133,7 @@ def read_questions(path: Path, folder: Path, *, ids_repeat: bool = False) -> lis
     return [
         image_question(
             row.question_id, row.text, image_path(folder, row.image, name), name,
-            kind="all" if row.category == "default" else row.category,
+            kind="all" if row.category == "default" else str(row.category),
         )
         for name, row in read_question_lines(path, ids_repeat=ids_repeat)
     ]  # fmt: skip

@@ -103,6 +103,7 @@ class MMBench(Benchmark):
             marks=marks,
             unanswered=len(marks) - len(given),
             stderr=math.sqrt(share * (1 - share) / len(hits)),
+            questions=len(hits),
         )
 
     def _match(self, answers: Sequence[Answer], rows: Mapping[int, Row], protocol: str) -> dict[Key, Answer]:

@@ -107,7 +107,9 @@ def _row(values: Mapping[str, str], line: int, where: str) -> Row:
         raise InputError(f"{where}: has no question")
     options = {letter: text for letter in OPTIONS if (text := cells.get(letter)) is not None}
     if not options or [*options] != [*OPTIONS[: len(options)]]:
-        raise InputError(f"{where}: has options {', '.join(options) or 'none'}, not those from A on")
+        missing = next(letter for letter in OPTIONS if letter not in options)
+        has = f"has options {', '.join(options)}, but no {missing}" if options else "has no options"
+        raise InputError(f"{where}: {has}")
     answer = cells.get("answer") or ""
     if "answer" in cells and answer not in options:
         raise InputError(f"{where}: answer {shorten(answer)!r} is not one of its options {', '.join(options)}")

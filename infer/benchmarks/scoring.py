@@ -15,7 +15,7 @@ from llava_jax.console import InputError
 from llava_jax.replies import Prices
 
 SAMPLES, SEED = 2000, 0  # of the bootstrap
-LIMITED = "mean score"  # the metric of some questions, if the benchmark's own is another
+LIMITED = "mean score"  # the metric of some questions, if the benchmark's own is not the mean of marks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def limit_score(score: Score, questions: Sequence[Question], unanswered: int) ->
     Args:
       unanswered: how many of them have no answer.
     """
-    name = score.metric if _is_mean(score) else LIMITED
+    name = score.metric if score.metric == "accuracy" and score.questions is None else LIMITED
     asked = {str(question.id) for question in questions}  # all questions of an id are among them
     marks = [mark for mark in score.marks if str(mark.question) in asked]
     value = accuracy(marks)
@@ -184,7 +184,7 @@ def describe(benchmark: Benchmark, scores: Sequence[Score]) -> dict[str, Any]:
             "scale": score.scale,
             "totals": _finite(score.totals),
             "parts": {name: _finite(part) for name, part in score.parts.items()},
-            "questions": len(score.marks),
+            "questions": len(score.marks) if score.questions is None else score.questions,
             "unanswered": score.unanswered,
         }
         for score in scores

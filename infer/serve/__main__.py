@@ -174,6 +174,8 @@ def run_server(args: argparse.Namespace, settings: Settings, listener: socket.so
     scheduler = engine.scheduler(args.slots, context, dispatch_seconds=DISPATCH_SECONDS)
     if args.warm_up:
         compile_ahead(scheduler)
+    else:
+        note("the first requests of each size compile, and wait for it; --warm-up does that before")
     service = Service(engine, scheduler, settings)
     ended_by_signal = asyncio.run(serve(service, listener))
     if not service.stop(STOP_SECONDS):

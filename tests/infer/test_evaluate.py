@@ -106,7 +106,7 @@ def test_a_question_that_cannot_be_asked_is_named_and_counts_as_wrong(run, folde
     status, out, err = run(*write(folder, rows))
     assert (status, out.split()) == (1, ["all", "50.00%", "of", "2"])
     assert f"{IMAGE_FILES[0]}: not an image" in err
-    assert err.splitlines()[-1] == "error: 1 of 2 questions could not be asked, counted as wrong"
+    assert err.splitlines()[-1] == "error: conversations: 1 of 2 questions could not be asked, counted as wrong"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_counts_as_wrong_is_said_of_one_and_of_several(run, folder, monkeyp
     rows = [row([str(i), "The answer is B."]) for i in range(len(answers))]
     status, out, err = run(*write(folder, [*rows, {}]), "--json", "--metric", "scienceqa")
     assert json.loads(out)["no_option"] == int(says[0])
-    asked = f"error: 1 of {len(answers) + 1} questions could not be asked, counted as wrong"
+    asked = f"error: conversations: 1 of {len(answers) + 1} questions could not be asked, counted as wrong"
     assert (status, err.splitlines()[-2:]) == (1, [asked, f"{says} without a single option, counted as wrong"])
 
 
@@ -158,7 +158,7 @@ def test_a_bad_row_fails_alone(run, folder):
     status, out, err = run(*data)
     assert (status, out.split()) == (1, ["all", "50.00%", "of", "4"])
     assert "row 0: not JSON" in err and "row 2: video: video is not supported" in err
-    assert err.splitlines()[-1] == "error: 2 of 4 questions could not be asked, counted as wrong"
+    assert err.splitlines()[-1] == "error: conversations: 2 of 4 questions could not be asked, counted as wrong"
 
 
 # ---------------------------------------------------------------- ScienceQA

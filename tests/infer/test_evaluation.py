@@ -226,7 +226,7 @@ def test_failures_are_named_then_counted(ask, tmp_path, capsys):
     assert (outcome.failed, len(outcome.answers)) == (3, 7)
     err = capsys.readouterr().err
     assert err.count("1.png: no such image") == 3
-    assert err.splitlines()[-1] == "error: 3 of 10 questions could not be asked, counted as wrong"
+    assert err.splitlines()[-1] == "error: conversations: 3 of 10 questions could not be asked, counted as wrong"
     assert len(ask()[0].asked) == 3  # again
 
 

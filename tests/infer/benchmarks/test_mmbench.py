@@ -193,8 +193,8 @@ def test_damaged_files(directory, damage):
         ({"question": "nan"}, "line 3: has no question"),
         ({"answer": "E"}, "line 3: answer 'E' is not one of its options A, B, C, D"),
         ({"answer": ""}, "line 3: answer '' is not one of its options"),
-        ({"B": "NA"}, "line 3: has options A, C, D, not those from A on"),
-        ({"A": "", "B": "None", "C": "<NA>", "D": "NaN"}, "line 3: has options none"),
+        ({"B": "NA"}, "line 3: has options A, C, D, but no B"),
+        ({"A": "", "B": "None", "C": "<NA>", "D": "NaN"}, "line 3: has no options"),
     ],
 )
 def test_rows_that_are_none(tmp_path, change, says):
