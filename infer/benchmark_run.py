@@ -375,4 +375,4 @@ def show(args: argparse.Namespace, benchmark: Benchmark, result: dict[str, Any],
         return
     for one in (result, *result.get("also", ())):
         text = score_table(one) if one["totals"] else ""
-        print(terminal_safe(f"{heading(benchmark, one)}\n{text}\n" if titled else text))
+        print(terminal_safe("\n".join([heading(benchmark, one), *[text] * bool(text), ""]) if titled else text))
