@@ -13,6 +13,7 @@ import dataclasses
 import ipaddress
 import os
 import socket
+import sys
 import time
 
 from infer.flags import add_model_flags, load_engine
@@ -37,6 +38,7 @@ from llava_jax.data.templates import get_template
 KEY = "LLAVA_API_KEY"
 CONTEXT = 4096
 DISPATCH_SECONDS = 0.1  # how often tokens are sent
+SWITCH_SECONDS = 5e-4  # for which the scheduler's thread and the event loop may hold up each other
 STOP_SECONDS = 10.0  # for the engine's thread, at the end
 
 
@@ -176,6 +178,7 @@ def run_server(args: argparse.Namespace, settings: Settings, listener: socket.so
         compile_ahead(scheduler)
     else:
         note("the first requests of each size compile, and wait for it; --warm-up does that before")
+    sys.setswitchinterval(SWITCH_SECONDS)
     service = Service(engine, scheduler, settings)
     ended_by_signal = asyncio.run(serve(service, listener))
     if not service.stop(STOP_SECONDS):
