@@ -7,6 +7,7 @@ import atexit
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -89,6 +90,7 @@ def run_cli(monkeypatch, capsys):
 
     def run(main, *args):
         monkeypatch.setattr("sys.argv", ["prog", *map(str, args)])
+        monkeypatch.setattr("llava_jax.console._end_at_once", sys.exit)  # it would end the tests as well
         with pytest.raises(SystemExit) as stopped:
             run_main(main)
         out, err = capsys.readouterr()
