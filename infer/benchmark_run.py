@@ -25,7 +25,7 @@ from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, l
 from infer.evaluation import Outcome, Run, Shard, answer, left_to_ask, merge, questions_checksum
 from infer.evaluation_page import wrong_page
 from infer.flags import load_engine
-from infer.results import RESULTS, heading, score_table, versions, write_output, write_results, write_summary
+from infer.results import RESULTS, Result, heading, score_table, versions, write_output, write_results, write_summary
 from llava_jax.console import InputError, note, plural, quiet, shorten, terminal_safe
 from llava_jax.json_files import read_json
 from llava_jax.locks import InUseError, LockedFile
@@ -129,27 +129,19 @@ def own_protocol(args: argparse.Namespace, benchmark: Benchmark) -> str | None:
     return args.protocol if args.protocol in benchmark.protocols else None
 
 
-def check_files(args: argparse.Namespace, benchmark: Benchmark, directory: Path) -> None:
-    """Find the files that scoring the answers will need, before any are asked.
+def will_score(args: argparse.Namespace, benchmark: Benchmark) -> bool:
+    """Whether the answers will be scored or submitted; not without a judge, and some questions are not submitted."""
+    return not (benchmark.judged and args.judge is None) and not (benchmark.server and args.limit is not None)
+
+
+def find_files(benchmark: Benchmark, directory: Path, needed: str) -> None:
+    """Find the files of a benchmark that are needed for "score" or "images".
 
     Raises:
       InputError: one is missing.
     """
-    if benchmark.judged and args.judge is None:
-        return
-    if benchmark.server and args.limit is not None:  # then there is nothing to submit
-        return
     for file in benchmark.files:
-        if file.needed == "score":
-            find(directory, file)
-
-
-def find_images(benchmark: Benchmark, directory: Path) -> None:
-    """Raises:
-    InputError: the folder of a benchmark's images is missing.
-    """
-    for file in benchmark.files:
-        if file.needed == "images":
+        if file.needed == needed:
             find(directory, file)
 
 
@@ -175,15 +167,17 @@ def check_scoring(
     Raises:
       InputError: as `score_empty`.
     """
+    if not will_score(args, benchmark):
+        return
     with quiet():
-        if benchmark.judged and args.judge is not None:
+        if benchmark.judged:
             from infer.benchmarks.judge import JudgedBenchmark
 
             assert isinstance(benchmark, JudgedBenchmark)
             score_empty(questions, functools.partial(benchmark.judge_messages, directory))
-        elif benchmark.server and args.limit is None:
+        elif benchmark.server:
             score_empty(questions, functools.partial(benchmark.submission, directory))
-        elif not benchmark.judged and not benchmark.server:
+        else:
             score_empty(questions, functools.partial(benchmark.score, directory, protocol=protocol))
 
 
@@ -208,7 +202,8 @@ def run_benchmark(
       InputError: its files or the output directory cannot be used.
     """
     protocol = own_protocol(args, benchmark) or benchmark.protocols[0]
-    check_files(args, benchmark, directory)
+    if will_score(args, benchmark):
+        find_files(benchmark, directory, "score")
     every = benchmark.questions(directory, protocol)
     questions = first_questions(every, args.limit)
     tokens = tokens_of(args, benchmark)
@@ -225,7 +220,7 @@ def run_benchmark(
     engine: dict[str, str] = {}
 
     def load_checked() -> "Engine":
-        find_images(benchmark, directory)
+        find_files(benchmark, directory, "images")
         check_scoring(args, benchmark, directory, questions, protocol)
         engine.update(describe_engine(load()))
         return load()
@@ -261,7 +256,7 @@ def score_run(args: argparse.Namespace, run: Run, directory: Path, outcome: Outc
     benchmark, folder, protocol = run.benchmark, run.folder, own_protocol(args, run.benchmark)
     status = 0 if folder is None or args.limit is not None else submit(benchmark, directory, folder, outcome.answers)
     judge, scored = read_judge(args), Scored([])
-    before = read_json(folder / RESULTS) if folder and (folder / RESULTS).exists() else {}
+    before = (read_json(folder / RESULTS, Result) if folder else None) or {}
     if benchmark.judged and judge is None:
         if before.get("judge") and not outcome.speed.questions and before["limit"] == args.limit:
             note(f"{benchmark.name}: keeps its score by the judge {before['judge']}, since there are no new answers")

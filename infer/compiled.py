@@ -144,7 +144,7 @@ def _supported(options: dict[str, Any]) -> dict[str, Any]:
     """Compiler options, or none if this release of JAX lacks them."""
     try:
         jax.jit(lambda: 0, compiler_options=options)()
-    except Exception:
+    except jax.errors.JaxRuntimeError:  # there is no such option
         return {}
     return options
 

@@ -186,7 +186,7 @@ def test_a_run_without_shards_asks_what_they_left(ask, tmp_path, benchmark):
 
 
 def test_what_a_shard_cannot_ask_is_not_left_to_others(ask, tmp_path, benchmark):
-    """The last one scores all the same; whoever asks again asks it too."""
+    """The last shard scores without it, and a later run asks it again."""
     run = Run(benchmark, benchmark.questions(tmp_path, "reference"), SETTINGS, tmp_path / "out", Shard(0, 2))
     image = tmp_path / "data/images/1.png"
     image.rename(tmp_path / "1.png")
