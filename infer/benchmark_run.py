@@ -21,7 +21,16 @@ from infer.benchmarks import BENCHMARKS
 from infer.benchmarks.benchmark import Answer, Benchmark, Question, Score
 from infer.benchmarks.conversations import Conversations
 from infer.benchmarks.files import find
-from infer.benchmarks.scoring import Judge, Scored, describe, first_questions, limit_score, score_answers, score_empty
+from infer.benchmarks.scoring import (
+    Judge,
+    Scored,
+    describe,
+    first_questions,
+    limit_score,
+    score_answers,
+    score_empty,
+    score_first,
+)
 from infer.evaluation import Outcome, Run, Shard, answer, left_to_ask, merge, questions_checksum
 from infer.evaluation_page import wrong_page
 from infer.flags import load_engine
@@ -101,8 +110,7 @@ def evaluate(
     questions = first_questions(benchmark.questions(directory, benchmark.protocols[0]), limit)
     run = Run(benchmark, questions, {"model": ""}, None)
     outcome = answer(run, lambda: engine, rows=rows, max_new_tokens=max_new_tokens)
-    score = benchmark.score(directory, outcome.answers, benchmark.protocols[0])
-    return score if limit is None else limit_score(score, questions, len(questions) - len(outcome.answers))
+    return score_first(benchmark, directory, questions, outcome.answers, limit)
 
 
 def own_shard(args: argparse.Namespace) -> Shard:

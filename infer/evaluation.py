@@ -358,5 +358,4 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], name: str, *, alo
     moved = ("checkpoint", "model") if settings[key] and there.get(key) == settings[key] else ()
     compared = {name: value for name, value in settings.items() if name not in moved}
     if found := difference(there, compared):
-        found = re.sub(r"questions_sha256 is \S+ there and \S+ here", "the questions differ", found)
         raise InputError(f"{name}: has answers of another run: {found}; use its settings, or name another directory")

@@ -65,11 +65,9 @@ class Task:
         Raises:
           InputError: as `Benchmark.score`.
         """
-        from infer.benchmarks.scoring import limit_score
+        from infer.benchmarks.scoring import score_first
 
-        score = self.benchmark.score(self.directory, answers, self.benchmark.protocols[0])
-        unanswered = len(self.questions) - len(answers)
-        return score if self.limit is None else limit_score(score, self.questions, unanswered)
+        return score_first(self.benchmark, self.directory, self.questions, answers, self.limit)
 
 
 # ---------------------------------------------------------------- before the run

@@ -164,6 +164,25 @@ def _is_mean(score: Score) -> bool:
     return math.isclose(accuracy(score.marks), score.value, abs_tol=1e-9)
 
 
+def score_first(
+    benchmark: Benchmark,
+    directory: Path,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    limit: int | None,
+) -> Score:
+    """Score answers by the benchmark's first protocol.
+
+    Args:
+      questions: those that were asked: all, or `first_questions` of a `limit`.
+
+    Raises:
+      InputError: as `Benchmark.score`.
+    """
+    score = benchmark.score(directory, answers, benchmark.protocols[0])
+    return score if limit is None else limit_score(score, questions, len(questions) - len(answers))
+
+
 def first_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
     """The first `limit` questions, and those with the id of the last of them, since they are scored together."""
     if limit is None or limit >= len(questions):
